@@ -1,0 +1,1 @@
+"""Population Risk Minimization for the Hugging Face fine-tuning stack."""
