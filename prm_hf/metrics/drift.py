@@ -1,0 +1,152 @@
+"""How far a policy has moved from where training started: in its outputs, and in its weights."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import is_peft_model
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from .evaluation import PairEvaluation, SequenceEvaluation
+from .sharded import whole
+
+
+# What wrappers put into parameter names: FSDP1, torch.compile, activation checkpointing
+_WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def drift_metrics(evaluation: PairEvaluation | SequenceEvaluation, beta: float | None = None) -> dict[str, float]:
+    """Drift of the policy's outputs on held-out completions.
+
+    Args:
+        evaluation: The evaluation of `n` completions, or of pairs (whose chosen and rejected completions all count).
+        beta: DPO's β; None leaves `drift/reward_abs` out.
+
+    Returns:
+        `drift/reward_abs`: mean over completions of |β (log π - log π_ref)|, units of reward.
+        `drift/logratio_abs`: mean over completions of |log π - log π_ref| / tokens, nats a token. A completion
+        without tokens counts as 0.
+        `drift/kl`: mean over completion tokens of KL(π‖π_ref), full vocabulary, nats a token; left out if the
+        reference could not be run.
+    """
+    table = evaluation.completions() if isinstance(evaluation, PairEvaluation) else evaluation
+    absolute = table.logratio.abs()
+    metrics = {"drift/logratio_abs": (absolute / table.tokens.clamp(min=1)).mean().item()}
+    if beta is not None:
+        metrics["drift/reward_abs"] = beta * absolute.mean().item()
+    if table.kl is not None:
+        metrics["drift/kl"] = (table.kl.sum() / table.tokens.sum().clamp(min=1)).item()
+    return metrics
+
+
+class ParameterDrift:
+    """‖w - w₀‖ / ‖w₀‖ over the trained tensors, w₀ being the weights at construction.
+
+    LoRA layers count by their effective weight: ‖BA·scaling - (its value at construction)‖ against ‖W‖, W the frozen
+    weight. (Of DoRA that is the direction; its magnitude vectors count as tensors of their own.)
+
+    The copy of w₀ stays in the main process' host memory, in the parameters' dtype; a LoRA adapter whose product is
+    zero at construction needs none. Sharded parameters are gathered one at a time.
+
+    Args:
+        model: The model, before or after it was prepared for training. Parameters that require a gradient now are the
+            trained ones.
+        accelerator: The accelerator that the model is or will be prepared with.
+
+    Raises:
+        ValueError: if no parameter requires a gradient.
+    """
+
+    def __init__(self, model: nn.Module, accelerator: Accelerator):
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError("`model` has no parameter that requires a gradient, so there is no drift to measure.")
+        self.accelerator = accelerator
+        self._initial: dict[str, torch.Tensor | None] = {}
+        squared_norm = 0.0
+        for name, value, frozen in _trained_tensors(model, accelerator, with_frozen=True):
+            squared_norm += _squared_norm(value if frozen is None else frozen)
+            # A new adapter starts at BA = 0 and costs no memory
+            self._initial[name] = value.cpu().clone() if value.any() else None
+        self._norm = squared_norm**0.5
+
+    def relative(self, model: nn.Module) -> float:
+        """‖w - w₀‖ / ‖w₀‖ of the model's present weights; the same number on every process. Collective."""
+        squared_change = 0.0
+        for name, value, _ in _trained_tensors(model, self.accelerator, with_frozen=False):
+            initial = self._initial[name]
+            value = value.float()
+            squared_change += _squared_norm(value if initial is None else value - initial.to(value.device).float())
+        relative = squared_change**0.5 / self._norm if self._norm else float("nan")
+        if self.accelerator.num_processes == 1:
+            return relative
+        # Only the main process has the number
+        return self.accelerator.gather(torch.tensor([relative], device=self.accelerator.device))[0].item()
+
+
+def _squared_norm(tensor: torch.Tensor) -> float:
+    return torch.linalg.vector_norm(tensor, dtype=torch.float32).item() ** 2
+
+
+def _trained_tensors(
+    model: nn.Module, accelerator: Accelerator, with_frozen: bool
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
+    """Name and value of each trained tensor, whole, on the main process; nothing on the others, which help to gather.
+
+    For a LoRA layer the value is BA·scaling, with the frozen weight as third element if `with_frozen`.
+    """
+    gather_fsdp1 = (
+        FullyShardedDataParallel.summon_full_params(model, writeback=False, offload_to_cpu=True, rank0_only=True)
+        if isinstance(model, FullyShardedDataParallel)
+        else contextlib.nullcontext()
+    )
+    model = accelerator.unwrap_model(model, keep_torch_compile=False)
+    with torch.no_grad(), gather_fsdp1:
+        factors = set()
+        for name, layer, factor_a, factor_b, scaling in _lora_layers(model):
+            factors |= {id(factor_a), id(factor_b)}
+            frozen = _frozen_weight(layer) if with_frozen else None
+            with whole(factor_a, factor_b, frozen) as (a, b, frozen):
+                if accelerator.is_main_process:
+                    experts = getattr(layer, "num_experts", 1)  # expert stacks keep their factors side by side
+                    a, b = a.reshape(experts, -1, a[0].numel()), b.reshape(b.shape[0], -1, experts)
+                    yield _plain(name), scaling * torch.einsum("ore,eri->eoi", b.float(), a.float()), frozen
+        for name, param in model.named_parameters():
+            if param.requires_grad and id(param) not in factors:
+                with whole(param) as (value,):
+                    if accelerator.is_main_process:
+                        yield _plain(name), value, None
+
+
+def _plain(name: str) -> str:
+    for prefix in _WRAPPER_PREFIXES:
+        name = name.replace(prefix, "")
+    return name
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, torch.Tensor, torch.Tensor, float]]:
+    """Each LoRA adapter in training: name, layer, A, B, scaling."""
+    if not is_peft_model(model):
+        return
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        for adapter in layer.active_adapters:
+            if adapter in layer.lora_A:
+                a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            elif adapter in layer.lora_embedding_A:
+                a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+            else:
+                continue
+            if a.requires_grad or b.requires_grad:
+                yield f"{name}.{adapter}", layer, a, b, layer.scaling[adapter]
+
+
+def _frozen_weight(layer: nn.Module) -> torch.Tensor:
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.utils.integrations import dequantize_module_weight
+
+    return layer.get_param() if isinstance(layer, ParamWrapper) else dequantize_module_weight(layer.get_base_layer())

@@ -1,0 +1,364 @@
+"""One pass over held-out completions: a table with one entry a completion, from which every metric is computed.
+
+`evaluate_pairs` and `evaluate_sequences` run the policy and its reference once over a dataset. What they return is on
+the CPU, in dataset order, the same on every process, and free of the duplicates that fill uneven last batches, so that
+`rewards.py`, `drift.py` and `memorization.py` are pure functions of it.
+"""
+
+import contextlib
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import is_compiled_module, is_peft_model
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from .sharded import whole
+
+
+# Completion tokens whose logits exist at one time, per model. At a vocabulary of 150,000 a chunk is 150 MB in float32.
+CHUNK_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class SequenceEvaluation:
+    """What the policy and its reference say about `n` completions, in dataset order, on the CPU.
+
+    Attributes:
+        logps: Summed log-probability of each completion under the policy, nats. Shape `(n,)`, float64.
+        logratio: Summed log π(completion) - log π_ref(completion), nats. Shape `(n,)`, float64.
+        tokens: Number of completion tokens. Shape `(n,)`, int64; 0 where truncation left none.
+        kl: KL(π‖π_ref) over the full vocabulary, summed over the positions of the completion's tokens, nats.
+            Shape `(n,)`, float64; None if the reference is known by its log-probabilities alone.
+    """
+
+    logps: torch.Tensor
+    logratio: torch.Tensor
+    tokens: torch.Tensor
+    kl: torch.Tensor | None
+
+    def __len__(self) -> int:
+        return self.logps.numel()
+
+    def select(self, rows: torch.Tensor) -> "SequenceEvaluation":
+        """The table of some completions only; `rows` is a bool mask of shape `(n,)` or a list of indices."""
+        kl = None if self.kl is None else self.kl[rows]
+        return SequenceEvaluation(self.logps[rows], self.logratio[rows], self.tokens[rows], kl)
+
+
+@dataclass(frozen=True)
+class PairEvaluation:
+    """The evaluation of `n` preference pairs: `chosen` and `rejected`, entry i of both from row i of the dataset."""
+
+    chosen: SequenceEvaluation
+    rejected: SequenceEvaluation
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def select(self, rows: torch.Tensor) -> "PairEvaluation":
+        """The table of some pairs only; `rows` is a bool mask of shape `(n,)` or a list of indices."""
+        return PairEvaluation(self.chosen.select(rows), self.rejected.select(rows))
+
+    def completions(self) -> SequenceEvaluation:
+        """All 2n completions in one table, chosen ones first."""
+        kl = None if self.chosen.kl is None else torch.cat([self.chosen.kl, self.rejected.kl])
+        return SequenceEvaluation(
+            logps=torch.cat([self.chosen.logps, self.rejected.logps]),
+            logratio=torch.cat([self.chosen.logratio, self.rejected.logratio]),
+            tokens=torch.cat([self.chosen.tokens, self.rejected.tokens]),
+            kl=kl,
+        )
+
+
+def evaluate_pairs(
+    model: nn.Module,
+    dataset: Sequence[dict[str, Any]],
+    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+    accelerator: Accelerator,
+    *,
+    ref_model: nn.Module | None = None,
+    batch_size: int = 8,
+) -> PairEvaluation:
+    """Evaluates preference pairs under a policy and its reference.
+
+    Collective: every process calls it with the same dataset, and makes the same number of forward passes.
+
+    Args:
+        model: The policy, as it is called in training (wrapped by DDP, FSDP or DeepSpeed, or plain).
+        dataset: `n` rows, by index.
+        collate: From a list of rows to the batch of TRL's `DataCollatorForPreference`: `input_ids`, `attention_mask`
+            and `completion_mask` of shape `(2 * rows, length)`, all chosen before all rejected sequences; optionally
+            `ref_chosen_logps` and `ref_rejected_logps` of shape `(rows,)`.
+        accelerator: The accelerator that `model` was prepared with.
+        ref_model: The reference policy. None: for a PEFT model the adapter `"ref"` if there is one, else the base
+            model with adapters disabled; for any other model the log-probabilities that come with the batch.
+        batch_size: Pairs a process and forward pass.
+
+    Raises:
+        ValueError: if there is no reference of any kind, no row, or the model's output can't be rebuilt from its
+            hidden states and output embedding.
+    """
+    chosen, rejected = _evaluate(model, dataset, collate, accelerator, ref_model, batch_size, sequences_per_row=2)
+    return PairEvaluation(chosen, rejected)
+
+
+def evaluate_sequences(
+    model: nn.Module,
+    dataset: Sequence[dict[str, Any]],
+    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+    accelerator: Accelerator,
+    *,
+    ref_model: nn.Module | None = None,
+    batch_size: int = 8,
+) -> SequenceEvaluation:
+    """Evaluates single sequences: as `evaluate_pairs`, for batches that hold one sequence a row.
+
+    The batch has `input_ids` and `labels` of shape `(rows, length)`, labels -100 where a token is not evaluated.
+    """
+    return _evaluate(model, dataset, collate, accelerator, ref_model, batch_size, sequences_per_row=1)[0]
+
+
+def _evaluate(
+    model: nn.Module,
+    dataset: Sequence[dict[str, Any]],
+    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+    accelerator: Accelerator,
+    ref_model: nn.Module | None,
+    batch_size: int,
+    sequences_per_row: int,
+) -> list[SequenceEvaluation]:
+    n = len(dataset)
+    if n == 0:
+        raise ValueError("`dataset` has no rows to evaluate: pass a dataset with at least one row.")
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            f"Drift can't be measured under tensor, context or sequence parallelism ({parallelism}): the processes of "
+            "one group would be handed different rows. Use data parallelism alone, or set `drift_metrics=False`."
+        )
+    world, rank = accelerator.num_processes, accelerator.process_index
+    batch_size = min(batch_size, math.ceil(n / world))
+    steps = math.ceil(n / (batch_size * world))
+    has_kl = ref_model is not None or is_peft_model(accelerator.unwrap_model(model))
+
+    models = [m for m in (model, ref_model) if m is not None]
+    was_training = [m.training for m in models]
+    for m in models:
+        m.eval()
+    table = []
+    try:
+        for step in range(steps):
+            start = (step * world + rank) * batch_size
+            # Rows past the end are replaced by earlier ones, so that every process makes the same number of forward
+            # passes (ZeRO-3 and FSDP gather weights in each); the surplus is cut off below.
+            batch = collate([dataset[i % n] for i in range(start, start + batch_size)])
+            scores = _score_batch(model, ref_model, batch, accelerator, check=step == 0)
+            table.append(scores.view(4, sequences_per_row, batch_size).permute(2, 0, 1))
+    finally:
+        for m, training in zip(models, was_training, strict=True):
+            m.train(training)
+
+    table = torch.stack(table)  # (steps, rows, 4, sequences)
+    if world > 1:
+        table = accelerator.gather(table.to(accelerator.device)).cpu()
+    # Gathered process by process; the dataset goes step by step, and within a step process by process
+    table = table.view(world, steps, batch_size, 4, sequences_per_row).transpose(0, 1).flatten(0, 2)[:n]
+    logps, logratio, tokens, kl = table.unbind(1)
+    return [
+        SequenceEvaluation(logps[:, i], logratio[:, i], tokens[:, i].long(), kl[:, i] if has_kl else None)
+        for i in range(sequences_per_row)
+    ]
+
+
+def _score_batch(
+    model: nn.Module, ref_model: nn.Module | None, batch: dict[str, Any], accelerator: Accelerator, check: bool
+) -> torch.Tensor:
+    """Sums over the tokens of each sequence: logps, logratio, tokens, kl. Shape `(4, sequences)`, float64, CPU."""
+    batch = {k: v.to(accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    ref_logps = [batch.pop(key, None) for key in ("ref_chosen_logps", "ref_rejected_logps")]
+    labels = batch.pop("labels", None)
+    if labels is None:
+        labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
+    mask = labels[:, 1:] != -100
+    targets = labels[:, 1:][mask]
+    rows = mask.nonzero()[:, 0].cpu()
+
+    with torch.no_grad():
+        policy = _forward(model, batch, mask, accelerator)
+        with _reference(model, ref_model, accelerator) as reference:
+            ref = None if reference is None else _forward(reference, batch, mask, accelerator)
+        full_precision = torch.autocast(accelerator.device.type, enabled=False)
+        with full_precision, policy.gathered(), contextlib.nullcontext() if ref is None else ref.gathered():
+            if check:
+                policy.check()
+                if ref is not None:
+                    ref.check()
+            logps, logratio, kl = _score_tokens(policy, ref, targets)
+
+    def total(per_token: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(labels), dtype=torch.float64).index_add_(0, rows, per_token.cpu().double())
+
+    logps, tokens = total(logps), torch.bincount(rows, minlength=len(labels)).double()
+    if ref is not None:
+        return torch.stack([logps, total(logratio), tokens, total(kl)])
+    if ref_logps[0] is None:
+        raise ValueError(
+            "There is no reference to measure the drift from: `ref_model` is None, `model` is not a PEFT model, and "
+            "the batch has no `ref_chosen_logps`. Pass `ref_model`, or precompute the reference log-probabilities."
+        )
+    return torch.stack([logps, logps - torch.cat(ref_logps).cpu().double(), tokens, torch.zeros_like(logps)])
+
+
+def _score_tokens(policy: "_Forward", ref: "_Forward | None", targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Log-probability of each target, its difference to the reference's, and the KL there. Shapes `(tokens,)`."""
+    logps, logratio, kl = [], [], []
+    # Split up front, so that a batch without a single completion token gives one empty chunk
+    for positions in torch.arange(len(targets), device=targets.device).split(CHUNK_TOKENS):
+        target = targets[positions, None]
+        log_p = policy.logits(policy.hidden[positions]).log_softmax(-1)
+        logps.append(log_p.gather(-1, target.to(log_p.device)).squeeze(-1))
+        if ref is not None:
+            log_r = ref.logits(ref.hidden[positions]).log_softmax(-1).to(log_p.device)
+            if log_r.shape != log_p.shape:
+                raise ValueError(
+                    f"`ref_model` has {log_r.shape[-1]} logits a token and the policy {log_p.shape[-1]}: the "
+                    "reference must share the policy's vocabulary. Resize both embeddings alike before training."
+                )
+            logratio.append(logps[-1] - log_r.gather(-1, target.to(log_p.device)).squeeze(-1))
+            # A token the policy never emits adds nothing, also where the reference never emits it (0 · (-inf + inf))
+            kl.append(torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_r)).sum(-1))
+    empty = targets.new_zeros(0, dtype=torch.float32)
+    return tuple(torch.cat(chunks) if chunks else empty for chunks in (logps, logratio, kl))
+
+
+@contextlib.contextmanager
+def _reference(model: nn.Module, ref_model: nn.Module | None, accelerator: Accelerator) -> Iterator[nn.Module | None]:
+    """The model to call as reference, with a PEFT model's adapters set accordingly for the time of the context."""
+    unwrapped = accelerator.unwrap_model(model)
+    if ref_model is not None:
+        yield ref_model
+    elif not is_peft_model(unwrapped):
+        yield None
+    elif "ref" in unwrapped.peft_config:  # TRL's copy of an adapter that training started from
+        active = unwrapped.active_adapter
+        unwrapped.set_adapter("ref")
+        try:
+            yield model
+        finally:
+            unwrapped.set_adapter(active)
+    else:
+        with unwrapped.disable_adapter():
+            yield model
+
+
+@dataclass
+class _Forward:
+    """The hidden states of one forward pass, and what makes logits of them.
+
+    The logits of whole sequences never exist: at a vocabulary of 150,000 they are what does not fit into memory.
+    """
+
+    model: nn.Module
+    name: str
+    hidden: torch.Tensor  # (tokens, hidden size): the positions that predict a completion token
+    last_hidden: torch.Tensor  # (hidden size,): the last position of the first sequence,
+    last_logits: torch.Tensor  # (vocabulary,): and the model's own logits there
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: float
+    softcap: float | None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits in float32. In bf16 their rounding alone is a KL of about 1e-3, as much as a short run drifts."""
+        bias = None if self.bias is None else self.bias.float()
+        logits = nn.functional.linear(hidden.to(self.weight.device).float(), self.weight.float(), bias) * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Makes `weight` and `bias` whole for the time of the context, whatever shards them."""
+        with contextlib.ExitStack() as stack:
+            if isinstance(self.model, FullyShardedDataParallel):
+                stack.enter_context(FullyShardedDataParallel.summon_full_params(self.model, False, writeback=False))
+            sharded = self.weight, self.bias
+            self.weight, self.bias = stack.enter_context(whole(*sharded))
+            try:
+                yield
+            finally:
+                self.weight, self.bias = sharded
+
+    def check(self) -> None:
+        """Compares with the model's own logits, so that an unknown step between hidden states and logits is seen."""
+        expected = self.last_logits.float()
+        actual = self.logits(self.last_hidden).to(expected.device)
+        # Wide enough for the rounding of bf16 logits; a missing scale or cap is off by far more
+        tolerance = 0.05 * expected.abs().max().item()
+        if expected.isfinite().all() and not torch.allclose(actual, expected, rtol=0.05, atol=tolerance):
+            raise ValueError(
+                f"The logits of {self.name} are not its output embedding times its last hidden state (they differ by "
+                f"{(actual - expected).abs().max().item():.3g}), so its drift can't be measured in chunks. Set "
+                "`drift_metrics=False`."
+            )
+
+
+def _forward(model: nn.Module, inputs: dict[str, Any], mask: torch.Tensor, accelerator: Accelerator) -> _Forward:
+    """Runs `model` without building the logits of more than the last position.
+
+    `mask`, shape `(sequences, length - 1)`, marks the positions whose next token is evaluated.
+    """
+    # A compiled forward does not see the hook
+    model = model._orig_mod if is_compiled_module(model) else model
+    causal = accelerator.unwrap_model(model, keep_torch_compile=False)
+    causal = causal.get_base_model() if is_peft_model(causal) else causal
+    decoder, head, name = causal.get_decoder(), causal.get_output_embeddings(), type(causal).__name__
+    if decoder is causal or head is None or "logits_to_keep" not in inspect.signature(type(causal).forward).parameters:
+        raise ValueError(
+            f"The drift of {name} can't be measured: it must be a causal language model with a decoder "
+            "(`get_decoder()`), an output embedding, and a `logits_to_keep` argument of `forward`. Set "
+            "`drift_metrics=False`."
+        )
+    if hasattr(head, "base_layer"):
+        raise ValueError(
+            f"The drift of {name} can't be measured with a PEFT adapter on its output embedding. Take `lm_head` "
+            "out of `target_modules`, or set `drift_metrics=False`."
+        )
+
+    captured = []
+    handle = decoder.register_forward_hook(lambda _module, _args, output: captured.append(output[0]))
+    try:
+        with accelerator.autocast():
+            logits = model(**inputs, use_cache=False, logits_to_keep=1).logits
+    finally:
+        handle.remove()
+    # Prompt-learning adapters put virtual tokens in front: keep the positions of the real ones
+    hidden = captured[-1][:, -mask.shape[1] - 1 :]
+
+    config = causal.config.get_text_config()
+    return _Forward(
+        model=model,
+        name=name,
+        hidden=hidden[:, :-1][mask],
+        last_hidden=hidden[0, -1],
+        last_logits=logits[0, -1],
+        weight=head.weight,
+        bias=getattr(head, "bias", None),
+        scale=_logit_scale(config),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _logit_scale(config: Any) -> float:
+    """The factor between head output and logits, by the names it has in configs (as TRL's `add_fused_lm_head`)."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return scaling if config.model_type == "hyperclovax" else 1 / scaling
