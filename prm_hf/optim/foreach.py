@@ -1,0 +1,157 @@
+"""The multi-tensor implementation of PRM's step: the numbers of `_single_tensor_*` in `prm.py`, in fewer launches."""
+
+import torch
+from torch import Tensor
+
+from . import masks
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """Σx² as a 0-dim tensor, accumulated in float64.
+
+    Not in float32: the debiased estimator subtracts two such sums that are nearly equal where there is only noise, and
+    a sum must not depend on how a tensor is split over processes.
+    """
+    return torch.linalg.vector_norm(x, dtype=masks.statistics_dtype(x.device)).square()
+
+
+def _multi_tensor_moments(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grad_vars: list[Tensor],
+    c: masks.StepScalars,
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    rho: float,
+    weight_decay: float,
+    mask: str,
+    reduction: str,
+    estimator: str,
+    decoupled_weight_decay: bool,
+    maximize: bool,
+    **_,
+) -> Tensor | None:
+    """Weight decay, m, v and, for `per_param`, s. For `per_tensor` returns Σ(g - center)² and Σm², (tensors, 2)."""
+    if maximize:
+        grads = torch._foreach_neg(grads)
+    if weight_decay != 0:
+        if decoupled_weight_decay:
+            torch._foreach_mul_(params, 1 - lr * weight_decay)
+        else:
+            grads = torch._foreach_add(grads, params, alpha=weight_decay)
+    deviations = None
+    if mask != "none":
+        if estimator == "debiased":
+            centers = torch._foreach_mul(exp_avgs, c.center)
+            deviations = torch._foreach_sub(grads, centers)
+            del centers
+        else:
+            deviations = torch._foreach_sub(grads, exp_avgs)
+    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+    torch._foreach_mul_(exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
+    if mask == "none":
+        return None
+    if reduction == "per_param":
+        torch._foreach_mul_(deviations, deviations)
+        torch._foreach_mul_(deviations, c.weight)
+        torch._foreach_mul_(grad_vars, rho)
+        torch._foreach_add_(grad_vars, deviations)
+        return None
+    dtype = masks.statistics_dtype(params[0].device)
+    norms = [torch.stack(torch._foreach_norm(tensors, 2, dtype)) for tensors in (deviations, exp_avgs)]
+    return torch.stack(norms, dim=1).square()
+
+
+def _multi_tensor_update(
+    params: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    grad_vars: list[Tensor],
+    q: Tensor | None,
+    c: masks.StepScalars,
+    *,
+    lr: float | Tensor,
+    eps: float,
+    mask: str,
+    amsgrad: bool,
+    **hyper,
+) -> None:
+    """w ← w - lr · q · m̂ / (√v̂ + eps), with `q` one a tensor, or from `grad_vars` for each scalar parameter."""
+    if amsgrad:
+        torch._foreach_maximum_(max_exp_avg_sqs, exp_avg_sqs)
+        exp_avg_sqs = max_exp_avg_sqs
+    updates = exp_avgs
+    if q is not None:
+        updates = torch._foreach_mul(exp_avgs, list(q.to(exp_avgs[0].dtype).unbind()))
+    elif mask != "none":
+        updates = _multi_tensor_masks(exp_avgs, grad_vars, c, mask=mask, **hyper)
+        torch._foreach_mul_(updates, exp_avgs)
+    denoms = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_div_(denoms, [x**0.5 for x in c.bias2])
+    torch._foreach_add_(denoms, eps)
+    step_sizes = [-lr / x for x in c.bias1]
+    if isinstance(step_sizes[0], Tensor):
+        torch._foreach_div_(updates := torch._foreach_mul(updates, step_sizes), denoms)
+        torch._foreach_add_(params, updates)
+    else:
+        torch._foreach_addcdiv_(params, updates, denoms, step_sizes)
+
+
+def _multi_tensor_masks(
+    exp_avgs: list[Tensor],
+    grad_vars: list[Tensor],
+    c: masks.StepScalars,
+    *,
+    mask: str,
+    estimator: str,
+    softness: float,
+    alpha: float,
+    mask_eps: float,
+    beta1: float,
+    rho: float,
+    bias_correction: bool,
+    **_,
+) -> list[Tensor]:
+    """[`masks.compute_mask`] for `reduction="per_param"` on lists, in place where it can be."""
+    signals = torch._foreach_mul(exp_avgs, exp_avgs)
+    torch._foreach_mul_(signals, c.signal)
+    noises = torch._foreach_mul(grad_vars, c.noise)
+    if estimator == "debiased":
+        torch._foreach_sub_(signals, noises)
+        torch._foreach_clamp_min_(signals, 0)
+    else:
+        first_ratio = masks.first_noise_ratio(beta1, rho, bias_correction)
+        _overwrite(noises, c.first, lambda i: signals[i] * first_ratio)
+
+    if mask == "snr":
+        torch._foreach_mul_(noises, softness * alpha)
+        torch._foreach_add_(noises, signals)
+        torch._foreach_add_(noises, mask_eps)
+        torch._foreach_div_(signals, noises)
+    else:
+        torch._foreach_sub_(signals, torch._foreach_mul(noises, alpha))
+        torch._foreach_clamp_min_(signals, 0)
+        if mask == "hard":
+            torch._foreach_sign_(signals)
+        else:
+            torch._foreach_mul_(noises, softness)
+            torch._foreach_add_(noises, signals)
+            torch._foreach_add_(noises, mask_eps)
+            torch._foreach_div_(signals, noises)
+    _overwrite(signals, c.open, lambda i: torch.ones_like(signals[i]))
+    return signals
+
+
+def _overwrite(tensors: list[Tensor], conditions: list, value) -> None:
+    """tensors[i] ← value(i) where conditions[i] holds; with tensor conditions without reading them on the host."""
+    for i, condition in enumerate(conditions):
+        if isinstance(condition, Tensor):
+            tensors[i].copy_(torch.where(condition, value(i), tensors[i]))
+        elif condition:
+            tensors[i].copy_(value(i))

@@ -1,0 +1,146 @@
+"""The mask q in [0, 1] from the moments of the gradient: signal S, noise N, boundary alpha, and nothing else.
+
+Everything here is a pure function. `mean_sq` and `var` are either tensors of the parameter's shape
+(`reduction="per_param"`: m² and s of each scalar parameter) or vectors with one entry a tensor
+(`reduction="per_tensor"`: their means over the tensor), so that both reductions share one definition.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+MASKS = ("snr", "soft", "hard", "none")
+REDUCTIONS = ("per_param", "per_tensor")
+ESTIMATORS = ("ema", "debiased")
+BOUNDARIES = ("batch", "empirical")
+
+# Keeps 0/0 out of the mask and changes nothing else: the smallest normal float32. Language-model gradients have
+# m² far below Adam's eps of 1e-8, so a mask that shares that eps is closed by it and not by the noise.
+SCALE_FREE_EPS = torch.finfo(torch.float32).tiny
+
+
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """float64, in which sums over a tensor and per-tensor masks are computed; Apple's GPUs have float32 alone."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def boundary_alpha(boundary: str, alpha: float | None, batch_size: int | None, n_dataset: int | None) -> float:
+    """The factor alpha between a signal that counts and the noise of the batch mean.
+
+    1 for fresh batches (`"batch"`), b/(n-b) for batches of b drawn from n examples (`"empirical"`); a number given as
+    `alpha` overrides both. Source: Litman & Guo, arXiv 2605.01172, eq. 245.
+    """
+    if alpha is not None:
+        return alpha
+    return batch_size / (n_dataset - batch_size) if boundary == "empirical" else 1.0
+
+
+def averaging_variance(beta1: float, t: Tensor) -> Tensor:
+    """kappa_t: the variance of the bias-corrected EMA of t independent gradients, relative to that of one of them.
+
+    kappa_1 = 1 and kappa_inf = (1-beta1)/(1+beta1), 1/19 at beta1 = 0.9.
+    """
+    return (1 - beta1) / (1 + beta1) * (1 + beta1**t) / (1 - beta1**t)
+
+
+class StepScalars(NamedTuple):
+    """What step t contributes to the formulas: one entry a parameter tensor, floats or 0-dim tensors."""
+
+    bias1: list | Tensor  # m_hat = m / bias1
+    bias2: list | Tensor  # v_hat = v / bias2
+    center: list | Tensor  # the variance is taken around center * m_prev ...
+    weight: list | Tensor  # ... and enters s with this weight
+    signal: list | Tensor  # m_hat^2 = signal * m^2
+    noise: list | Tensor  # N = noise * s
+    first: list | Tensor  # t = 1
+    open: list | Tensor  # still in `warmup_steps`: q = 1
+
+    def select(self, index) -> "StepScalars":
+        """The entries of one parameter tensor (an int) or of several (a slice)."""
+        return StepScalars(*(field[index] for field in self))
+
+
+def step_scalars(
+    t: Tensor, *, beta1: float, beta2: float, rho: float, estimator: str, bias_correction: bool, warmup_steps: int
+) -> StepScalars:
+    """The scalars of step `t` (a vector, one entry a parameter tensor, counted from 1), computed in t's dtype."""
+    one = torch.ones_like(t)
+    bias1 = 1 - beta1**t
+    if estimator == "debiased":
+        # The estimate is bias-corrected by definition, whatever `bias_correction` says of the update. It starts at
+        # t = 2, with the first gradient that has a mean to be compared with; until then S = N = 0, hence q = 0.
+        seen = t > 1
+        before = torch.where(seen, t - 1, one)
+        center = torch.where(seen, 1 / (1 - beta1**before), one)
+        weight = torch.where(seen, (1 - rho) / (1 + averaging_variance(beta1, before)), 0 * one)
+        noise = torch.where(seen, averaging_variance(beta1, t) / (1 - rho**before), 0 * one)
+        signal = torch.where(seen, 1 / bias1**2, 0 * one)
+    else:
+        center = one
+        weight = (1 - rho) * one
+        noise = 1 / (1 - rho**t) if bias_correction else one
+        signal = 1 / bias1**2 if bias_correction else one
+    return StepScalars(
+        bias1=bias1 if bias_correction else one,
+        bias2=1 - beta2**t if bias_correction else one,
+        center=center,
+        weight=weight,
+        signal=signal,
+        noise=noise,
+        first=t == 1,
+        open=t <= warmup_steps,
+    )
+
+
+def first_noise_ratio(beta1: float, rho: float, bias_correction: bool) -> float:
+    """N/S of the `"ema"` estimator at t = 1, where both come from the one gradient seen: 1 when bias-corrected.
+
+    Without the correction it is (1-rho)/(1-beta1)², which the defaults also make 1: rounded, so that a tie stays one
+    and floating point does not decide a hard mask.
+    """
+    return 1.0 if bias_correction else round((1 - rho) / (1 - beta1) ** 2, 12)
+
+
+def _where(condition, yes, no):
+    return torch.where(condition, yes, no) if isinstance(condition, Tensor) else (yes if condition else no)
+
+
+def signal_and_noise(
+    mean_sq: Tensor, var: Tensor, c: StepScalars, *, estimator: str, first_ratio: float
+) -> tuple[Tensor, Tensor]:
+    """S and N from m² and s (or their means over a tensor)."""
+    signal, noise = mean_sq * c.signal, var * c.noise
+    if estimator == "debiased":
+        return (signal - noise).clamp(min=0), noise
+    return signal, _where(c.first, signal * first_ratio, noise)
+
+
+def mask_values(signal: Tensor, noise: Tensor, *, mask: str, alpha: float, softness: float, mask_eps: float) -> Tensor:
+    """q from S and N. Source: Litman & Guo, arXiv 2605.01172, eqs. 241-243 (`hard`, `soft`, `snr`)."""
+    if mask == "snr":
+        return signal / (signal + softness * alpha * noise + mask_eps)
+    excess = signal - alpha * noise
+    if mask == "hard":
+        return (excess > 0).to(signal.dtype)
+    excess = excess.clamp(min=0)
+    return excess / (excess + softness * noise + mask_eps)
+
+
+def compute_mask(
+    mean_sq: Tensor,
+    var: Tensor,
+    c: StepScalars,
+    *,
+    mask: str,
+    estimator: str,
+    alpha: float,
+    softness: float,
+    mask_eps: float,
+    first_ratio: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, S and N at one step, each of the shape of `mean_sq`."""
+    signal, noise = signal_and_noise(mean_sq, var, c, estimator=estimator, first_ratio=first_ratio)
+    q = mask_values(signal, noise, mask=mask, alpha=alpha, softness=softness, mask_eps=mask_eps)
+    return _where(c.open, torch.ones_like(q), q), signal, noise

@@ -1,0 +1,612 @@
+"""The optimizer against an independent float64 reference, torch's AdamW, and the statistics it claims to estimate."""
+
+import copy
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from prm_hf.optim import PRM, masks, prm
+
+from .reference_prm import ReferenceTensor
+
+
+SHAPES = [(7, 5), (), (0,), (13,), (3, 4, 2)]
+SKIPS_STEPS = 3  # position of the parameter that has no gradient in some steps
+COMBINATIONS = list(
+    itertools.product(masks.MASKS, masks.REDUCTIONS, masks.ESTIMATORS, [{}, {"boundary": "empirical"}])
+)
+VARIANTS = {
+    "plain": {},
+    "amsgrad": {"amsgrad": True},
+    "coupled_weight_decay": {"decoupled_weight_decay": False},
+    "no_bias_correction": {"bias_correction": False},
+    "maximize": {"maximize": True},
+    "warmup": {"warmup_steps": 3},
+    "alpha": {"alpha": 0.05, "softness": 0.5},
+    "published_eps": {"mask_eps": 1e-8},
+    "betas_rho": {"betas": (0.0, 0.9), "rho": 0.5},
+}
+
+
+def schedule(t, steps=50):
+    """Warm-up, a plateau, a jump and a cosine: what a scheduler may do to lr."""
+    if t < 5:
+        return 1e-2 * (t + 1) / 5
+    return 1e-2 if t < 20 else 5e-3 * (1 + np.cos(np.pi * t / steps)) * (2 if t == 30 else 1)
+
+
+def random_gradient(shape, i, generator):
+    return torch.randn(shape, generator=generator) * 0.3 + 0.1 * (i + 1)
+
+
+def train(optimizer, params, steps=50, references=None, seed=1, start=0, before_step=None, **reference_settings):
+    generator = torch.Generator().manual_seed(seed)
+    for t in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(t)
+        for i, p in enumerate(params):
+            g = random_gradient(p.shape, i, generator).to(p.dtype)
+            p.grad = None if i == SKIPS_STEPS and t % 3 == 1 else g
+        if t < start:  # only draw: a resumed run sees the gradients of its own steps
+            continue
+        if before_step is not None:
+            before_step(t)
+        if references is not None:
+            for p, reference in zip(params, references, strict=True):
+                if p.grad is not None:
+                    reference.step(p.grad.double().numpy(), lr=schedule(t), **reference_settings)
+        optimizer.step()
+
+
+def make_params(dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in SHAPES]
+
+
+def assert_close(p, expected, tolerance):
+    expected = np.asarray(expected)
+    actual = p.detach().double().numpy()
+    assert actual.shape == expected.shape
+    if expected.size:
+        scale = max(np.abs(expected).max(), 1.0)  # the weights start at order one, some end near zero
+        assert np.abs(actual - expected).max() <= tolerance * scale, (actual, expected)
+
+
+@pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_float64_reference(variant, foreach):
+    for mask, reduction, estimator, boundary in COMBINATIONS:
+        settings = {"mask": mask, "reduction": reduction, "estimator": estimator, "weight_decay": 0.1}
+        settings |= VARIANTS[variant]
+        if boundary:
+            settings |= boundary | {"batch_size": 8, "n_dataset": 100}
+        params = make_params()
+        references = [ReferenceTensor(p.detach().numpy()) for p in params]
+        optimizer = PRM(params, foreach=foreach, **settings)
+        train(optimizer, params, references=references, **settings)
+        for p, reference in zip(params, references, strict=True):
+            assert_close(p, reference.w, 1e-6)
+
+
+@pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
+def test_float64_parameters_equal_reference_to_rounding(foreach):
+    for mask, reduction, estimator, _ in COMBINATIONS:
+        settings = {"mask": mask, "reduction": reduction, "estimator": estimator}
+        params = make_params(torch.float64)
+        references = [ReferenceTensor(p.detach().numpy()) for p in params]
+        train(PRM(params, foreach=foreach, **settings), params, references=references, **settings)
+        for p, reference in zip(params, references, strict=True):
+            assert_close(p, reference.w, 1e-12)
+
+
+@pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"amsgrad": True}, {"maximize": True}, {"weight_decay": 0.0}],
+    ids=lambda s: next(iter(s), "plain"),
+)
+def test_no_mask_is_adamw_bit_for_bit(settings, foreach):
+    ours, theirs = make_params(), make_params()
+    train(PRM(ours, mask="none", foreach=foreach, **settings), ours)
+    train(torch.optim.AdamW(theirs, foreach=foreach, **settings), theirs)
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_coupled_weight_decay_without_mask_is_adam():
+    ours, theirs = make_params(), make_params()
+    train(PRM(ours, mask="none", weight_decay=0.1, decoupled_weight_decay=False), ours)
+    train(torch.optim.Adam(theirs, weight_decay=0.1), theirs)
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_groups_keep_their_own_settings():
+    """A router or a norm can be left at mask="none" beside masked groups; each group follows its own reference."""
+    per_group = [
+        {"mask": "none"},
+        {"mask": "hard", "alpha": 0.1, "rho": 0.9},
+        {"estimator": "debiased", "reduction": "per_tensor", "softness": 0.3},
+        {"mask": "soft", "mask_eps": 1e-4, "warmup_steps": 2},
+        {"reduction": "per_tensor", "boundary": "empirical", "batch_size": 4, "n_dataset": 64},
+    ]
+    params = make_params()
+    references = [ReferenceTensor(p.detach().numpy()) for p in params]
+    optimizer = PRM([{"params": [p], **settings} for p, settings in zip(params, per_group, strict=True)])
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        for i, (p, reference) in enumerate(zip(params, references, strict=True)):
+            p.grad = random_gradient(p.shape, i, generator)
+            reference.step(p.grad.numpy(), **per_group[i])
+        optimizer.step()
+    for p, reference in zip(params, references, strict=True):
+        assert_close(p, reference.w, 1e-6)
+
+
+@pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_low_precision_parameters(dtype, foreach):
+    """The state is float32 and the update is computed in float32: each step is the float32 step, rounded once."""
+    for reduction, estimator in itertools.product(masks.REDUCTIONS, masks.ESTIMATORS):
+        params = make_params(dtype)
+        optimizer = PRM(params, reduction=reduction, estimator=estimator, foreach=foreach)
+        shadows = [p.detach().float().requires_grad_() for p in params]
+        shadow_optimizer = PRM(shadows, reduction=reduction, estimator=estimator, foreach=foreach)
+
+        def step_shadow(t, params=params, shadows=shadows, shadow_optimizer=shadow_optimizer):
+            for p, shadow in zip(params, shadows, strict=True):
+                shadow.data.copy_(p.data.float())
+                shadow.grad = None if p.grad is None else p.grad.float()
+            shadow_optimizer.param_groups[0]["lr"] = schedule(t)
+            shadow_optimizer.step()
+
+        train(optimizer, params, steps=20, before_step=step_shadow)
+        for p, shadow in zip(params, shadows, strict=True):
+            assert torch.equal(p, shadow.to(dtype))
+            state = {k: v for k, v in optimizer.state[p].items() if k in ("exp_avg", "exp_avg_sq")}
+            assert {v.dtype for v in state.values()} == {torch.float32}
+
+
+def test_per_tensor_state_is_adamw_plus_a_scalar():
+    params = make_params()
+    optimizer, adamw = PRM(params, reduction="per_tensor"), torch.optim.AdamW(params)
+    train(optimizer, params, steps=1)
+    adamw.step()
+    for p in params:
+        ours, theirs = optimizer.state[p], adamw.state[p]
+        extra = sum(v.nbytes for v in ours.values()) - sum(v.nbytes for v in theirs.values())
+        assert ours["grad_var"].shape == () and extra <= 16
+        assert set(ours) == {*theirs, "grad_var"}
+
+
+def test_grad_var_is_the_variance_of_the_batch_mean():
+    """s estimates Var(batch mean) = Σ_B/(b-1) by itself: dividing it by (b-1) once more would be wrong.
+
+    A linear model at fixed weights, whose per-example gradients are all known: batches of b drawn with replacement.
+    Σ_B, the population variance within a batch, has mean σ²(b-1)/b, so Σ_B/(b-1) has mean σ²/b = Var(batch mean).
+    """
+    rng = np.random.default_rng(0)
+    n, d, b, steps = 512, 6, 8, 6000
+    x, y, w = rng.normal(size=(n, d)), rng.normal(size=n), rng.normal(size=d)
+    per_example = 2 * (x @ w - y)[:, None] * x
+    groups = [
+        {"params": [torch.zeros(d, requires_grad=True, dtype=torch.float64)], "estimator": e, "reduction": r}
+        for e, r in itertools.product(masks.ESTIMATORS, masks.REDUCTIONS)
+    ]
+    optimizer = PRM(groups, lr=0.0, rho=0.99)
+    seen, within = [], []
+    for t in range(steps):
+        batch = per_example[rng.integers(n, size=b)]
+        within.append(batch.var(axis=0) / (b - 1))
+        for group in groups:
+            group["params"][0].grad = torch.from_numpy(batch.mean(axis=0))
+        optimizer.step()
+        if t >= 500:
+            seen.append([optimizer.state[g["params"][0]]["grad_var"].numpy().copy() for g in groups])
+    expected = np.mean(within, axis=0)
+    for group, values in zip(groups, zip(*seen, strict=True), strict=True):
+        # E[(g - m)²] exceeds Var(g) by the variance of m, a factor 1 + κ that the debiased estimator divides out.
+        factor = 1.0 if group["estimator"] == "debiased" else 1 + 0.1 / 1.9
+        target = factor * (expected if group["reduction"] == "per_param" else expected.mean())
+        np.testing.assert_allclose(np.mean(values, axis=0), target, rtol=0.1)  # sampling error about 2.5 %
+
+
+def test_noise_floor_and_what_debiasing_does_to_it():
+    """Pure noise: "ema" has S/N near 1/20 whatever happens; the debiased S - noise has mean zero."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.zeros(20_000, requires_grad=True)
+    q = torch.zeros(20_000, requires_grad=True)
+    ema, debiased = (PRM([x], lr=0.0, reduction="per_tensor", estimator=e) for x, e in ((p, "ema"), (q, "debiased")))
+    excess = []
+    for t in range(400):
+        p.grad = torch.randn(p.shape, generator=generator)
+        q.grad = p.grad.clone()
+        ema.step(), debiased.step()
+        if t >= 200:
+            m, s, steps = (debiased.state[q][k].double() for k in ("exp_avg", "grad_var", "step"))
+            kappa = masks.averaging_variance(0.9, steps)
+            excess.append((m.square().mean() / (1 - 0.9**steps) ** 2 - kappa * s / (1 - 0.99 ** (steps - 1))).item())
+    assert ema.get_mask_stats()["mean_q"] == pytest.approx(0.05 / 1.05, rel=0.02)
+    assert abs(np.mean(excess)) < 3e-4  # 0.05 without the correction; the sampling error is about 1e-4
+    assert debiased.get_mask_stats()["mean_q"] < 0.02
+
+
+@pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
+@pytest.mark.parametrize("bias_correction", [True, False])
+@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+def test_rounding_does_not_decide_the_first_mask(reduction, bias_correction, foreach):
+    """At t = 1 with "ema" S = N in exact arithmetic: hard is 1 if α < 1, else 0, for every gradient."""
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(10_000, generator=generator) * 10 ** torch.empty(10_000).uniform_(-6, 3)
+    for alpha, moves in ((0.999, True), (1.0, False), (1.5, False)):
+        p = torch.zeros(10_000, requires_grad=True)
+        p.grad = gradient.clone()
+        arguments = {"mask": "hard", "alpha": alpha, "reduction": reduction, "foreach": foreach}
+        optimizer = PRM([p], bias_correction=bias_correction, **arguments)
+        optimizer.step()
+        assert bool((p != 0).all()) is moves and bool((p == 0).all()) is not moves
+        assert optimizer.get_mask_stats()["mean_q"] == float(moves)
+
+
+@pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
+def test_no_signal_and_no_noise_closes_the_mask(foreach):
+    for mask, reduction, estimator in itertools.product(["snr", "soft", "hard"], masks.REDUCTIONS, masks.ESTIMATORS):
+        p = torch.ones(5, requires_grad=True)
+        optimizer = PRM([p], mask=mask, reduction=reduction, estimator=estimator, weight_decay=0.0, foreach=foreach)
+        for _ in range(3):
+            p.grad = torch.zeros(5)
+            optimizer.step()
+        assert torch.equal(p.detach(), torch.ones(5))
+        assert optimizer.get_mask_stats()["max_q"] == 0.0
+
+
+def test_tiny_gradients_are_masked_by_noise_and_not_by_eps():
+    """The default ε_q is scale-free: the mask of gradients scaled by 1e-6 is the mask of the gradients."""
+    means = {}
+    for scale, mask_eps in itertools.product((1.0, 1e-6), (None, 1e-8)):
+        params = make_params()
+        optimizer = PRM(params, reduction="per_tensor", mask_eps=mask_eps)
+        train(optimizer, params, before_step=lambda t, params=params, scale=scale: scale_gradients(params, scale))
+        means[scale, mask_eps] = optimizer.get_mask_stats()["mean_q"]
+    assert means[1e-6, None] == pytest.approx(means[1.0, None], rel=1e-4)
+    assert means[1e-6, 1e-8] < 0.01 * means[1.0, 1e-8]
+
+
+def scale_gradients(params, scale):
+    for p in params:
+        if p.grad is not None:
+            p.grad.mul_(scale)
+
+
+def test_kappa():
+    """κ_t against the variance of an average that is written out weight by weight."""
+    for beta, t in itertools.product((0.0, 0.5, 0.9, 0.99), (1, 2, 5, 300)):
+        weights = (1 - beta) * beta ** np.arange(t)
+        expected = (weights**2).sum() / weights.sum() ** 2
+        assert masks.averaging_variance(beta, torch.tensor(float(t), dtype=torch.float64)).item() == pytest.approx(
+            expected, rel=1e-12
+        )
+
+
+@pytest.mark.parametrize("per_tensor", [False, True], ids=["per_param", "per_tensor"])
+def test_mask_stats_equal_the_reference(per_tensor):
+    for mask, estimator in itertools.product(masks.MASKS, masks.ESTIMATORS):
+        settings = {"mask": mask, "estimator": estimator, "reduction": masks.REDUCTIONS[per_tensor]}
+        params = make_params()
+        references = [ReferenceTensor(p.detach().numpy()) for p in params]
+        optimizer = PRM(params, **settings)
+        train(optimizer, params, references=references, steps=12, **settings)
+        stats = optimizer.get_mask_stats()
+        q, signal, noise = (
+            np.concatenate([getattr(r, name).ravel() for r in references]) for name in ("q", "signal", "noise")
+        )
+        expected = {
+            "mean_q": q.mean(),
+            "active_fraction": (q > 0).mean(),
+            "min_q": q.min(),
+            "max_q": q.max(),
+            "parameter_count": q.size,
+            "nonfinite_count": 0,
+        }
+        if mask != "none":
+            expected |= {
+                "noise_scale": noise.mean(),
+                "signal_sq": signal.mean(),
+                "snr": signal.mean() / noise.mean(),
+            }
+        for key, value in expected.items():
+            assert stats[key] == pytest.approx(value, rel=1e-5, abs=1e-12), key
+        if mask == "none":
+            assert np.isnan([stats[key] for key in ("noise_scale", "signal_sq", "snr")]).all()
+
+
+def test_mask_stats_per_group_and_before_the_first_step():
+    params = make_params()
+    optimizer = PRM([{"params": params[:2], "mask": "none"}, {"params": params[2:]}], reduction="per_tensor")
+    empty = optimizer.get_mask_stats()
+    assert empty["parameter_count"] == 0 and np.isnan(empty["mean_q"])
+    train(optimizer, params, steps=3)
+    groups = optimizer.get_mask_stats(per_group=True)
+    assert [g["parameter_count"] for g in groups] == [36, 37]
+    assert groups[0]["mean_q"] == 1.0 and 0 < groups[1]["mean_q"] < 1
+    total = optimizer.get_mask_stats()
+    assert total["mean_q"] == pytest.approx((36 * 1 + 37 * groups[1]["mean_q"]) / 73)
+
+
+@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nonfinite_gradients_follow_adamw_and_are_counted(bad, reduction):
+    ours, theirs = torch.ones(6, requires_grad=True), torch.ones(6, requires_grad=True)
+    other = torch.ones(4, requires_grad=True)
+    optimizer, adamw = PRM([ours, other], reduction=reduction), torch.optim.AdamW([theirs])
+    for _ in range(2):
+        for p in (ours, theirs):
+            p.grad = torch.linspace(1, 2, 6)
+            p.grad[2] = bad
+        other.grad = torch.ones(4)
+        optimizer.step(), adamw.step()
+    poisoned = ~torch.isfinite(ours)
+    assert bool((poisoned >= ~torch.isfinite(theirs)).all())  # wherever AdamW shows it, PRM does
+    assert optimizer.get_mask_stats()["nonfinite_count"] == 1
+    assert torch.isfinite(other).all()  # and it stays in its tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
+def test_resume_is_bit_exact(dtype, foreach):
+    for reduction, estimator, amsgrad in itertools.product(masks.REDUCTIONS, masks.ESTIMATORS, [False, True]):
+        settings = {"reduction": reduction, "estimator": estimator, "amsgrad": amsgrad, "foreach": foreach}
+        whole = make_params(dtype)
+        train(PRM(whole, **settings), whole, steps=12)
+
+        params = make_params(dtype)
+        optimizer = PRM(params, **settings)
+        train(optimizer, params, steps=7)
+        saved = copy.deepcopy(optimizer.state_dict())
+        resumed = [p.detach().clone().requires_grad_() for p in params]
+        fresh = PRM(resumed, **settings)
+        fresh.load_state_dict(saved)
+        for old, new in zip(params, resumed, strict=True):
+            for key, value in optimizer.state[old].items():
+                assert fresh.state[new][key].dtype == value.dtype and torch.equal(fresh.state[new][key], value)
+                assert fresh.state[new][key] is not value
+        train(fresh, resumed, steps=12, start=7)
+        for p, q in zip(whole, resumed, strict=True):
+            assert torch.equal(p, q)
+
+
+def test_old_checkpoints_without_newer_keys_load():
+    params = make_params()
+    optimizer = PRM(params, softness=0.5)
+    train(optimizer, params, steps=2)
+    saved = optimizer.state_dict()
+    for key in ("estimator", "mask_eps", "alpha", "fused", "capturable"):
+        del saved["param_groups"][0][key]
+    for state in saved["state"].values():
+        state["step"] = float(state["step"])  # torch kept a number here once
+    fresh = PRM(params, estimator="debiased")
+    fresh.load_state_dict(saved)
+    assert fresh.param_groups[0]["softness"] == 0.5 and fresh.param_groups[0]["mask_eps"] is None
+    assert all(torch.is_tensor(state["step"]) for state in fresh.state.values())
+    train(fresh, params, steps=1)
+
+
+def test_checkpoint_of_the_other_reduction_is_refused():
+    params = make_params()
+    optimizer = PRM(params, reduction="per_param")
+    train(optimizer, params, steps=1)
+    with pytest.raises(ValueError, match=r"group 0 was trained with reduction='per_param'.*'per_tensor'"):
+        PRM(params, reduction="per_tensor").load_state_dict(optimizer.state_dict())
+
+
+def test_pickle_deepcopy_and_added_groups():
+    params = make_params()
+    optimizer = PRM(params[:3], reduction="per_tensor")
+    optimizer.add_param_group({"params": params[3:], "mask": "none", "lr": 1e-4})
+    train(optimizer, params, steps=4)
+    for clone in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
+        assert clone.get_mask_stats() == optimizer.get_mask_stats()
+        copies = [p for group in clone.param_groups for p in group["params"]]
+        train(clone, copies, steps=3, seed=5)
+        mine = [p.detach().clone().requires_grad_() for p in params]
+        again = PRM([{"params": mine[:3]}, {"params": mine[3:], "mask": "none"}], reduction="per_tensor")
+        again.load_state_dict(optimizer.state_dict())
+        train(again, mine, steps=3, seed=5)
+        for p, q in zip(copies, mine, strict=True):
+            assert torch.equal(p, q)
+
+
+def test_lr_schedulers_and_closure():
+    p = torch.ones(3, requires_grad=True)
+    optimizer = PRM([p], lr=0.1, warmup_steps=1)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (p**2).sum()
+        loss.backward()
+        return loss
+
+    losses = []
+    for _ in range(10):
+        losses.append(optimizer.step(closure).item())
+        scheduler.step()
+    assert losses[-1] < losses[0]
+
+
+def test_gradient_clipping_and_grad_scaler():
+    """Under GradScaler the step sees unscaled, clipped gradients, and a step that overflowed changes nothing."""
+    p, plain = (torch.ones(4, requires_grad=True) for _ in range(2))
+    optimizer, plain_optimizer = PRM([p], reduction="per_tensor"), PRM([plain], reduction="per_tensor")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for t in range(6):
+        x = torch.linspace(1, 2, 4) * (t + 1)
+        optimizer.zero_grad(), plain_optimizer.zero_grad()
+        scaler.scale((p * x).sum()).backward()
+        if t == 3:
+            p.grad[0] = float("inf")
+        else:
+            (plain * x).sum().backward()
+            torch.nn.utils.clip_grad_norm_([plain], 1.0)
+            plain_optimizer.step()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_([p], 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+    assert torch.equal(p, plain)
+    assert optimizer.state[p]["step"] == 5
+
+
+@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+@pytest.mark.parametrize("estimator", masks.ESTIMATORS)
+def test_capturable_equals_the_ordinary_step(estimator, reduction):
+    for mask, foreach in itertools.product(masks.MASKS, [False, True]):
+        results = []
+        for capturable in (False, True):
+            params = make_params()
+            settings = {"mask": mask, "reduction": reduction, "estimator": estimator, "warmup_steps": 2}
+            train(PRM(params, foreach=foreach, capturable=capturable, **settings), params, steps=10)
+            results.append(params)
+        for p, q in zip(*results, strict=True):
+            assert_close(p, q.detach().double().numpy(), 1e-6)
+
+
+def test_tensor_learning_rate():
+    results = []
+    for lr, foreach, capturable in (
+        (1e-2, False, False),
+        (torch.tensor(1e-2), None, False),
+        (torch.tensor(1e-2), True, True),
+    ):
+        p = torch.linspace(-1, 1, 9).requires_grad_()
+        optimizer = PRM([p], lr=lr, foreach=foreach, capturable=capturable, reduction="per_tensor")
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(5):
+            p.grad = torch.randn(9, generator=generator)
+            optimizer.step()
+        results.append(p.detach())
+    for p in results[1:]:
+        torch.testing.assert_close(p, results[0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+def test_differentiable_step(reduction):
+    """d(loss after two steps)/d(first gradient) by autograd equals finite differences."""
+
+    def after(g):
+        p = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
+        q = p.clone()
+        optimizer = PRM([q], lr=0.1, differentiable=True, reduction=reduction, estimator="debiased")
+        q.grad = g
+        optimizer.step()
+        q.grad = g * torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+        optimizer.step()
+        return (q**2).sum()
+
+    g = torch.tensor([0.3, -0.2, 0.7], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(after, (g,), eps=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+def test_compiled_step_equals_the_eager_one(reduction):
+    results = []
+    for compiled in (False, True):
+        params = make_params()
+        optimizer = PRM(params, reduction=reduction)
+        if compiled:
+            optimizer.step = torch.compile(optimizer.step, backend="aot_eager")
+        train(optimizer, params, steps=5)
+        results.append(params)
+    for p, q in zip(*results, strict=True):
+        assert_close(p, q.detach().double().numpy(), 1e-6)
+
+
+def test_functional_form():
+    p, g = torch.ones(3), torch.tensor([1.0, 2.0, 3.0])
+    m, v, s, t = torch.zeros(3), torch.zeros(3), torch.zeros((), dtype=torch.float64), torch.zeros(())
+    common = {"eps": 1e-8, "weight_decay": 0.0, "softness": 1.0, "alpha": 1.0, "mask_eps": 0.0, "warmup_steps": 0}
+    flags = ("amsgrad", "maximize", "capturable", "differentiable")
+    choices = {"mask": "snr", "reduction": "per_tensor", "estimator": "ema"}
+    arguments = common | choices | dict.fromkeys(flags, False)
+    arguments |= {"bias_correction": True, "decoupled_weight_decay": True}
+    prm([p], [g], [m], [v], [], [s], [t], lr=0.1, beta1=0.9, beta2=0.999, rho=0.99, **arguments)
+    # t = 1: S = N, q = 1/2, and m̂/√v̂ = sign(g)
+    torch.testing.assert_close(p, torch.full((3,), 1 - 0.1 * 0.5))
+    assert t == 1 and s.item() == pytest.approx(0.01 * 14 / 3)
+
+
+ERRORS = [
+    ({"lr": -1.0}, r"Invalid lr=-1.0"),
+    ({"lr": float("nan")}, r"Invalid lr=nan"),
+    ({"lr": torch.tensor(-1.0)}, r"Invalid lr="),
+    ({"lr": torch.tensor([1.0, 2.0])}, r"Invalid lr=.*one element"),
+    ({"lr": torch.tensor(1e-3), "foreach": True}, r"capturable=True"),
+    ({"betas": (1.0, 0.9)}, r"Invalid betas\[0\]=1.0"),
+    ({"betas": (0.9, -0.1)}, r"Invalid betas\[1\]=-0.1"),
+    ({"betas": 0.9}, r"Invalid betas=0.9"),
+    ({"rho": 1.0}, r"Invalid rho=1.0.*\[0, 1\)"),
+    ({"rho": float("nan")}, r"Invalid rho=nan"),
+    ({"eps": -1e-8}, r"Invalid eps=-1e-08"),
+    ({"eps": float("nan")}, r"Invalid eps=nan"),
+    ({"weight_decay": -0.1}, r"Invalid weight_decay=-0.1"),
+    ({"softness": -1.0}, r"Invalid softness=-1.0"),
+    ({"alpha": -1.0}, r"Invalid alpha=-1.0"),
+    ({"mask_eps": float("nan")}, r"Invalid mask_eps=nan"),
+    ({"mask": "sharp"}, r"Invalid mask='sharp'.*'snr', 'soft', 'hard', 'none'"),
+    ({"reduction": "per_row"}, r"Invalid reduction='per_row'.*'per_param', 'per_tensor'"),
+    ({"estimator": "map"}, r"Invalid estimator='map'.*'ema', 'debiased'"),
+    ({"boundary": "finite"}, r"Invalid boundary='finite'.*'batch', 'empirical'"),
+    ({"boundary": "empirical"}, r"Invalid batch_size=None.*boundary='empirical' needs it"),
+    ({"boundary": "empirical", "batch_size": 8}, r"Invalid n_dataset=None"),
+    ({"boundary": "empirical", "batch_size": 8, "n_dataset": 8}, r"Invalid n_dataset=8.*larger than batch_size=8"),
+    ({"batch_size": 0}, r"Invalid batch_size=0"),
+    ({"n_dataset": 2.5}, r"Invalid n_dataset=2.5"),
+    ({"warmup_steps": -1}, r"Invalid warmup_steps=-1"),
+    ({"warmup_steps": 1.5}, r"Invalid warmup_steps=1.5"),
+    ({"fused": True}, r"Invalid fused=True.*no fused implementation"),
+    ({"fused": True, "foreach": True}, r"Invalid fused=True.*cannot both be True"),
+    ({"foreach": True, "differentiable": True}, r"Invalid foreach=True.*autograd"),
+]
+
+
+@pytest.mark.parametrize("settings, message", ERRORS, ids=lambda x: ",".join(x) if isinstance(x, dict) else "")
+def test_wrong_arguments_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PRM([torch.zeros(2, requires_grad=True)], **settings)
+    with pytest.raises(ValueError, match=message):  # and for one group just the same
+        PRM([{"params": [torch.zeros(2, requires_grad=True)], **settings}])
+
+
+def test_settings_changed_while_training_are_checked():
+    p = torch.zeros(2, requires_grad=True)
+    p.grad = torch.ones(2)
+    optimizer = PRM([p], mask="none")
+    optimizer.step()
+    optimizer.param_groups[0]["mask"] = "snr"
+    with pytest.raises(ValueError, match="has no `grad_var`.*warmup_steps"):
+        optimizer.step()
+    optimizer.param_groups[0]["mask"] = "nothing"
+    with pytest.raises(ValueError, match="Invalid mask='nothing'"):
+        optimizer.step()
+
+
+def test_sparse_gradients_and_complex_parameters_are_refused():
+    embedding = torch.nn.Embedding(4, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="sparse"):
+        PRM(embedding.parameters()).step()
+    with pytest.raises(ValueError, match="complex64.*view_as_real"):
+        PRM([torch.zeros(2, dtype=torch.complex64, requires_grad=True)])
+
+
+def test_step_without_gradients_or_parameters_is_a_no_op():
+    """DeepSpeed ZeRO-3 steps with empty groups."""
+    p = torch.ones(2, requires_grad=True)
+    optimizer = PRM([p])
+    optimizer.step()
+    assert not optimizer.state
+    optimizer.param_groups[0]["params"] = []
+    optimizer.step()
