@@ -1,6 +1,7 @@
-"""The optimizer. This room knows the mathematics and imports torch alone."""
+"""The optimizer. This room knows the mathematics."""
 
-from .prm import PRM, prm
+from .prm import PRM
+from .step import prm
 
 
 __all__ = ["PRM", "prm"]

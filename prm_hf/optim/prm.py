@@ -1,19 +1,23 @@
 """PRM, Population Risk Minimization: AdamW whose update is scaled by how far the signal stands above the noise.
 
-The class validates, holds the state and dispatches. The mathematics is in `masks.py` and in `_single_tensor_*` below,
-which are the definition; `foreach.py` computes the same faster.
+The class validates, holds the state and dispatches. The mathematics is in `masks.py` and `step.py`; where the parts of
+a tensor live, in `prm_hf.sharding`.
 """
 
-import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT, _default_to_fused_or_foreach, _use_grad_for_differentiable
+from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
 
+from ..sharding import Layout, find_layout, local_tensor
 from . import masks
-from .foreach import _multi_tensor_moments, _multi_tensor_update, sum_of_squares
+from .statistics import N_SUMS, fill_per_tensor, mask_summary, slice_row
+from .step import HYPERPARAMETERS, LOW_PRECISION, ListStep, tensor_masks
+from .validation import validate_group
 
 
 # What `__setstate__` gives to a group of a checkpoint that is older than the key.
@@ -38,20 +42,10 @@ _GROUP_DEFAULTS = {
     "capturable": False,
     "differentiable": False,
 }
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
-_STATS = ("numel", "masked", "q", "active", "min_q", "max_q", "signal", "noise", "nonfinite")
-_SUMMARY = (
-    "mean_q",
-    "active_fraction",
-    "min_q",
-    "max_q",
-    "parameter_count",
-    "noise_scale",
-    "signal_sq",
-    "snr",
-    "nonfinite_count",
-)
 _STATE_KEYS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var")
+# Keys of ours in parameter groups, which wrappers and checkpoints carry along: the number that the group was created
+# with, and in checkpoints of flat partitions `grad_var` of all tensors (DeepSpeed drops or trims it in the state).
+_NUMBER, _TENSOR_VARS = "prm_group", "prm_grad_var"
 
 
 class PRM(Optimizer):
@@ -190,10 +184,26 @@ class PRM(Optimizer):
             "capturable": capturable,
             "differentiable": differentiable,
         }
+        self._start_unsharded()
         super().__init__(params, defaults)
 
+    def _start_unsharded(self) -> None:
+        """What is known of sharding before the first step: the parameters that the user gave, and no layout."""
+        # Weak, because FSDP2 replaces them and their memory must go.
+        self._originals: list[list[weakref.ref]] = []
+        self._created: list[dict[str, Any]] = []
+        self._layout: Layout | None = None
+        self._known: dict[int, Tensor] = {}
+        self._tensor_vars: Tensor | None = None
+        self._started = False
+
+    def _register_group(self, group: dict[str, Any]) -> None:
+        group[_NUMBER] = len(self._originals)
+        self._originals.append([weakref.ref(p) for p in group["params"]])
+        self._created.append({key: value for key, value in group.items() if key != "params"})
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        _validate({**self.defaults, **param_group})
+        validate_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if not torch.is_floating_point(p):
@@ -202,10 +212,16 @@ class PRM(Optimizer):
                     f"Invalid parameter of dtype {p.dtype}: PRM takes real floating-point parameters; pass complex "
                     "ones as `torch.view_as_real(p)` and leave the others out."
                 )
+        self._register_group(self.param_groups[-1])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:
+        if "_originals" not in self.__dict__:  # a pickled or copied optimizer
+            self._start_unsharded()
+            for group in self.param_groups:
+                self._register_group(group)
+        for number, group in enumerate(self.param_groups):
+            group.setdefault(_NUMBER, number)
             for key, value in _GROUP_DEFAULTS.items():
                 group.setdefault(key, self.defaults.get(key, value))
             for p in group["params"]:
@@ -213,6 +229,16 @@ class PRM(Optimizer):
                 if p_state and not torch.is_tensor(p_state["step"]):
                     device = p.device if group["capturable"] else "cpu"
                     p_state["step"] = torch.tensor(float(p_state["step"]), dtype=torch.float32, device=device)
+
+    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """As of any optimizer. Under DeepSpeed ZeRO `per_tensor` variances of all tensors go with each group."""
+        self._absorb_loaded()
+        state_dict = super().state_dict()
+        if self._tensor_vars is not None:
+            for group in state_dict["param_groups"]:
+                group[_TENSOR_VARS] = self._tensor_vars.detach().cpu().clone()
+        return state_dict
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -245,46 +271,6 @@ class PRM(Optimizer):
                     dtype = torch.promote_types(saved.dtype, _state_dtype(p))
                     self.state[p][key] = saved.detach().clone().to(device=p.device, dtype=dtype)
 
-    def _init_group(self, group: dict[str, Any]) -> dict[str, list[Tensor]]:
-        lists = {k: [] for k in ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "grad_vars")}
-        lists["state_steps"] = []
-        masked = group["mask"] != "none"
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            if p.grad.is_sparse:
-                raise ValueError(
-                    "PRM does not support sparse gradients, and a parameter of shape "
-                    f"{tuple(p.shape)} has one: create its embedding with `sparse=False`."
-                )
-            state = self.state[p]
-            if not state:
-                like = {"dtype": _state_dtype(p), "memory_format": torch.preserve_format}
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if group["capturable"] else "cpu")
-                state["exp_avg"] = torch.zeros_like(p, **like)
-                state["exp_avg_sq"] = torch.zeros_like(p, **like)
-                if group["amsgrad"]:
-                    state["max_exp_avg_sq"] = torch.zeros_like(p, **like)
-                if masked and group["reduction"] == "per_tensor":
-                    state["grad_var"] = torch.zeros((), dtype=masks.statistics_dtype(p.device), device=p.device)
-                elif masked:
-                    state["grad_var"] = torch.zeros_like(p, **like)
-            elif masked and "grad_var" not in state:
-                raise ValueError(
-                    f"mask={group['mask']!r} was set on a group that has trained with mask='none' and so has no "
-                    "`grad_var`. To start with plain AdamW set `warmup_steps` instead."
-                )
-            lists["params"].append(p)
-            lists["grads"].append(p.grad)
-            lists["exp_avgs"].append(state["exp_avg"])
-            lists["exp_avg_sqs"].append(state["exp_avg_sq"])
-            if group["amsgrad"]:
-                lists["max_exp_avg_sqs"].append(state["max_exp_avg_sq"])
-            if masked:
-                lists["grad_vars"].append(state["grad_var"])
-            lists["state_steps"].append(state["step"])
-        return lists
-
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Performs a single optimization step.
@@ -294,6 +280,7 @@ class PRM(Optimizer):
 
         Raises:
             ValueError: a gradient is sparse, or a group's settings were changed to something invalid.
+            RuntimeError: at the first step, if the parameters are sharded in a way that PRM does not know.
         """
         # torch renamed the check, and deprecated its old name, after 2.9.
         name = "_accelerator_graph_capture_health_check"
@@ -302,19 +289,208 @@ class PRM(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self._step_group(group)
+        self._step()
         return loss
 
     # Traced into one graph, the step would be compiled anew whenever one of its scalars changes.
     @torch._disable_dynamo
-    def _step_group(self, group: dict[str, Any]) -> None:
+    def _step(self) -> None:
+        self._locate()
+        parts = [part for group in self.param_groups for part in self._parts(group)]
+        if self._is_initialization(parts):
+            return
+        counters = {id(step): step for part in parts for step in part.counters}
+        if counters:
+            torch._foreach_add_(list(counters.values()), 1)
+        steps = [ListStep(**part.lists, hyper=part.hyper, foreach=part.foreach) if part else None for part in parts]
+        sums = [step and step.moments() for step in steps]
+        for step, q in zip(steps, self._tensor_masks(parts, sums), strict=True):
+            if step:
+                step.update(q)
+
+    def _tensor_masks(self, parts: list["_Part"], sums: list[Tensor | None]) -> list[Tensor | None]:
+        """q of each slice of each part, None for parts that are not `per_tensor`. One all-reduce for all of them."""
+        if self._layout is not None:
+            sums = self._total(parts, sums)
+        qs = []
+        for part, x in zip(parts, sums, strict=True):
+            if not part.tensors:
+                qs.append(None)
+                continue
+            q = tensor_masks(x, *map(list, zip(*part.tensors.values(), strict=True)), part.hyper)
+            row = {number: i for i, number in enumerate(part.tensors)}
+            rows = [row[number] for number in part.owners]
+            qs.append(q if rows == list(range(len(row))) else q[rows])
+        return qs
+
+    def _total(self, parts: list["_Part"], sums: list[Tensor | None]) -> list[Tensor | None]:
+        """From sums over slices to sums over the original tensors of each part, over all processes."""
+        numbers = sorted({number for part in parts for number in part.tensors})
+        if not numbers:
+            return sums
+        row = {number: i for i, number in enumerate(numbers)}
+        device = next(part.device for part in parts if part.tensors)
+        table = torch.zeros(len(numbers), 2, dtype=masks.statistics_dtype(device), device=device)
+        for part, x in zip(parts, sums, strict=True):
+            if part.tensors and part.owners:
+                table.index_add_(0, torch.tensor([row[n] for n in part.owners], device=device), x)
+        self._layout.all_reduce(table, numbers)
+        return [table[[row[number] for number in part.tensors]] if part.tensors else None for part in parts]
+
+    def _locate(self) -> None:
+        """Finds out where the tensors are, once: at the first step, when every wrapper has done its work."""
+        self._absorb_loaded()
+        groups = [(group[_NUMBER], group["params"]) for group in self.param_groups]
+        local = [p for _, params in groups for p in params]
+        if all(id(p) in self._known for p in local):
+            return
+        originals = [[p for p in (ref() for ref in refs) if p is not None] for refs in self._originals]
+        layout = find_layout(originals, groups)
+        if layout is not None and layout.flat and self._layout is not None:
+            self._layout.merge(layout)
+        else:
+            self._layout = layout
+        self._known |= {id(p): p for p in local}
+        if layout is not None and layout.flat and self._any_per_tensor():
+            self._place_tensor_vars(layout)
+
+    def _place_tensor_vars(self, layout: Layout) -> None:
+        device = layout.locals[0].device
+        if self._tensor_vars is None:
+            if any(self.state[p]["step"] > 0 for p in layout.locals if p in self.state):
+                raise ValueError(
+                    "The checkpoint has no `grad_var` of reduction='per_tensor' for DeepSpeed ZeRO: it was not "
+                    "written by PRM, or with another reduction. Start from the weights alone with a fresh optimizer."
+                )
+            self._tensor_vars = torch.zeros(len(layout.numels), dtype=masks.statistics_dtype(device), device=device)
+        elif self._tensor_vars.numel() != len(layout.numels):
+            raise ValueError(
+                f"The checkpoint has `grad_var` of {self._tensor_vars.numel()} tensors and the optimizer holds "
+                f"{len(layout.numels)}: it belongs to another model or to other trained parameters."
+            )
+        self._tensor_vars = self._tensor_vars.to(device)
+
+    def _absorb_loaded(self) -> None:
+        """Takes over what a checkpoint put into the parameter groups, however DeepSpeed put it there."""
+        loaded = [group.pop(_TENSOR_VARS) for group in self.param_groups if _TENSOR_VARS in group]
+        if loaded:
+            device = loaded[0].device if self._tensor_vars is None else self._tensor_vars.device
+            self._tensor_vars = loaded[0].detach().clone().to(device)
+        numbers = [group[_NUMBER] for group in self.param_groups]
+        if len(numbers) == len(self._created) > 1 and numbers != list(range(len(numbers))):
+            # DeepSpeed's stage-3 universal load copies the settings of the first group to every other. The learning
+            # rate is a schedule's: keep its progress.
+            progress = {
+                key: self.param_groups[0][key] / self._created[0]["lr"] if self._created[0]["lr"] else 1.0
+                for key in ("lr", "initial_lr")
+                if key in self.param_groups[0]
+            }
+            for group, created in zip(self.param_groups, self._created, strict=True):
+                group.update(created)
+                group.update({key: created["lr"] * value for key, value in progress.items()})
+
+    def _any_per_tensor(self) -> bool:
+        return any(group["mask"] != "none" and group["reduction"] == "per_tensor" for group in self.param_groups)
+
+    def _is_initialization(self, parts: list["_Part"]) -> bool:
+        """Whether this step is DeepSpeed's stage 0 in half precision allocating the state with zero gradients.
+
+        It steps on clones of the parameters, which is how it is told from a user's step.
+        """
+        if self._layout is not None or self._started:
+            return False
+        originals = {id(ref()) for refs in self._originals for ref in refs}
+        grads = [grad for part in parts for grad in part.lists["grads"]]
+        params = (p for part in parts for p in part.lists["params"])
+        if all(id(p) in originals for p in params) or any(grad.any() for grad in grads):
+            self._started = bool(grads)
+            return False
+        return True
+
+    def _parts(self, group: dict[str, Any]) -> list["_Part"]:
+        """The tensors of a group that have a gradient, in slices that each lie in one original tensor."""
         hyper = _hyperparameters(group)
-        prm(**self._init_group(group), **hyper, foreach=group["foreach"])
+        per_tensor = group["mask"] != "none" and group["reduction"] == "per_tensor"
+        split = per_tensor and self._layout is not None and self._layout.flat
+        parts: dict[tuple, _Part] = {}
+        for p in group["params"]:
+            grad = p.grad
+            if grad is None:
+                # FSDP1 gives no gradient to a process that holds nothing of a tensor, but its sums must add up.
+                if self._layout is None or p.numel() > 0:
+                    continue
+                grad = torch.zeros_like(p)
+            if grad.is_sparse:
+                raise ValueError(
+                    "PRM does not support sparse gradients, and a parameter of shape "
+                    f"{tuple(p.shape)} has one: create its embedding with `sparse=False`."
+                )
+            state = self._init_state(p, group, split)
+            tensors = {"params": p, "grads": grad, "exp_avgs": state["exp_avg"], "exp_avg_sqs": state["exp_avg_sq"]}
+            if group["amsgrad"]:
+                tensors["max_exp_avg_sqs"] = state["max_exp_avg_sq"]
+            if group["mask"] != "none" and not per_tensor:
+                tensors["grad_vars"] = state["grad_var"]
+            key = (p.device, state["exp_avg"].dtype)
+            part = parts.setdefault(key, _Part(hyper, group["foreach"], p.device))
+            part.counters.append(state["step"])
+            for number, views in self._slices(p, tensors, split):
+                part.append(views, state["step"], len(part.owners) if number is None else number)
+            if per_tensor:
+                part.tensors |= self._advancing(p, number=part.owners[-1] if part.owners else None)
+        return list(parts.values())
+
+    def _slices(
+        self, p: Tensor, tensors: dict[str, Tensor], split: bool
+    ) -> Iterator[tuple[int | None, dict[str, Tensor]]]:
+        """This process' slices of tensors shaped as local tensor `p`, each with the number of its original tensor.
+
+        Without a layout there is one slice, and None for its number; a flat buffer is only taken apart with `split`.
+        """
+        tensors = {name: local_tensor(tensor) for name, tensor in tensors.items()}
+        if split:
+            for number, start, length in self._layout.pieces[id(p)]:
+                yield number, {name: tensor.narrow(0, start, length) for name, tensor in tensors.items()}
+        else:
+            yield None if self._layout is None else self._layout.members[id(p)][0], tensors
+
+    def _advancing(self, p: Tensor, number: int | None) -> dict[int, tuple[int, Tensor, Tensor]]:
+        """For `per_tensor`, by number of each original tensor that advances with `p`: elements, `grad_var`, `step`."""
+        state = self.state[p]
+        if self._layout is None:
+            return {number: (p.numel(), state["grad_var"], state["step"])}
+        numels = self._layout.numels
+        if not self._layout.flat:
+            return {n: (numels[n], state["grad_var"], state["step"]) for n in self._layout.members[id(p)]}
+        return {n: (numels[n], self._tensor_vars[n], state["step"]) for n in self._layout.members[id(p)]}
+
+    def _init_state(self, p: Tensor, group: dict[str, Any], split: bool) -> dict[str, Tensor]:
+        state = self.state[p]
+        masked = group["mask"] != "none"
+        if not state:
+            like = {"dtype": _state_dtype(p), "memory_format": torch.preserve_format}
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if group["capturable"] else "cpu")
+            state["exp_avg"] = torch.zeros_like(p, **like)
+            state["exp_avg_sq"] = torch.zeros_like(p, **like)
+            if group["amsgrad"]:
+                state["max_exp_avg_sq"] = torch.zeros_like(p, **like)
+            if masked and group["reduction"] == "per_param":
+                state["grad_var"] = torch.zeros_like(p, **like)
+            elif masked and not split:
+                state["grad_var"] = torch.zeros((), dtype=masks.statistics_dtype(p.device), device=p.device)
+        elif masked and not split and "grad_var" not in state:
+            raise ValueError(
+                f"mask={group['mask']!r} is set on a group whose state has no `grad_var`. To start with plain AdamW "
+                "set `warmup_steps` instead of mask='none'; and DeepSpeed's universal checkpoints keep it for "
+                "reduction='per_tensor' alone."
+            )
+        return state
 
     @torch.no_grad()
     def get_mask_stats(self, per_group: bool = False) -> dict[str, float] | list[dict[str, float]]:
         """What the mask of the last step was, recomputed from the state: it costs nothing until it is called.
+
+        Collective under FSDP and DeepSpeed ZeRO, and the same on every process.
 
         Args:
             per_group (`bool`): return one dict for each parameter group instead of one for all.
@@ -326,379 +502,109 @@ class PRM(Optimizer):
             scalar parameters that an infinite or NaN gradient has reached. Before the first step, and for S and N
             where every mask is `"none"`, the means are NaN.
         """
+        self._locate()
         tables = [self._group_stats(group) for group in self.param_groups]
-        if per_group:
-            return [_summary(table) for table in tables]
-        return _summary(torch.cat(tables))
+        return [mask_summary([table]) for table in tables] if per_group else mask_summary(tables)
 
-    def _group_stats(self, group: dict[str, Any]) -> Tensor:
-        """A float64 row a trained tensor, in the order of `_STATS`."""
-        sizes, rows = [], []
+    def _group_stats(self, group: dict[str, Any]) -> tuple[Tensor, bool]:
+        """A row of `statistics.COLUMNS` for each trained tensor of a group, and whether the group is masked."""
         hyper = _hyperparameters(group)
         masked = group["mask"] != "none"
-        for p in group["params"]:
+        per_tensor = masked and group["reduction"] == "per_tensor"
+        rows: dict[int, Tensor] = {}
+        tensors: dict[int, tuple[int, Tensor, Tensor]] = {}
+        for p in self._local_tensors(group):
             state = self.state.get(p)
-            if not state or p.numel() == 0:
+            if not state:
                 continue
-            n, m, v = p.numel(), state["exp_avg"], state["exp_avg_sq"]
-            dtype = masks.statistics_dtype(p.device)
-            nonfinite = n - torch.isfinite(v).sum()
-            if masked:
-                t = state["step"].to(dtype=dtype, device=p.device)
-                mean_sq = m.square() if group["reduction"] == "per_param" else sum_of_squares(m) / n
-                q, signal, noise = masks.compute_mask(
-                    mean_sq, state["grad_var"], _scalars_of(t, hyper), **_mask_arguments(hyper)
-                )
-                # Means, because the single q of a tensor stands for all its parameters.
-                row = [
-                    q.mean(dtype=dtype),
-                    (q > 0).to(dtype).mean(),
-                    q.min(),
-                    q.max(),
-                    signal.mean(dtype=dtype),
-                    noise.mean(dtype=dtype),
-                    nonfinite,
-                ]
+            views = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+            if masked and not per_tensor:
+                views["grad_var"] = state["grad_var"]
+            split = self._layout is not None and self._layout.flat
+            if split:
+                empty = {name: view.narrow(0, 0, 0) for name, view in views.items()}
+                slices = [(number, empty) for number in self._layout.members[id(p)]]
+                slices += self._slices(p, views, split)
             else:
-                one, zero = torch.ones_like(nonfinite), torch.zeros_like(nonfinite)
-                row = [one, one, one, one, zero, zero, nonfinite]
-            rows.append(torch.stack([x.to(dtype) for x in row]))
-            sizes.append([n, n if masked else 0])
+                slices = self._slices(p, views, split)
+            for number, view in slices:
+                number = len(rows) if number is None else number
+                row = slice_row(view["exp_avg"], view["exp_avg_sq"], view.get("grad_var"), state["step"], hyper)
+                rows[number] = _add_rows(rows[number], row) if number in rows else row
+            if per_tensor:
+                tensors |= self._advancing(p, number)
         if not rows:
-            return torch.zeros(0, len(_STATS), dtype=torch.float64)
-        devices = {row.device for row in rows}
-        table = torch.stack(rows if len(devices) == 1 else [row.cpu() for row in rows]).cpu().double()
-        return torch.cat([torch.tensor(sizes, dtype=torch.float64), table], dim=1)
-
-
-def prm(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    grad_vars: list[Tensor],
-    state_steps: list[Tensor],
-    foreach: bool | None = None,
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    rho: float,
-    eps: float,
-    weight_decay: float,
-    softness: float,
-    alpha: float,
-    mask: str,
-    reduction: str,
-    estimator: str,
-    mask_eps: float,
-    warmup_steps: int,
-    amsgrad: bool,
-    bias_correction: bool,
-    decoupled_weight_decay: bool,
-    maximize: bool,
-    capturable: bool,
-    differentiable: bool,
-) -> None:
-    """Functional API of one PRM step on lists of tensors, updated in place. See [`PRM`] for the arguments.
-
-    `params`, `grads`, `exp_avgs`, `exp_avg_sqs` and, with `amsgrad`, `max_exp_avg_sqs` hold tensors of equal shapes;
-    `grad_vars` such tensors too for `reduction="per_param"`, 0-dim ones for `"per_tensor"`, none for `mask="none"`;
-    `state_steps` 0-dim tensors that count the steps before this one. `alpha` and `mask_eps` are numbers here.
-    """
-    if not params:
-        return
-    if foreach is None:
-        _, foreach = _default_to_fused_or_foreach(params, differentiable, use_fused=False)
-        # As in torch.optim: a tensor lr needs capturable for the multi-tensor path.
-        foreach = foreach and (capturable or not isinstance(lr, Tensor))
-    hyper = {k: v for k, v in locals().items() if k in _HYPERPARAMETERS}
-    moments = _multi_tensor_moments if foreach else _single_tensor_moments
-    update = _multi_tensor_update if foreach else _single_tensor_update
-
-    torch._foreach_add_(state_steps, 1)
-    per_tensor = mask != "none" and reduction == "per_tensor"
-    for (device, dtype), index in _buckets(exp_avgs).items():
-
-        def take(tensors, index=index):
-            return [tensors[i] for i in index] if tensors else []
-
-        # The update of low-precision parameters is computed in the precision of their state and rounded once.
-        masters = take(params)
-        states = take(exp_avgs)
-        working = [p if p.dtype == dtype else p.to(dtype) for p in masters]
-        gradients = [g if g.dtype == dtype else g.to(dtype) for g in take(grads)]
-
-        t = torch.stack(take(state_steps)).to(masks.statistics_dtype(device))
-        vectors = _scalars_of(t, hyper)
-        scalars = masks.StepScalars(*(list(x.unbind()) if capturable else x.tolist() for x in vectors))
-        sums = moments(working, gradients, states, take(exp_avg_sqs), take(grad_vars), scalars, **hyper)
-        q = None
+            return torch.zeros(0, 0), masked
+        if self._layout is not None:
+            numbers, table = list(rows), torch.stack(list(rows.values()))
+            sums, extremes = table[:, :N_SUMS].clone(), table[:, N_SUMS:] * torch.tensor([1, -1], device=table.device)
+            self._layout.all_reduce(sums, numbers)
+            self._layout.all_reduce(extremes, numbers, torch.distributed.ReduceOp.MIN)
+            table = torch.cat([sums, extremes * torch.tensor([1, -1], device=table.device)], dim=1)
+        else:
+            devices = {row.device for row in rows.values()}
+            table = torch.stack([row if len(devices) == 1 else row.cpu() for row in rows.values()])
         if per_tensor:
-            numels = torch.tensor([p.numel() for p in masters], dtype=sums.dtype).to(device, non_blocking=True)
-            vectors = masks.StepScalars(*(x.to(device, non_blocking=True) for x in vectors))
-            q = _tensor_masks(sums, numels, take(grad_vars), vectors, hyper)
-        update(
-            working,
-            states,
-            take(exp_avg_sqs),
-            take(max_exp_avg_sqs),
-            [] if per_tensor else take(grad_vars),
-            q,
-            scalars,
-            **hyper,
-        )
-        for p, w in zip(masters, working, strict=True):
-            if w is not p:
-                p.copy_(w)
+            numels, grad_vars, steps = map(list, zip(*(tensors[number] for number in rows), strict=True))
+            table = fill_per_tensor(table, numels, [var.to(table.device) for var in grad_vars], steps, hyper)
+        return table, masked
+
+    def _local_tensors(self, group: dict[str, Any]) -> list[Tensor]:
+        """The tensors a group steps; DeepSpeed ZeRO-3 puts them into it for the time of a step only."""
+        if self._layout is None or not self._layout.flat:
+            return group["params"]
+        begin = sum(len(refs) for refs in self._originals[: group[_NUMBER]])
+        numbers = range(begin, begin + len(self._originals[group[_NUMBER]]))
+        return [p for p in self._layout.locals if self._layout.members[id(p)][0] in numbers]
 
 
-def _tensor_masks(
-    sums: Tensor, numels: Tensor, grad_vars: list[Tensor], c: masks.StepScalars, hyper: dict[str, Any]
-) -> Tensor:
-    """One q a tensor from the sums of squares over it, updating the scalars `grad_vars`.
+def _add_rows(a: Tensor, b: Tensor) -> Tensor:
+    low, high = N_SUMS, N_SUMS + 1
+    extremes = torch.stack([torch.minimum(a[low], b[low]), torch.maximum(a[high], b[high])])
+    return torch.cat([a[:low] + b[:low], extremes])
 
-    The mean over a tensor commutes with the moving average, so `grad_var` is the average of the means: one scalar.
+
+@dataclass
+class _Part:
+    """The tensors of a parameter group of one device and state dtype.
+
+    Attributes:
+        lists: by name in [`ListStep`], slices that each lie in one original tensor.
+        owners: of each slice, the number of its original tensor.
+        tensors: for `per_tensor`, by number of each original tensor that advances: elements, `grad_var`, `step`.
+        counters: the `step` of each local tensor.
     """
-    means = sums / numels.clamp(min=1).unsqueeze(1)
-    var = hyper["rho"] * torch.stack(grad_vars) + c.weight * means[:, 0]
-    if hyper["differentiable"]:
-        for grad_var, value in zip(grad_vars, var.unbind(), strict=True):
-            grad_var.copy_(value)
-    else:
-        torch._foreach_copy_(grad_vars, list(var.unbind()))
-    return masks.compute_mask(means[:, 1], var, c, **_mask_arguments(hyper))[0]
+
+    hyper: dict[str, Any]
+    foreach: bool | None
+    device: torch.device
+    lists: dict[str, list[Tensor]] = field(default_factory=lambda: {name: [] for name in _LISTS})
+    owners: list[int] = field(default_factory=list)
+    tensors: dict[int, tuple[int, Tensor, Tensor]] = field(default_factory=dict)
+    counters: list[Tensor] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.owners)
+
+    def append(self, tensors: dict[str, Tensor], step: Tensor, owner: int) -> None:
+        for name, tensor in tensors.items():
+            self.lists[name].append(tensor)
+        self.lists["state_steps"].append(step)
+        self.owners.append(owner)
 
 
-def _single_tensor_moments(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    grad_vars: list[Tensor],
-    c: masks.StepScalars,
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    rho: float,
-    weight_decay: float,
-    mask: str,
-    reduction: str,
-    decoupled_weight_decay: bool,
-    maximize: bool,
-    differentiable: bool,
-    **_,
-) -> Tensor | None:
-    """Weight decay, m, v and, for `per_param`, s. For `per_tensor` returns Σ(g - center)² and Σm², (tensors, 2)."""
-    sums = []
-    for i, param in enumerate(params):
-        grad = -grads[i] if maximize else grads[i]
-        if weight_decay != 0:
-            if decoupled_weight_decay:
-                param.mul_(1 - lr * weight_decay)
-            else:
-                grad = grad.add(param, alpha=weight_decay)
-        deviation = None if mask == "none" else grad - exp_avgs[i] * c.center[i]
-        exp_avgs[i].lerp_(grad, 1 - beta1)
-        exp_avg_sqs[i].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        if mask == "none":
-            continue
-        if reduction == "per_param":
-            grad_vars[i].mul_(rho).add_(deviation.square() * c.weight[i])
-        else:
-            # Autograd keeps what it needs of m, which the next step changes in place.
-            m = exp_avgs[i].clone() if differentiable else exp_avgs[i]
-            sums.append(torch.stack([sum_of_squares(deviation), sum_of_squares(m)]))
-    return torch.stack(sums) if sums else None
-
-
-def _single_tensor_update(
-    params: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    grad_vars: list[Tensor],
-    q: Tensor | None,
-    c: masks.StepScalars,
-    *,
-    lr: float | Tensor,
-    eps: float,
-    mask: str,
-    amsgrad: bool,
-    differentiable: bool,
-    **hyper,
-) -> None:
-    """w ← w - lr · q · m̂ / (√v̂ + eps), with `q` one a tensor, or from `grad_vars` for each scalar parameter."""
-    for i, param in enumerate(params):
-        m = exp_avgs[i].clone() if differentiable else exp_avgs[i]
-        v = exp_avg_sqs[i]
-        if amsgrad:
-            v = torch.maximum(max_exp_avg_sqs[i], v)
-            max_exp_avg_sqs[i].copy_(v)
-        denom = (v.sqrt() / c.bias2[i] ** 0.5).add_(eps)
-        step_size = lr / c.bias1[i]
-        update = m
-        if mask != "none":
-            if q is not None:
-                update = m * q[i].to(m.dtype)
-            else:
-                mask_arguments = _mask_arguments({"mask": mask, **hyper})
-                s = grad_vars[i].clone() if differentiable else grad_vars[i]
-                update = m * masks.compute_mask(m.square(), s, c.select(i), **mask_arguments)[0]
-        if isinstance(step_size, Tensor):
-            param.addcdiv_(update * -step_size, denom)
-        else:
-            param.addcdiv_(update, denom, value=-step_size)
-
-
-_HYPERPARAMETERS = frozenset(
-    {
-        "lr",
-        "beta1",
-        "beta2",
-        "rho",
-        "eps",
-        "weight_decay",
-        "softness",
-        "alpha",
-        "mask",
-        "reduction",
-        "estimator",
-        "mask_eps",
-        "warmup_steps",
-        "amsgrad",
-        "bias_correction",
-        "decoupled_weight_decay",
-        "maximize",
-        "capturable",
-        "differentiable",
-    }
-)
+_LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "grad_vars", "state_steps")
 
 
 def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments of [`prm`] that a parameter group stands for."""
-    _validate(group)  # schedulers and users change groups while training
-    hyper = {key: group[key] for key in _HYPERPARAMETERS if key in group}
+    validate_group(group)  # schedulers and users change groups while training
+    hyper = {key: group[key] for key in HYPERPARAMETERS if key in group}
     hyper["beta1"], hyper["beta2"] = group["betas"]
     hyper["alpha"] = masks.boundary_alpha(group["boundary"], group["alpha"], group["batch_size"], group["n_dataset"])
     hyper["mask_eps"] = masks.SCALE_FREE_EPS if group["mask_eps"] is None else group["mask_eps"]
     return hyper
 
 
-def _scalars_of(t: Tensor, hyper: dict[str, Any]) -> masks.StepScalars:
-    keys = ("beta1", "beta2", "rho", "estimator", "bias_correction", "warmup_steps")
-    return masks.step_scalars(t, **{key: hyper[key] for key in keys})
-
-
-def _mask_arguments(hyper: dict[str, Any]) -> dict[str, Any]:
-    arguments = {key: hyper[key] for key in ("mask", "estimator", "alpha", "softness", "mask_eps")}
-    arguments["first_ratio"] = masks.first_noise_ratio(hyper["beta1"], hyper["rho"], hyper["bias_correction"])
-    return arguments
-
-
-def _buckets(tensors: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
-    """The positions of the tensors of each device and dtype: what one multi-tensor kernel can take."""
-    buckets = {}
-    for i, tensor in enumerate(tensors):
-        buckets.setdefault((tensor.device, tensor.dtype), []).append(i)
-    return buckets
-
-
 def _state_dtype(param: Tensor) -> torch.dtype:
-    return torch.float32 if param.dtype in _LOW_PRECISION else param.dtype
-
-
-def _summary(table: Tensor) -> dict[str, float]:
-    """[`PRM.get_mask_stats`] from the rows of `_group_stats`."""
-    if len(table) == 0:
-        return {key: 0 if key.endswith("_count") else float("nan") for key in _SUMMARY}
-    column = dict(zip(_STATS, table.unbind(1), strict=True))
-    n, masked = column["numel"], column["masked"]
-    signal, noise = (column["signal"] * masked).sum(), (column["noise"] * masked).sum()
-    values = (
-        (column["q"] * n).sum() / n.sum(),
-        (column["active"] * n).sum() / n.sum(),
-        column["min_q"].min(),
-        column["max_q"].max(),
-        n.sum(),
-        noise / masked.sum(),
-        signal / masked.sum(),
-        signal / noise,
-        column["nonfinite"].sum(),
-    )
-    summary = {key: value.item() for key, value in zip(_SUMMARY, values, strict=True)}
-    return {key: int(value) if key.endswith("_count") else value for key, value in summary.items()}
-
-
-def _validate(group: dict[str, Any]) -> None:
-    """Raises ValueError for a group's first invalid setting, naming argument, value and what is allowed."""
-
-    def check(valid: bool, name: str, value: Any, allowed: str) -> None:
-        if not valid:
-            raise ValueError(f"Invalid {name}={value!r}: {allowed}.")
-
-    def number(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        check(lr.numel() == 1, "lr", lr, "a tensor learning rate must have one element")
-        check(
-            not group["foreach"] or group["capturable"],
-            "lr",
-            lr,
-            "a tensor learning rate with foreach=True needs capturable=True",
-        )
-        # On an accelerator looking at the value would stop the step for it.
-        check(lr.device.type != "cpu" or lr.item() >= 0, "lr", lr, "the learning rate must be at least 0")
-    else:
-        check(number(lr) and lr >= 0, "lr", lr, "the learning rate must be a finite number of at least 0")
-    betas = group["betas"]
-    check(isinstance(betas, (tuple, list)) and len(betas) == 2, "betas", betas, "it must be a pair of numbers")
-    for i, beta in enumerate(betas):
-        check(number(beta) and 0 <= beta < 1, f"betas[{i}]", beta, "it must be in [0, 1)")
-    check(number(group["rho"]) and 0 <= group["rho"] < 1, "rho", group["rho"], "it must be in [0, 1)")
-    for name in ("eps", "weight_decay", "softness"):
-        check(number(group[name]) and group[name] >= 0, name, group[name], "it must be a finite number of at least 0")
-    for name in ("alpha", "mask_eps"):
-        value = group[name]
-        check(
-            value is None or (number(value) and value >= 0),
-            name,
-            value,
-            "it must be None or a finite number of at least 0",
-        )
-    for name, allowed in (
-        ("mask", masks.MASKS),
-        ("reduction", masks.REDUCTIONS),
-        ("estimator", masks.ESTIMATORS),
-        ("boundary", masks.BOUNDARIES),
-    ):
-        check(group[name] in allowed, name, group[name], "it must be one of " + ", ".join(map(repr, allowed)))
-    steps = group["warmup_steps"]
-    check(number(steps) and steps >= 0 and steps == int(steps), "warmup_steps", steps, "it must be an integer ≥ 0")
-    for name in ("batch_size", "n_dataset"):
-        value = group[name]
-        check(
-            value is None or (number(value) and value >= 1 and value == int(value)),
-            name,
-            value,
-            "it must be None or a positive integer",
-        )
-        if group["boundary"] == "empirical" and group["alpha"] is None:
-            check(value is not None, name, value, "boundary='empirical' needs it for alpha = b/(n-b); or give `alpha`")
-    if group["batch_size"] is not None and group["n_dataset"] is not None:
-        check(
-            group["n_dataset"] > group["batch_size"],
-            "n_dataset",
-            group["n_dataset"],
-            f"it must be larger than batch_size={group['batch_size']}",
-        )
-    if group["fused"]:
-        check(not group["foreach"], "fused", True, "`fused` and `foreach` cannot both be True")
-        check(False, "fused", True, "there is no fused implementation yet; use fused=None, or foreach=True")
-    if group["foreach"]:
-        check(not group["differentiable"], "foreach", True, "autograd cannot run through it; use foreach=False")
+    return torch.float32 if param.dtype in LOW_PRECISION else param.dtype

@@ -1,0 +1,79 @@
+"""What a parameter group may contain. Every error names the argument, its value and what is allowed."""
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from . import masks
+
+
+def validate_group(group: dict[str, Any]) -> None:
+    """Raises ValueError for a group's first invalid setting, naming argument, value and what is allowed."""
+
+    def check(valid: bool, name: str, value: Any, allowed: str) -> None:
+        if not valid:
+            raise ValueError(f"Invalid {name}={value!r}: {allowed}.")
+
+    def number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        check(lr.numel() == 1, "lr", lr, "a tensor learning rate must have one element")
+        check(
+            not group["foreach"] or group["capturable"],
+            "lr",
+            lr,
+            "a tensor learning rate with foreach=True needs capturable=True",
+        )
+        # On an accelerator looking at the value would stop the step for it.
+        check(lr.device.type != "cpu" or lr.item() >= 0, "lr", lr, "the learning rate must be at least 0")
+    else:
+        check(number(lr) and lr >= 0, "lr", lr, "the learning rate must be a finite number of at least 0")
+    betas = group["betas"]
+    check(isinstance(betas, (tuple, list)) and len(betas) == 2, "betas", betas, "it must be a pair of numbers")
+    for i, beta in enumerate(betas):
+        check(number(beta) and 0 <= beta < 1, f"betas[{i}]", beta, "it must be in [0, 1)")
+    check(number(group["rho"]) and 0 <= group["rho"] < 1, "rho", group["rho"], "it must be in [0, 1)")
+    for name in ("eps", "weight_decay", "softness"):
+        check(number(group[name]) and group[name] >= 0, name, group[name], "it must be a finite number of at least 0")
+    for name in ("alpha", "mask_eps"):
+        value = group[name]
+        check(
+            value is None or (number(value) and value >= 0),
+            name,
+            value,
+            "it must be None or a finite number of at least 0",
+        )
+    for name, allowed in (
+        ("mask", masks.MASKS),
+        ("reduction", masks.REDUCTIONS),
+        ("estimator", masks.ESTIMATORS),
+        ("boundary", masks.BOUNDARIES),
+    ):
+        check(group[name] in allowed, name, group[name], "it must be one of " + ", ".join(map(repr, allowed)))
+    steps = group["warmup_steps"]
+    check(number(steps) and steps >= 0 and steps == int(steps), "warmup_steps", steps, "it must be an integer ≥ 0")
+    for name in ("batch_size", "n_dataset"):
+        value = group[name]
+        check(
+            value is None or (number(value) and value >= 1 and value == int(value)),
+            name,
+            value,
+            "it must be None or a positive integer",
+        )
+        if group["boundary"] == "empirical" and group["alpha"] is None:
+            check(value is not None, name, value, "boundary='empirical' needs it for alpha = b/(n-b); or give `alpha`")
+    if group["batch_size"] is not None and group["n_dataset"] is not None:
+        check(
+            group["n_dataset"] > group["batch_size"],
+            "n_dataset",
+            group["n_dataset"],
+            f"it must be larger than batch_size={group['batch_size']}",
+        )
+    if group["fused"]:
+        check(not group["foreach"], "fused", True, "`fused` and `foreach` cannot both be True")
+        check(False, "fused", True, "there is no fused implementation yet; use fused=None, or foreach=True")
+    if group["foreach"]:
+        check(not group["differentiable"], "foreach", True, "autograd cannot run through it; use foreach=False")

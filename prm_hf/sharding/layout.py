@@ -1,0 +1,252 @@
+"""Where a parameter tensor lives: which slices of it the optimizer's local tensors hold, and who holds the rest.
+
+Data parallelism hands an optimizer whole tensors. FSDP hands it shards, and DeepSpeed ZeRO flat buffers in which the
+borders of tensors are lost. A statistic of a *tensor* needs the borders back, and the parts that other processes hold.
+They are found once, at the first step, from the parameters that the optimizer was created with (which the wrappers
+keep, and annotate) and never from shapes alone; the sizes found are added up over the processes and compared with the
+true ones, so that a mistake is an error and not a wrong statistic.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FlatParameter
+from torch.distributed.tensor import DTensor, Partial
+
+
+class Piece(NamedTuple):
+    """Elements [start, start + length) of a local tensor, flattened: a slice of original tensor number `tensor`."""
+
+    tensor: int
+    start: int
+    length: int
+
+
+@dataclass
+class Layout:
+    """The sharded tensors of an optimizer. Numbers count its original tensors, group by group.
+
+    Attributes:
+        path: what holds the parameters, for people.
+        numels: elements of each original tensor, over all processes.
+        process_groups: of each original tensor, the groups over which its parts have to be added up.
+        pieces: by id of a local tensor, the slices in it.
+        members: by id of a local tensor, the original tensors that advance when it is stepped. More than those in
+            `pieces`, where a process holds nothing of a tensor.
+        flat: whether local tensors are flat buffers of many original tensors.
+        locals: the local tensors; holding them keeps their ids unique.
+    """
+
+    path: str
+    flat: bool
+    numels: list[int]
+    process_groups: list[tuple[dist.ProcessGroup, ...]]
+    pieces: dict[int, list[Piece]] = field(default_factory=dict)
+    members: dict[int, list[int]] = field(default_factory=dict)
+    locals: list[Tensor] = field(default_factory=list)
+
+    def merge(self, other: "Layout") -> None:
+        """Takes over the local tensors of another layout of the same original tensors."""
+        for local in other.locals:
+            self.add(local, other.pieces[id(local)], other.members[id(local)])
+
+    def add(self, local: Tensor, pieces: list[Piece], members: list[int]) -> None:
+        self.pieces[id(local)] = pieces
+        self.members[id(local)] = members
+        self.locals.append(local)
+
+    def all_reduce(self, table: Tensor, tensors: list[int], op: dist.ReduceOp = dist.ReduceOp.SUM) -> None:
+        """Reduces the rows of `table`, one for each of `tensors`, in place over the processes that share the tensor.
+
+        Collective over the process groups of these tensors. One all-reduce for each different set of groups.
+        """
+        by_groups = {}
+        for row, tensor in enumerate(tensors):
+            by_groups.setdefault(self.process_groups[tensor], []).append(row)
+        for groups, rows in by_groups.items():
+            part = table if len(by_groups) == 1 else table[rows]
+            for group in groups:
+                _all_reduce(part, group, op)
+            if part is not table:
+                table[rows] = part
+
+    def verify(self) -> None:
+        """Adds up over the processes how many elements of each tensor were found; raises if any is missing."""
+        counts = torch.zeros(len(self.numels), 1, dtype=torch.float64)
+        for pieces in self.pieces.values():
+            for piece in pieces:
+                counts[piece.tensor] += piece.length
+        numbers = sorted({tensor for members in self.members.values() for tensor in members})
+        found = counts[numbers]
+        self.all_reduce(found, numbers)
+        wrong = [
+            f"tensor {number}: found {int(count)} of {self.numels[number]} elements"
+            for number, count in zip(numbers, found[:, 0].tolist(), strict=True)
+            if count != self.numels[number]
+        ]
+        if wrong:
+            raise RuntimeError(
+                f"PRM could not find the borders of the parameter tensors under {self.path} ({'; '.join(wrong[:3])}"
+                f"{'; …' if len(wrong) > 3 else ''}), so reduction='per_tensor' would be wrong. Use "
+                "reduction='per_param', and please report the versions of torch and deepspeed."
+            )
+
+
+def find_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[Tensor]]]) -> Layout | None:
+    """The layout of an optimizer's parameters, or None if its local tensors are the whole tensors.
+
+    Collective, if the parameters are sharded.
+
+    Args:
+        originals: the parameters that the optimizer was created with, group by group.
+        groups: the number of a parameter group in `originals`, and the tensors that are in it now.
+
+    Raises:
+        RuntimeError: the parameters are held in a way that a tensor's borders can't be recovered from.
+    """
+    local = [p for _, params in groups for p in params]
+    if any(isinstance(p, FlatParameter) for p in local):
+        raise RuntimeError(
+            "PRM cannot tell the tensors in FSDP1's flat parameters apart. Set `fsdp_use_orig_params: true` "
+            "(`use_orig_params=True`), or use FSDP2 (`fsdp_version: 2`)."
+        )
+    if any(isinstance(p, DTensor) for p in local):
+        return _dtensor_layout(groups)
+    if any(getattr(p, "_fsdp_flattened", False) for p in local):
+        return _fsdp1_layout(groups)
+    known = {id(p) for group in originals for p in group}
+    if all(id(p) in known for p in local):
+        return None
+    parameters = [p for group in originals for p in group]
+    if any(hasattr(p, "_z3_optimizer") for p in parameters):
+        return _zero3_layout(originals)
+    if any(hasattr(p, "_dp_group") for p in parameters):
+        return _zero12_layout(originals, groups)
+    for number, params in groups:
+        # DeepSpeed's stage 0 in half precision steps on float32 clones, tensor by tensor.
+        if [p.shape for p in params] != [p.shape for p in originals[number]]:
+            raise RuntimeError(
+                "The parameters of the optimizer were replaced after it was created, by something that PRM does not "
+                f"know: group {number} had {len(originals[number])} tensors and has {len(params)} of shapes "
+                f"{[tuple(p.shape) for p in params[:3]]}. Use reduction='per_param', DDP, FSDP2 or DeepSpeed ZeRO."
+            )
+    return None
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This process' part of a DTensor, sharing its memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _dtensor_layout(groups: list[tuple[int, list[Tensor]]]) -> Layout:
+    layout = Layout(path="FSDP2", flat=False, numels=[], process_groups=[])
+    for number, p in enumerate(p for _, params in groups for p in params):
+        process_groups = ()
+        if isinstance(p, DTensor):
+            if any(isinstance(placement, Partial) for placement in p.placements):
+                raise RuntimeError(f"PRM cannot step a parameter with partial placements: {p.placements}.")
+            shards = (i for i, placement in enumerate(p.placements) if not placement.is_replicate())
+            process_groups = tuple(p.device_mesh.get_group(i) for i in shards)
+        layout.numels.append(p.numel())
+        layout.process_groups.append(process_groups)
+        layout.add(p, [Piece(number, 0, local_tensor(p).numel())], [number])
+    layout.verify()
+    return layout
+
+
+def _fsdp1_layout(groups: list[tuple[int, list[Tensor]]]) -> Layout:
+    """`use_orig_params=True`: parameters are 1-D views of this process' shard, empty where it holds nothing of one.
+
+    The true sizes are not to be had from the views, so they are what the processes' views add up to. With hybrid
+    sharding that counts each replica, in the sums over a tensor as well, which leaves the means right.
+    """
+    layout = Layout(path="FSDP1 (use_orig_params)", flat=False, numels=[], process_groups=[])
+    for number, p in enumerate(p for _, params in groups for p in params):
+        layout.process_groups.append((dist.group.WORLD,))
+        layout.add(p, [Piece(number, 0, p.numel())], [number])
+    counts = torch.tensor([[p.numel()] for p in layout.locals], dtype=torch.float64)
+    layout.all_reduce(counts, list(range(len(counts))))
+    layout.numels = [int(count) for count in counts[:, 0].tolist()]
+    return layout
+
+
+def _numbered(originals: list[list[Tensor]]) -> Iterable[tuple[int, int, Tensor]]:
+    number = 0
+    for group, params in enumerate(originals):
+        for p in params:
+            yield number, group, p
+            number += 1
+
+
+def _zero12_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[Tensor]]]) -> Layout:
+    """DeepSpeed ZeRO 1 and 2 and `BF16_Optimizer`: one flat slice a parameter group.
+
+    The low-precision parameters of a group are views into one buffer, of which each process owns an equal slice, in
+    float32. Their storage offsets say where they lie, also with `round_robin_gradients`, where DeepSpeed's own
+    `_hp_mapping` is wrong.
+    """
+    parameters = [p for group in originals for p in group]
+    layout = Layout(path="DeepSpeed ZeRO-1/2", flat=True, numels=[p.numel() for p in parameters], process_groups=[])
+    layout.process_groups = [(p._dp_group,) if hasattr(p, "_dp_group") else () for p in parameters]
+    flats = dict(groups)
+    by_group = {}
+    for number, group, p in _numbered(originals):
+        if hasattr(p, "_dp_group"):  # frozen parameters are not in the buffer
+            by_group.setdefault(group, []).append((number, p))
+    for group, members in by_group.items():
+        if group not in flats:
+            continue
+        (flat,) = flats[group]
+        if len({p.untyped_storage().data_ptr() for _, p in members}) != 1:
+            raise RuntimeError(
+                f"PRM expects the parameters of group {group} in one flat buffer of DeepSpeed ZeRO, and they are not. "
+                "Use reduction='per_param', and please report the version of deepspeed."
+            )
+        begin = dist.get_rank(group=members[0][1]._dp_group) * flat.numel()
+        pieces = []
+        for number, p in members:
+            start = max(p.storage_offset(), begin)
+            stop = min(p.storage_offset() + p.numel(), begin + flat.numel())
+            if stop > start:
+                pieces.append(Piece(number, start - begin, stop - start))
+        layout.add(flat, pieces, [number for number, _ in members])
+    layout.verify()
+    return layout
+
+
+def _zero3_layout(originals: list[list[Tensor]]) -> Layout:
+    """DeepSpeed ZeRO 3: flat float32 sub-groups, in which this process holds its share of every tensor, padded."""
+    numels, process_groups, by_sub_group = [], [], {}
+    for number, _, p in _numbered(originals):
+        numels.append(getattr(p, "ds_numel", p.numel()))
+        zero = getattr(p, "_z3_optimizer", None)
+        if zero is None or zero.get_param_id(p) not in zero.grad_position:
+            process_groups.append(())
+            continue
+        process_group = getattr(p, "ds_process_group", None) or zero.dp_process_group
+        process_groups.append((process_group,))
+        sub_group, start, share = zero.grad_position[zero.get_param_id(p)]
+        length = min(max(p.ds_numel - dist.get_rank(group=process_group) * share, 0), share)
+        flat = zero.fp32_partitioned_groups_flat[sub_group]
+        by_sub_group.setdefault(sub_group, (flat, []))[1].append(Piece(number, start, length))
+    layout = Layout(path="DeepSpeed ZeRO-3", flat=True, numels=numels, process_groups=process_groups)
+    for _, (flat, pieces) in sorted(by_sub_group.items()):
+        layout.add(flat, [piece for piece in pieces if piece.length], [piece.tensor for piece in pieces])
+    layout.verify()
+    return layout
+
+
+def _all_reduce(table: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp) -> None:
+    """In place, also for a table on the CPU (offloaded state) in a process group of accelerators."""
+    backend = dist.get_backend(group)
+    if table.device.type == "cpu" and not any(name in backend for name in ("gloo", "mpi", "undefined")):
+        device = torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
+        moved = table.to(device)
+        dist.all_reduce(moved, op=op, group=group)
+        table.copy_(moved)
+    else:
+        dist.all_reduce(table, op=op, group=group)
