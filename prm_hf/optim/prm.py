@@ -4,8 +4,7 @@ The class validates, holds the state and dispatches. The mathematics is in `mask
 a tensor live, in `prm_hf.sharding`.
 """
 
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
 
-from ..sharding import Layout, find_layout, local_tensor
+from ..sharding import Layout, Locator
 from . import masks
-from .statistics import N_SUMS, fill_per_tensor, mask_summary, slice_row
+from .statistics import N_SUMS, add_rows, fill_per_tensor, mask_summary, slice_row
 from .step import HYPERPARAMETERS, LOW_PRECISION, ListStep, tensor_masks
 from .validation import validate_group
 
@@ -184,22 +183,17 @@ class PRM(Optimizer):
             "capturable": capturable,
             "differentiable": differentiable,
         }
-        self._start_unsharded()
+        self._start_unlocated()
         super().__init__(params, defaults)
 
-    def _start_unsharded(self) -> None:
-        """What is known of sharding before the first step: the parameters that the user gave, and no layout."""
-        # Weak, because FSDP2 replaces them and their memory must go.
-        self._originals: list[list[weakref.ref]] = []
-        self._created: list[dict[str, Any]] = []
-        self._layout: Layout | None = None
-        self._known: dict[int, Tensor] = {}
-        self._tensor_vars: Tensor | None = None
+    def _start_unlocated(self) -> None:
+        self._locator = Locator()
+        self._created: list[dict[str, Any]] = []  # the settings of each group as they were given
+        self._tensor_vars: Tensor | None = None  # `grad_var` of all tensors, where parameters are flat buffers
         self._started = False
 
     def _register_group(self, group: dict[str, Any]) -> None:
-        group[_NUMBER] = len(self._originals)
-        self._originals.append([weakref.ref(p) for p in group["params"]])
+        group[_NUMBER] = self._locator.register(group["params"])
         self._created.append({key: value for key, value in group.items() if key != "params"})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -216,8 +210,8 @@ class PRM(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_originals" not in self.__dict__:  # a pickled or copied optimizer
-            self._start_unsharded()
+        if "_locator" not in self.__dict__:  # a pickled or copied optimizer
+            self._start_unlocated()
             for group in self.param_groups:
                 self._register_group(group)
         for number, group in enumerate(self.param_groups):
@@ -310,7 +304,7 @@ class PRM(Optimizer):
 
     def _tensor_masks(self, parts: list["_Part"], sums: list[Tensor | None]) -> list[Tensor | None]:
         """q of each slice of each part, None for parts that are not `per_tensor`. One all-reduce for all of them."""
-        if self._layout is not None:
+        if self._locator.layout is not None:
             sums = self._total(parts, sums)
         qs = []
         for part, x in zip(parts, sums, strict=True):
@@ -334,25 +328,15 @@ class PRM(Optimizer):
         for part, x in zip(parts, sums, strict=True):
             if part.tensors and part.owners:
                 table.index_add_(0, torch.tensor([row[n] for n in part.owners], device=device), x)
-        self._layout.all_reduce(table, numbers)
+        self._locator.all_reduce(table, numbers)
         return [table[[row[number] for number in part.tensors]] if part.tensors else None for part in parts]
 
     def _locate(self) -> None:
-        """Finds out where the tensors are, once: at the first step, when every wrapper has done its work."""
         self._absorb_loaded()
-        groups = [(group[_NUMBER], group["params"]) for group in self.param_groups]
-        local = [p for _, params in groups for p in params]
-        if all(id(p) in self._known for p in local):
-            return
-        originals = [[p for p in (ref() for ref in refs) if p is not None] for refs in self._originals]
-        layout = find_layout(originals, groups)
-        if layout is not None and layout.flat and self._layout is not None:
-            self._layout.merge(layout)
-        else:
-            self._layout = layout
-        self._known |= {id(p): p for p in local}
-        if layout is not None and layout.flat and self._any_per_tensor():
-            self._place_tensor_vars(layout)
+        self._locator.locate([(group[_NUMBER], group["params"]) for group in self.param_groups])
+        per_tensor = any(g["mask"] != "none" and g["reduction"] == "per_tensor" for g in self.param_groups)
+        if self._locator.flat and per_tensor:
+            self._place_tensor_vars(self._locator.layout)
 
     def _place_tensor_vars(self, layout: Layout) -> None:
         device = layout.locals[0].device
@@ -389,35 +373,27 @@ class PRM(Optimizer):
                 group.update(created)
                 group.update({key: created["lr"] * value for key, value in progress.items()})
 
-    def _any_per_tensor(self) -> bool:
-        return any(group["mask"] != "none" and group["reduction"] == "per_tensor" for group in self.param_groups)
-
     def _is_initialization(self, parts: list["_Part"]) -> bool:
         """Whether this step is DeepSpeed's stage 0 in half precision allocating the state with zero gradients.
 
         It steps on clones of the parameters, which is how it is told from a user's step.
         """
-        if self._layout is not None or self._started:
+        if not self._locator.replaced or self._started:
             return False
-        originals = {id(ref()) for refs in self._originals for ref in refs}
-        grads = [grad for part in parts for grad in part.lists["grads"]]
-        params = (p for part in parts for p in part.lists["params"])
-        if all(id(p) in originals for p in params) or any(grad.any() for grad in grads):
-            self._started = bool(grads)
-            return False
-        return True
+        self._started = any(grad.any() for part in parts for grad in part.lists["grads"])
+        return not self._started
 
     def _parts(self, group: dict[str, Any]) -> list["_Part"]:
         """The tensors of a group that have a gradient, in slices that each lie in one original tensor."""
         hyper = _hyperparameters(group)
         per_tensor = group["mask"] != "none" and group["reduction"] == "per_tensor"
-        split = per_tensor and self._layout is not None and self._layout.flat
+        split = per_tensor and self._locator.flat
         parts: dict[tuple, _Part] = {}
         for p in group["params"]:
             grad = p.grad
             if grad is None:
                 # FSDP1 gives no gradient to a process that holds nothing of a tensor, but its sums must add up.
-                if self._layout is None or p.numel() > 0:
+                if self._locator.layout is None or p.numel() > 0:
                     continue
                 grad = torch.zeros_like(p)
             if grad.is_sparse:
@@ -434,35 +410,20 @@ class PRM(Optimizer):
             key = (p.device, state["exp_avg"].dtype)
             part = parts.setdefault(key, _Part(hyper, group["foreach"], p.device))
             part.counters.append(state["step"])
-            for number, views in self._slices(p, tensors, split):
+            for number, views in self._locator.slices(p, tensors, split):
                 part.append(views, state["step"], len(part.owners) if number is None else number)
             if per_tensor:
                 part.tensors |= self._advancing(p, number=part.owners[-1] if part.owners else None)
         return list(parts.values())
 
-    def _slices(
-        self, p: Tensor, tensors: dict[str, Tensor], split: bool
-    ) -> Iterator[tuple[int | None, dict[str, Tensor]]]:
-        """This process' slices of tensors shaped as local tensor `p`, each with the number of its original tensor.
-
-        Without a layout there is one slice, and None for its number; a flat buffer is only taken apart with `split`.
-        """
-        tensors = {name: local_tensor(tensor) for name, tensor in tensors.items()}
-        if split:
-            for number, start, length in self._layout.pieces[id(p)]:
-                yield number, {name: tensor.narrow(0, start, length) for name, tensor in tensors.items()}
-        else:
-            yield None if self._layout is None else self._layout.members[id(p)][0], tensors
-
     def _advancing(self, p: Tensor, number: int | None) -> dict[int, tuple[int, Tensor, Tensor]]:
         """For `per_tensor`, by number of each original tensor that advances with `p`: elements, `grad_var`, `step`."""
         state = self.state[p]
-        if self._layout is None:
+        if self._locator.layout is None:
             return {number: (p.numel(), state["grad_var"], state["step"])}
-        numels = self._layout.numels
-        if not self._layout.flat:
-            return {n: (numels[n], state["grad_var"], state["step"]) for n in self._layout.members[id(p)]}
-        return {n: (numels[n], self._tensor_vars[n], state["step"]) for n in self._layout.members[id(p)]}
+        variances = self._tensor_vars if self._locator.flat else [state["grad_var"]]
+        members, numels = self._locator.members(p), self._locator.layout.numels
+        return {n: (numels[n], variances[n if self._locator.flat else 0], state["step"]) for n in members}
 
     def _init_state(self, p: Tensor, group: dict[str, Any], split: bool) -> dict[str, Tensor]:
         state = self.state[p]
@@ -513,55 +474,37 @@ class PRM(Optimizer):
         per_tensor = masked and group["reduction"] == "per_tensor"
         rows: dict[int, Tensor] = {}
         tensors: dict[int, tuple[int, Tensor, Tensor]] = {}
-        for p in self._local_tensors(group):
+        for p in self._locator.local_tensors(group[_NUMBER], group["params"]):
             state = self.state.get(p)
             if not state:
                 continue
             views = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
             if masked and not per_tensor:
                 views["grad_var"] = state["grad_var"]
-            split = self._layout is not None and self._layout.flat
-            if split:
-                empty = {name: view.narrow(0, 0, 0) for name, view in views.items()}
-                slices = [(number, empty) for number in self._layout.members[id(p)]]
-                slices += self._slices(p, views, split)
-            else:
-                slices = self._slices(p, views, split)
+            slices = list(self._locator.slices(p, views, split=True))
+            if self._locator.flat:  # a row also for tensors of which this process holds nothing
+                nothing = {name: view.narrow(0, 0, 0) for name, view in views.items()}
+                slices += [(number, nothing) for number in self._locator.members(p)]
             for number, view in slices:
                 number = len(rows) if number is None else number
                 row = slice_row(view["exp_avg"], view["exp_avg_sq"], view.get("grad_var"), state["step"], hyper)
-                rows[number] = _add_rows(rows[number], row) if number in rows else row
+                rows[number] = add_rows(rows[number], row) if number in rows else row
             if per_tensor:
                 tensors |= self._advancing(p, number)
         if not rows:
             return torch.zeros(0, 0), masked
-        if self._layout is not None:
-            numbers, table = list(rows), torch.stack(list(rows.values()))
-            sums, extremes = table[:, :N_SUMS].clone(), table[:, N_SUMS:] * torch.tensor([1, -1], device=table.device)
-            self._layout.all_reduce(sums, numbers)
-            self._layout.all_reduce(extremes, numbers, torch.distributed.ReduceOp.MIN)
-            table = torch.cat([sums, extremes * torch.tensor([1, -1], device=table.device)], dim=1)
-        else:
-            devices = {row.device for row in rows.values()}
-            table = torch.stack([row if len(devices) == 1 else row.cpu() for row in rows.values()])
+        rows = dict(sorted(rows.items()))
+        devices = {row.device for row in rows.values()}
+        table = torch.stack([row if len(devices) == 1 else row.cpu() for row in rows.values()])
+        sums, lowest, highest = table[:, :N_SUMS].clone(), table[:, N_SUMS].clone(), table[:, N_SUMS + 1].clone()
+        self._locator.all_reduce(sums, list(rows))
+        self._locator.all_reduce(lowest, list(rows), torch.distributed.ReduceOp.MIN)
+        self._locator.all_reduce(highest, list(rows), torch.distributed.ReduceOp.MAX)
+        table = torch.cat([sums, lowest.unsqueeze(1), highest.unsqueeze(1)], dim=1)
         if per_tensor:
             numels, grad_vars, steps = map(list, zip(*(tensors[number] for number in rows), strict=True))
             table = fill_per_tensor(table, numels, [var.to(table.device) for var in grad_vars], steps, hyper)
         return table, masked
-
-    def _local_tensors(self, group: dict[str, Any]) -> list[Tensor]:
-        """The tensors a group steps; DeepSpeed ZeRO-3 puts them into it for the time of a step only."""
-        if self._layout is None or not self._layout.flat:
-            return group["params"]
-        begin = sum(len(refs) for refs in self._originals[: group[_NUMBER]])
-        numbers = range(begin, begin + len(self._originals[group[_NUMBER]]))
-        return [p for p in self._layout.locals if self._layout.members[id(p)][0] in numbers]
-
-
-def _add_rows(a: Tensor, b: Tensor) -> Tensor:
-    low, high = N_SUMS, N_SUMS + 1
-    extremes = torch.stack([torch.minimum(a[low], b[low]), torch.maximum(a[high], b[high])])
-    return torch.cat([a[:low] + b[:low], extremes])
 
 
 @dataclass

@@ -45,6 +45,13 @@ def slice_row(m: Tensor, v: Tensor, s: Tensor | None, step: Tensor, hyper: dict[
     return torch.stack([row[name].to(dtype) for name in COLUMNS])
 
 
+def add_rows(a: Tensor, b: Tensor) -> Tensor:
+    """The row of two slices together."""
+    low, high = N_SUMS, N_SUMS + 1
+    extremes = torch.stack([torch.minimum(a[low], b[low]), torch.maximum(a[high], b[high])])
+    return torch.cat([a[:low] + b[:low], extremes])
+
+
 def fill_per_tensor(
     table: Tensor, numels: list[int], grad_vars: list[Tensor], steps: list[Tensor], hyper: dict[str, Any]
 ) -> Tensor:
