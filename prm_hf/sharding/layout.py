@@ -19,11 +19,16 @@ from torch.distributed.tensor import DTensor, Partial
 
 
 class Piece(NamedTuple):
-    """Elements [start, start + length) of a local tensor, flattened: a slice of original tensor number `tensor`."""
+    """Elements [start, start + length) of a local tensor, flattened: a slice of original tensor number `tensor`.
+
+    It begins at element `offset` of that tensor, flattened. (0 for shards that are no flat buffers: they need not be
+    contiguous in the original.)
+    """
 
     tensor: int
     start: int
     length: int
+    offset: int = 0
 
 
 @dataclass
@@ -212,7 +217,7 @@ def _zero12_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[T
             start = max(p.storage_offset(), begin)
             stop = min(p.storage_offset() + p.numel(), begin + flat.numel())
             if stop > start:
-                pieces.append(Piece(number, start - begin, stop - start))
+                pieces.append(Piece(number, start - begin, stop - start, start - p.storage_offset()))
         layout.add(flat, pieces, [number for number, _ in members])
     layout.verify()
     return layout
@@ -230,9 +235,10 @@ def _zero3_layout(originals: list[list[Tensor]]) -> Layout:
         process_group = getattr(p, "ds_process_group", None) or zero.dp_process_group
         process_groups.append((process_group,))
         sub_group, start, share = zero.grad_position[zero.get_param_id(p)]
-        length = min(max(p.ds_numel - dist.get_rank(group=process_group) * share, 0), share)
+        offset = dist.get_rank(group=process_group) * share
+        length = min(max(p.ds_numel - offset, 0), share)
         flat = zero.fp32_partitioned_groups_flat[sub_group]
-        by_sub_group.setdefault(sub_group, (flat, []))[1].append(Piece(number, start, length))
+        by_sub_group.setdefault(sub_group, (flat, []))[1].append(Piece(number, start, length, offset))
     layout = Layout(path="DeepSpeed ZeRO-3", flat=True, numels=numels, process_groups=process_groups)
     for _, (flat, pieces) in sorted(by_sub_group.items()):
         layout.add(flat, [piece for piece in pieces if piece.length], [piece.tensor for piece in pieces])

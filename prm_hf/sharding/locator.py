@@ -44,7 +44,7 @@ class Locator:
             self.layout.merge(layout)  # ZeRO 1 and 2 show one group a step
         else:
             self.layout = layout
-        self._known |= {id(p): p for p in local}
+        self._known |= {id(p): p for p in [*local, *(layout.locals if layout is not None else [])]}
         ids = {id(p) for params in originals for p in params}
         self.replaced = layout is None and any(id(p) not in ids for p in local)
 
@@ -64,8 +64,9 @@ class Locator:
         if self.layout is None:
             yield None, tensors
         elif split and self.layout.flat:
-            for number, start, length in self.layout.pieces[id(p)]:
-                yield number, {name: tensor.narrow(0, start, length) for name, tensor in tensors.items()}
+            for piece in self.layout.pieces[id(p)]:
+                views = {name: tensor.narrow(0, piece.start, piece.length) for name, tensor in tensors.items()}
+                yield piece.tensor, views
         else:
             yield self.layout.members[id(p)][0], tensors
 
