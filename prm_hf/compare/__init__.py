@@ -1,0 +1,32 @@
+"""Comparison of finished runs: reads files only.
+
+```python
+from prm_hf.compare import compare_runs, format_comparison, write_report
+
+comparison = compare_runs("runs/dpo_noisy")
+print(format_comparison(comparison))
+write_report(comparison, "runs/dpo_noisy")
+```
+"""
+
+from .comparison import Comparison, Contrast, Row
+from .report import FORMATS, compare_runs, format_comparison, write_report
+from .runs import Run, load_runs
+from .statistics import Interval, bootstrap_interval, interpolate_at_kl, noise_floor
+
+
+__all__ = [
+    "FORMATS",
+    "Comparison",
+    "Contrast",
+    "Interval",
+    "Row",
+    "Run",
+    "bootstrap_interval",
+    "compare_runs",
+    "format_comparison",
+    "interpolate_at_kl",
+    "load_runs",
+    "noise_floor",
+    "write_report",
+]

@@ -1,0 +1,375 @@
+"""What is compared with what: rows (method x learning rate) and contrasts (paired accuracy differences).
+
+At one learning rate a mask q < 1 always drifts less, because it shrinks the step. So a PRM row is also set against
+AdamW at its best learning rate, AdamW interpolated at the same KL, and AdamW with PRM's mean step (constant q).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .runs import ACCURACY, KL, Run, finite
+from .statistics import (
+    Interval,
+    bootstrap_interval,
+    bracket_ratio,
+    interpolate_at_kl,
+    mean_and_standard_error,
+    proportion_standard_error,
+)
+
+
+BASELINE, PRM, CONTROL, LOSS_SIDE, OTHER = GROUPS = ("baseline", "PRM", "control", "loss-side", "other")
+
+SAME_LR = "same learning rate"
+BEST_LR = "best learning rates"
+EQUAL_KL = "equal KL"
+EQUAL_KL_MEAN = "equal KL, mean over learning rates"
+CONTROLLED = "control"
+
+_DISPLAY = {
+    "adamw": "AdamW",
+    "prm_per_tensor": "PRM per_tensor",
+    "prm_per_param": "PRM per_param",
+    "prm_debiased": "PRM debiased",
+    "constant_q": "constant q",
+    "shuffled_q": "shuffled q",
+    "cdpo": "cDPO",
+    "robust": "rDPO (robust)",
+    "ipo": "IPO",
+    "early_stopping": "early stopping",
+}
+_LOSSES = ("cdpo", "robust", "rdpo", "ipo", "hinge")
+
+
+def display_name(method: str) -> str:
+    """Name of a method for people; an unknown method is called as it is."""
+    return _DISPLAY.get(method, method)
+
+
+def method_group(method: str) -> str:
+    """One of `GROUPS`, from the words of the method's name; unknown methods are `"other"`."""
+    words = re.split(r"[^a-z0-9]+", method.lower())
+    if "constant" in words or "shuffled" in words:
+        return CONTROL
+    if "prm" in words:
+        return PRM
+    if any(loss in words for loss in _LOSSES) or "early" in words:
+        return LOSS_SIDE
+    return BASELINE if "adamw" in words else OTHER
+
+
+def format_rate(rate: float | None) -> str:
+    """`3e-3`, `2.5e-7`; `?` if unknown."""
+    if rate is None:
+        return "?"
+    mantissa, exponent = f"{rate:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+@dataclass(eq=False)
+class Row:
+    """The runs of one method at one learning rate, one a seed.
+
+    Attributes:
+        method: as in the runs.
+        learning_rate: theirs; the mean of them for `constant_q`, whose rate follows each run's mean mask.
+        runs: sorted by seed.
+        source: for a control such as `constant_q`, the row that it is the control of.
+    """
+
+    method: str
+    learning_rate: float | None
+    runs: list[Run]
+    source: Row | None = None
+
+    @property
+    def group(self) -> str:
+        return method_group(self.method)
+
+    @property
+    def name(self) -> str:
+        if self.source is None:
+            return display_name(self.method)
+        return f"{display_name(self.method)} of {display_name(self.source.method)}"
+
+    @property
+    def label(self) -> str:
+        rate = self.learning_rate if self.source is None else self.source.learning_rate
+        return f"{self.name} at {format_rate(rate)}" if rate is not None else self.name
+
+    @property
+    def seeds(self) -> list[int | None]:
+        return [run.seed for run in self.runs]
+
+    @property
+    def accuracy(self) -> float:
+        return self.mean(ACCURACY)[0]
+
+    def mean(self, name: str) -> tuple[float, float, int]:
+        """Mean and standard error over seeds, and number of runs that have it; `"mean_q"` is the mean over the run."""
+        values = [run.mean_q if name == "mean_q" else run.metrics.get(name) for run in self.runs]
+        return mean_and_standard_error(np.array([value for value in values if value is not None], dtype=np.float64))
+
+    def accuracy_error(self) -> tuple[float, str]:
+        """Standard error of the accuracy, and over what: `"seeds"`, with one seed `"pairs"`, or `""` (unknown)."""
+        accuracy, error, n = self.mean(ACCURACY)
+        if n > 1:
+            return error, "seeds"
+        pairs = [len(run.heldout) for run in self.runs if run.heldout is not None]
+        if n == 1 and pairs and finite(accuracy):
+            return proportion_standard_error(accuracy, pairs[0]), "pairs"
+        return float("nan"), ""
+
+
+@dataclass(eq=False)
+class Contrast:
+    """A paired accuracy difference, left minus right.
+
+    Attributes:
+        kind: one of the constants of this module, e.g. `"equal KL"`.
+        left: the row that is judged.
+        right: the row it is judged against, or None where that is AdamW's whole curve.
+        against: what it is judged against, for people.
+        interval: the difference with its 95 % interval, or None where it cannot be had.
+        note: what limits it, a clause.
+        missing: why there is no interval, in a few words.
+    """
+
+    kind: str
+    left: Row
+    right: Row | None
+    against: str
+    interval: Interval | None
+    note: str = ""
+    missing: str = ""
+
+
+@dataclass(eq=False)
+class Comparison:
+    """The result: `rows`, `contrasts`, `statements` (the first is the sentence that sums up), `runs`, `unfinished`."""
+
+    rows: list[Row]
+    contrasts: list[Contrast]
+    runs: list[Run]
+    unfinished: list[Run] = field(default_factory=list)
+    statements: list[str] = field(default_factory=list)
+
+    def methods(self, *groups: str) -> dict[str, list[Row]]:
+        """Rows by method, of the groups named (default: all), in the table's order."""
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            if not groups or row.group in groups:
+                found.setdefault(row.method, []).append(row)
+        return found
+
+    @property
+    def baseline(self) -> list[Row]:
+        """AdamW's rows: those of `adamw`, else of the only method of the baseline group; else none."""
+        methods = self.methods(BASELINE)
+        if "adamw" in methods:
+            return methods["adamw"]
+        return next(iter(methods.values())) if len(methods) == 1 else []
+
+
+def best(rows: Iterable[Row]) -> Row | None:
+    """The row with the highest accuracy, of equal ones that with the smaller KL; None if no accuracy is known."""
+    rows = [row for row in rows if finite(row.accuracy)]
+    return max(rows, key=lambda row: (row.accuracy, -row.mean(KL)[0]), default=None)
+
+
+def build_comparison(runs: list[Run]) -> Comparison:
+    """Rows and contrasts of `runs`; `statements` are still empty.
+
+    Raises:
+        ValueError: no run is finished, or the runs cannot be compared: another data set, model or noise rate, another
+            number of held-out pairs, or two runs of one method, learning rate and seed.
+    """
+    finished = [run for run in runs if run.finished]
+    unfinished = [run for run in runs if not run.finished]
+    if not finished:
+        names = ", ".join(run.name for run in unfinished)
+        raise ValueError(f"No finished run (one with metrics.json); unfinished: {names or 'none'}.")
+    _check_comparable(finished)
+    rows = _rows(finished)
+    comparison = Comparison(rows, [], finished, unfinished)
+    comparison.contrasts = _contrasts(comparison)
+    return comparison
+
+
+def _check_comparable(runs: list[Run]) -> None:
+    for key in ("dataset", "model", "noise_rate"):
+        _check_one_value(f"`{key}`", {run.name: run.info[key] for run in runs if run.info.get(key) is not None})
+    _check_one_value("the number of held-out pairs", {r.name: len(r.heldout) for r in runs if r.heldout is not None})
+    seen: dict[tuple, Run] = {}
+    for run in runs:
+        key = (run.method, format_rate(run.learning_rate), run.seed, _source_name(run))
+        if key in seen:
+            raise ValueError(
+                f"{seen[key].path} and {run.path} are both {run.method!r} at learning rate "
+                f"{format_rate(run.learning_rate)} with seed {run.seed}. Leave one out, or tell them apart: by "
+                "`method` in run.json, or by the folder's name for a Trainer's run."
+            )
+        seen[key] = run
+
+
+def _check_one_value(what: str, values: dict[str, object]) -> None:
+    first = next(iter(values.items()), None)
+    for name, value in values.items():
+        if value != first[1]:
+            raise ValueError(
+                f"The runs differ in {what}: {first[1]!r} in {first[0]}, {value!r} in {name}. Their accuracies cannot "
+                "be compared; pass the folders of one experiment at a time."
+            )
+
+
+def _source_name(run: Run) -> str | None:
+    """Of a control: the name, without the seed, of the run it is the control of (`settings[method]["of"]`)."""
+    return re.sub(r"[-_.]?seed[-_=]?\d+", "", _source(run)) if _source(run) else None
+
+
+def _source(run: Run) -> str | None:
+    control = run.settings.get(run.method)
+    return control.get("of") if isinstance(control, dict) else None
+
+
+def _rows(runs: list[Run]) -> list[Row]:
+    grouped: dict[tuple, list[Run]] = {}
+    names: dict[str, tuple] = {}
+    for run in runs:
+        source = _source_name(run)
+        key = (run.method, source if source else format_rate(run.learning_rate))
+        grouped.setdefault(key, []).append(run)
+        names[run.name] = key
+    rows = {}
+    for key, members in grouped.items():
+        rates = [run.learning_rate for run in members]
+        rate = rates[0] if len(set(map(format_rate, rates))) == 1 else float(np.mean(rates))
+        rows[key] = Row(key[0], rate, sorted(members, key=lambda run: -1 if run.seed is None else run.seed))
+    for row in rows.values():
+        row.source = next((rows[names[of]] for run in row.runs if (of := _source(run)) in names), None)
+    order = {method: index for index, method in enumerate(_DISPLAY)}
+    return sorted(
+        rows.values(),
+        key=lambda row: (GROUPS.index(row.group), order.get(row.method, len(order)), row.name, row.learning_rate or 0),
+    )
+
+
+def _contrasts(comparison: Comparison) -> list[Contrast]:
+    baseline, baseline_best = comparison.baseline, best(comparison.baseline)
+    curve = [*baseline, *comparison.methods(CONTROL).get("constant_q", [])]
+    prm = comparison.methods(PRM)
+    rivals = comparison.methods(LOSS_SIDE, OTHER)
+    contrasts: list[Contrast] = []
+    # Without PRM among the runs, the other methods are what AdamW is compared with.
+    for rows in (prm or rivals).values() if baseline else ():
+        lead = best(rows)
+        if lead is None:
+            continue
+        same = [row for row in baseline if format_rate(row.learning_rate) == format_rate(lead.learning_rate)]
+        contrasts += [_between(SAME_LR, lead, row) for row in same]
+        if baseline_best is not None:
+            contrasts.append(_between(BEST_LR, lead, baseline_best))
+        at_kl = [_at_equal_kl(EQUAL_KL, [row], curve) for row in (lead, *(r for r in rows if r is not lead))]
+        contrasts += at_kl
+        covered = [contrast.left for contrast in at_kl if contrast.interval]
+        if len(covered) > 1:
+            contrasts.append(_at_equal_kl(EQUAL_KL_MEAN, covered, curve))
+    for row in comparison.rows:
+        if row.source is not None:
+            contrasts.append(_between(CONTROLLED, row.source, row))
+    lead = best(row for rows in prm.values() for row in rows)
+    if lead is None and not baseline:
+        lead = best(comparison.rows)
+    if lead is not None:
+        for method, rows in comparison.methods(LOSS_SIDE, OTHER, *(() if baseline else (BASELINE,))).items():
+            rival = best(rows)
+            if rival is not None and method != lead.method:
+                contrasts.append(_between(BEST_LR, lead, rival))
+    return contrasts
+
+
+def _outcomes(run: Run) -> np.ndarray | None:
+    """`[pairs]`: 1 where the held-out pair is right; `[1]`, the accuracy, where the pairs are not known."""
+    if run.heldout is not None:
+        return (run.heldout > 0).astype(np.float64)
+    accuracy = run.metrics.get(ACCURACY)
+    return np.array([accuracy]) if finite(accuracy) else None
+
+
+def _stack(outcomes: list[np.ndarray]) -> np.ndarray:
+    """`[runs, pairs]`, or `[runs, 1]` (the accuracies) if the pairs of any run are not known."""
+    if len({values.size for values in outcomes}) > 1:
+        outcomes = [np.array([values.mean()]) for values in outcomes]
+    return np.stack(outcomes)
+
+
+def _between(kind: str, left: Row, right: Row) -> Contrast:
+    """Left minus right over the seeds that both have."""
+    outcomes = [{run.seed: _outcomes(run) for run in row.runs} for row in (left, right)]
+    shared = [seed for seed in outcomes[0] if seed in outcomes[1]]
+    differences = [
+        np.subtract(*_stack([outcomes[0][seed], outcomes[1][seed]]))
+        for seed in shared
+        if outcomes[0][seed] is not None and outcomes[1][seed] is not None
+    ]
+    against = right.label
+    if right.method == "constant_q":
+        against = f"{display_name(right.method)} (AdamW at {format_rate(right.learning_rate)})"
+    elif kind == SAME_LR:
+        against += " (same rate: a larger step)"
+    elif kind == BEST_LR:
+        against += " (its best)"
+    if not differences:
+        return Contrast(kind, left, right, against, None, "they have no seed in common", "no shared seed")
+    note = ""
+    if len(differences) < max(len(left.runs), len(right.runs)):
+        note = f"over the {len(differences)} seed(s) that both have"
+    return Contrast(kind, left, right, against, bootstrap_interval(_stack(differences)), note)
+
+
+def _at_equal_kl(kind: str, rows: list[Row], baseline: list[Row]) -> Contrast:
+    """Runs minus the baseline's curve of the same seed, read at each run's KL; several rows are averaged in a seed.
+
+    `constant_q` runs are AdamW at a small learning rate, and so are points of its curve.
+    """
+    name = display_name(baseline[0].method)
+    by_seed: dict[int | None, list[np.ndarray]] = {}
+    outside, ratios, total = set(), [], 0
+    for run in (run for row in rows for run in row.runs):
+        curve = [other for row in baseline for other in row.runs if other.seed == run.seed]
+        curve = [other for other in curve if finite(other.metrics.get(KL)) and _outcomes(other) is not None]
+        kl, outcomes = run.metrics.get(KL), _outcomes(run)
+        if not curve or not finite(kl) or outcomes is None:
+            continue
+        total += 1
+        outcomes, *points = _stack([outcomes, *map(_outcomes, curve)])
+        kls = np.array([other.metrics[KL] for other in curve])
+        matched = interpolate_at_kl(kls, np.stack(points), kl)
+        if matched is None:
+            outside.add("above" if kl > kls.max() else "below")
+            continue
+        ratios.append(bracket_ratio(kls, kl))
+        by_seed.setdefault(run.seed, []).append(outcomes - matched)
+    label = f"{name} at the same KL" + (f", mean over {len(rows)} rates" if kind == EQUAL_KL_MEAN else "")
+    if not total:
+        return Contrast(kind, rows[0], None, label, None, f"no {KL} in runs that share a seed", "no KL")
+    notes = []
+    extent = "much" if outside == {"above"} else "little"
+    if outside:
+        side = " and ".join(sorted(outside))
+        rates = " and ".join({"above": "larger", "below": "smaller"}[where] for where in sorted(outside))
+        which = "its KL lies" if not ratios else f"the KL of {total - len(ratios)} of {total} runs lies"
+        notes.append(
+            f"{which} {side} that of all {name} runs, where nothing is extrapolated: {name} lacks {rates} rates"
+        )
+    if not by_seed:
+        return Contrast(kind, rows[0], None, label, None, "; ".join(notes), f"no {name} drifts so {extent}")
+    if max(ratios) > 4:
+        notes.append(f"interpolated between KLs up to {max(ratios):.0f}-fold apart")
+    interval = bootstrap_interval(_stack([_stack(values).mean(axis=0) for values in by_seed.values()]))
+    return Contrast(kind, rows[0], None, label, interval, "; ".join(notes))

@@ -1,0 +1,364 @@
+"""Pictures of a comparison. The only module that needs matplotlib, and it imports it when a picture is drawn.
+
+Colours are those of Okabe and Ito and of Tol ("muted"), told apart by colour-blind readers too; each method also has
+its own marker. A method has one colour in all pictures.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .comparison import Comparison, Row, best, display_name, format_rate
+from .runs import ACCURACY, FLIPPED_FIT, KL, MEAN_Q, finite
+from .statistics import noise_floor
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+_STYLES = {
+    "adamw": ("#333333", "o"),
+    "prm_per_tensor": ("#0072B2", "s"),
+    "prm_per_param": ("#56B4E9", "D"),
+    "prm_debiased": ("#D55E00", "^"),
+    "constant_q": ("#E69F00", "P"),
+    "shuffled_q": ("#999933", "X"),
+    "cdpo": ("#009E73", "v"),
+    "robust": ("#CC79A7", "<"),
+    "ipo": ("#882255", ">"),
+    "early_stopping": ("#44AA99", "h"),
+}
+_MORE_COLOURS = ("#332288", "#117733", "#AA4499", "#88CCEE", "#CC6677", "#6B5B2E", "#7F7F7F", "#DDAA33")
+_MORE_MARKERS = ("p", "*", "d", "8", "H", "o", "s")  # as many as is coprime to the colours, so that pairs differ
+_RC = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.labelcolor": "#222222",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+def _require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError('Pictures and report.html need matplotlib: pip install "prm-hf[report]"') from error
+
+
+def method_styles(methods: list[str]) -> dict[str, tuple[str, str]]:
+    """(colour, marker) of each method: fixed for the known ones, the rest in alphabetical order."""
+    unknown = sorted(set(methods) - set(_STYLES))
+    more = {
+        method: (_MORE_COLOURS[i % len(_MORE_COLOURS)], _MORE_MARKERS[i % len(_MORE_MARKERS)])
+        for i, method in enumerate(unknown)
+    }
+    return {method: _STYLES.get(method) or more[method] for method in methods}
+
+
+def _new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    # Figure and Agg canvas directly: pyplot would keep global state and might choose an interactive backend.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    return figure, list(axes)
+
+
+def to_png(figure: Figure, dpi: int = 150) -> bytes:
+    """The figure as a PNG file's bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def plot_frontier(comparison: Comparison) -> Figure | None:
+    """Held-out accuracy against `drift/kl`: a faint point a run, a curve a method through its learning rates.
+
+    Curves go through the means over seeds (geometric for the KL), with standard errors: over seeds, or over held-out
+    pairs where there is one seed. None if no run has both numbers.
+
+    Raises:
+        ImportError: matplotlib is not installed; names the extra that brings it.
+    """
+    _require_matplotlib()
+    import matplotlib
+
+    drawn = {
+        method: sorted(placed, key=lambda row: _geometric_kl(row))
+        for method, rows in comparison.methods().items()
+        if (placed := [row for row in rows if _on_frontier(row)])
+    }
+    if not drawn:
+        return None
+    styles = method_styles(list(comparison.methods()))
+    with matplotlib.rc_context(_RC):
+        figure, (axes,) = _new_figure(9.2, 5.6)
+        axes.set_xscale("log")
+        labels, kinds, handles = [], set(), []
+        for method, rows in drawn.items():
+            colour, marker = styles[method]
+            kls, accuracies = [_geometric_kl(row) for row in rows], [row.accuracy for row in rows]
+            errors, over = zip(*(row.accuracy_error() for row in rows), strict=True)
+            kinds |= {kind for kind in over if kind}
+            # Controls are points of their own, each bound to another PRM run: no curve joins them.
+            line = "none" if any(row.source for row in rows) else "-"
+            axes.errorbar(
+                kls,
+                accuracies,
+                yerr=np.nan_to_num(errors),
+                color=colour,
+                marker=marker,
+                markersize=7,
+                markeredgecolor="white",
+                markeredgewidth=0.8,
+                linestyle=line,
+                linewidth=1.8,
+                elinewidth=1.0,
+                capsize=2.5,
+                ecolor=(colour, 0.55),
+                zorder=3,
+            )
+            handles.append(
+                axes.plot([], [], color=colour, marker=marker, markersize=7, linestyle=line, linewidth=1.8)[0]
+            )
+            for row in rows:
+                if len(row.runs) > 1:
+                    runs = [run for run in row.runs if _has_point(run)]
+                    axes.scatter(
+                        [run.metrics[KL] for run in runs],
+                        [run.metrics[ACCURACY] for run in runs],
+                        s=14,
+                        color=colour,
+                        alpha=0.35,
+                        linewidths=0,
+                        zorder=2,
+                    )
+            labels += [
+                (kl, accuracy, error, format_rate(row.learning_rate), colour)
+                for kl, accuracy, error, row in zip(kls, accuracies, np.nan_to_num(errors), rows, strict=True)
+                if row.learning_rate is not None
+            ]
+        every = [run.metrics[KL] for rows in drawn.values() for row in rows for run in row.runs if _has_point(run)]
+        margin = max(1.35, 2 / np.sqrt(max(every) / min(every)))  # at least a factor of 4 in all
+        axes.set_xlim(min(every) / margin, max(every) * margin)
+        axes.margins(y=0.1)
+        _plain_log_ticks(axes, "x")
+        axes.set_xlabel("drift/kl: KL(π‖π_ref), nats a token, log scale")
+        axes.set_ylabel("held-out accuracy (rewards/accuracies)")
+        axes.set_title("Held-out accuracy against drift")
+        bars = " or ".join(
+            {"seeds": "over seeds", "pairs": "over held-out pairs (one seed)"}[kind] for kind in sorted(kinds)
+        )
+        note = f"Bars: ± one standard error {bars}. " if bars else ""
+        figure.supxlabel(
+            f"{note}Labels: learning rate. Upper left is better: more accurate, closer to the reference.",
+            fontsize=8.5,
+            color="#666666",
+        )
+        names = [display_name(method) for method in drawn]
+        axes.legend(handles, names, loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=1.8, labelspacing=0.7)
+        figure.canvas.draw()  # the layout is final from here on, so that labels can be placed in pixels
+        _place_labels(axes, labels)
+    return figure
+
+
+def _has_point(run) -> bool:
+    return finite(run.metrics.get(KL)) and run.metrics[KL] > 0 and finite(run.metrics.get(ACCURACY))
+
+
+def _on_frontier(row: Row) -> bool:
+    return any(_has_point(run) for run in row.runs)
+
+
+def _geometric_kl(row: Row) -> float:
+    return float(np.exp(np.mean([np.log(run.metrics[KL]) for run in row.runs if _has_point(run)])))
+
+
+def _plain_log_ticks(axes: Axes, which: str) -> None:
+    """Ticks as 0.01, 0.02, 0.05 rather than powers of ten, where the range is short enough to show them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis, limits = (axes.xaxis, axes.get_xlim()) if which == "x" else (axes.yaxis, axes.get_ylim())
+    decades = np.log10(limits[1] / limits[0])
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.2 else (1,), numticks=20))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _place_labels(axes: Axes, labels: list[tuple[float, float, float, str, str]]) -> None:
+    """Writes each (x, y, error, text, colour) beside its point, in the place around it that covers the least."""
+    from matplotlib.patheffects import withStroke
+
+    scale = axes.figure.dpi / 72
+    frame = axes.get_window_extent()
+    points = axes.transData.transform([(x, y) for x, y, *_ in labels]) if labels else np.empty((0, 2))
+    taken = [(x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale) for x, y in points]
+    for x, y, error, *_ in labels:  # the error bars
+        (left, bottom), (right, top) = axes.transData.transform([(x, y - error), (x, y + error)])
+        taken.append((left - scale, bottom, right + scale, top))
+    for line in axes.get_lines():  # the curves, as a string of small boxes
+        if line.get_linestyle() == "-" and len(line.get_xdata()) > 1:
+            path = axes.transData.transform(line.get_xydata())
+            for start, end in itertools.pairwise(path):
+                steps = np.linspace(start, end, 2 + int(np.hypot(*(end - start)) / (4 * scale)))
+                taken += [(px - 1.5 * scale, py - 1.5 * scale, px + 1.5 * scale, py + 1.5 * scale) for px, py in steps]
+    for (x, y, _, text, colour), (px, py) in zip(labels, points, strict=True):
+        width, height = 5.2 * scale * len(text), 9 * scale
+        places = [
+            (dx * (step + width / 2), dy * ((0 if dx else step) + height / 2))
+            for step in (6 * scale, 12 * scale)
+            for dx, dy in ((1, 1), (-1, 1), (1, -1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))
+        ]
+        boxes = [
+            (px + dx - width / 2, py + dy - height / 2, px + dx + width / 2, py + dy + height / 2) for dx, dy in places
+        ]
+        costs = [
+            sum(_overlap(box, other) for other in taken)
+            + (1e6 if box[0] < frame.x0 or box[2] > frame.x1 or box[1] < frame.y0 or box[3] > frame.y1 else 0)
+            for box in boxes
+        ]
+        chosen = int(np.argmin(costs))
+        taken.append(boxes[chosen])
+        axes.annotate(
+            text,
+            (x, y),
+            xytext=(places[chosen][0] / scale, places[chosen][1] / scale),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=8.5,
+            color=colour,
+            path_effects=[withStroke(linewidth=2.2, foreground="white")],
+            zorder=4,
+        )
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def plot_curves(comparison: Comparison) -> Figure | None:
+    """Held-out accuracy, flipped fit and `drift/kl` over the steps; the best learning rate of each method stands out.
+
+    Lines are means over seeds with the range of the seeds as a band. None if nothing of this was logged.
+    """
+    panels = (
+        (ACCURACY, "Held-out accuracy (rewards/accuracies)", False),
+        (FLIPPED_FIT, "Flipped fit (memorization/flipped_fit)", False),
+        (KL, "KL to the reference (drift/kl), log scale", True),
+    )
+    return _plot_over_steps(comparison, panels, note="Thick: each method's most accurate learning rate. Thin: others.")
+
+
+def plot_mask(comparison: Comparison) -> Figure | None:
+    """`mask/mean_q` over the steps, with the level at which pure noise holds the `"ema"` `snr` mask. None if no run
+    logged a mask."""
+    return _plot_over_steps(
+        comparison,
+        ((MEAN_Q, "Mean of the mask (mask/mean_q), log scale", True),),
+        note="Thick: each method's most accurate learning rate. Thin: others.",
+        floors=_noise_floors(comparison),
+    )
+
+
+def _plot_over_steps(
+    comparison: Comparison,
+    panels: tuple[tuple[str, str, bool], ...],
+    note: str,
+    floors: dict[float, str] | None = None,
+) -> Figure | None:
+    _require_matplotlib()
+    import matplotlib
+
+    panels = tuple(panel for panel in panels if any(_mean_series(row, panel[0])[0].size for row in comparison.rows))
+    if not panels:
+        return None
+    styles = method_styles(list(comparison.methods()))
+    with matplotlib.rc_context(_RC):
+        figure, all_axes = _new_figure(4.4 * len(panels) + 2.0 if len(panels) > 1 else 8.2, 4.0, len(panels))
+        handles = {}
+        for axes, (name, title, log) in zip(all_axes, panels, strict=True):
+            for method, rows in comparison.methods().items():
+                top = best(rows) or rows[0]
+                for row in sorted(rows, key=lambda row, top=top: row is top):
+                    steps, mean, low, high = _mean_series(row, name)
+                    if not steps.size:
+                        continue
+                    if log:  # the KL is 0 before the first step
+                        mean, low, high = (np.where(values > 0, values, np.nan) for values in (mean, low, high))
+                    thick = row is top
+                    style = {"color": styles[method][0], "alpha": 1.0 if thick else 0.4}
+                    if steps.size == 1:
+                        (line,) = axes.plot(steps, mean, marker=styles[method][1], linestyle="none", **style)
+                    else:
+                        (line,) = axes.plot(steps, mean, linewidth=2.0 if thick else 1.0, **style)
+                        if len(row.runs) > 1 and thick:
+                            axes.fill_between(steps, low, high, color=styles[method][0], alpha=0.15, linewidth=0)
+                    if thick or method not in handles:
+                        handles[method] = line
+            if log:
+                axes.set_yscale("log")
+                _plain_log_ticks(axes, "y")
+            axes.set_title(title, fontsize=10)
+            axes.set_xlabel("optimizer step")
+        lines = list(handles.values())
+        names = [display_name(method) for method in handles]
+        for level, label in (floors or {}).items():
+            lines.append(all_axes[0].axhline(level, color="#666666", linestyle="--", linewidth=1.2, zorder=1))
+            names.append(label)
+        figure.legend(lines, names, loc="outside right center", handlelength=1.6, labelspacing=0.7)
+        figure.supxlabel(note, fontsize=8.5, color="#666666")
+    return figure
+
+
+def _mean_series(row: Row, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Steps that all seeds of a row logged, and mean, minimum and maximum over the seeds there: four `[n]` arrays."""
+    series = [dict(zip(*run.series(name), strict=True)) for run in row.runs]
+    series = [each for each in series if each]
+    steps = sorted(set.intersection(*map(set, series))) if series else []
+    values = np.array([[each[step] for step in steps] for each in series]).reshape(len(series), len(steps))
+    if not steps:
+        return (np.empty(0),) * 4
+    return np.array(steps), values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+
+
+def _noise_floors(comparison: Comparison) -> dict[float, str]:
+    """Noise floor of each `"ema"` `snr` setting among the runs; those not on record have the optimizer's default."""
+    floors = {}
+    for run in comparison.runs:
+        settings = {key.removeprefix("prm_"): value for key, value in run.settings.items()}
+        estimator = settings.get("estimator", "ema" if run.method in ("prm_per_tensor", "prm_per_param") else None)
+        if estimator != "ema" or settings.get("mask", "snr") != "snr" or not run.series(MEAN_Q)[0].size:
+            continue
+        alpha = settings.get("alpha")
+        if alpha is None and settings.get("boundary", "batch") != "batch":
+            continue  # α = b/(n-b) is not on record
+        alpha = 1.0 if alpha is None else alpha
+        beta1 = settings.get("adam_beta1", 0.9)
+        softness = settings.get("softness", 1.0)
+        level = noise_floor(beta1, softness, alpha)
+        floors[level] = f"pure noise, ema snr\nper_tensor: q = {level:.3f}"
+    return floors

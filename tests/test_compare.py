@@ -1,0 +1,668 @@
+"""Comparison of finished runs: statistics with known answers, folders as they are found on disk, and words that never
+claim more than the numbers hold."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from prm_hf.compare import (
+    bootstrap_interval,
+    compare_runs,
+    format_comparison,
+    interpolate_at_kl,
+    load_runs,
+    noise_floor,
+    plots,
+    statistics,
+    write_report,
+)
+from prm_hf.compare.comparison import BEST_LR, CONTROLLED, EQUAL_KL, EQUAL_KL_MEAN, SAME_LR, format_rate, method_group
+
+
+PAIRS = 400
+ACCURACY, KL = "rewards/accuracies", "drift/kl"
+
+
+def write_run(root, method, lr, seed, accuracy, kl, *, settings=None, margins=True, mean_q=None, **changes):
+    """A finished run folder. The first `accuracy`·PAIRS held-out pairs, in an order that the seed shuffles a little,
+    are right: two runs of one seed differ exactly in the pairs between their accuracies."""
+    order = np.argsort(np.arange(PAIRS) + np.random.default_rng(seed).normal(0, 20, PAIRS))
+    heldout = np.full(PAIRS, -1.0)
+    heldout[order[: round(accuracy * PAIRS)]] = 1.0
+    name = changes.get("name", f"{method}_lr{lr:.0e}_seed{seed}")
+    folder = Path(root) / name
+    folder.mkdir(parents=True)
+    info = {
+        "schema": 1,
+        "name": name,
+        "method": method,
+        "learning_rate": lr,
+        "seed": seed,
+        "noise_rate": 0.3,
+        "model": "tiny",
+        "dataset": "built-in",
+        "settings": {"beta": 0.1, "learning_rate": lr, "seed": seed, **(settings or {})},
+        "versions": {"torch": "2"},
+        "hardware": {"device": "cpu"},
+    }
+    (folder / "run.json").write_text(json.dumps(info | {k: v for k, v in changes.items() if k in info}))
+    history = []
+    for step in range(0, 41, 10):
+        mask = {"mask/mean_q": mean_q} if mean_q and step else {}
+        values = {ACCURACY: accuracy * step / 40, "memorization/flipped_fit": 0.3, KL: kl * (step / 40) ** 2}
+        history += [{"step": step, "train/loss": 0.69, **mask}, {"step": step, **values}]
+    (folder / "history.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
+    metrics = {
+        ACCURACY: accuracy,
+        "memorization/flipped_fit": 0.4,
+        "memorization/clean_fit": 0.8,
+        KL: kl,
+        "drift/reward_abs": 0.5,
+        "wall_seconds": 12.0,
+        "steps": 40,
+    }
+    dropped = changes.get("drop", ())
+    (folder / "metrics.json").write_text(json.dumps({k: v for k, v in metrics.items() if k not in dropped}))
+    if margins:
+        (folder / "margins.json").write_text(
+            json.dumps({"heldout": heldout.tolist(), "train": [], "train_flipped": []})
+        )
+    return name
+
+
+def write_grid(root, seeds=(0,), prm_gain=0.0, prm=("prm_per_tensor",), constant=None):
+    """AdamW and PRM at three learning rates each; at the same KL PRM is more accurate by `prm_gain`."""
+    for seed in seeds:
+        for lr, kl, accuracy in ((1e-4, 0.1, 0.70), (1e-3, 0.4, 0.75), (1e-2, 1.6, 0.65)):
+            write_run(root, "adamw", lr, seed, accuracy, kl)
+        for method in prm:
+            for lr, kl, accuracy in ((1e-3, 0.2, 0.725), (1e-2, 0.4, 0.75), (1e-1, 0.8, 0.70)):
+                name = write_run(root, method, lr, seed, accuracy + prm_gain, kl, mean_q=0.05)
+                if lr == 1e-2 and method == prm[0] and constant is not None:
+                    source = {"constant_q": {"of": name, "mean_q": 0.05 + seed / 1000}}
+                    rate = lr * (0.05 + seed / 1000)
+                    write_run(root, "constant_q", rate, seed, constant, 0.3, settings=source)
+
+
+def contrast(comparison, kind, method="prm_per_tensor"):
+    return next(c for c in comparison.contrasts if c.kind == kind and c.left.method == method)
+
+
+# statistics
+
+
+def test_mean_and_standard_error():
+    mean, error, n = statistics.mean_and_standard_error(np.array([0.7, 0.72, 0.77]))
+    assert (mean, n) == (pytest.approx(0.73), 3)
+    assert error == pytest.approx(stats.sem([0.7, 0.72, 0.77]))
+    mean, error, n = statistics.mean_and_standard_error(np.array([0.7]))
+    assert mean == 0.7 and np.isnan(error) and n == 1
+    assert statistics.mean_and_standard_error(np.array([]))[2] == 0
+    assert statistics.proportion_standard_error(0.7, 600) == pytest.approx(0.0187, abs=1e-4)
+
+
+@pytest.mark.parametrize("df", [1, 1.5, 2, 3.5, 9, 10, 10.5, 12, 30, 1000, np.inf])
+def test_t_quantile_is_scipys(df):
+    exact = df >= 10 or df == int(df)  # elsewhere the table is interpolated
+    assert statistics._t_975(df) == pytest.approx(stats.t.ppf(0.975, df), rel=1e-4 if exact else 0.03)
+
+
+def test_interval_of_one_seed_is_that_of_the_paired_examples():
+    rng = np.random.default_rng(0)
+    difference = rng.choice([-1.0, 0.0, 1.0], p=[0.1, 0.75, 0.15], size=(1, 600))
+    interval = bootstrap_interval(difference)
+    half = 1.96 * difference.std(ddof=1) / np.sqrt(600)
+    assert interval.mean == pytest.approx(difference.mean())
+    assert interval.low == pytest.approx(interval.mean - half, abs=0.1 * half)
+    assert interval.high == pytest.approx(interval.mean + half, abs=0.1 * half)
+    assert (interval.seeds, interval.examples) == (1, 600)
+    assert interval == bootstrap_interval(difference)  # reproducible
+
+
+@pytest.mark.parametrize("seeds", [1, 3, 8])
+def test_interval_covers_what_it_says(seeds):
+    """Simulated differences with an effect of examples and of seed x example, and of seeds where they can be seen."""
+    rng = np.random.default_rng(seeds)
+    repeats, truth, hits, widths = 300, 0.01, 0, []
+    spread = (0.0, 0.3, 0.0) if seeds == 1 else (0.01, 0.2, 0.35)
+    for repeat in range(repeats):
+        of_seed, of_example, of_both = (
+            scale * rng.standard_normal(shape)
+            for scale, shape in zip(spread, [(seeds, 1), (1, 150), (seeds, 150)], strict=True)
+        )
+        interval = bootstrap_interval(truth + of_seed + of_example + of_both, resamples=400, seed=repeat)
+        hits += interval.low <= truth <= interval.high
+        widths.append(interval.high - interval.low)
+    true_error = np.sqrt(spread[0] ** 2 / seeds + spread[1] ** 2 / 150 + spread[2] ** 2 / (seeds * 150))
+    assert 0.92 <= hits / repeats <= 0.99
+    assert 0.95 <= np.mean(widths) / (2 * 1.96 * true_error) <= 1.2  # and is no wider than it must be
+
+
+def test_examples_are_shared_by_the_seeds():
+    """Ten seeds that give the same differences are no more evidence about the examples than one."""
+    one = np.random.default_rng(0).choice([-1.0, 0.0, 1.0], size=(1, 300))
+    single, repeated = bootstrap_interval(one), bootstrap_interval(np.repeat(one, 10, axis=0))
+    assert repeated.high - repeated.low == pytest.approx(single.high - single.low, rel=0.1)
+
+
+def test_interval_over_seeds_alone_is_students():
+    values = np.array([[0.01], [0.03], [0.02]])
+    interval = bootstrap_interval(values)
+    low, high = stats.t.interval(0.95, 2, loc=values.mean(), scale=stats.sem(values[:, 0]))
+    assert (interval.low, interval.high) == (pytest.approx(low, rel=1e-5), pytest.approx(high, rel=1e-5))
+
+
+def test_no_interval_where_no_spread_can_be_measured():
+    for values in ([[0.02]], [[0.0]], [[0.02], [0.02]]):
+        interval = bootstrap_interval(np.array(values))
+        assert not interval.known and interval.verdict == "no interval"
+    assert bootstrap_interval(np.zeros((2, 50))).verdict == "within noise"
+
+
+@pytest.mark.parametrize("values", [np.ones(3), np.empty((0, 3)), np.array([[np.nan, 1.0]])])
+def test_interval_refuses(values):
+    with pytest.raises(ValueError, match="`values` must"):
+        bootstrap_interval(values)
+
+
+def test_interpolation_is_linear_in_log_kl():
+    kl, values = np.array([1.0, 0.01, 0.1]), np.array([[0.6], [0.7], [0.8]])
+    assert interpolate_at_kl(kl, values, 0.1)[0] == pytest.approx(0.8)
+    assert interpolate_at_kl(kl, values, np.sqrt(0.1 * 0.01))[0] == pytest.approx(0.75)
+    assert interpolate_at_kl(kl, values, 10**-0.25)[0] == pytest.approx(0.65)
+    for outside in (0.009, 1.01, np.nan, 0.0):
+        assert interpolate_at_kl(kl, values, outside) is None
+    assert interpolate_at_kl(np.array([np.nan, 0.2]), np.array([[1.0], [0.5]]), 0.2)[0] == 0.5
+    assert interpolate_at_kl(np.array([0.2, 0.2]), np.array([[1.0], [0.5]]), 0.2)[0] == 0.75
+    with pytest.raises(ValueError, match="must be"):
+        interpolate_at_kl(kl, values[:2], 0.1)
+    assert statistics.bracket_ratio(kl, 0.03) == pytest.approx(10)
+    assert statistics.bracket_ratio(kl, 0.1) == 1
+
+
+def test_noise_floor_is_where_pure_noise_settles():
+    assert noise_floor() == pytest.approx(1 / 21)
+    rng = np.random.default_rng(0)
+    for beta1, softness, alpha in ((0.9, 1.0, 1.0), (0.8, 0.5, 2.0)):
+        m, s, size = np.zeros(4000), np.zeros(4000), 4000
+        for _ in range(600):
+            g = rng.standard_normal(size)
+            s = 0.99 * s + 0.01 * (g - m) ** 2
+            m = beta1 * m + (1 - beta1) * g
+        signal, noise = np.mean(m**2), np.mean(s)
+        assert noise_floor(beta1, softness, alpha) == pytest.approx(
+            signal / (signal + softness * alpha * noise), rel=0.06
+        )
+
+
+# folders
+
+
+def test_reads_a_run_folder(tmp_path):
+    write_run(tmp_path, "prm_per_tensor", 3e-3, 7, 0.75, 0.4, mean_q=0.05)
+    (run,) = load_runs(tmp_path)
+    assert (run.method, run.learning_rate, run.seed, run.source) == ("prm_per_tensor", 3e-3, 7, "prm_hf")
+    assert run.metrics[ACCURACY] == 0.75 and run.heldout.shape == (PAIRS,) and np.mean(run.heldout > 0) == 0.75
+    assert run.series(KL)[0].tolist() == [0, 10, 20, 30, 40] and run.series("not/logged")[0].size == 0
+    assert run.mean_q == pytest.approx(0.05) and run.settings["beta"] == 0.1
+
+
+def test_finds_runs_in_folders_and_globs_once(tmp_path):
+    write_grid(tmp_path / "runs" / "dpo")
+    assert len(load_runs(tmp_path)) == len(load_runs([tmp_path / "runs", str(tmp_path / "runs/dpo/adamw*")])) == 6
+    assert {run.method for run in load_runs(str(tmp_path / "runs/dpo/adamw*"))} == {"adamw"}
+    # a shell's * also gives what an earlier report left there
+    (tmp_path / "runs/dpo/report.html").write_text("")
+    assert len(load_runs((tmp_path / "runs/dpo").iterdir())) == 6
+
+
+def test_unfinished_runs_are_named(tmp_path):
+    write_grid(tmp_path)
+    (tmp_path / "adamw_lr1e-05_seed0").mkdir()
+    (tmp_path / "adamw_lr1e-05_seed0" / "run.json").write_text("{")  # killed while writing
+    comparison = compare_runs(tmp_path)
+    assert [run.name for run in comparison.unfinished] == ["adamw_lr1e-05_seed0"]
+    assert len(comparison.runs) == 6
+    assert any("unfinished" in words and "adamw_lr1e-05_seed0" in words for words in comparison.statements)
+    with pytest.raises(ValueError, match="No finished run.*adamw_lr1e-05_seed0"):
+        compare_runs(tmp_path / "adamw_lr1e-05_seed0")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("run.json", "{", "run.json cannot be read as JSON"),
+        ("run.json", '{"schema": 2}', "has schema 2; this version of prm_hf reads schema 1"),
+        ("run.json", '{"schema": 1, "name": "a", "method": "adamw"}', "lacks learning_rate, seed"),
+        ("metrics.json", '{"drift/kl": null}', "'drift/kl' is None"),
+        ("history.jsonl", '{"step": 1}\n{"st', "history.jsonl, line 2"),
+    ],
+)
+def test_broken_files_are_named(tmp_path, file, text, message):
+    name = write_run(tmp_path, "adamw", 1e-3, 0, 0.7, 0.1)
+    (tmp_path / name / file).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_runs(tmp_path)
+
+
+def test_paths_without_runs_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match="empty holds no run: expected a run folder .*trainer_state.json"):
+        load_runs(tmp_path / "empty")
+    with pytest.raises(ValueError, match="notes.txt is a file: expected"):
+        load_runs(tmp_path / "notes.txt")
+    for missing in (tmp_path / "missing", tmp_path / "miss*"):
+        with pytest.raises(FileNotFoundError, match="does not exist: expected"):
+            load_runs(missing)
+    with pytest.raises(ValueError, match="No folder given"):
+        load_runs([])
+    (tmp_path / "empty" / "metrics.json").write_text("{}")
+    with pytest.raises(ValueError, match="no run.json"):
+        load_runs(tmp_path / "empty")
+
+
+def write_trainer_state(folder, log, step=8, max_steps=8):
+    folder.mkdir(parents=True)
+    state = {"global_step": step, "max_steps": max_steps, "log_history": log}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+
+
+def trl_log(split="", accuracy=0.7, step=8):
+    """What TRL's DPOTrainer writes: the Trainer's own values with the split, TRL's without."""
+    middle = f"{split}_" if split else ""
+    own = {f"eval_{middle}loss": 0.6, f"eval_{middle}runtime": 0.1, f"eval_{middle}samples_per_second": 9.0}
+    return {"step": step, "epoch": 1.0, **own, "eval_rewards/accuracies": accuracy, "eval_aux_loss": 0.1}
+
+
+def test_reads_a_trainer_folder(tmp_path):
+    log = [
+        {"step": 4, "learning_rate": 1e-3, "loss": 0.69, "rewards/accuracies": 0.9, "mask/mean_q": 0.06},
+        trl_log(accuracy=0.6, step=4) | {"eval_old": 1.0},
+        {"step": 8, "learning_rate": 5e-4, "loss": 0.6, "mask/mean_q": 0.04},
+        trl_log(accuracy=0.7) | {"eval_drift/kl": 0.2},
+        {"step": 8, "train_runtime": 33.0, "train_loss": 0.65},
+    ]
+    write_trainer_state(tmp_path / "qwen-prm_seed3", log)
+    (run,) = load_runs(tmp_path)
+    assert (run.method, run.learning_rate, run.seed, run.source) == ("qwen-prm", 1e-3, 3, "trainer")
+    assert method_group(run.method) == "PRM"
+    assert run.metrics[ACCURACY] == 0.7 and run.metrics[KL] == 0.2 and run.metrics["wall_seconds"] == 33.0
+    assert "memorization/flipped_fit" not in run.metrics and run.heldout is None and "old" not in run.metrics
+    assert run.series(ACCURACY)[1].tolist() == [0.6, 0.7] and run.series("train/rewards/accuracies")[1].tolist() == [
+        0.9
+    ]
+    assert run.mean_q == pytest.approx(0.05) and not run.notes
+
+
+def test_reads_the_latest_checkpoint(tmp_path):
+    for step in (50, 100, 9):
+        write_trainer_state(tmp_path / f"adamw/checkpoint-{step}", [trl_log(accuracy=step / 200)], step, 400)
+    for path in (tmp_path / "adamw", tmp_path, tmp_path / "adamw/checkpoint-100"):
+        (run,) = load_runs(path)
+        assert (run.name, run.metrics[ACCURACY], run.learning_rate) == ("adamw", 0.5, None)
+        assert run.notes == ["it stopped, or was read, at step 100 of 400"]
+    assert "?" in format_comparison(compare_runs(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("log", "accuracy", "note"),
+    [
+        ([trl_log("flipped", 0.4), trl_log("clean", 0.8)], 0.8, "split 'clean'"),
+        ([trl_log("clean", 0.8), trl_log("flipped", 0.4)], 0.8, "split 'clean'"),
+        ([trl_log("mine", 0.6), {"step": 8, "eval_drift/kl": 0.1}], 0.6, "split 'mine'"),
+        ([trl_log("a", 0.6), trl_log("b", 0.7)], None, "several splits (a, b)"),
+        ([{"step": 1, "loss": 1.0}], None, "no evaluation"),
+        ([{"step": 8, "eval_test_rewards/accuracies": 0.9, "eval_test_loss": 0.5}], 0.9, "split 'test'"),
+    ],
+)
+def test_evaluation_splits_of_a_trainer(tmp_path, log, accuracy, note):
+    write_trainer_state(tmp_path / "run", log)
+    (run,) = load_runs(tmp_path)
+    assert run.metrics.get(ACCURACY) == accuracy
+    assert len(run.notes) == 1 and note in run.notes[0]
+    if accuracy:
+        assert run.series(ACCURACY)[1].tolist() == [accuracy]
+        assert run.metrics.get(KL) == (0.1 if "mine" in note else None)
+
+
+# rows and differences
+
+
+def test_rows_are_methods_at_learning_rates(tmp_path):
+    write_grid(tmp_path, seeds=(0, 1, 2), constant=0.74)
+    comparison = compare_runs(tmp_path)
+    assert [(row.method, len(row.runs)) for row in comparison.rows] == [
+        *[("adamw", 3)] * 3,
+        *[("prm_per_tensor", 3)] * 3,
+        ("constant_q", 3),  # one row, though each seed has its own learning rate
+    ]
+    constant = comparison.rows[-1]
+    assert constant.source.learning_rate == 1e-2 and constant.source.method == "prm_per_tensor"
+    assert constant.learning_rate == pytest.approx(1e-2 * 0.051)
+    assert constant.mean("mean_q")[0] == pytest.approx(0.051)
+    assert comparison.rows[0].accuracy_error()[1] == "seeds"
+
+
+def test_differences_have_their_known_values(tmp_path):
+    write_grid(tmp_path, seeds=(0, 1), prm_gain=0.05, constant=0.76)
+    comparison = compare_runs(tmp_path)
+    assert contrast(comparison, SAME_LR).interval.mean == pytest.approx(0.80 - 0.65)
+    assert contrast(comparison, BEST_LR).interval.mean == pytest.approx(0.80 - 0.75)
+    assert contrast(comparison, EQUAL_KL).interval.mean == pytest.approx(0.80 - 0.75)
+    assert contrast(comparison, CONTROLLED).interval.mean == pytest.approx(0.80 - 0.76)
+    # KL 0.2 lies half way (in log) between AdamW at 0.1 and constant q... which is AdamW at KL 0.3
+    at_02 = 0.70 + 0.06 * np.log(2) / np.log(3)
+    mean = np.mean([0.775 - at_02, 0.80 - 0.75, 0.75 - 0.70])
+    assert contrast(comparison, EQUAL_KL_MEAN).interval.mean == pytest.approx(mean)
+    assert all(c.interval.seeds == 2 and c.interval.examples == PAIRS for c in comparison.contrasts)
+
+
+def test_kl_outside_the_range_is_not_extrapolated(tmp_path):
+    write_run(tmp_path, "adamw", 1e-3, 0, 0.7, 0.4)
+    write_run(tmp_path, "adamw", 1e-2, 0, 0.6, 1.6)
+    write_run(tmp_path, "prm_per_tensor", 1e-3, 0, 0.75, 0.02)
+    comparison = compare_runs(tmp_path)
+    matched = contrast(comparison, EQUAL_KL)
+    assert matched.interval is None and matched.missing == "no AdamW drifts so little"
+    assert "nothing is extrapolated" in " ".join(comparison.statements)
+    assert "unknown against AdamW at the same KL" in comparison.statements[0]
+
+
+def test_without_margins_only_seeds_give_an_interval(tmp_path):
+    for seed in (0, 1, 2):
+        write_run(tmp_path / "many", "adamw", 1e-3, seed, 0.70 + 0.01 * seed, 0.4, margins=False)
+        write_run(tmp_path / "many", "prm_per_tensor", 1e-3, seed, 0.72 + 0.02 * seed, 0.4)
+    interval = contrast(compare_runs(tmp_path / "many"), BEST_LR).interval
+    assert interval.mean == pytest.approx(0.03) and interval.examples == 1 and interval.known
+    write_run(tmp_path / "one", "adamw", 1e-3, 0, 0.70, 0.4, margins=False)
+    write_run(tmp_path / "one", "prm_per_tensor", 1e-3, 0, 0.80, 0.4, margins=False)
+    comparison = compare_runs(tmp_path / "one")
+    assert not contrast(comparison, BEST_LR).interval.known
+    assert "more accurate" not in " ".join(comparison.statements)
+
+
+def test_only_shared_seeds_are_compared(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path, "adamw", 1e-3, seed, 0.7, 0.4)
+    write_run(tmp_path, "prm_per_tensor", 1e-3, 1, 0.7, 0.4)
+    write_run(tmp_path, "cdpo", 1e-3, 5, 0.7, 0.4)
+    comparison = compare_runs(tmp_path)
+    assert contrast(comparison, BEST_LR).interval.seeds == 1
+    assert any("over the 1 seed(s) that both have" in words for words in comparison.statements)
+    assert next(c for c in comparison.contrasts if c.against.startswith("cDPO")).missing == "no shared seed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"noise_rate": 0.2}, "`noise_rate`: 0.2 in .*, 0.3 in"),
+        ({"dataset": "other"}, "`dataset`"),
+        ({"name": "copy", "lr": 1e-3}, "are both 'adamw' at learning rate 1e-3 with seed 0"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(tmp_path, changes, message):
+    write_run(tmp_path, "adamw", 1e-3, 0, 0.7, 0.4)
+    write_run(tmp_path, "adamw", changes.pop("lr", 1e-2), 0, 0.7, 0.4, **changes)
+    with pytest.raises(ValueError, match=message):
+        compare_runs(tmp_path)
+
+
+def test_other_heldout_pairs_are_refused(tmp_path):
+    write_run(tmp_path, "adamw", 1e-3, 0, 0.7, 0.4)
+    name = write_run(tmp_path, "adamw", 1e-2, 0, 0.7, 0.4)
+    (tmp_path / name / "margins.json").write_text(json.dumps({"heldout": [1.0] * 7 + [-1.0] * 3}))
+    with pytest.raises(ValueError, match="differ in the number of held-out pairs: 10 in .*, 400 in"):
+        compare_runs(tmp_path)
+
+
+def test_names():
+    assert [format_rate(rate) for rate in (3e-3, 2.5e-7, 1.0, None)] == ["3e-3", "2.5e-7", "1e0", "?"]
+    groups = {
+        "adamw": "baseline",
+        "run2-adamw-big": "baseline",
+        "prm_debiased": "PRM",
+        "constant_q": "control",
+        "shuffled_q": "control",
+        "cdpo": "loss-side",
+        "early_stopping": "loss-side",
+        "my thing": "other",
+    }
+    assert {method: method_group(method) for method in groups} == groups
+
+
+# words
+
+
+def headline(tmp_path, **grid):
+    write_grid(tmp_path, **grid)
+    return compare_runs(tmp_path).statements[0]
+
+
+def test_words_for_no_difference(tmp_path):
+    words = headline(tmp_path, seeds=(0, 1, 2), prm_gain=0.0)
+    assert (
+        "within noise" in words and "neither that PRM is more accurate than AdamW nor that the two are equal" in words
+    )
+    assert "ahead" not in words and "more accurate)" not in words
+
+
+def test_words_for_a_loss(tmp_path):
+    assert "so PRM loses to AdamW here" in headline(tmp_path, seeds=(0, 1, 2), prm_gain=-0.1)
+
+
+def test_words_for_a_gain_without_its_control(tmp_path):
+    words = headline(tmp_path, seeds=(0, 1, 2), prm_gain=0.1)
+    assert "ahead of AdamW here, but constant q was not run" in words and "does not show that the mask" in words
+
+
+def test_words_for_a_gain_that_a_constant_has_too(tmp_path):
+    words = headline(tmp_path, seeds=(0, 1, 2), prm_gain=0.1, constant=0.85)
+    assert "does not show" in words and "more than a smaller step explains" not in words
+
+
+def test_words_for_a_gain_beyond_the_control(tmp_path):
+    words = headline(tmp_path, seeds=(0, 1, 2), prm_gain=0.1, constant=0.75)
+    assert (
+        "ahead here by more than a smaller step explains" in words and "does not show that it holds elsewhere" in words
+    )
+    assert "seed" not in words
+
+
+def test_words_for_a_gain_from_more_tries(tmp_path):
+    words = headline(tmp_path, seeds=(0, 1), prm_gain=0.1, prm=("prm_per_tensor", "prm_debiased"), constant=0.75)
+    assert "it had 6 tries and AdamW 3" in words
+    statements = " ".join(compare_runs(tmp_path).statements)
+    assert "The baseline had the smaller grid: 6 PRM settings (2 methods) against 3 learning rates" in statements
+
+
+def test_words_for_one_seed(tmp_path):
+    words = headline(tmp_path, prm_gain=0.1)
+    assert "for this one seed; the spread over seeds is not measured" in words
+    assert any(words.startswith("One seed: ") for words in compare_runs(tmp_path).statements)
+
+
+def test_words_that_every_comparison_needs(tmp_path):
+    write_grid(tmp_path, seeds=(0, 1), prm_gain=0.02, constant=0.75)
+    write_run(tmp_path, "cdpo", 1e-3, 0, 0.6, 0.3)
+    comparison = compare_runs(tmp_path)
+    words = " ".join(comparison.statements)
+    known = sum(1 for c in comparison.contrasts if c.interval and c.interval.known)
+    assert "proves nothing about the mask" in words and "each the best of 3" in words
+    assert "picked on the same held-out pairs" in words and f"There are {known} intervals" in words
+    assert "cDPO at 1e-3 +" in words and "which puts cDPO at a disadvantage" in words
+    assert "1 to 2 seeds a row" in words
+
+
+def test_best_at_the_edge_of_its_grid_is_said(tmp_path):
+    write_run(tmp_path, "adamw", 1e-3, 0, 0.7, 0.4)
+    write_run(tmp_path, "adamw", 1e-2, 0, 0.6, 1.6)
+    write_run(tmp_path, "prm_per_tensor", 1e-3, 0, 0.7, 0.5)
+    assert any("edge of its grid" in w and "AdamW (smallest, 1e-3)" in w for w in compare_runs(tmp_path).statements)
+
+
+@pytest.mark.parametrize("gain", [-0.1, -0.02, -0.01, 0.0, 0.01, 0.02, 0.1])
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_no_winner_without_an_interval_off_zero(tmp_path, gain, seeds):
+    write_grid(tmp_path, seeds=seeds, prm_gain=gain)
+    comparison = compare_runs(tmp_path)
+    for c in comparison.contrasts:
+        low, high = c.interval.low, c.interval.high
+        word = "more accurate" if low > 0 else "less accurate" if high < 0 else "within noise"
+        cells = [cells for cells in format_comparison(comparison).splitlines() if cells.startswith(c.left.name)]
+        assert any(line.endswith(word) and f"[{low:+.3f}, {high:+.3f}]" in line for line in cells)
+    lead = [contrast(comparison, kind) for kind in (BEST_LR, EQUAL_KL)]
+    ahead = all(c.interval.low > 0 for c in lead)
+    assert ("ahead" in comparison.statements[0]) == ahead
+
+
+def test_leftovers_of_another_experiment_are_said(tmp_path):
+    write_run(tmp_path, "adamw", 1e-3, 0, 0.7, 0.4, settings={"max_steps": 10})
+    write_run(tmp_path, "adamw", 1e-2, 0, 0.7, 0.4, settings={"max_steps": 20})
+    assert any("also in max_steps" in words for words in compare_runs(tmp_path).statements)
+
+
+def test_accuracy_that_contradicts_its_margins_is_said(tmp_path):
+    name = write_run(tmp_path, "adamw", 1e-3, 0, 0.7, 0.4)
+    (tmp_path / name / "metrics.json").write_text(json.dumps({ACCURACY: 0.9}))
+    assert any("0.900, its margins.json 0.700" in words for words in compare_runs(tmp_path).statements)
+
+
+def test_comparisons_without_prm_or_adamw(tmp_path):
+    write_run(tmp_path, "cdpo", 1e-3, 0, 0.7, 0.4)
+    assert "without a run of PRM" in compare_runs(tmp_path).statements[0]
+    write_run(tmp_path, "hoelder", 1e-3, 0, 0.8, 0.4)
+    comparison = compare_runs(tmp_path)
+    assert contrast(comparison, BEST_LR, "hoelder").interval.mean == pytest.approx(0.1)
+    write_run(tmp_path, "prm_debiased", 1e-3, 0, 0.7, 0.4)
+    assert "without a run of AdamW" in compare_runs(tmp_path).statements[0]
+
+
+def test_runs_without_accuracy(tmp_path):
+    write_run(tmp_path, "adamw", 1e-3, 0, 0.7, 0.4, margins=False, drop=(ACCURACY,))
+    comparison = compare_runs(tmp_path)
+    assert comparison.statements[0] == "No run has rewards/accuracies: there is nothing to compare."
+    assert plots.plot_frontier(comparison) is None
+
+
+# formats and pictures
+
+
+def test_table_is_aligned_and_narrow(tmp_path):
+    write_grid(tmp_path, seeds=(0, 1), constant=0.74)
+    write_run(tmp_path, "a_method_with_a_name_that_is_much_too_long_for_any_table", 1e-3, 0, 0.7, 0.4, drop=(KL,))
+    text = format_comparison(compare_runs(tmp_path), "table")
+    assert max(map(len, text.splitlines())) <= 120
+    header, rule, *rows = text.split("\n\n")[0].splitlines()
+    assert header.split()[:3] == ["method", "lr", "seeds"] and set(rule) == {"-"} and len(rows) == 8
+    assert len({len(row) for row in rows}) == 1 and "…" in text
+    (long,) = [row for row in rows if "…" in row]
+    assert long.split()[-4] == "-"  # the KL that was not measured
+
+
+def test_markdown_has_whole_rows(tmp_path):
+    write_grid(tmp_path)
+    text = format_comparison(compare_runs(tmp_path), "markdown")
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {11, 5}
+    assert text.startswith("**PRM per_tensor") and "\\|reward\\|" in text
+
+
+def test_json_is_strict_and_complete(tmp_path):
+    write_grid(tmp_path, seeds=(0, 1), constant=0.74)
+    name = write_run(tmp_path, "cdpo", 1e-3, 0, 0.7, 0.4)
+    metrics = json.loads((tmp_path / name / "metrics.json").read_text()) | {KL: float("nan")}
+    (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
+    comparison = compare_runs(tmp_path)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    data = json.loads(format_comparison(comparison, "json"), parse_constant=refuse)
+    assert data["schema"] == 1 and len(data["rows"]) == 8 and len(data["runs"]) == 15
+    assert data["statements"] == comparison.statements and len(data["contrasts"]) == len(comparison.contrasts)
+    row = data["rows"][0]
+    assert row["metrics"][ACCURACY] == {"mean": pytest.approx(0.7), "standard_error": 0.0, "n": 2}
+    assert row["seeds"] == [0, 1] and row["learning_rate"] == 1e-4
+    assert next(run for run in data["runs"] if run["method"] == "cdpo")["metrics"][KL] == "nan"
+
+
+def test_unknown_format(tmp_path):
+    write_grid(tmp_path)
+    with pytest.raises(ValueError, match="`format` must be one of table, json, markdown, html, got 'pdf'"):
+        format_comparison(compare_runs(tmp_path), "pdf")
+
+
+def test_report_is_self_contained(tmp_path):
+    write_grid(tmp_path / "runs", seeds=(0, 1), constant=0.74)
+    write_run(tmp_path / "runs", "<script>", 1e-3, 0, 0.7, 0.4, name="odd")
+    comparison = compare_runs(tmp_path / "runs")
+    write_report(comparison, tmp_path / "out")
+    assert (tmp_path / "out" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["statements"] == comparison.statements
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "http" not in page and "<script" not in page and "<link" not in page and "src=" in page
+    assert set(re.findall(r'(?:src|href)="([^,"]*)', page)) == {"data:image/png;base64"}
+    assert "prefers-color-scheme: dark" in page and page.count("<svg") == sum(
+        1 for c in comparison.contrasts if c.interval
+    )
+
+
+def test_pictures_of_one_run_and_of_missing_numbers(tmp_path):
+    write_run(tmp_path / "one", "prm_per_tensor", 1e-3, 0, 0.7, 0.4, mean_q=0.05)
+    one = compare_runs(tmp_path / "one")
+    (axes,) = plots.plot_frontier(one).axes
+    low, high = axes.get_xlim()
+    assert low < 0.4 < high and high / low == pytest.approx(4)
+    write_run(tmp_path / "some", "adamw", 1e-3, 0, 0.7, 0.4, drop=(KL,))
+    write_run(tmp_path / "some", "prm_per_tensor", 1e-3, 0, 0.7, 0.4, drop=("memorization/flipped_fit",))
+    some = compare_runs(tmp_path / "some")
+    assert len(plots.plot_frontier(some).axes[0].get_legend().get_texts()) == 1
+    assert plots.plot_mask(some) is None
+    assert any("Not on the frontier, for lack of drift/kl: AdamW at 1e-3" in words for words in some.statements)
+
+
+def test_frontier_shows_the_numbers(tmp_path):
+    write_grid(tmp_path, seeds=(0, 1), constant=0.74)
+    (axes,) = plots.plot_frontier(compare_runs(tmp_path)).axes
+    assert axes.get_xscale() == "log"
+    curves = {tuple(line.get_xdata()): line.get_ydata() for line in axes.get_lines() if len(line.get_xdata()) == 3}
+    adamw = next(values for kl, values in curves.items() if kl == pytest.approx((0.1, 0.4, 1.6)))
+    assert list(adamw) == pytest.approx([0.70, 0.75, 0.65])
+    assert {text.get_text() for text in axes.texts} == {"1e-4", "1e-3", "1e-2", "1e-1", "5.05e-4"}
+
+
+def test_mask_picture_has_the_noise_floor_of_the_ema_estimator_only(tmp_path):
+    settings = {"prm_estimator": "debiased", "prm_mask": "snr"}
+    write_run(tmp_path, "prm_debiased", 1e-3, 0, 0.7, 0.4, mean_q=0.3, settings=settings)
+    (legend,) = plots.plot_mask(compare_runs(tmp_path)).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["PRM debiased"]
+    settings = {"prm_estimator": "ema", "prm_mask": "snr", "prm_softness": 1.0, "prm_boundary": "batch"}
+    write_run(tmp_path, "prm_per_tensor", 1e-3, 0, 0.7, 0.4, mean_q=0.05, settings=settings)
+    figure = plots.plot_mask(compare_runs(tmp_path))
+    assert "q = 0.048" in figure.legends[0].get_texts()[-1].get_text()
+    assert any(line.get_ydata()[0] == pytest.approx(1 / 21) for line in figure.axes[0].get_lines())
+
+
+def test_methods_keep_their_colours():
+    styles = plots.method_styles(["prm_per_tensor", "zeta", "alpha", "adamw"])
+    assert styles["adamw"] == plots.method_styles(["adamw"])["adamw"]
+    many = plots.method_styles([*plots._STYLES, *(f"method{i}" for i in range(40))])
+    assert len(set(many.values())) == len(many)
+    assert styles["alpha"] != styles["zeta"]
+
+
+def test_missing_matplotlib_is_said(tmp_path, monkeypatch):
+    write_grid(tmp_path / "runs")
+    comparison = compare_runs(tmp_path / "runs")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=re.escape('pip install "prm-hf[report]"')):
+        write_report(comparison, tmp_path / "out")
+    assert (tmp_path / "out" / "comparison.json").is_file()
+    assert format_comparison(comparison).startswith("method")
