@@ -115,7 +115,7 @@ def _conclusion(
                 f"table does not show that it is ahead of an equally tuned {name}{only}"
             )
         if same_step is None or verdict(same_step) != "more accurate":
-            why = {None: "constant q was not run", "within noise": "constant q does as well within noise"}.get(
+            why = {None: "constant q was not run for it", "within noise": "constant q does as well within noise"}.get(
                 same_step and verdict(same_step), "constant q is not known to do worse"
             )
             return (
