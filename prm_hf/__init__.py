@@ -1,12 +1,10 @@
 """Population Risk Minimization (PRM) for the Hugging Face fine-tuning stack.
 
-The optimizer is loaded with the package; everything that needs transformers, TRL or datasets when it is first used.
+Every name is loaded when it is first used: importing the package costs nothing, not even torch.
 """
 
 import importlib
 from typing import TYPE_CHECKING
-
-from .optim import PRM
 
 
 __version__ = "0.1.0"
@@ -21,6 +19,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "PRM": "optim",
     "PRMDPOConfig": "trainers",
     "PRMDPOTrainer": "trainers",
     "PRMSFTConfig": "trainers",
@@ -30,6 +29,7 @@ _LAZY = {
 
 if TYPE_CHECKING:
     from .noise import flip_preferences
+    from .optim import PRM
     from .trainers import PRMDPOConfig, PRMDPOTrainer, PRMSFTConfig, PRMSFTTrainer
 
 

@@ -356,22 +356,23 @@ class PRM(Optimizer):
 
     def _absorb_loaded(self) -> None:
         """Takes over what a checkpoint put into the parameter groups, however DeepSpeed put it there."""
-        loaded = [group.pop(_TENSOR_VARS) for group in self.param_groups if _TENSOR_VARS in group]
-        if loaded:
-            device = loaded[0].device if self._tensor_vars is None else self._tensor_vars.device
-            self._tensor_vars = loaded[0].detach().clone().to(device)
         numbers = [group[_NUMBER] for group in self.param_groups]
         if len(numbers) == len(self._created) > 1 and numbers != list(range(len(numbers))):
             # DeepSpeed's stage-3 universal load copies the settings of the first group to every other. The learning
             # rate is a schedule's: keep its progress.
-            progress = {
-                key: self.param_groups[0][key] / self._created[0]["lr"] if self._created[0]["lr"] else 1.0
-                for key in ("lr", "initial_lr")
-                if key in self.param_groups[0]
-            }
+            first, created_lr = self.param_groups[0], self._created[0]["lr"]
+            progress = {key: first[key] / created_lr for key in ("lr", "initial_lr") if key in first and created_lr}
             for group, created in zip(self.param_groups, self._created, strict=True):
                 group.update(created)
                 group.update({key: created["lr"] * value for key, value in progress.items()})
+        for group in self.param_groups:
+            if _TENSOR_VARS in group:
+                # Every group has the whole table, and may be seen for the first time when others have moved on.
+                table = group.pop(_TENSOR_VARS)
+                if self._tensor_vars is None:
+                    self._tensor_vars = torch.zeros_like(table)
+                mine = self._locator.numbers(group[_NUMBER])
+                self._tensor_vars[mine.start : mine.stop] = table[mine.start : mine.stop].to(self._tensor_vars.device)
 
     def _is_initialization(self, parts: list["_Part"]) -> bool:
         """Whether this step is DeepSpeed's stage 0 in half precision allocating the state with zero gradients.

@@ -78,9 +78,12 @@ class Locator:
         """The tensors that a group steps; DeepSpeed ZeRO-3 puts them into it for the time of a step only."""
         if not self.flat:
             return params
+        return [p for p in self.layout.locals if self.members(p)[0] in self.numbers(group)]
+
+    def numbers(self, group: int) -> range:
+        """The numbers of the original tensors of a group."""
         begin = sum(len(refs) for refs in self._originals[:group])
-        numbers = range(begin, begin + len(self._originals[group]))
-        return [p for p in self.layout.locals if self.members(p)[0] in numbers]
+        return range(begin, begin + len(self._originals[group]))
 
     def all_reduce(self, table: Tensor, numbers: list[int], op: dist.ReduceOp = dist.ReduceOp.SUM) -> None:
         """[`Layout.all_reduce`]; nothing for whole tensors, which every process has."""
