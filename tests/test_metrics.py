@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -199,6 +200,13 @@ def test_an_unsuitable_model_raises(accelerator):
     model = NoLogitsToKeep(make_model().config)
     with pytest.raises(ValueError, match="logits_to_keep.*drift_metrics=False"):
         evaluate_pairs(model, tokenized_rows(2), COLLATE, accelerator, ref_model=make_model())
+
+
+def test_fsdp_version_1_raises(accelerator):
+    model = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(model)
+    with pytest.raises(TypeError, match="fsdp_version: 2"):
+        evaluate_pairs(model, tokenized_rows(2), COLLATE, accelerator)
 
 
 def test_another_vocabulary_raises(accelerator):

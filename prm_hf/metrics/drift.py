@@ -1,20 +1,18 @@
 """How far a policy has moved from where training started: in its outputs, and in its weights."""
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from .evaluation import PairEvaluation, SequenceEvaluation
 from .sharded import whole
 
 
-# What wrappers put into parameter names: FSDP1, torch.compile, activation checkpointing
-_WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+# What wrappers put into parameter names: torch.compile, activation checkpointing
+_WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 def drift_metrics(evaluation: PairEvaluation | SequenceEvaluation, beta: float | None = None) -> dict[str, float]:
@@ -96,13 +94,8 @@ def _trained_tensors(
 
     For a LoRA layer the value is BA·scaling, with the frozen weight as third element if `with_frozen`.
     """
-    gather_fsdp1 = (
-        FullyShardedDataParallel.summon_full_params(model, writeback=False, offload_to_cpu=True, rank0_only=True)
-        if isinstance(model, FullyShardedDataParallel)
-        else contextlib.nullcontext()
-    )
     model = accelerator.unwrap_model(model, keep_torch_compile=False)
-    with torch.no_grad(), gather_fsdp1:
+    with torch.no_grad():
         factors = set()
         for name, layer, factor_a, factor_b, scaling in _lora_layers(model):
             factors |= {id(factor_a), id(factor_b)}

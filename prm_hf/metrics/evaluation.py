@@ -102,7 +102,8 @@ def evaluate_pairs(
 
     Raises:
         ValueError: if there is no reference of any kind, no row, or the model's output can't be rebuilt from its
-            hidden states and output embedding.
+            hidden states and output embedding; under tensor, context or sequence parallelism.
+        TypeError: if `model` is wrapped by FSDP version 1.
     """
     chosen, rejected = _evaluate(model, dataset, collate, accelerator, ref_model, batch_size, sequences_per_row=2)
     return PairEvaluation(chosen, rejected)
@@ -141,6 +142,11 @@ def _evaluate(
         raise ValueError(
             f"Drift can't be measured under tensor, context or sequence parallelism ({parallelism}): the processes of "
             "one group would be handed different rows. Use data parallelism alone, or set `drift_metrics=False`."
+        )
+    if isinstance(model, FullyShardedDataParallel):
+        raise TypeError(
+            "Drift can't be measured under FSDP version 1, whose flat parameters are whole only inside its own "
+            "forward. Set `fsdp_version: 2`, or `drift_metrics=False`."
         )
     world, rank = accelerator.num_processes, accelerator.process_index
     batch_size = min(batch_size, math.ceil(n / world))
@@ -264,7 +270,6 @@ class _Forward:
     The logits of whole sequences never exist: at a vocabulary of 150,000 they are what does not fit into memory.
     """
 
-    model: nn.Module
     name: str
     hidden: torch.Tensor  # (tokens, hidden size): the positions that predict a completion token
     last_hidden: torch.Tensor  # (hidden size,): the last position of the first sequence,
@@ -283,11 +288,8 @@ class _Forward:
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
         """Makes `weight` and `bias` whole for the time of the context, whatever shards them."""
-        with contextlib.ExitStack() as stack:
-            if isinstance(self.model, FullyShardedDataParallel):
-                stack.enter_context(FullyShardedDataParallel.summon_full_params(self.model, False, writeback=False))
-            sharded = self.weight, self.bias
-            self.weight, self.bias = stack.enter_context(whole(*sharded))
+        sharded = self.weight, self.bias
+        with whole(*sharded) as (self.weight, self.bias):
             try:
                 yield
             finally:
@@ -341,7 +343,6 @@ def _forward(model: nn.Module, inputs: dict[str, Any], mask: torch.Tensor, accel
 
     config = causal.config.get_text_config()
     return _Forward(
-        model=model,
         name=name,
         hidden=hidden[:, :-1][mask],
         last_hidden=hidden[0, -1],

@@ -1,0 +1,18 @@
+"""TRL's trainers with PRM as their optimizer."""
+
+from .arguments import PRMArguments, PRMDPOConfig, PRMSFTConfig
+from .callbacks import PRMCallback
+from .dpo import PRMDPOTrainer
+from .mixin import PRMTrainerMixin
+from .sft import PRMSFTTrainer
+
+
+__all__ = [
+    "PRMArguments",
+    "PRMCallback",
+    "PRMDPOConfig",
+    "PRMDPOTrainer",
+    "PRMSFTConfig",
+    "PRMSFTTrainer",
+    "PRMTrainerMixin",
+]

@@ -1,0 +1,253 @@
+"""The settings of a run with PRM, as dataclass fields: command-line flags and YAML keys through `trl.TrlParser`."""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from trl import DPOConfig, SFTConfig
+
+from ..optim import PRM
+from ..optim.masks import BOUNDARIES, ESTIMATORS, MASKS, REDUCTIONS
+
+
+OPTIMIZER_NAMES = ("prm", "adamw")
+
+
+@dataclass
+class PRMArguments:
+    """
+    Arguments of the PRM optimizer and of the drift metrics, for use beside those of a trainer.
+
+    The learning rate, betas, epsilon and weight decay are `TrainingArguments`' own: `learning_rate`, `adam_beta1`,
+    `adam_beta2`, `adam_epsilon`, `weight_decay`.
+
+    Parameters:
+        > Parameters that control the optimizer
+
+        optimizer_name (`str`, *optional*, defaults to `"prm"`):
+            `"prm"`, or `"adamw"` to train the control with the same script: then `optim` chooses the optimizer as in
+            any other trainer, and the `prm_*` arguments have no effect.
+        prm_mask (`str`, *optional*, defaults to `"snr"`):
+            Mask: `"snr"`, `"soft"`, `"hard"`, or `"none"` for plain AdamW computed by PRM.
+        prm_reduction (`str`, *optional*, defaults to `"per_tensor"`):
+            `"per_tensor"` for one mask value a parameter tensor, which costs no memory beyond AdamW's, or
+            `"per_param"` for one a scalar parameter, which costs half as much again.
+        prm_softness (`float`, *optional*, defaults to `1.0`):
+            λ, how strongly noise closes the mask.
+        prm_estimator (`str`, *optional*, defaults to `"ema"`):
+            How signal and noise are told apart: `"ema"` (the paper) or `"debiased"`, which takes the noise that is
+            left in the averaged gradient off the signal.
+        prm_rho (`float`, *optional*, defaults to `0.99`):
+            Decay rate of the gradient's running variance, in [0, 1).
+        prm_boundary (`str`, *optional*, defaults to `"batch"`):
+            α, the weight of the noise: `"batch"` for 1, `"empirical"` for b/(n-b), where the examples of an optimizer
+            step b (over all processes and accumulation steps) and the size n of the training set are filled in from
+            the run.
+        prm_alpha (`float`, *optional*):
+            α as a number. Overrides `prm_boundary`.
+        prm_mask_eps (`float`, *optional*):
+            ε of the mask's denominator. The default is scale-free; `1e-8` is the published behaviour, which closes
+            the mask on the small gradients of language models.
+        prm_warmup_steps (`int`, *optional*, defaults to `0`):
+            Number of first steps that are plain AdamW while the running variance forms.
+
+        > Parameters that control the metrics
+
+        drift_metrics (`bool`, *optional*, defaults to `True`):
+            Whether to measure how far the policy drifts (for preference pairs also rewards and memorization) at each
+            evaluation and at the end of training. Nothing is measured without an `eval_dataset`. It costs one more
+            pass over the evaluated rows, and a copy of the trained weights in the main process' host memory.
+    """
+
+    optimizer_name: str = field(
+        default="prm",
+        metadata={
+            "help": "Optimizer: `'prm'`, or `'adamw'` to train the control with the same script; then `optim` chooses "
+            "the optimizer, and the `prm_*` arguments have no effect.",
+            "choices": list(OPTIMIZER_NAMES),
+        },
+    )
+    prm_mask: str = field(
+        default="snr",
+        metadata={
+            "help": "Mask of PRM: `'snr'`, `'soft'`, `'hard'`, or `'none'` for plain AdamW computed by PRM.",
+            "choices": list(MASKS),
+        },
+    )
+    prm_reduction: str = field(
+        default="per_tensor",
+        metadata={
+            "help": "`'per_tensor'` for one mask value a parameter tensor, which costs no memory beyond AdamW's, or "
+            "`'per_param'` for one a scalar parameter, which costs half as much again.",
+            "choices": list(REDUCTIONS),
+        },
+    )
+    prm_softness: float = field(
+        default=1.0,
+        metadata={"help": "Softness (lambda) of the mask: how strongly noise closes it."},
+    )
+    prm_estimator: str = field(
+        default="ema",
+        metadata={
+            "help": "How signal and noise are told apart: `'ema'` (the paper), or `'debiased'`, which takes the noise "
+            "that is left in the averaged gradient off the signal.",
+            "choices": list(ESTIMATORS),
+        },
+    )
+    prm_rho: float = field(
+        default=0.99,
+        metadata={"help": "Decay rate of the gradient's running variance, in [0, 1)."},
+    )
+    prm_boundary: str = field(
+        default="batch",
+        metadata={
+            "help": "Weight (alpha) of the noise: `'batch'` for 1, `'empirical'` for b/(n-b), with the examples b of "
+            "an optimizer step and the size n of the training set filled in from the run.",
+            "choices": list(BOUNDARIES),
+        },
+    )
+    prm_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Weight (alpha) of the noise as a number. Overrides `prm_boundary`."},
+    )
+    prm_mask_eps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Epsilon of the mask's denominator. The default is scale-free; 1e-8 is the published behaviour, "
+            "which closes the mask on the small gradients of language models."
+        },
+    )
+    prm_warmup_steps: int = field(
+        default=0,
+        metadata={"help": "Number of first steps that are plain AdamW while the running variance forms."},
+    )
+    drift_metrics: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to measure how far the policy drifts (for preference pairs also rewards and "
+            "memorization) at each evaluation and at the end of training, if there is an `eval_dataset`."
+        },
+    )
+
+    def __post_init__(self):
+        for name, valid in (
+            ("optimizer_name", OPTIMIZER_NAMES),
+            ("prm_mask", MASKS),
+            ("prm_reduction", REDUCTIONS),
+            ("prm_estimator", ESTIMATORS),
+            ("prm_boundary", BOUNDARIES),
+        ):
+            value = getattr(self, name)
+            if value not in valid:
+                raise ValueError(f"`{name}` is {value!r}: set it to one of {', '.join(map(repr, valid))}.")
+        for name in ("prm_softness", "prm_alpha", "prm_mask_eps", "prm_warmup_steps"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"`{name}` is {value!r}: set it to a finite number that is not negative.")
+        if not 0 <= self.prm_rho < 1:
+            raise ValueError(f"`prm_rho` is {self.prm_rho!r}: set it to a number in [0, 1).")
+
+
+@dataclass
+class PRMDPOConfig(PRMArguments, DPOConfig):
+    """
+    Configuration of [`PRMDPOTrainer`]: the arguments of [`PRMArguments`] and all of TRL's [`~trl.DPOConfig`].
+
+    With `precompute_ref_log_probs=True` and no reference model at hand, `drift/kl` is not measured. With `ld_alpha`,
+    the measured rewards are those of the plain log-probabilities.
+
+    Parameters:
+        memorization_max_pairs (`int`, *optional*, defaults to `1024`):
+            Number of training pairs on which memorization is measured, if the training set has a column `flipped`.
+            The pairs are spread evenly over the training set and are the same at each evaluation. `None` for all.
+    """
+
+    memorization_max_pairs: int | None = field(
+        default=1024,
+        metadata={
+            "help": "Number of training pairs, spread evenly over the training set, on which memorization is measured "
+            "if the training set has a column `flipped`. `None` for all."
+        },
+    )
+
+    def __post_init__(self):
+        PRMArguments.__post_init__(self)
+        if self.memorization_max_pairs is not None and self.memorization_max_pairs < 1:
+            raise ValueError(
+                f"`memorization_max_pairs` is {self.memorization_max_pairs!r}: set it to at least 1, or to None for "
+                "all training pairs; `drift_metrics=False` turns the measurement off."
+            )
+        DPOConfig.__post_init__(self)
+        check_optimizer(self)
+        if self.drift_metrics and self.precompute_ref_log_probs and self.ld_alpha is not None:
+            raise ValueError(
+                f"`precompute_ref_log_probs=True` with `ld_alpha={self.ld_alpha}` stores reference log-probabilities "
+                "that are weighted by `ld_alpha`, from which `drift_metrics` can't be computed. Set "
+                "`drift_metrics=False` or `precompute_ref_log_probs=False`."
+            )
+
+
+@dataclass
+class PRMSFTConfig(PRMArguments, SFTConfig):
+    """
+    Configuration of [`PRMSFTTrainer`]: the arguments of [`PRMArguments`] and all of TRL's [`~trl.SFTConfig`].
+    """
+
+    def __post_init__(self):
+        PRMArguments.__post_init__(self)
+        SFTConfig.__post_init__(self)
+        check_optimizer(self)
+
+
+def prm_kwargs(args: PRMArguments) -> dict[str, Any]:
+    """The keyword arguments of [`PRM`] that `args`, which are also `TrainingArguments`, stand for.
+
+    With `prm_boundary="empirical"` the run's `batch_size` and `n_dataset` have to be added.
+    """
+    return {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "mask": args.prm_mask,
+        "reduction": args.prm_reduction,
+        "softness": args.prm_softness,
+        "estimator": args.prm_estimator,
+        "rho": args.prm_rho,
+        "boundary": args.prm_boundary,
+        "alpha": args.prm_alpha,
+        "mask_eps": args.prm_mask_eps,
+        "warmup_steps": args.prm_warmup_steps,
+    }
+
+
+def check_optimizer(args: TrainingArguments) -> None:
+    """Raises before anything is loaded if PRM would refuse its arguments or another optimizer is asked for."""
+    if args.optimizer_name != "prm":
+        return
+    default = next(f.default for f in fields(TrainingArguments) if f.name == "optim")
+    if args.optim != default or args.optim_args:
+        name, value = ("optim", args.optim.value) if args.optim != default else ("optim_args", args.optim_args)
+        raise ValueError(
+            f"`{name}={value!r}` and `optimizer_name='prm'` contradict each other. Leave `{name}` unset to train with "
+            "PRM, whose arguments start with `prm_`, or set `optimizer_name='adamw'` to let `optim` choose."
+        )
+    sizes = {"batch_size": 1, "n_dataset": 2} if args.prm_boundary == "empirical" else {}
+    try:
+        PRM([torch.zeros(1, requires_grad=True)], weight_decay=args.weight_decay, **prm_kwargs(args), **sizes)
+    except ValueError as error:
+        raise ValueError(
+            f"PRM refuses an argument: {error} Its `lr`, `betas` and `eps` are `learning_rate`, `adam_beta1`, "
+            "`adam_beta2` and `adam_epsilon`; the others are those that start with `prm_`."
+        ) from error
+
+
+def check_deepspeed_config(args: TrainingArguments) -> None:
+    """Raises if the DeepSpeed configuration of the run brings its own optimizer, which would take PRM's place."""
+    plugin = args.deepspeed_plugin
+    if args.optimizer_name == "prm" and plugin is not None and "optimizer" in plugin.deepspeed_config:
+        raise ValueError(
+            "The DeepSpeed configuration has a section `optimizer`, which would silently take PRM's place. Remove the "
+            "section, or set `optimizer_name='adamw'`."
+        )

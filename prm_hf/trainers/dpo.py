@@ -1,0 +1,188 @@
+"""Direct preference optimization with PRM."""
+
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+from trl import DPOTrainer
+from trl.trainer.utils import get_config_model_id
+
+from ..metrics import (
+    PairEvaluation,
+    drift_metrics,
+    evaluate_pairs,
+    memorization_metrics,
+    memorization_rows,
+    reward_metrics,
+)
+from .arguments import PRMDPOConfig, check_deepspeed_config
+from .mixin import PRMTrainerMixin, rows_of
+
+
+logger = get_logger(__name__)
+
+
+class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
+    """
+    TRL's [`~trl.DPOTrainer`], trained with PRM. ("PRM" is the optimizer here, not a process reward model.)
+
+    With `args.drift_metrics` each evaluation, and one at the end of training, adds to the metrics of each split of
+    `eval_dataset`, under the split's prefix (`eval_`, or `eval_<split>_` if `eval_dataset` is a dict):
+
+    - `rewards/accuracies`, `rewards/margins`, `rewards/chosen`, `rewards/rejected`, `logps/chosen`, `logps/rejected`:
+      exact means over rows, in place of TRL's means over batches;
+    - `drift/reward_abs`, `drift/logratio_abs`, and `drift/kl` unless the reference log-probabilities were precomputed
+      and there is no reference model to run;
+
+    and, once an evaluation, under `eval_`:
+
+    - `drift/params_rel`;
+    - `memorization/flipped_fit` and `memorization/clean_fit`, if `train_dataset` is a [`~datasets.Dataset`] with a
+      bool column `flipped`, on `args.memorization_max_pairs` of its rows.
+
+    The reference is the trainer's: `ref_model`, or for a PEFT model the model with its adapter disabled (or TRL's
+    copy of an adapter that training started from).
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model to be trained.
+        ref_model ([`~transformers.PreTrainedModel`], *optional*):
+            Reference model. A model that was made in memory needs one, since TRL loads the default by `model`'s name.
+        args ([`PRMDPOConfig`], *optional*):
+            Configuration.
+        optimizer_cls_and_kwargs (`tuple[type[torch.optim.Optimizer], dict[str, Any]]`, *optional*):
+            Optimizer class and keyword arguments, which win over `args.optimizer_name`. Not together with
+            `optimizers`.
+        *positional, **kwargs:
+            All other arguments of [`~trl.DPOTrainer`].
+
+    Attributes:
+        pair_evaluations (`dict[str, PairEvaluation]`):
+            The tables behind the metrics of the last evaluation, on the CPU, the same on all processes: one a split
+            by its prefix (`"eval"` or `"eval_<split>"`), and `"train"` for the rows `memorization_rows`.
+        memorization_rows (`list[int]`):
+            Rows of `train_dataset` on which memorization is measured; empty if it is not.
+
+    Example:
+
+    ```python
+    >>> from prm_hf import PRMDPOConfig, PRMDPOTrainer
+
+    >>> args = PRMDPOConfig("out", learning_rate=5e-6, prm_estimator="debiased", eval_strategy="epoch")
+    >>> trainer = PRMDPOTrainer("Qwen/Qwen2.5-0.5B-Instruct", args=args, train_dataset=train, eval_dataset=heldout)
+    >>> trainer.train()
+    >>> trainer.last_eval_metrics["eval_drift/kl"]
+    ```
+    """
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | Any",
+        ref_model: PreTrainedModel | None = None,
+        args: PRMDPOConfig | None = None,
+        *positional,
+        optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
+        **kwargs,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = PRMDPOConfig(f"{name.split('/')[-1]}-DPO")
+        if not isinstance(args, PRMDPOConfig):
+            raise TypeError(f"`args` is a `{type(args).__name__}`: pass a `PRMDPOConfig`, which has all its fields.")
+        check_deepspeed_config(args)
+        super().__init__(
+            model, ref_model, args, *positional, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs, **kwargs
+        )
+        self.pair_evaluations: dict[str, PairEvaluation] = {}
+        self.memorization_rows: list[int] = []
+        self._memorization_loader: DataLoader | None = None
+        if args.drift_metrics and self.eval_dataset is not None:
+            self._prepare_memorization()
+            if self.ref_model is None and not is_peft_model(self.model):
+                logger.warning(
+                    "`drift/kl` is not measured: with `precompute_ref_log_probs=True` the reference model is not "
+                    "kept. To measure it, set `precompute_ref_log_probs=False` or pass `ref_model`."
+                )
+
+    def _prepare_memorization(self) -> None:
+        if isinstance(self.train_dataset, IterableDataset):
+            if "flipped" in next(iter(self.train_dataset)):
+                logger.warning(
+                    "Memorization is not measured: `train_dataset` is an `IterableDataset`, whose rows can't be "
+                    "chosen. Pass a `Dataset` to measure it."
+                )
+            return
+        if "flipped" not in self.train_dataset.column_names:
+            return
+        dtype = self.train_dataset.features["flipped"].dtype
+        if dtype != "bool":
+            logger.warning(
+                f"Memorization is not measured: the column `flipped` of `train_dataset` has type {dtype}, and a bool "
+                "is what says whether a pair's label was flipped."
+            )
+            return
+        self.memorization_rows = memorization_rows(len(self.train_dataset), self.args.memorization_max_pairs)
+        self._flipped = torch.tensor(self.train_dataset.select(self.memorization_rows)["flipped"])
+
+    def evaluate_pairs(self, dataset: Dataset | str | None = None) -> PairEvaluation:
+        """Evaluates policy and reference on preference pairs, whatever `args.drift_metrics` says. Collective.
+
+        The tables of the last evaluation are in `pair_evaluations`, at no cost.
+
+        Args:
+            dataset ([`~datasets.Dataset`] or `str`, *optional*):
+                Pairs, as the trainer takes them or already prepared by it; or the name of a split of `eval_dataset`.
+                Defaults to `eval_dataset`.
+
+        Returns:
+            [`PairEvaluation`]: one entry a row, in order. A dataset that is prepared here loses the rows whose prompt
+            alone fills `max_length`.
+
+        Raises:
+            ValueError: `eval_dataset` is missing or a dict and no split is named; DeepSpeed has not been set up yet;
+                or there is no reference.
+        """
+        dataset = self.eval_dataset if dataset is None else dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if dataset is None or isinstance(dataset, dict):
+            raise ValueError(
+                "`evaluate_pairs` needs one dataset, and the trainer has "
+                + ("no `eval_dataset`. Pass `dataset`." if dataset is None else f"{list(dataset)}. Name one of them.")
+            )
+        if self.is_deepspeed_enabled and self.deepspeed is None:
+            raise ValueError("DeepSpeed sets the model up in `train` or `evaluate`: call one before `evaluate_pairs`.")
+        if not self._is_vision_dataset and "prompt_ids" not in next(iter(dataset)):
+            dataset = self._prepare_dataset(dataset, self.processing_class, self.args, "evaluate_pairs")
+        return self._evaluate_rows(self.get_test_dataloader(dataset))
+
+    def _evaluate_rows(self, dataloader: DataLoader) -> PairEvaluation:
+        return evaluate_pairs(
+            self.model_wrapped,
+            rows_of(dataloader),
+            dataloader.collate_fn,
+            self.accelerator,
+            ref_model=self.ref_model,
+            batch_size=self.args.per_device_eval_batch_size,
+        )
+
+    def _split_metrics(self, dataloader: DataLoader, prefix: str) -> dict[str, float]:
+        pairs = self._evaluate_rows(dataloader)
+        self.pair_evaluations[prefix] = pairs
+        return {**reward_metrics(pairs, self.beta), **drift_metrics(pairs, self.beta)}
+
+    def _run_metrics(self) -> dict[str, float]:
+        metrics = super()._run_metrics()
+        if self.memorization_rows:
+            if self._memorization_loader is None:
+                rows = self.train_dataset.select(self.memorization_rows)
+                self._memorization_loader = self.get_test_dataloader(rows)
+            pairs = self._evaluate_rows(self._memorization_loader)
+            self.pair_evaluations["train"] = pairs
+            metrics |= memorization_metrics(pairs, self._flipped, self.beta)
+        return metrics

@@ -1,0 +1,261 @@
+"""What PRM adds to a TRL trainer: the optimizer, its statistics in the log, exact metrics, and the model card."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from accelerate.data_loader import IterableDatasetShard
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, has_length
+
+from ..metrics import ParameterDrift
+from ..optim import PRM
+from .arguments import prm_kwargs
+from .callbacks import PRMCallback
+
+
+_SETTINGS = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "mask",
+    "reduction",
+    "softness",
+    "estimator",
+    "rho",
+    "boundary",
+    "alpha",
+    "mask_eps",
+    "warmup_steps",
+    "batch_size",
+    "n_dataset",
+)
+_DESCRIPTION = (
+    "This model was trained with PRM (Population Risk Minimization, `prm-hf`): AdamW, each of whose updates is "
+    "multiplied by a mask between 0 and 1 that compares the gradient's signal with its minibatch noise "
+    "([arXiv 2605.01172](https://arxiv.org/abs/2605.01172), Algorithm 1).\n"
+)
+_TIMINGS = ("_runtime", "_per_second", "_preparation_time")
+
+
+class PRMTrainerMixin:
+    """Mixin for TRL's trainers, to be listed before the trainer in a class' bases.
+
+    With `args.optimizer_name="prm"` it trains with [`PRM`], keeping the trainer's split into parameters with and
+    without weight decay; `optimizers=` and `optimizer_cls_and_kwargs=` win over it. Whenever the optimizer in effect
+    is a PRM, each log of a training step carries its `mask/*` statistics.
+
+    The metrics of an evaluation carry the prefix of their split, in the log as in the returned dict. (TRL names those
+    of every split of a dict of datasets `eval_*`, so that the last split stands for all.)
+
+    The class says what is measured on a split, in `_split_metrics(dataloader, prefix)`, which returns a dict of
+    numbers by their names in `prm_hf.metrics`; it may extend `_run_metrics()`, what is measured once an evaluation.
+
+    Attributes:
+        last_eval_metrics (`dict[str, float]`):
+            What the last evaluation returned, all splits together.
+    """
+
+    def __init__(
+        self, *args, optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None, **kwargs
+    ):
+        super().__init__(*args, **kwargs)
+        if optimizer_cls_and_kwargs is not None:
+            if self.optimizer is not None:
+                raise RuntimeError(
+                    "Passing both `optimizers` and `optimizer_cls_and_kwargs` arguments is incompatible. Pass one."
+                )
+            self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
+
+        # Whether the arguments choose the optimizer: one that was passed to the trainer wins over them
+        self._arguments_choose = self.optimizer is None and self.optimizer_cls_and_kwargs is None
+        if self._trains_with_prm():
+            self._tag_names = [*self._tag_names, "prm-optimizer"]
+            self.model.add_model_tags(self._tag_names)
+        if self._needs_sizes():
+            self._sizes()  # raises now rather than after an hour of preparation
+
+        self.last_eval_metrics: dict[str, float] = {}
+        self._evaluated_step: int | None = None
+        self._is_evaluating = False
+        # Prefix of an evaluation under way, until what belongs to the run rather than to a split has been measured
+        self._run_prefix: str | None = None
+        self._parameter_drift = None
+        if self.args.drift_metrics and self.eval_dataset is not None and self.is_fsdp_enabled:
+            version = self.accelerator.state.fsdp_plugin.fsdp_version
+            if version != 2:
+                raise ValueError(
+                    f"`drift_metrics` needs FSDP version 2, got version {version}, whose flat parameters can't be "
+                    "read. Set `fsdp_version: 2`, or `drift_metrics=False`."
+                )
+        trained = any(p.requires_grad for p in self.model.parameters())
+        if self.args.drift_metrics and self.eval_dataset is not None and trained:
+            self._parameter_drift = ParameterDrift(self.model, self.accelerator)
+        self.add_callback(PRMCallback(self))
+
+    # ---- Optimizer ----
+
+    @property
+    def expects_prm(self) -> bool:
+        """Whether the arguments ask for PRM and no optimizer was passed, which would win over them."""
+        return self._arguments_choose and self.args.optimizer_name == "prm"
+
+    def _trains_with_prm(self) -> bool:
+        if self.optimizer is not None:
+            return self.find_prm() is not None
+        return self.expects_prm if self._arguments_choose else self.optimizer_cls_and_kwargs[0] is PRM
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(
+        args: TrainingArguments, model: PreTrainedModel | None = None
+    ) -> tuple[type[Optimizer], dict[str, Any]]:
+        """The optimizer class and the keyword arguments that `args` stand for.
+
+        With `prm_boundary="empirical"`, `create_optimizer` adds the sizes of batch and dataset, which are the run's.
+        """
+        if args.optimizer_name == "prm":
+            return PRM, prm_kwargs(args)
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+    def create_optimizer(self, *args, **kwargs) -> Optimizer:
+        if self.optimizer is not None or not self._needs_sizes():
+            return super().create_optimizer(*args, **kwargs)
+        optimizer_cls, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer_cls_and_kwargs = optimizer_cls, {**optimizer_kwargs, **self._sizes()}
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        finally:
+            self.optimizer_cls_and_kwargs = None
+
+    def _needs_sizes(self) -> bool:
+        return self.expects_prm and self.args.prm_boundary == "empirical" and self.args.prm_alpha is None
+
+    def _sizes(self) -> dict[str, int]:
+        """b and n of `boundary="empirical"`: the rows of an optimizer step over all processes, and of the dataset."""
+        if not has_length(self.train_dataset):
+            raise ValueError(
+                "`prm_boundary='empirical'` needs the size of the training set, which an `IterableDataset` doesn't "
+                "have. Pass a `Dataset`, or set `prm_boundary='batch'` or `prm_alpha`."
+            )
+        if self.args.auto_find_batch_size:
+            raise ValueError(
+                "`prm_boundary='empirical'` needs one batch size, and `auto_find_batch_size=True` changes it. Unset "
+                "one of them."
+            )
+        batch_size, n_dataset = self.get_total_train_batch_size(self.args), len(self.train_dataset)
+        if n_dataset <= batch_size:
+            raise ValueError(
+                f"`prm_boundary='empirical'` needs more training examples than a step sees, got {n_dataset} examples "
+                f"and {batch_size} a step. Lower `per_device_train_batch_size` or `gradient_accumulation_steps`, or "
+                "set `prm_boundary='batch'`."
+            )
+        return {"batch_size": batch_size, "n_dataset": n_dataset}
+
+    def innermost_optimizer(self) -> Optimizer | None:
+        """The optimizer inside accelerate's and DeepSpeed's wrappers; PRM if it is in there."""
+        optimizer = self.optimizer
+        while not isinstance(optimizer, PRM) and hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        return optimizer
+
+    def find_prm(self) -> PRM | None:
+        """The PRM in effect, or None if another optimizer is or there is none yet."""
+        optimizer = self.innermost_optimizer()
+        return optimizer if isinstance(optimizer, PRM) else None
+
+    # ---- Logs and evaluation ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # "loss" is in the logs of training steps and in no other. All processes come here, as the statistics of
+        # sharded parameters need them to.
+        if "loss" in logs and (prm := self.find_prm()) is not None:
+            logs.update({f"mask/{name}": value for name, value in prm.get_mask_stats().items()})
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        if self._is_evaluating:  # one split of several, called from within the evaluation of all
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._is_evaluating, self._run_prefix = True, metric_key_prefix
+        try:
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._is_evaluating, self._run_prefix = False, None
+        self.last_eval_metrics = dict(metrics)
+        if eval_dataset is None:
+            self._evaluated_step = self.state.global_step
+        return metrics
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        # What TRL collected in this loop, taken over before its `log` names it "eval_" whatever the split is
+        metrics = {name: sum(values) / len(values) for name, values in self._metrics["eval"].items()}
+        self._metrics["eval"].clear()
+        if self._is_evaluating and self.args.drift_metrics:
+            metrics |= self._split_metrics(dataloader, metric_key_prefix)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        if self._run_prefix is not None and self.args.drift_metrics:
+            run_metrics = self._run_metrics()
+            output.metrics.update({f"{self._run_prefix}_{name}": value for name, value in run_metrics.items()})
+            self._run_prefix = None
+        return output
+
+    def _run_metrics(self) -> dict[str, float]:
+        if self._parameter_drift is None:
+            return {}
+        return {"drift/params_rel": self._parameter_drift.relative(self.model_wrapped)}
+
+    def weights_are_evaluated(self) -> bool:
+        """Whether the last evaluation of `eval_dataset` was of the weights that training ends with."""
+        step = self.state.global_step
+        older_loaded = self.args.load_best_model_at_end and self.state.best_global_step not in (None, step)
+        return self._evaluated_step == step and not older_loaded
+
+    # ---- Model card ----
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero() and self._trains_with_prm():
+            with open(os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
+                card.write(self._model_card_section())
+
+    def _model_card_section(self) -> str:
+        prm = self.find_prm()
+        settings = prm_kwargs(self.args) if prm is None else {**prm.defaults, **_decay(prm)}
+        lines = [
+            "\n\n## Optimizer\n",
+            _DESCRIPTION,
+            "| Setting | Value |",
+            "|---|---|",
+            *(f"| `{name}` | {settings[name]} |" for name in _SETTINGS if settings.get(name) is not None),
+        ]
+        results = {k: v for k, v in self.last_eval_metrics.items() if not k.endswith(_TIMINGS)}
+        if results:
+            lines += ["\n### Results\n", f"Last evaluation, at step {self.state.global_step}:\n"]
+            lines += ["| Metric | Value |", "|---|---|", *(f"| `{k}` | {v:.4g} |" for k, v in results.items())]
+        return "\n".join(lines) + "\n"
+
+
+def rows_of(dataloader: DataLoader) -> Sequence[dict[str, Any]]:
+    """The rows that a dataloader of a trainer goes through, by index. A stream is read to its end."""
+    dataset = dataloader.dataset
+    if has_length(dataset):
+        return dataset
+    return list(dataset.dataset if isinstance(dataset, IterableDatasetShard) else dataset)
+
+
+def _decay(prm: PRM) -> dict[str, Any]:
+    """Trainers set the weight decay of each group rather than the optimizer's default."""
+    decays = sorted({group["weight_decay"] for group in prm.param_groups})
+    return {"weight_decay": " and ".join(map(str, decays))}

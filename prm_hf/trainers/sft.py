@@ -1,0 +1,103 @@
+"""Supervised fine-tuning with PRM."""
+
+from typing import Any
+
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+from trl import SFTTrainer
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import get_config_model_id
+
+from ..metrics import drift_metrics, evaluate_sequences
+from .arguments import PRMSFTConfig, check_deepspeed_config
+from .mixin import PRMTrainerMixin, rows_of
+
+
+logger = get_logger(__name__)
+
+
+class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
+    """
+    TRL's [`~trl.SFTTrainer`], trained with PRM. ("PRM" is the optimizer here, not a process reward model.)
+
+    With `args.drift_metrics` each evaluation, and one at the end of training, measures how far the model has moved
+    from the one that training started from:
+
+    - `drift/params_rel`, once an evaluation, under `eval_`;
+    - `drift/kl` and `drift/logratio_abs` on each split of `eval_dataset`, over the tokens that the loss is taken on,
+      under the split's prefix. They take a reference to compare with: for a PEFT model the base model is one, at no
+      cost; in full fine-tuning it is `ref_model`, and without it they are not measured. (With packing,
+      `drift/logratio_abs` is not, since a row then holds many completions.)
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model to be trained.
+        args ([`PRMSFTConfig`], *optional*):
+            Configuration.
+        ref_model ([`~transformers.PreTrainedModel`], *optional*):
+            The model to measure drift from, usually a second copy of `model` as it is before training.
+        *positional, **kwargs:
+            All other arguments of [`~trl.SFTTrainer`].
+    """
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | Any",
+        args: PRMSFTConfig | None = None,
+        *positional,
+        ref_model: PreTrainedModel | None = None,
+        optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
+        **kwargs,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = PRMSFTConfig(f"{name.split('/')[-1]}-SFT")
+        if not isinstance(args, PRMSFTConfig):
+            raise TypeError(f"`args` is a `{type(args).__name__}`: pass a `PRMSFTConfig`, which has all its fields.")
+        check_deepspeed_config(args)
+        if ref_model is not None and ref_model is model:
+            raise ValueError("`ref_model` is `model` itself, which moves in training: pass a copy of it.")
+        if ref_model is not None and not args.drift_metrics:
+            raise ValueError(
+                "`ref_model` only serves `drift_metrics`, which is False: set it to True, or drop the model."
+            )
+        super().__init__(model, args, *positional, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs, **kwargs)
+
+        if ref_model is None:
+            self.ref_model = None
+        elif self.is_deepspeed_enabled:
+            self.ref_model = prepare_deepspeed(ref_model, self.accelerator)
+        elif self.is_fsdp_enabled:
+            self.ref_model = prepare_fsdp(ref_model, self.accelerator)
+        else:
+            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        if args.drift_metrics and self.eval_dataset is not None and not self._has_reference():
+            logger.warning(
+                "`drift/kl` and `drift/logratio_abs` are not measured, `drift/params_rel` is: full fine-tuning keeps "
+                "no model to compare outputs with. To measure them, pass `ref_model`."
+            )
+
+    def _has_reference(self) -> bool:
+        return self.ref_model is not None or is_peft_model(self.model)
+
+    def _split_metrics(self, dataloader: DataLoader, prefix: str) -> dict[str, float]:
+        if not self._has_reference():
+            return {}
+        packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
+        # A padding-free batch is one long sequence: taken row by row, its sums are the row's
+        flat = self.padding_free or packing
+        table = evaluate_sequences(
+            self.model_wrapped,
+            rows_of(dataloader),
+            dataloader.collate_fn,
+            self.accelerator,
+            ref_model=self.ref_model,
+            batch_size=1 if flat else self.args.per_device_eval_batch_size,
+        )
+        metrics = drift_metrics(table)
+        if packing:
+            del metrics["drift/logratio_abs"]
+        return metrics

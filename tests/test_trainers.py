@@ -1,0 +1,868 @@
+import copy
+import dataclasses
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, TrlParser
+
+from prm_hf.metrics import drift_metrics, evaluate_pairs, memorization_metrics, reward_metrics
+from prm_hf.optim import PRM
+from prm_hf.trainers import PRMArguments, PRMDPOConfig, PRMDPOTrainer, PRMSFTConfig, PRMSFTTrainer
+
+from .tiny import make_model, make_tokenizer, preference_dataset
+
+
+MASK_KEYS = {
+    "mask/mean_q",
+    "mask/active_fraction",
+    "mask/min_q",
+    "mask/max_q",
+    "mask/parameter_count",
+    "mask/noise_scale",
+    "mask/signal_sq",
+    "mask/snr",
+    "mask/nonfinite_count",
+}
+PAIR_KEYS = {
+    "rewards/accuracies",
+    "rewards/margins",
+    "rewards/chosen",
+    "rewards/rejected",
+    "logps/chosen",
+    "logps/rejected",
+    "drift/reward_abs",
+    "drift/logratio_abs",
+    "drift/kl",
+}
+TRAIN = preference_dataset(14)
+HELDOUT = preference_dataset(7, seed=1, flipped=False)
+OTHER = preference_dataset(5, seed=2, flipped=False)
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch, tmp_path):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def settings(output_dir, **kwargs) -> dict:
+    return {
+        "output_dir": str(output_dir),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "max_steps": 3,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 1e-2,
+        **kwargs,
+    }
+
+
+def dpo_trainer(
+    output_dir, *, model=None, ref_model=None, train=TRAIN, eval_dataset=None, trainer_kwargs=None, **kwargs
+):
+    if model is None:
+        model, ref_model = make_model(), make_model()
+    return PRMDPOTrainer(
+        model,
+        ref_model,
+        PRMDPOConfig(**settings(output_dir, **kwargs)),
+        train_dataset=train,
+        eval_dataset=eval_dataset,
+        processing_class=make_tokenizer(),
+        **(trainer_kwargs or {}),
+    )
+
+
+def lora(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+
+
+def weights(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def evaluations(trainer) -> list[dict]:
+    return [log for log in trainer.state.log_history if any(key.startswith("eval_") for key in log)]
+
+
+# ---- Arguments ----
+
+
+@pytest.mark.parametrize("config", [PRMDPOConfig, PRMSFTConfig])
+def test_flags_and_yaml(config, tmp_path):
+    flags = ["--prm_mask", "soft", "--prm_alpha", "0.5", "--prm_estimator", "debiased", "--prm_warmup_steps", "7"]
+    file = tmp_path / "config.yaml"
+    file.write_text("prm_rho: 0.9\nprm_mask_eps: 1.0e-8\nlearning_rate: 1.0e-4\n")
+    common = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "False", "--config", str(file)]
+    (args,) = TrlParser((config,)).parse_args_and_config(args=[*common, *flags, "--no_drift_metrics"])
+    assert (args.prm_mask, args.prm_alpha, args.prm_estimator, args.prm_warmup_steps) == ("soft", 0.5, "debiased", 7)
+    assert (args.prm_rho, args.prm_mask_eps, args.learning_rate, args.drift_metrics) == (0.9, 1e-8, 1e-4, False)
+    assert (args.optimizer_name, args.prm_reduction) == ("prm", "per_tensor")
+
+    file.write_text("prm_maks: soft\n")
+    with pytest.raises(ValueError, match="prm_maks"):
+        TrlParser((config,)).parse_args_and_config(args=common, fail_with_unknown_args=True)
+
+
+def test_arguments_stand_alone():
+    assert PRMArguments().prm_reduction == "per_tensor"
+    with pytest.raises(ValueError, match="`prm_mask` is 'snrr'"):
+        PRMArguments(prm_mask="snrr")
+
+
+def test_every_field_is_explained():
+    own = {f.name: f for config in (PRMDPOConfig, PRMSFTConfig) for f in dataclasses.fields(config)}
+    inherited = {f.name for config in (DPOConfig, SFTConfig) for f in dataclasses.fields(config)}
+    documented = PRMArguments.__doc__ + PRMDPOConfig.__doc__
+    own = {name: field for name, field in own.items() if name not in inherited}
+    assert {"optimizer_name", "prm_mask", "prm_mask_eps", "drift_metrics", "memorization_max_pairs"} <= own.keys()
+    for name, field in own.items():
+        assert field.metadata["help"] and f"{name} (" in documented
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"optimizer_name": "adam"}, "`optimizer_name` is 'adam': set it to one of 'prm', 'adamw'"),
+        ({"prm_mask": "snrr"}, "`prm_mask` is 'snrr': set it to one of 'snr', 'soft', 'hard', 'none'"),
+        ({"prm_reduction": "per_row"}, "`prm_reduction` is 'per_row'.*'per_param', 'per_tensor'"),
+        ({"prm_estimator": "mean"}, "`prm_estimator` is 'mean'"),
+        ({"prm_boundary": "epoch"}, "`prm_boundary` is 'epoch'"),
+        ({"prm_softness": -1.0}, "`prm_softness` is -1.0.*not negative"),
+        ({"prm_alpha": math.nan}, "`prm_alpha` is nan"),
+        ({"prm_mask_eps": -1e-8}, "`prm_mask_eps` is -1e-08"),
+        ({"prm_warmup_steps": -3}, "`prm_warmup_steps` is -3"),
+        ({"prm_warmup_steps": 0.5}, "warmup_steps.*0.5"),
+        ({"prm_rho": 1.0}, r"`prm_rho` is 1.0: set it to a number in \[0, 1\)"),
+        ({"adam_beta1": 1.5}, "1.5.*`adam_beta1`"),
+        ({"learning_rate": -1e-3}, "-0.001.*`learning_rate`"),
+        ({"memorization_max_pairs": 0}, "`memorization_max_pairs` is 0.*drift_metrics=False"),
+        ({"optim": "sgd"}, "`optim='sgd'` and `optimizer_name='prm'`.*optimizer_name='adamw'"),
+        ({"optim_args": "a=1"}, "`optim_args='a=1'` and `optimizer_name='prm'`"),
+        ({"precompute_ref_log_probs": True, "ld_alpha": 0.5}, "`ld_alpha=0.5`.*`drift_metrics=False`"),
+    ],
+)
+def test_wrong_arguments_raise(kwargs, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        PRMDPOConfig(**settings(tmp_path, **kwargs))
+
+
+def test_the_control_may_choose_its_optimizer(tmp_path):
+    args = PRMDPOConfig(**settings(tmp_path, optimizer_name="adamw", optim="sgd"))
+    assert args.optim == "sgd"
+
+
+def test_arguments_survive_a_round_trip(tmp_path):
+    args = PRMDPOConfig(**settings(tmp_path, prm_alpha=0.25, memorization_max_pairs=None))
+    again = PRMDPOConfig(**{k: v for k, v in json.loads(args.to_json_string()).items() if k in args.__dict__})
+    assert (again.prm_alpha, again.memorization_max_pairs, again.optim) == (0.25, None, args.optim)
+
+
+@pytest.mark.parametrize(
+    "trainer_class, args", [(PRMDPOTrainer, DPOConfig), (PRMSFTTrainer, SFTConfig), (PRMSFTTrainer, TrainingArguments)]
+)
+def test_another_config_raises(trainer_class, args, tmp_path):
+    args = args(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(
+        TypeError, match=f"`args` is a `{type(args).__name__}`: pass a `{trainer_class.__name__[:6]}Conf"
+    ):
+        trainer_class(make_model(), args=args, train_dataset=TRAIN, processing_class=make_tokenizer())
+
+
+# ---- The optimizer ----
+
+
+def test_prm_is_built_from_the_arguments_with_decay_groups(tmp_path):
+    trainer = dpo_trainer(
+        tmp_path,
+        weight_decay=0.1,
+        adam_beta1=0.8,
+        adam_beta2=0.95,
+        adam_epsilon=1e-6,
+        prm_mask="hard",
+        prm_reduction="per_param",
+        prm_softness=2.0,
+        prm_estimator="debiased",
+        prm_rho=0.95,
+        prm_alpha=0.5,
+        prm_mask_eps=1e-9,
+        prm_warmup_steps=2,
+    )
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is PRM
+    decay, no_decay = optimizer.param_groups
+    assert decay["weight_decay"] == 0.1 and no_decay["weight_decay"] == 0.0
+    norms = [p for n, p in trainer.model.named_parameters() if "norm" in n or "bias" in n]
+    assert {id(p) for p in no_decay["params"]} == {id(p) for p in norms}
+    assert len(decay["params"]) + len(norms) == len(list(trainer.model.parameters()))
+    expected = {
+        "lr": 1e-2,
+        "betas": (0.8, 0.95),
+        "eps": 1e-6,
+        "mask": "hard",
+        "reduction": "per_param",
+        "softness": 2.0,
+        "estimator": "debiased",
+        "rho": 0.95,
+        "boundary": "batch",
+        "alpha": 0.5,
+        "mask_eps": 1e-9,
+        "warmup_steps": 2,
+    }
+    for group in optimizer.param_groups:
+        assert {key: group[key] for key in expected} == expected
+
+
+def test_the_control_trains_exactly_as_the_parent(tmp_path):
+    control = dpo_trainer(tmp_path, optimizer_name="adamw", prm_mask="hard", eval_dataset=HELDOUT)
+    parent = DPOTrainer(
+        make_model(),
+        make_model(),
+        DPOConfig(**settings(tmp_path)),
+        train_dataset=TRAIN,
+        processing_class=make_tokenizer(),
+    )
+    control.train()
+    parent.train()
+    assert torch.equal(weights(control.model), weights(parent.model))
+    assert not any(key.startswith("mask/") for log in control.state.log_history for key in log)
+
+
+def test_mask_none_trains_as_adamw_and_masks_do_not(tmp_path):
+    runs = {
+        name: dpo_trainer(tmp_path, **kwargs)
+        for name, kwargs in {
+            "adamw": {"optimizer_name": "adamw"},
+            "none": {"prm_mask": "none"},
+            "snr": {},
+        }.items()
+    }
+    for trainer in runs.values():
+        trainer.train()
+    adamw, none, snr = (weights(runs[name].model) for name in ("adamw", "none", "snr"))
+    torch.testing.assert_close(none, adamw, rtol=0, atol=1e-5)  # of steps of 1e-2
+    assert (snr - adamw).abs().max() > 1e-3
+
+
+def test_explicit_optimizers_win(tmp_path):
+    model = make_model()
+    given = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = dpo_trainer(
+        tmp_path, model=model, ref_model=make_model(), trainer_kwargs={"optimizers": (given, None)}, max_steps=1
+    )
+    trainer.train()
+    assert trainer.innermost_optimizer() is given and trainer.find_prm() is None
+    assert "prm-optimizer" not in trainer._tag_names
+
+    chosen = (PRM, {"lr": 1e-3, "mask": "soft"})
+    trainer = dpo_trainer(
+        tmp_path, optimizer_name="adamw", trainer_kwargs={"optimizer_cls_and_kwargs": chosen}, max_steps=1
+    )
+    trainer.train()
+    assert trainer.find_prm().param_groups[0]["mask"] == "soft"
+    assert MASK_KEYS <= trainer.state.log_history[0].keys() and "prm-optimizer" in trainer._tag_names
+
+    with pytest.raises(RuntimeError, match="optimizers.*optimizer_cls_and_kwargs"):
+        dpo_trainer(
+            tmp_path,
+            model=model,
+            ref_model=make_model(),
+            trainer_kwargs={"optimizers": (given, None), "optimizer_cls_and_kwargs": chosen},
+        )
+
+
+def test_empirical_boundary_takes_its_sizes_from_the_run(tmp_path):
+    empirical = {"prm_boundary": "empirical", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    trainer = dpo_trainer(tmp_path, **empirical, max_steps=1)
+    trainer.train()
+    for group in trainer.find_prm().param_groups:
+        assert (group["boundary"], group["batch_size"], group["n_dataset"]) == ("empirical", 6, 14)
+
+    with pytest.raises(ValueError, match="14 examples and 16 a step.*per_device_train_batch_size"):
+        dpo_trainer(tmp_path, prm_boundary="empirical", per_device_train_batch_size=16)
+    with pytest.raises(ValueError, match="`prm_boundary='empirical'`.*`IterableDataset`"):
+        dpo_trainer(tmp_path, train=TRAIN.to_iterable_dataset(), prm_boundary="empirical")
+    with pytest.raises(ValueError, match="`auto_find_batch_size=True`"):
+        dpo_trainer(tmp_path, prm_boundary="empirical", auto_find_batch_size=True)
+    # A number for alpha needs no sizes
+    dpo_trainer(
+        tmp_path, train=TRAIN.to_iterable_dataset(), prm_boundary="empirical", prm_alpha=0.1
+    ).create_optimizer()
+
+
+@pytest.mark.parametrize(
+    "trainer_class, config", [(PRMDPOTrainer, PRMDPOConfig), (PRMSFTTrainer, PRMSFTConfig)], ids=["dpo", "sft"]
+)
+def test_a_deepspeed_optimizer_raises(trainer_class, config, tmp_path):
+    args = config(**settings(tmp_path))
+    # What `--deepspeed` and `accelerate launch` both end in
+    args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"optimizer": {"type": "AdamW"}}, zero_stage=2)
+    with pytest.raises(ValueError, match="section `optimizer`.*optimizer_name='adamw'"):
+        trainer_class(make_model(), args=args, train_dataset=TRAIN, processing_class=make_tokenizer())
+
+
+def test_an_optimizer_in_prms_place_raises(tmp_path):
+    class Replaced(PRMDPOTrainer):
+        def create_optimizer(self, *args, **kwargs):
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+            return self.optimizer
+
+    args = PRMDPOConfig(**settings(tmp_path))
+    trainer = Replaced(make_model(), make_model(), args, train_dataset=TRAIN, processing_class=make_tokenizer())
+    with pytest.raises(RuntimeError, match="optimizer in effect is SGD.*zero_force_ds_cpu_optimizer"):
+        trainer.train()
+
+
+def test_fsdp_version_1_raises_where_drift_is_measured(tmp_path, monkeypatch):
+    class UnderFSDP(PRMSFTTrainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", SimpleNamespace(fsdp_version=1))
+            self.is_fsdp_enabled = True
+
+    args = PRMSFTConfig(**settings(tmp_path))
+    with pytest.raises(ValueError, match="FSDP version 2, got version 1.*drift_metrics=False"):
+        UnderFSDP(
+            make_model(),
+            args=args,
+            train_dataset=SENTENCES,
+            eval_dataset=SENTENCES,
+            processing_class=make_tokenizer(),
+        )
+
+
+# ---- Logs ----
+
+
+def test_mask_statistics_are_in_the_logs_of_training_steps_alone(tmp_path):
+    seen = []
+
+    class Reporter(TrainerCallback):  # as wandb and its like see the logs
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    trainer = dpo_trainer(
+        tmp_path,
+        eval_dataset=HELDOUT,
+        eval_strategy="steps",
+        eval_steps=2,
+        max_steps=4,
+        logging_steps=2,
+        trainer_kwargs={"callbacks": [Reporter()]},
+    )
+    trainer.train()
+    steps = [log for log in seen if "loss" in log]
+    others = [log for log in seen if "loss" not in log]
+    assert len(steps) == 2 and len(others) == 3  # two evaluations and the summary
+    for log in steps:
+        assert MASK_KEYS <= log.keys() and 0 < log["mask/mean_q"] <= 1
+        assert log["mask/parameter_count"] == sum(p.numel() for p in trainer.model.parameters())
+    assert not any(key.startswith("mask/") for log in others for key in log)
+    stats = trainer.find_prm().get_mask_stats()
+    assert {k: v for k, v in steps[-1].items() if k in MASK_KEYS} == {f"mask/{k}": v for k, v in stats.items()}
+
+
+# ---- Evaluation of preference pairs ----
+
+
+def expected_pair_metrics(trainer, dataset) -> dict[str, float]:
+    pairs = trainer.evaluate_pairs(dataset)
+    return {**reward_metrics(pairs, trainer.beta), **drift_metrics(pairs, trainer.beta)}
+
+
+def test_splits_are_kept_apart_by_name(tmp_path):
+    splits = {"clean": HELDOUT, "other": OTHER}
+    trainer = dpo_trainer(tmp_path, eval_dataset=splits, eval_strategy="steps", eval_steps=3, beta=0.3)
+    trainer.train()
+    logs = evaluations(trainer)
+    assert len(logs) == 2
+    returned = trainer.last_eval_metrics
+    for name, log in zip(splits, logs, strict=True):
+        expected = expected_pair_metrics(trainer, splits[name])
+        assert PAIR_KEYS == expected.keys()
+        for key, value in expected.items():
+            assert log[f"eval_{name}_{key}"] == returned[f"eval_{name}_{key}"] == pytest.approx(value, rel=1e-6)
+        assert f"eval_{name}_entropy" in log and f"eval_{name}_loss" in log
+        assert torch.equal(
+            trainer.pair_evaluations[f"eval_{name}"].chosen.logratio,
+            trainer.evaluate_pairs(name).chosen.logratio,
+        )
+    run_keys = {"eval_drift/params_rel", "eval_memorization/flipped_fit", "eval_memorization/clean_fit"}
+    assert run_keys <= returned.keys() and run_keys <= logs[0].keys() and not run_keys & logs[1].keys()
+    # Nothing of a split is named as if it were all of the evaluation
+    apart = ("eval_clean_", "eval_other_")
+    assert {k for k in returned if k.startswith("eval_") and not k.startswith(apart)} == run_keys
+
+
+def test_rewards_are_exact_over_uneven_batches(tmp_path):
+    """5 rows in batches of 4: TRL's own mean of batch means would give the last row the weight of four."""
+    trainer = dpo_trainer(tmp_path, eval_dataset=OTHER)
+    trainer.train()
+    parent = DPOTrainer(
+        trainer.model,
+        make_model(),
+        DPOConfig(**settings(tmp_path, per_device_eval_batch_size=1)),
+        train_dataset=TRAIN,
+        eval_dataset=OTHER,
+        processing_class=make_tokenizer(),
+    ).evaluate()
+    for key in ("rewards/accuracies", "rewards/margins", "rewards/chosen", "logps/chosen", "logps/rejected"):
+        assert trainer.last_eval_metrics[f"eval_{key}"] == pytest.approx(parent[f"eval_{key}"], rel=1e-4, abs=1e-6)
+
+
+def test_without_drift_metrics_the_names_are_right_all_the_same(tmp_path):
+    trainer = dpo_trainer(tmp_path, eval_dataset={"a": HELDOUT, "b": OTHER}, drift_metrics=False)
+    returned = trainer.evaluate()
+    assert {"eval_a_rewards/accuracies", "eval_b_rewards/accuracies"} <= returned.keys()
+    assert not any("drift/" in key or "memorization/" in key or key.startswith("eval_rewards") for key in returned)
+    assert trainer._parameter_drift is None and not trainer.pair_evaluations
+
+
+def test_memorization_is_measured_on_spread_training_rows(tmp_path):
+    trainer = dpo_trainer(tmp_path, eval_dataset=HELDOUT, memorization_max_pairs=6, max_steps=2)
+    trainer.train()
+    rows = trainer.memorization_rows
+    assert rows == [0, 2, 4, 7, 9, 11]
+    pairs = trainer.evaluate_pairs(TRAIN.select(rows))
+    assert torch.equal(trainer.pair_evaluations["train"].rejected.logratio, pairs.rejected.logratio)
+    for key, value in memorization_metrics(pairs, TRAIN.select(rows)["flipped"], trainer.beta).items():
+        assert trainer.last_eval_metrics[f"eval_{key}"] == value
+    everything = dpo_trainer(tmp_path, eval_dataset=HELDOUT, memorization_max_pairs=None)
+    assert everything.memorization_rows == list(range(14))
+
+
+def test_memorization_needs_a_bool_column(tmp_path, caplog):
+    plain = TRAIN.remove_columns("flipped")
+    assert not any("memorization" in k for k in dpo_trainer(tmp_path, train=plain, eval_dataset=HELDOUT).evaluate())
+    with caplog.at_level(logging.WARNING):
+        trainer = dpo_trainer(tmp_path, train=plain.add_column("flipped", [0, 1] * 7), eval_dataset=HELDOUT)
+    assert "`flipped` of `train_dataset` has type int64" in caplog.text
+    assert not any("memorization" in key for key in trainer.evaluate())
+
+
+def test_nothing_is_measured_without_an_eval_dataset(tmp_path):
+    trainer = dpo_trainer(tmp_path)
+    trainer.train()
+    assert trainer._parameter_drift is None and not trainer.memorization_rows
+    assert not evaluations(trainer) and not trainer.last_eval_metrics
+
+
+def test_the_end_of_training_is_evaluated_once(tmp_path):
+    never = dpo_trainer(tmp_path, eval_dataset=HELDOUT)
+    never.train()
+    assert [log["step"] for log in evaluations(never)] == [3]
+    at_2 = dpo_trainer(tmp_path, eval_dataset=HELDOUT, eval_strategy="steps", eval_steps=2)
+    at_2.train()
+    assert [log["step"] for log in evaluations(at_2)] == [2, 3]
+    at_3 = dpo_trainer(tmp_path, eval_dataset=HELDOUT, eval_strategy="steps", eval_steps=3)
+    at_3.train()
+    assert [log["step"] for log in evaluations(at_3)] == [3]
+
+
+def test_a_best_model_that_is_loaded_is_evaluated(tmp_path):
+    trainer = dpo_trainer(
+        tmp_path,
+        eval_dataset=HELDOUT,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="drift/kl",  # least at the first step
+        greater_is_better=False,
+    )
+    trainer.train()
+    logs = evaluations(trainer)
+    assert len(logs) == 4 and trainer.state.best_global_step == 1
+    assert logs[3]["eval_drift/kl"] == pytest.approx(logs[0]["eval_drift/kl"], rel=1e-5)
+    assert trainer.last_eval_metrics["eval_drift/kl"] == logs[3]["eval_drift/kl"]
+
+
+def test_measuring_changes_nothing_in_training(tmp_path):
+    runs = [
+        dpo_trainer(tmp_path, eval_dataset=HELDOUT, eval_strategy="steps", eval_steps=1, drift_metrics=on)
+        for on in (True, False)
+    ]
+    for trainer in runs:
+        trainer.train()
+    assert torch.equal(weights(runs[0].model), weights(runs[1].model))
+
+
+def test_an_untrained_policy_has_not_drifted(tmp_path):
+    metrics = dpo_trainer(tmp_path, eval_dataset=HELDOUT).evaluate()
+    assert metrics["eval_drift/kl"] == metrics["eval_drift/reward_abs"] == metrics["eval_drift/params_rel"] == 0
+    assert metrics["eval_rewards/accuracies"] == 0
+
+
+def test_params_rel_counts_from_the_weights_before_training(tmp_path):
+    trainer = dpo_trainer(tmp_path, eval_dataset=HELDOUT)
+    start = weights(trainer.model)
+    trainer.train()
+    expected = (weights(trainer.model) - start).norm() / start.norm()
+    assert trainer.last_eval_metrics["eval_drift/params_rel"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_evaluate_takes_a_dataset_and_evaluate_pairs_needs_one(tmp_path):
+    trainer = dpo_trainer(tmp_path, max_steps=2)
+    trainer.train()
+    metrics = trainer.evaluate(OTHER, metric_key_prefix="test")
+    for key, value in expected_pair_metrics(trainer, OTHER).items():
+        assert metrics[f"test_{key}"] == pytest.approx(value, rel=1e-6)
+    both = trainer.evaluate({"a": OTHER, "b": HELDOUT})
+    assert both["eval_a_drift/kl"] == metrics["test_drift/kl"] and "eval_b_drift/kl" in both
+    prepared = trainer._prepare_dataset(OTHER, trainer.processing_class, trainer.args, "test")
+    assert "test_rewards/accuracies" in trainer.predict(prepared).metrics and not trainer._metrics["eval"]
+    with pytest.raises(ValueError, match="no `eval_dataset`. Pass `dataset`"):
+        trainer.evaluate_pairs()
+    trainer.eval_dataset = {"a": OTHER, "b": HELDOUT}
+    with pytest.raises(ValueError, match=r"\['a', 'b'\]. Name one"):
+        trainer.evaluate_pairs()
+
+
+# ---- What TRL's trainer can do ----
+
+
+def test_precomputed_reference(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer = PRMDPOTrainer(
+            make_model(),
+            args=PRMDPOConfig(**settings(tmp_path, precompute_ref_log_probs=True)),
+            train_dataset=TRAIN,
+            eval_dataset=HELDOUT,
+            processing_class=make_tokenizer(),
+        )
+    assert caplog.text.count("`drift/kl` is not measured") == 1 and "precompute_ref_log_probs=False" in caplog.text
+    trainer.train()
+    usual = dpo_trainer(tmp_path, eval_dataset=HELDOUT)
+    usual.train()
+    torch.testing.assert_close(weights(trainer.model), weights(usual.model), rtol=1e-4, atol=1e-6)
+    assert "eval_drift/kl" not in trainer.last_eval_metrics
+    names = {key for key in usual.last_eval_metrics if "drift/" in key or "memorization/" in key or "rewards/" in key}
+    assert len(names) == 4 + 4 + 2
+    for key in names - {"eval_drift/kl"}:
+        assert trainer.last_eval_metrics[key] == pytest.approx(usual.last_eval_metrics[key], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", [["ipo"], ["robust"], ["sigmoid", "sft"]], ids="-".join)
+def test_losses(tmp_path, loss):
+    smoothing = {"label_smoothing": 0.3} if loss == ["robust"] else {}
+    trainer = dpo_trainer(tmp_path, eval_dataset=HELDOUT, loss_type=loss, **smoothing)
+    trainer.train()
+    assert trainer.last_eval_metrics["eval_drift/kl"] > 0
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_lora(tmp_path, precompute):
+    base = make_model()
+    trainer = PRMDPOTrainer(
+        copy.deepcopy(base),
+        args=PRMDPOConfig(
+            **settings(tmp_path, precompute_ref_log_probs=precompute, eval_strategy="steps", eval_steps=1)
+        ),
+        train_dataset=TRAIN,
+        eval_dataset=HELDOUT,
+        processing_class=make_tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    )
+    trainer.train()
+    drifts = [log["eval_drift/params_rel"] for log in evaluations(trainer)]
+    assert 0 < drifts[0] < drifts[1] < drifts[2]  # training goes on after an evaluation with the adapter off
+    assert trainer.last_eval_metrics["eval_drift/kl"] > 0
+    expected = evaluate_pairs(
+        trainer.model, trainer.eval_dataset, trainer.data_collator, trainer.accelerator, ref_model=base
+    )
+    assert torch.allclose(trainer.pair_evaluations["eval"].chosen.kl, expected.chosen.kl, atol=1e-6)
+    prm_params = {id(p) for group in trainer.find_prm().param_groups for p in group["params"]}
+    assert prm_params == {id(p) for n, p in trainer.model.named_parameters() if "lora_" in n}
+
+
+def test_a_continued_adapter_drifts_from_where_it_was(tmp_path):
+    model = lora(make_model())
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.add_(0.1)
+    trainer = dpo_trainer(tmp_path, model=model, eval_dataset=HELDOUT)
+    before = trainer.evaluate()
+    assert before["eval_drift/kl"] == 0 and before["eval_drift/params_rel"] == 0
+    trainer.train()
+    assert trainer.last_eval_metrics["eval_drift/kl"] > 0 and trainer.last_eval_metrics["eval_drift/params_rel"] > 0
+
+
+def test_streams(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer = dpo_trainer(
+            tmp_path, train=TRAIN.to_iterable_dataset(), eval_dataset=HELDOUT.to_iterable_dataset(), max_steps=2
+        )
+    assert "Memorization is not measured: `train_dataset` is an `IterableDataset`" in caplog.text
+    trainer.train()
+    for key, value in expected_pair_metrics(trainer, HELDOUT).items():
+        assert trainer.last_eval_metrics[f"eval_{key}"] == pytest.approx(value, rel=1e-6)
+
+
+def test_compute_metrics_sees_each_split(tmp_path):
+    rows = []
+
+    def compute_metrics(prediction):
+        rows.append(len(prediction.label_ids))
+        return {"rows": len(prediction.label_ids)}
+
+    trainer = dpo_trainer(
+        tmp_path, eval_dataset={"a": HELDOUT, "b": OTHER}, trainer_kwargs={"compute_metrics": compute_metrics}
+    )
+    metrics = trainer.evaluate()
+    assert [metrics["eval_a_rows"], metrics["eval_b_rows"]] == rows
+    assert metrics["eval_a_drift/kl"] == 0 and "eval_b_rewards/margins" in metrics
+
+
+def test_gradient_accumulation_and_clipping_see_prm(tmp_path):
+    trainer = dpo_trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.1)
+    trainer.train()
+    steps = {int(state["step"]) for state in trainer.find_prm().state.values()}
+    assert steps == {3}
+
+
+def test_resuming_equals_not_stopping(tmp_path):
+    kwargs = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_dataset": HELDOUT}
+    whole = dpo_trainer(tmp_path / "whole", **kwargs)
+    whole.train()
+    resumed = dpo_trainer(tmp_path / "whole", **kwargs)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    # Drift counts from the beginning of training, not from the checkpoint
+    key = "eval_drift/params_rel"
+    assert resumed.last_eval_metrics[key] == pytest.approx(whole.last_eval_metrics[key], rel=1e-6)
+
+
+# ---- Supervised fine-tuning ----
+
+
+SENTENCES = Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in TRAIN])
+
+
+def sft_trainer(output_dir, model, *, eval_dataset=SENTENCES, trainer_kwargs=None, **kwargs) -> PRMSFTTrainer:
+    return PRMSFTTrainer(
+        model,
+        PRMSFTConfig(**settings(output_dir, **kwargs)),
+        train_dataset=SENTENCES,
+        eval_dataset=eval_dataset,
+        processing_class=make_tokenizer(),
+        **(trainer_kwargs or {}),
+    )
+
+
+def sft_kl(model: nn.Module, ref_model: nn.Module, trainer) -> float:
+    """Mean KL over the completion tokens, from whole logits, row by row."""
+    total, tokens = 0.0, 0
+    for row in trainer.eval_dataset:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        with torch.no_grad():
+            log_p = model(input_ids=ids).logits.log_softmax(-1)[0, :-1]
+            log_r = ref_model(input_ids=ids).logits.log_softmax(-1)[0, :-1]
+        mask = labels[1:] != -100
+        total += (log_p.exp() * (log_p - log_r)).sum(-1)[mask].sum().item()
+        tokens += mask.sum().item()
+    return total / tokens
+
+
+def test_sft_without_a_reference_measures_the_weights(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer = sft_trainer(tmp_path, make_model())
+    assert "pass `ref_model`" in caplog.text
+    trainer.train()
+    assert trainer.last_eval_metrics["eval_drift/params_rel"] > 0
+    assert not {"eval_drift/kl", "eval_drift/logratio_abs"} & trainer.last_eval_metrics.keys()
+    assert MASK_KEYS <= trainer.state.log_history[0].keys()
+
+
+def test_sft_with_a_reference(tmp_path):
+    trainer = sft_trainer(tmp_path, make_model(), trainer_kwargs={"ref_model": make_model()})
+    trainer.train()
+    expected = sft_kl(trainer.model.eval(), make_model().eval(), trainer)
+    assert trainer.last_eval_metrics["eval_drift/kl"] == pytest.approx(expected, rel=1e-3)
+    assert trainer.last_eval_metrics["eval_drift/logratio_abs"] > 0
+
+
+def test_sft_with_lora_and_named_splits(tmp_path):
+    trainer = sft_trainer(
+        tmp_path,
+        make_model(),
+        eval_dataset={"a": SENTENCES, "b": SENTENCES.select(range(5))},
+        trainer_kwargs={"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"])},
+    )
+    trainer.train()
+    metrics = trainer.last_eval_metrics
+    assert metrics["eval_a_drift/kl"] > 0 and metrics["eval_b_drift/kl"] > 0 and metrics["eval_drift/params_rel"] > 0
+    assert "eval_a_entropy" in metrics and "eval_entropy" not in metrics
+
+
+@pytest.mark.filterwarnings("ignore:.*(padding|packing).*")
+def test_sft_with_packing(tmp_path):
+    trainer = sft_trainer(
+        tmp_path, make_model(), packing=True, max_length=24, trainer_kwargs={"ref_model": make_model()}
+    )
+    trainer.train()
+    assert trainer.last_eval_metrics["eval_drift/kl"] > 0
+    assert "eval_drift/logratio_abs" not in trainer.last_eval_metrics
+
+
+def test_sft_explicit_optimizer_and_wrong_references(tmp_path):
+    model = make_model()
+    trainer = sft_trainer(
+        tmp_path, model, max_steps=1, trainer_kwargs={"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})}
+    )
+    trainer.train()
+    assert type(trainer.innermost_optimizer()) is torch.optim.SGD
+    with pytest.raises(ValueError, match="`ref_model` is `model` itself"):
+        sft_trainer(tmp_path, model, trainer_kwargs={"ref_model": model})
+    with pytest.raises(ValueError, match="`ref_model` only serves `drift_metrics`"):
+        sft_trainer(tmp_path, model, drift_metrics=False, trainer_kwargs={"ref_model": make_model()})
+
+
+# ---- Trainers that are not ours ----
+
+
+def plain_trainer(tmp_path, model, **kwargs):
+    rows = [{"input_ids": list(range(3, 12)), "labels": list(range(3, 12))}] * 8
+    return Trainer(model, TrainingArguments(**settings(tmp_path)), train_dataset=Dataset.from_list(rows), **kwargs)
+
+
+def trl_sft_trainer(tmp_path, model, **kwargs):
+    args = SFTConfig(**settings(tmp_path))
+    return SFTTrainer(model, args, train_dataset=SENTENCES, processing_class=make_tokenizer(), **kwargs)
+
+
+def trl_reward_trainer(tmp_path, model, **kwargs):
+    config = Qwen2Config(**{**make_model().config.to_dict(), "num_labels": 1})
+    torch.manual_seed(0)
+    model = Qwen2ForSequenceClassification(config)
+    if "optimizers" in kwargs:
+        kwargs["optimizers"] = (PRM(model.parameters(), lr=1e-2), None)
+    args = RewardConfig(**settings(tmp_path))
+    return RewardTrainer(model, args, train_dataset=TRAIN, processing_class=make_tokenizer(), **kwargs)
+
+
+@pytest.mark.parametrize("how", ["optimizer_cls_and_kwargs", "optimizers"])
+@pytest.mark.parametrize("make", [plain_trainer, trl_sft_trainer, trl_reward_trainer])
+def test_prm_in_other_trainers(tmp_path, make, how):
+    model = make_model()
+    if how == "optimizers":
+        trainer = make(tmp_path, model, optimizers=(PRM(model.parameters(), lr=1e-2), None))
+    else:
+        trainer = make(tmp_path, model, optimizer_cls_and_kwargs=(PRM, {"lr": 1e-2, "reduction": "per_tensor"}))
+    before = weights(trainer.model)
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert type(optimizer) is PRM and {int(s["step"]) for s in optimizer.state.values()} == {3}
+    assert optimizer.param_groups[0]["reduction"] == ("per_param" if how == "optimizers" else "per_tensor")
+    assert not torch.equal(weights(trainer.model), before)
+
+
+# ---- Several processes ----
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(tmp_path):
+    """7, 5 and 14 rows on two processes in batches of 2: no count is even, and each row must count once."""
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--mixed_precision", "no", "--main_process_port", "0", "-m", "tests.launched_dpo", str(tmp_path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+    with log.open("w") as stream:
+        run = subprocess.Popen(
+            command,
+            cwd=Path(__file__).parents[1],
+            env=env,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = run.wait(timeout=300)
+        except subprocess.TimeoutExpired:
+            code = "a timeout"
+            os.killpg(run.pid, signal.SIGKILL)  # the launcher and the processes that it started
+    assert code == 0, f"exit with {code}:\n{log.read_text()[-5000:]}"
+
+    results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    assert [result["world_size"] for result in results] == [2, 2]
+    assert results[0]["metrics"] == results[1]["metrics"]
+    for name, table in results[0]["tables"].items():
+        for side in table:
+            for key, value in table[side].items():
+                assert torch.equal(value, results[1]["tables"][name][side][key])
+
+    trainer = dpo_trainer(tmp_path, eval_dataset={"clean": HELDOUT, "other": OTHER}, per_device_eval_batch_size=1)
+    trainer.model.load_state_dict(results[0]["weights"])
+    metrics = trainer.evaluate()
+    assert trainer.pair_evaluations.keys() == results[0]["tables"].keys() == {"eval_clean", "eval_other", "train"}
+    for name, pairs in trainer.pair_evaluations.items():
+        for side, columns in results[0]["tables"][name].items():
+            for key, value in columns.items():
+                expected = getattr(getattr(pairs, side), key)
+                torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+    for key, value in metrics.items():
+        if any(part in key for part in ("rewards/", "drift/", "memorization/", "logps/")):
+            assert results[0]["metrics"][key] == pytest.approx(value, rel=1e-4, abs=1e-6)
+    assert results[0]["metrics"]["eval_drift/params_rel"] > 0
+    # b of the empirical boundary counts both processes
+    assert results[0]["sizes"] == (2 * 2 * 2, 14)
+
+
+# ---- Model card ----
+
+
+def test_model_card(tmp_path):
+    trainer = dpo_trainer(tmp_path, eval_dataset=HELDOUT, prm_estimator="debiased", prm_alpha=0.5, weight_decay=0.1)
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "prm-optimizer" in card.split("---")[1] and "prm-optimizer" in trainer.model.model_tags
+    assert "## Optimizer" in card and "Population Risk Minimization" in card and "2605.01172" in card
+    for line in (
+        "| `estimator` | debiased |",
+        "| `alpha` | 0.5 |",
+        "| `lr` | 0.01 |",
+        "| `weight_decay` | 0.0 and 0.1 |",
+    ):
+        assert line in card
+    kl = trainer.last_eval_metrics["eval_drift/kl"]
+    assert f"| `eval_drift/kl` | {kl:.4g} |" in card and "at step 3" in card and "eval_runtime" not in card
+
+    control = dpo_trainer(tmp_path / "control", optimizer_name="adamw")
+    control.create_model_card()
+    card = (tmp_path / "control" / "README.md").read_text()
+    assert "Population Risk" not in card and "prm-optimizer" not in card
+
+
+def test_model_card_of_a_checkpoint(tmp_path):
+    trainer = dpo_trainer(tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    assert (tmp_path / "README.md").read_text().count("## Optimizer") == 1
