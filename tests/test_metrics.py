@@ -295,6 +295,14 @@ def test_no_reference_at_all_raises(accelerator):
         evaluate_pairs(make_model(), tokenized_rows(2), COLLATE, accelerator)
 
 
+def test_a_batch_without_labels_raises(accelerator):
+    def collate(examples):
+        return {"input_ids": torch.tensor([[3, 4, 5]] * len(examples))}
+
+    with pytest.raises(ValueError, match=r"\['input_ids'\], with neither `completion_mask` nor `labels`"):
+        evaluate_sequences(make_model(), tokenized_rows(2), collate, accelerator, ref_model=make_model())
+
+
 def test_sequences_are_scored_where_labels_are(accelerator):
     ref_model = make_model()
     model = perturbed(ref_model)

@@ -336,7 +336,9 @@ def test_an_optimizer_in_prms_place_raises(tmp_path):
 
     args = PRMDPOConfig(**settings(tmp_path))
     trainer = Replaced(make_model(), make_model(), args, train_dataset=TRAIN, processing_class=make_tokenizer())
-    with pytest.raises(RuntimeError, match="optimizer in effect is SGD.*zero_force_ds_cpu_optimizer"):
+    with pytest.raises(
+        RuntimeError, match="to train with PRM.*optimizer in effect is SGD.*zero_force_ds_cpu_optimizer"
+    ):
         trainer.train()
 
 
@@ -568,6 +570,25 @@ def test_precomputed_reference(tmp_path, caplog):
     assert len(names) == 4 + 4 + 2
     for key in names - {"eval_drift/kl"}:
         assert trainer.last_eval_metrics[key] == pytest.approx(usual.last_eval_metrics[key], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_mixed_precision_starts_at_drift_zero(tmp_path, precompute):
+    """Log-probabilities that TRL precomputed from bf16 logits must meet the policy's from bf16 logits."""
+    model = make_model(hidden_size=64, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    trainer = PRMDPOTrainer(
+        copy.deepcopy(model),
+        model,
+        PRMDPOConfig(**settings(tmp_path, bf16=True, precompute_ref_log_probs=precompute)),
+        train_dataset=TRAIN,
+        eval_dataset=HELDOUT,
+        processing_class=make_tokenizer(),
+    )
+    if precompute:
+        trainer.ref_model = None  # as for a model that TRL loads by name
+    assert trainer.evaluate()["eval_drift/logratio_abs"] < 1e-5
 
 
 @pytest.mark.parametrize("loss", [["ipo"], ["robust"], ["sigmoid", "sft"]], ids="-".join)

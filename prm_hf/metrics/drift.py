@@ -66,7 +66,7 @@ class ParameterDrift:
         for name, value, frozen in _trained_tensors(model, accelerator, with_frozen=True):
             squared_norm += _squared_norm(value if frozen is None else frozen)
             # A new adapter starts at BA = 0 and costs no memory
-            self._initial[name] = value.cpu().clone() if value.any() else None
+            self._initial[name] = value.detach().to("cpu", copy=True) if value.any() else None
         self._norm = squared_norm**0.5
 
     def relative(self, model: nn.Module) -> float:

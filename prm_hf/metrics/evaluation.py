@@ -163,7 +163,7 @@ def _evaluate(
             start = (step * world + rank) * batch_size
             # Rows past the end are replaced by earlier ones, so that every process makes the same number of forward
             # passes (ZeRO-3 and FSDP gather weights in each); the surplus is cut off below.
-            batch = collate([dataset[i % n] for i in range(start, start + batch_size)])
+            batch = collate([dict(dataset[i % n]) for i in range(start, start + batch_size)])
             scores = _score_batch(model, ref_model, batch, accelerator, check=step == 0)
             table.append(scores.view(4, sequences_per_row, batch_size).permute(2, 0, 1))
     finally:
@@ -188,9 +188,14 @@ def _score_batch(
     """Sums over the tokens of each sequence: logps, logratio, tokens, kl. Shape `(4, sequences)`, float64, CPU."""
     batch = {k: v.to(accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     ref_logps = [batch.pop(key, None) for key in ("ref_chosen_logps", "ref_rejected_logps")]
-    labels = batch.pop("labels", None)
+    labels, completion_mask = batch.pop("labels", None), batch.pop("completion_mask", None)
+    if completion_mask is not None:
+        labels = batch["input_ids"].masked_fill(completion_mask == 0, -100)
     if labels is None:
-        labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
+        raise ValueError(
+            f"`collate` made a batch of {sorted(batch)}, with neither `completion_mask` nor `labels` to say which "
+            "tokens to evaluate. Use TRL's collator, or one that adds either."
+        )
     mask = labels[:, 1:] != -100
     targets = labels[:, 1:][mask]
     rows = mask.nonzero()[:, 0].cpu()
@@ -199,8 +204,11 @@ def _score_batch(
         policy = _forward(model, batch, mask, accelerator)
         with _reference(model, ref_model, accelerator) as reference:
             ref = None if reference is None else _forward(reference, batch, mask, accelerator)
+        # Precomputed log-probabilities come from logits in autocast's precision, and only such compare with them. With
+        # a reference both are float32: rounding to bf16 is by itself a KL of 1e-3, the size of a short run's drift.
         full_precision = torch.autocast(accelerator.device.type, enabled=False)
-        with full_precision, policy.gathered(), contextlib.nullcontext() if ref is None else ref.gathered():
+        precision = accelerator.autocast() if ref is None else full_precision
+        with precision, policy.gathered(), contextlib.nullcontext() if ref is None else ref.gathered():
             if check:
                 policy.check()
                 if ref is not None:
@@ -280,9 +288,10 @@ class _Forward:
     softcap: float | None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits in float32. In bf16 their rounding alone is a KL of about 1e-3, as much as a short run drifts."""
+        """Logits in float32, computed in float32 unless under autocast."""
         bias = None if self.bias is None else self.bias.float()
-        logits = nn.functional.linear(hidden.to(self.weight.device).float(), self.weight.float(), bias) * self.scale
+        logits = nn.functional.linear(hidden.to(self.weight.device).float(), self.weight.float(), bias)
+        logits = logits.float() * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     @contextlib.contextmanager

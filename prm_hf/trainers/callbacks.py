@@ -20,9 +20,9 @@ class PRMCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        if self.trainer.expects_prm and self.trainer.find_prm() is None:
+        if self.trainer.trains_with_prm and self.trainer.find_prm() is None:
             raise RuntimeError(
-                "`optimizer_name='prm'`, but the optimizer in effect is "
+                "The run is to train with PRM, but the optimizer in effect is "
                 f"{type(self.trainer.innermost_optimizer()).__name__}: something on the way took PRM's place. With "
                 "DeepSpeed's CPU offload, accelerate does unless the DeepSpeed configuration has "
                 '`"zero_force_ds_cpu_optimizer": false`.'

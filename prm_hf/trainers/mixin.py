@@ -55,6 +55,8 @@ class PRMTrainerMixin:
     numbers by their names in `prm_hf.metrics`; it may extend `_run_metrics()`, what is measured once an evaluation.
 
     Attributes:
+        trains_with_prm (`bool`):
+            Whether PRM is the optimizer that the run was set up with, by arguments or explicitly.
         last_eval_metrics (`dict[str, float]`):
             What the last evaluation returned, all splits together.
     """
@@ -70,9 +72,15 @@ class PRMTrainerMixin:
                 )
             self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
 
-        # Whether the arguments choose the optimizer: one that was passed to the trainer wins over them
+        # An optimizer that was passed wins over the arguments
         self._arguments_choose = self.optimizer is None and self.optimizer_cls_and_kwargs is None
-        if self._trains_with_prm():
+        if self._arguments_choose:
+            self.trains_with_prm = self.args.optimizer_name == "prm"
+        elif self.optimizer is not None:
+            self.trains_with_prm = isinstance(self.optimizer, PRM)
+        else:
+            self.trains_with_prm = self.optimizer_cls_and_kwargs[0] is PRM
+        if self.trains_with_prm:
             self._tag_names = [*self._tag_names, "prm-optimizer"]
             self.model.add_model_tags(self._tag_names)
         if self._needs_sizes():
@@ -98,16 +106,6 @@ class PRMTrainerMixin:
 
     # ---- Optimizer ----
 
-    @property
-    def expects_prm(self) -> bool:
-        """Whether the arguments ask for PRM and no optimizer was passed, which would win over them."""
-        return self._arguments_choose and self.args.optimizer_name == "prm"
-
-    def _trains_with_prm(self) -> bool:
-        if self.optimizer is not None:
-            return self.find_prm() is not None
-        return self.expects_prm if self._arguments_choose else self.optimizer_cls_and_kwargs[0] is PRM
-
     @staticmethod
     def get_optimizer_cls_and_kwargs(
         args: TrainingArguments, model: PreTrainedModel | None = None
@@ -131,7 +129,8 @@ class PRMTrainerMixin:
             self.optimizer_cls_and_kwargs = None
 
     def _needs_sizes(self) -> bool:
-        return self.expects_prm and self.args.prm_boundary == "empirical" and self.args.prm_alpha is None
+        arguments_choose_prm = self._arguments_choose and self.args.optimizer_name == "prm"
+        return arguments_choose_prm and self.args.prm_boundary == "empirical" and self.args.prm_alpha is None
 
     def _sizes(self) -> dict[str, int]:
         """b and n of `boundary="empirical"`: the rows of an optimizer step over all processes, and of the dataset."""
@@ -226,7 +225,7 @@ class PRMTrainerMixin:
 
     def create_model_card(self, *args, **kwargs) -> None:
         super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero() and self._trains_with_prm():
+        if self.is_world_process_zero() and self.trains_with_prm:
             with open(os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
                 card.write(self._model_card_section())
 
