@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison import Comparison, ComparisonArguments, RunSpec, is_prm, load_split, settings_of, show_progress
+from datasets import disable_progress_bars
 from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -125,18 +126,20 @@ def main(arguments: list[str]) -> None:
     model, dataset, train_dataset, eval_dataset = load_data(script_args, model_args)
     built_in = script_args.dataset_name is None
     logging.set_verbosity_error()
+    if built_in:  # many short bars for a tiny model and a tiny dataset
+        logging.disable_progress_bar()
+        disable_progress_bars()
 
-    def configure(spec: RunSpec | None, method: str, overrides: dict[str, Any]) -> PRMDPOConfig:
+    def configure(method: str, overrides: dict[str, Any]) -> PRMDPOConfig:
         config = copy.deepcopy(training_args)
         config.optimizer_name = "prm"
         for key, value in (METHODS[method](script_args.noise_rate) | overrides).items():
             setattr(config, key, value)
-        config.eval_strategy = "epoch" if config.eval_strategy == "no" else config.eval_strategy
         return config
 
     def specify(method: str, learning_rate: float, seed: int, **extra: Any) -> RunSpec:
         base = "adamw" if method == CONSTANT_Q else method
-        config = configure(None, base, {})
+        config = configure(base, {})
         settings = settings_of(
             config,
             noise_rate=script_args.noise_rate,
@@ -155,7 +158,7 @@ def main(arguments: list[str]) -> None:
     def train_run(spec: RunSpec, folder: Path, resume: bool) -> PRMDPOTrainer:
         base = "adamw" if spec.method == CONSTANT_Q else spec.method
         place = {"output_dir": str(folder), "learning_rate": spec.learning_rate, "seed": spec.seed}
-        config = configure(spec, base, place)
+        config = configure(base, place)
         config.model_init_kwargs = {
             "revision": model_args.model_revision,
             "attn_implementation": model_args.attn_implementation,
