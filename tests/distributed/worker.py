@@ -1,15 +1,20 @@
-"""A short training under `accelerate launch` that notes down what the optimizer saw and did, for the tests beside it.
+"""Short trainings under `accelerate launch` that note down what the optimizer saw and did, for the tests beside it.
 
-    accelerate launch … tests/distributed/worker.py '{"output_dir": …, "world_size": 2, …}'
+    accelerate launch … -m tests.distributed.worker plan.json
 
-Every rank writes `rank<i>.pt` with a dict a step: for each slice of an original tensor that this rank holds its
-gradient and its weights before and after, the masks, and `get_mask_stats()`.
+The plan is `{"world_size": …, "output_dir": …, "runs": {name: options, …}}`; starting Python takes longer than a run,
+so one launch makes several. Every rank writes `<output_dir>/<name>/rank<i>.pt` with a record of each step: for each
+slice of an original tensor that this rank holds its gradient, its weights before and after and, for `per_param`, its
+mask; the masks of `per_tensor`; and `get_mask_stats()`. Or with the error that ended the run.
 """
 
 import json
 import os
 import sys
 import time
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,6 +24,9 @@ from torch.utils.data import Dataset
 from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from prm_hf import PRM
+from prm_hf.optim import masks
+from prm_hf.optim.prm import _hyperparameters
+from prm_hf.optim.step import mask_arguments, scalars_of
 
 
 VOCAB, LENGTH, ROWS = 257, 11, 64  # odd sizes, so that no border falls on another
@@ -34,38 +42,65 @@ class RecordingPRM(PRM):
 
     def _parts(self, group):
         parts = super()._parts(group)
+        before = sum(self._sizes()[: group["prm_group"]])
         for part in parts:
-            part.group = group["prm_group"]
+            part.numbers = part.owners
+            if self._locator.layout is None:  # whole tensors are counted among those with a gradient
+                part.numbers = [before + i for i, p in enumerate(group["params"]) if p.grad is not None]
         return parts
 
+    def _sizes(self):
+        return [len(refs) for refs in self._locator._originals]
+
     def _tensor_masks(self, parts, sums):
-        masks = super()._tensor_masks(parts, sums)
-        for part, q in zip(parts, masks, strict=True):
-            base = sum(self.sizes[: part.group]) if self._locator.layout is None else 0
-            for owner, value in zip(part.owners, [] if q is None else q.tolist(), strict=q is not None):
-                self.steps[-1]["q"][base + owner] = value
-        return masks
+        qs = super()._tensor_masks(parts, sums)
+        if not self.steps:
+            return qs
+        for part, q in zip(parts, qs, strict=True):
+            if q is not None:
+                self.steps[-1]["q"] |= dict(zip(part.numbers, q.tolist(), strict=True))
+        return qs
 
     def _step(self):
-        if not self.steps:  # DeepSpeed's stage 0 allocates the state with a step before training
+        if not self.steps:  # DeepSpeed's stage 0, and FSDP2 to load a checkpoint, allocate the state with a step
             return super()._step()
-        self.sizes = [len(refs) for refs in self._locator._originals]
         stepped = []
         for group in self.param_groups:
             for position, p in enumerate(group["params"]):
                 if p.grad is not None:
-                    copies = [_local(x).detach().clone().flatten() for x in (p.grad, p)]
-                    stepped.append((p, sum(self.sizes[: group["prm_group"]]) + position, *copies))
+                    number = sum(self._sizes()[: group["prm_group"]]) + position
+                    grad, before = (_local(x).detach().clone().flatten() for x in (p.grad, p))
+                    stepped.append((group, p, number, grad, before))
         super()._step()
-        for p, number, grad, before in stepped:
+        for group, p, number, grad, before in stepped:
             after = _local(p).detach().clone().flatten()
+            q = self._elementwise_masks(group, p)
             if self._locator.flat:
                 pieces = self._locator.layout.pieces[id(p)]
                 slices = [(x.tensor, x.offset, slice(x.start, x.start + x.length)) for x in pieces]
             else:
                 slices = [(number, _offset(p), slice(None))]
             for number, offset, part in slices:
-                self.steps[-1]["slices"].append((number, offset, grad[part], before[part], after[part]))
+                self.steps[-1]["slices"].append(
+                    {
+                        "tensor": number,
+                        "offset": offset,
+                        "grad": grad[part],
+                        "before": before[part],
+                        "after": after[part],
+                        "q": None if q is None else q[part],
+                        "lr": group["lr"],
+                        "weight_decay": group["weight_decay"],
+                    }
+                )
+
+    def _elementwise_masks(self, group, p):
+        if group["reduction"] != "per_param" or p.numel() == 0:
+            return None
+        hyper, state = _hyperparameters(group), self.state[p]
+        c = scalars_of(state["step"].double(), hyper)
+        m, s = (_local(state[name]).flatten().double() for name in ("exp_avg", "grad_var"))
+        return masks.compute_mask(m.square(), s, c, **mask_arguments(hyper))[0]
 
 
 def _local(tensor):
@@ -73,6 +108,8 @@ def _local(tensor):
 
 
 def _offset(p):
+    if getattr(p, "_fsdp_flattened", False):  # FSDP1 keeps the offsets to itself: what counts is the order
+        return dist.get_rank()
     if not isinstance(p, DTensor):
         return 0
     _, start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
@@ -91,7 +128,7 @@ class Rows(Dataset):
         return {"input_ids": self.tokens[i], "labels": self.tokens[i]}
 
 
-def make_model(tied: bool, dtype: str) -> Qwen2ForCausalLM:
+def make_model(options: dict) -> torch.nn.Module:
     set_seed(0)
     config = Qwen2Config(
         vocab_size=VOCAB,
@@ -100,94 +137,140 @@ def make_model(tied: bool, dtype: str) -> Qwen2ForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=options.get("tied", True),
         use_cache=False,
         initializer_range=0.1,
     )
-    return Qwen2ForCausalLM(config).to(getattr(torch, dtype))
+    model = Qwen2ForCausalLM(config).to(getattr(torch, options.get("dtype", "float32")))
+    if options.get("lora"):
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "up_proj", "down_proj"]))
+        for name, p in model.named_parameters():  # B = 0 would leave half of the gradients zero at the first step
+            if "lora_B" in name:
+                p.data.normal_(std=0.1)
+    if options.get("frozen"):
+        model.model.embed_tokens.weight.requires_grad_(False)
+        model.model.layers[0].unused = torch.nn.Parameter(torch.randn(7, 5))
+    return model
 
 
-class StatsCallback(TrainerCallback):
-    def __init__(self, options):
-        self.stats, self.options = [], options
+class Watch(TrainerCallback):
+    """Begins the record of a step and notes its statistics at the end; waits to be killed if the options say so."""
+
+    def __init__(self, options, output_dir):
+        self.options, self.output_dir = options, output_dir
 
     def on_step_begin(self, args, state, control, **kwargs):
-        RecordingPRM.steps.append({"q": {}, "slices": []})
+        RecordingPRM.steps.append({"step": state.global_step + 1, "q": {}, "slices": []})
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
-        while not isinstance(optimizer, PRM):
-            optimizer = optimizer.optimizer
-        self.stats.append(optimizer.get_mask_stats())
+        RecordingPRM.steps[-1]["stats"] = innermost(optimizer).get_mask_stats()
         if self.options.get("die_after") == state.global_step:
-            time.sleep(600)  # until the test kills it
+            (self.output_dir / f"waiting{args.process_index}").touch()
+            time.sleep(600)
 
 
-def main(options: dict) -> None:
-    world_size = options["world_size"]
-    per_device = options.get("batch_size", 4) // world_size // options.get("accumulation", 1)
+def innermost(optimizer) -> PRM:
+    while not isinstance(optimizer, PRM):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+@contextmanager
+def environment(options: dict, folder: Path):
+    """What the options change of what `accelerate launch` passed on in the environment."""
+    before = dict(os.environ)
+    os.environ.update(options.get("environment", {}))
+    if "deepspeed" in options:
+        config = json.loads(Path(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text())
+        path = folder / f"deepspeed{os.environ.get('RANK', 0)}.json"
+        path.write_text(json.dumps(merged(config, options["deepspeed"])))
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def merged(config: dict, changes: dict) -> dict:
+    changes = {k: merged(config.get(k, {}), v) if isinstance(v, dict) else v for k, v in changes.items()}
+    return {**config, **changes}
+
+
+def prepare_cpu(args: TrainingArguments) -> None:
+    """What keeps accelerate and DeepSpeed from a CPU with gloo, and has nothing to do with how tensors are sharded."""
+    if args.deepspeed_plugin is not None:
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
+
+        # Gloo does the work; DeepSpeed would compile a shared-memory transport for three minutes first.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        get_accelerator().is_fp16_supported = lambda: True  # only slow
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        from accelerate import PartialState
+        from accelerate.utils import DistributedType
+
+        _ = args.device
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        if os.environ["FSDP_VERSION"] == "1":
+            torch.distributed.fsdp._init_utils._get_device_from_device_id = lambda *_: torch.device("cpu")
+
+
+def train(options: dict, world_size: int, folder: Path) -> dict:
+    accumulation = options.get("accumulation", 1)
     args = TrainingArguments(
-        output_dir=options["output_dir"],
+        output_dir=str(folder),
         use_cpu=True,
         max_steps=options.get("steps", 5),
-        per_device_train_batch_size=per_device,
-        gradient_accumulation_steps=options.get("accumulation", 1),
+        per_device_train_batch_size=4 // world_size // accumulation,
+        gradient_accumulation_steps=accumulation,
         learning_rate=1e-2,
         weight_decay=0.1,
         max_grad_norm=0.5,
         lr_scheduler_type="linear",
         report_to="none",
         disable_tqdm=True,
-        logging_steps=1,
+        logging_strategy="no",
         save_strategy="steps" if "save_steps" in options else "no",
         save_steps=options.get("save_steps", 500),
         bf16=options.get("bf16", False),
-        fp16=options.get("fp16", False),
-        ddp_find_unused_parameters=False,
-        average_tokens_across_devices=True,
+        ddp_find_unused_parameters=options.get("frozen", False),
     )
     assert args.world_size == world_size, f"expected {world_size} processes, got {args.world_size}"
-    if os.environ.get("DS_ACCELERATOR") == "cpu" and args.deepspeed_plugin is not None:
-        # Gloo does the work; DeepSpeed would compile a shared-memory transport for three minutes first.
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if options.get("fsdp"):
-        # accelerate knows FSDP for accelerators alone. These two names are all that keeps it from a CPU with gloo.
-        from accelerate import PartialState
-        from accelerate.utils import DistributedType
-
-        _ = args.device
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    model = make_model(options.get("tied", True), options.get("dtype", "float32"))
-    if options.get("lora"):
-        from peft import LoraConfig, get_peft_model
-
-        model = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "up_proj", "down_proj"]))
-        set_seed(1)
-        for name, p in model.named_parameters():  # B = 0 would leave half of the gradients zero at the first step
-            if "lora_B" in name:
-                p.data.normal_(std=0.1)
-    if options.get("frozen"):
-        model.model.embed_tokens.weight.requires_grad_(False)
-    settings = {"rho": 0.9, "lr": 1e-2, **options.get("prm", {})}
-    stats = StatsCallback(options)
+    prepare_cpu(args)
     trainer = Trainer(
-        model=model,
+        model=make_model(options),
         args=args,
         train_dataset=Rows(),
-        optimizer_cls_and_kwargs=(RecordingPRM, settings),
-        callbacks=[stats],
+        optimizer_cls_and_kwargs=(RecordingPRM, {"rho": 0.9, "lr": 1e-2, **options.get("prm", {})}),
+        callbacks=[Watch(options, folder)],
     )
-    trainer.train(resume_from_checkpoint=options.get("resume"))
-    result = {"steps": RecordingPRM.steps, "stats": stats.stats, "sizes": None}
-    optimizer = trainer.optimizer
-    while not isinstance(optimizer, PRM):
-        optimizer = optimizer.optimizer
-    result["path"] = None if optimizer._locator.layout is None else optimizer._locator.layout.path
-    result["losses"] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    torch.save(result, os.path.join(options["output_dir"], f"rank{rank}.pt"))
+    resume = options.get("resume")
+    trainer.train(resume_from_checkpoint=None if resume is None else str(folder.parent / resume))
+    locator = innermost(trainer.optimizer)._locator
+    return {"path": None if locator.layout is None else locator.layout.path, "world_size": args.world_size}
+
+
+def main(plan: dict) -> None:
+    for name, options in plan["runs"].items():
+        folder = Path(plan["output_dir"], name)
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"==== {name}", flush=True)
+        RecordingPRM.steps = []
+        begin = time.monotonic()
+        with environment(options, folder):
+            try:
+                result = train(options, plan["world_size"], folder) | {"error": None}
+            except Exception as error:  # every rank raises the same, or the launch runs into its time limit
+                traceback.print_exc()
+                result = {"error": f"{type(error).__name__}: {error}"}
+        print(f"==== {name}: {time.monotonic() - begin:.1f} s", flush=True)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        torch.save(result | {"steps": RecordingPRM.steps}, folder / f"rank{rank}.pt")
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    with open(sys.argv[1], encoding="utf-8") as file:
+        main(json.load(file))

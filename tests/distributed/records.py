@@ -1,0 +1,89 @@
+"""What the ranks of a run recorded, put together and compared: with another run, or with PRM written a second time."""
+
+import torch
+
+from ..reference_prm import ReferenceTensor
+
+
+def assemble(ranks: list[dict], step: int, field: str) -> dict[int, torch.Tensor]:
+    """By number of each original tensor, `field` of a step over the whole tensor, flattened.
+
+    Slices that several ranks hold must be equal on them, and what is put together must have no gap.
+    """
+    found = {}
+    for rank in ranks:
+        for piece in rank["steps"][step]["slices"]:
+            if piece[field] is None or len(piece[field]) == 0:
+                continue
+            offsets = found.setdefault(piece["tensor"], {})
+            other = offsets.setdefault(piece["offset"], piece[field])
+            if field != "grad":  # DeepSpeed's gradients beyond its own slice are not reduced
+                assert torch.equal(other, piece[field]), f"ranks disagree on tensor {piece['tensor']}"
+    return {number: torch.cat([parts[o] for o in sorted(parts)]) for number, parts in sorted(found.items())}
+
+
+def masks_of(ranks: list[dict], step: int) -> dict[int, torch.Tensor]:
+    """By number of each original tensor, its mask: one value, or with `per_param` one for each scalar parameter."""
+    qs = {}
+    for rank in ranks:
+        for number, q in rank["steps"][step]["q"].items():
+            assert qs.setdefault(number, q) == q, f"ranks disagree on the mask of tensor {number}"
+    qs = {number: torch.tensor([q], dtype=torch.float64) for number, q in qs.items()}
+    return qs or assemble(ranks, step, "q")
+
+
+def difference(a: dict[int, torch.Tensor], b: dict[int, torch.Tensor], relative: bool) -> float:
+    """The largest difference of two sets of tensors; with `relative` each element's relative to `b`'s."""
+    assert a.keys() == b.keys(), f"{sorted(a)} and {sorted(b)}"
+    largest = 0.0
+    for number in a:
+        assert a[number].shape == b[number].shape, f"tensor {number}: {a[number].shape} and {b[number].shape}"
+        distance = (a[number].double() - b[number].double()).abs()
+        if relative:
+            distance = torch.where(distance == 0, distance, distance / b[number].double().abs())
+        largest = max(largest, distance.max().item())
+    return largest
+
+
+def is_relative(prm: dict) -> bool:
+    """Whether masks are compared by their relative difference.
+
+    `"ema"` masks of whole tensors are. The others can be as close to zero as one likes, by a difference of two nearly
+    equal numbers in float32: only the absolute difference of two computations of such a mask is bounded.
+    """
+    return prm["reduction"] == "per_tensor" and prm.get("estimator", "ema") == "ema"
+
+
+def compare_runs(a: list[dict], b: list[dict], prm: dict, leave_out: tuple[int, ...] = ()) -> tuple[float, float]:
+    """The largest difference of masks and of weights over the last steps of two runs, as many as the shorter has."""
+
+    def kept(tensors):
+        return {number: x for number, x in tensors.items() if number not in leave_out}
+
+    n_steps = min(len(a[0]["steps"]), len(b[0]["steps"]))
+    assert n_steps > 0
+    mask = weight = 0.0
+    for step in range(-n_steps, 0):
+        assert a[0]["steps"][step]["step"] == b[0]["steps"][step]["step"]
+        mask = max(mask, difference(kept(masks_of(a, step)), kept(masks_of(b, step)), is_relative(prm)))
+        weights = [kept(assemble(ranks, step, "after")) for ranks in (a, b)]
+        weight = max(weight, difference(*weights, relative=False))
+    return mask, weight
+
+
+def replay(ranks: list[dict], prm: dict) -> tuple[float, float]:
+    """Feeds the gradients that the ranks saw to the float64 reference: largest difference of masks and of weights."""
+    tensors, mask, weight = {}, 0.0, 0.0
+    for step in range(len(ranks[0]["steps"])):
+        settings = {piece["tensor"]: piece for rank in ranks for piece in rank["steps"][step]["slices"]}
+        gradients, before = assemble(ranks, step, "grad"), assemble(ranks, step, "before")
+        expected_masks, expected_weights = {}, {}
+        for number, gradient in gradients.items():
+            reference = tensors.setdefault(number, ReferenceTensor(before[number].numpy()))
+            used = {key: settings[number][key] for key in ("lr", "weight_decay")}
+            reference.step(gradient.numpy(), **{"rho": 0.9, **prm, **used})
+            q = reference.q if prm["reduction"] == "per_param" else reference.q[:1]
+            expected_masks[number], expected_weights[number] = torch.from_numpy(q), torch.from_numpy(reference.w)
+        mask = max(mask, difference(masks_of(ranks, step), expected_masks, is_relative(prm)))
+        weight = max(weight, difference(assemble(ranks, step, "after"), expected_weights, relative=False))
+    return mask, weight
