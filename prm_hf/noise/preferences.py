@@ -1,0 +1,194 @@
+"""Label noise in preference pairs: chosen and rejected swapped in a known share of the rows."""
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value, concatenate_datasets
+
+from .rng import check_seed, row_uniforms
+
+
+_STREAM = "flip_preferences"
+
+
+def flip_preferences(
+    dataset: Dataset | DatasetDict | IterableDataset | IterableDatasetDict,
+    rate: float,
+    seed: int = 0,
+    exact: bool = False,
+    splits: str | Sequence[str] | None = None,
+    num_proc: int | None = None,
+) -> Dataset | DatasetDict | IterableDataset | IterableDatasetDict:
+    """Swap the preferred and the dispreferred completion of each row with probability `rate`.
+
+    Works on every preference format of TRL (standard or conversational, with or without a `prompt` column). Every
+    column whose name holds `chosen` is swapped with the column whose name holds `rejected` in the same place:
+    `chosen` with `rejected`, `score_chosen` with `score_rejected`, `chosen-model` with `rejected-model`,
+    `ref_chosen_logps` with `ref_rejected_logps`. Other columns stay as they are, also those that describe the pair
+    under another name (a `margin`, or a copy of the chosen conversation such as `messages` in
+    `ultrafeedback_binarized`).
+
+    Whether a row is flipped depends on `seed` and on its index in `dataset` as given, and on nothing else: not on
+    `num_proc`, on later sharding, or on the number of processes. A row flipped at one rate is flipped at every
+    higher rate under the same seed. Flip first and shuffle, shard or split by node afterwards; the index of a stream
+    shuffled before is not that of its source.
+
+    Args:
+        dataset: `Dataset`, `IterableDataset`, or a dict of either. It is not changed. An `IterableDataset` comes back
+            as one shard, because a row's index in a stream read in several places at once is not known; so one
+            data-loader worker reads it.
+        rate: probability of a flip, in [0, 1].
+        seed: non-negative integer.
+        exact: flip exactly `round(rate * len(dataset))` rows instead (Python's rounding). Not for an
+            `IterableDataset`, whose length is not known.
+        splits: the split or splits to flip of a dict of datasets; the others come back untouched, without a
+            `flipped` column. Default: `train`, so that evaluation stays clean.
+        num_proc: processes for `Dataset.map`; streams do not use it.
+
+    Returns:
+        The same type as `dataset`, with the bool column `flipped`.
+
+    Raises:
+        TypeError: `dataset` is none of the four types, or a stream with a table format.
+        ValueError: `rate` is not a number in [0, 1]; `seed` is not a non-negative integer; a named split, or the
+            column `chosen` or `rejected`, is missing; a column has no partner, or one of another type; there is a
+            column `flipped` already; the dataset has no rows; `exact` for a stream; `splits` for a single dataset.
+    """
+    if isinstance(rate, (bool, np.bool_)) or not isinstance(rate, numbers.Real) or not 0 <= rate <= 1:
+        raise ValueError(f"`rate` must be a number in [0, 1], got {rate!r}.")
+    check_seed(seed)
+    if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
+        flipped = {
+            name: flip_preferences(dataset[name], rate, seed, exact, num_proc=num_proc)
+            for name in _named_splits(dataset, splits)
+        }
+        return type(dataset)({**dataset, **flipped})
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise TypeError(
+            "`dataset` must be a datasets.Dataset, IterableDataset, DatasetDict or IterableDatasetDict, got "
+            f"{type(dataset).__name__}. A list of rows becomes one with `Dataset.from_list`."
+        )
+    if splits is not None:
+        raise ValueError(
+            f"`splits={splits!r}` names splits of a DatasetDict, but `dataset` is a single {type(dataset).__name__}. "
+            "Leave `splits` out."
+        )
+    rate = float(rate)
+    if isinstance(dataset, IterableDataset):
+        if exact:
+            raise ValueError(
+                "`exact=True` needs the number of rows, which an IterableDataset does not know. Use `exact=False`, or "
+                "load the dataset without streaming."
+            )
+        # A mapped stream counts its rows anew in each data-loader worker and node, and in another order after
+        # `set_epoch`. Concatenation along the columns, here of one dataset alone, makes a stream that is never
+        # sharded or reordered below this point.
+        stream = concatenate_datasets([dataset], axis=1)
+        pairs, features = _pairs_and_features(stream.features)
+        return stream.map(
+            _swap,
+            with_indices=True,
+            batched=True,
+            features=features,
+            fn_kwargs={"pairs": pairs, "seed": int(seed), "threshold": rate},
+        )
+
+    pairs, features = _pairs_and_features(dataset.features)
+    if len(dataset) == 0:
+        raise ValueError("`dataset` has no rows, so there is nothing to flip.")
+    threshold = _exact_threshold(rate, int(seed), len(dataset)) if exact else rate
+    flipped = dataset.with_format(None).map(
+        _swap,
+        with_indices=True,
+        batched=True,
+        features=features,
+        num_proc=num_proc,
+        desc="Flipping preferences",
+        fn_kwargs={"pairs": pairs, "seed": int(seed), "threshold": threshold},
+    )
+    # `map` would hand tensors to `_swap` under a format; the user's own format is put back on the result.
+    style = dataset.format
+    columns = style["columns"] if set(style["columns"]) != set(dataset.column_names) else None
+    return flipped.with_format(
+        style["type"],
+        columns=None if columns is None else [*columns, "flipped"],
+        output_all_columns=style["output_all_columns"],
+        **style["format_kwargs"],
+    )
+
+
+def _swap(rows: dict[str, list], indices: list[int], pairs: list[list[str]], seed: int, threshold: float) -> dict:
+    if not isinstance(rows, Mapping):
+        raise TypeError(
+            "`dataset` is a stream with a table format; call `.with_format(None)` before flipping and set it after."
+        )
+    flipped = row_uniforms(seed, indices, _STREAM) < threshold
+    result = {"flipped": flipped.tolist()}
+    for a, b in pairs:
+        result[a] = [y if flip else x for flip, x, y in zip(flipped, rows[a], rows[b], strict=True)]
+        result[b] = [x if flip else y for flip, x, y in zip(flipped, rows[a], rows[b], strict=True)]
+    return result
+
+
+def _exact_threshold(rate: float, seed: int, n_rows: int) -> float:
+    """The number that exactly round(rate * n_rows) of the rows' uniforms lie under."""
+    n_flips = round(rate * n_rows)
+    if n_flips == n_rows:
+        return math.inf
+    return float(np.sort(row_uniforms(seed, np.arange(n_rows), _STREAM))[n_flips])
+
+
+def _pairs_and_features(features: Features | None) -> tuple[list[list[str]], Features]:
+    """The pairs of columns that belong together, and the features of the result."""
+    features = features or Features()
+    missing = [name for name in ("chosen", "rejected") if name not in features]
+    if missing:
+        raise ValueError(
+            f"`dataset` has no column {' and no column '.join(map(repr, missing))}; its columns are {list(features)}. "
+            "A preference dataset needs both: rename yours with `dataset.rename_columns`."
+        )
+    if "flipped" in features:
+        raise ValueError(
+            "`dataset` has a column 'flipped' already: flipping twice would hide which labels are clean. Start from "
+            "the clean dataset, or rename the column if it means something else."
+        )
+    pairs = []
+    for name in features:
+        if "chosen" not in name and "rejected" not in name:
+            continue
+        partner = _partner(name)
+        if partner not in features:
+            raise ValueError(
+                f"Column {name!r} of `dataset` has no partner {partner!r} to be swapped with, so it would describe "
+                f"the wrong completion in flipped rows. Remove it with `dataset.remove_columns({name!r})`, or rename "
+                "it if it does not depend on the label."
+            )
+        if features[name] != features[partner]:
+            raise ValueError(
+                f"Columns {name!r} ({features[name]}) and {partner!r} ({features[partner]}) of `dataset` have "
+                "different types, so they cannot be swapped. Cast one with `dataset.cast_column`."
+            )
+        if [partner, name] not in pairs:
+            pairs.append([name, partner])
+    return pairs, Features({**features, "flipped": Value("bool")})
+
+
+def _partner(name: str) -> str:
+    """`name` with the words chosen and rejected exchanged."""
+    return "chosen".join(part.replace("chosen", "rejected") for part in name.split("rejected"))
+
+
+def _named_splits(dataset: DatasetDict | IterableDatasetDict, splits: str | Sequence[str] | None) -> list[str]:
+    if splits is None:
+        if "train" not in dataset:
+            raise ValueError(
+                f"`dataset` has no split 'train'; its splits are {list(dataset)}. Name those to flip in `splits`."
+            )
+        return ["train"]
+    names = [splits] if isinstance(splits, str) else list(splits)
+    unknown = [name for name in names if name not in dataset]
+    if unknown or not names:
+        raise ValueError(f"`splits={splits!r}` must name splits of `dataset`, which has {list(dataset)}.")
+    return names

@@ -1,0 +1,47 @@
+"""Random numbers of a row: a pure function of (seed, stream, row index), whoever asks and in whatever order."""
+
+import operator
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def row_uniforms(seed: int, indices: Sequence[int] | np.ndarray, stream: str) -> np.ndarray:
+    """One uniform number for each row.
+
+    NumPy's Philox is counter-based: block `i` of its output depends on the key and on `i` alone. The key is made of
+    `seed` and `stream`, the counter is the row index, so that neither batches, nor processes, nor shards, nor the
+    order of the calls change what a row gets.
+
+    Args:
+        seed: non-negative integer.
+        indices: row indices, shape `(n,)`, non-negative. Time and memory grow with `max - min`, so ask for rows that
+            lie together, as the batches of `datasets.Dataset.map` do.
+        stream: name of the use; different names give independent numbers under one seed.
+
+    Returns:
+        float64 array of shape `(n,)` in [0, 1).
+
+    Raises:
+        ValueError: `seed` is not a non-negative integer.
+    """
+    check_seed(seed)
+    indices = np.asarray(indices, dtype=np.int64)
+    if indices.size == 0:
+        return np.zeros(0)
+    first, last = int(indices.min()), int(indices.max())
+    bits = np.random.Philox(np.random.SeedSequence(int(seed), spawn_key=tuple(stream.encode())))
+    bits.advance(first)
+    # A block has four words, of which a row takes the first. 53 bits are all that a float64 in [0, 1) holds.
+    words = bits.random_raw(4 * (last - first + 1))[::4]
+    return (words[indices - first] >> np.uint64(11)) * 2.0**-53
+
+
+def check_seed(seed: int) -> None:
+    """Raise `ValueError` unless `seed` is a non-negative integer (of Python or NumPy)."""
+    try:
+        valid = not isinstance(seed, (bool, np.bool_)) and operator.index(seed) >= 0
+    except TypeError:
+        valid = False
+    if not valid:
+        raise ValueError(f"`seed` must be a non-negative integer, got {seed!r}.")
