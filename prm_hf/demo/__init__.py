@@ -1,0 +1,18 @@
+"""A preference task with a known utility, a tokenizer and a tiny Qwen2 model: real runs without a model hub."""
+
+from .build import Demo, build_demo
+from .model import make_model, make_tokenizer, train_reference
+from .task import preference_pairs, sample_completion, sample_prompts, utility
+
+
+__all__ = [
+    "Demo",
+    "build_demo",
+    "make_model",
+    "make_tokenizer",
+    "preference_pairs",
+    "sample_completion",
+    "sample_prompts",
+    "train_reference",
+    "utility",
+]

@@ -1,0 +1,119 @@
+"""The built-in task, ready to be trained on: reference policy from the cache, pairs made on the spot."""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import Dataset
+from filelock import FileLock
+
+from . import model, task
+
+
+SPLIT_SIZES = {"train": 256, "validation": 192, "test": 512}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What [`build_demo`] returns.
+
+    Attributes:
+        model_path: folder of the reference policy and its tokenizer, for `from_pretrained` and TRL's trainers.
+        train, validation, test: 256, 192 and 512 preference pairs with clean labels and disjoint prompts; columns as
+            in [`preference_pairs`].
+    """
+
+    model_path: str
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+
+
+def build_demo(seed: int = 0, cache_dir: str | os.PathLike | None = None) -> Demo:
+    """Make the built-in task.
+
+    The first call trains the reference policy (15 to 30 s on one core) and caches it under a hash of all that
+    defines it; later calls take well under a second. Of several processes, on one machine or a shared file system
+    with locks, one trains and the others wait.
+
+    Args:
+        seed: of the prompts, the pairs and the reference policy.
+        cache_dir: folder of the cache. Default: the environment variable `PRM_HF_CACHE`, else `prm_hf` in
+            `XDG_CACHE_HOME` or `~/.cache`.
+
+    Raises:
+        ValueError: `seed` is not a non-negative integer.
+        OSError: the folder of the cache can't be written.
+    """
+    pairs = task.preference_pairs(sum(SPLIT_SIZES.values()), seed)
+    splits, start = {}, 0
+    for name, size in SPLIT_SIZES.items():
+        splits[name] = pairs.select(range(start, start + size))
+        start += size
+    # The reference policy has seen no prompt of the pairs, so train and test differ in nothing but their role.
+    prompts = frozenset(messages[-1]["content"] for messages in pairs["prompt"])
+    return Demo(model_path=str(_reference(seed, prompts, _cache_folder(cache_dir))), **splits)
+
+
+def _reference(seed: int, prompts: frozenset[str], cache: Path) -> Path:
+    definition = json.dumps(_definition(seed), sort_keys=True, indent=2)
+    folder = cache / f"demo-{hashlib.sha256(definition.encode()).hexdigest()[:16]}"
+    if folder.exists():
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{folder}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise OSError(
+            f"The cache folder {str(cache)!r} can't be written ({error}). Name another one in the argument "
+            "`cache_dir` or the environment variable PRM_HF_CACHE."
+        ) from error
+    try:
+        if not folder.exists():
+            logger.info("Training the reference policy of the built-in task, once, into %s", folder)
+            # A folder of this name is complete, because it gets the name last.
+            with tempfile.TemporaryDirectory(dir=cache, prefix="building-") as building:
+                unfinished = Path(building) / folder.name
+                model.train_reference(seed, prompts).save_pretrained(unfinished)
+                model.make_tokenizer().save_pretrained(unfinished)
+                (unfinished / "definition.json").write_text(definition)
+                unfinished.rename(folder)
+    finally:
+        lock.release()
+    return folder
+
+
+def _definition(seed: int) -> dict:
+    """All that the reference policy depends on. The source stands for what is done, the constants for its settings."""
+    return {
+        "seed": int(seed),
+        "source": [hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() for module in (task, model)],
+        "constants": {
+            f"{module.__name__.rpartition('.')[2]}.{name}": value
+            for module in (task, model)
+            for name, value in vars(module).items()
+            if name.isupper()
+        },
+        "split_sizes": SPLIT_SIZES,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cache_folder(cache_dir: str | os.PathLike | None) -> Path:
+    if cache_dir is None:
+        cache_dir = os.environ.get("PRM_HF_CACHE")
+    if cache_dir is None:
+        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "prm_hf"
+    return Path(cache_dir).expanduser().absolute()
