@@ -242,14 +242,9 @@ class PRM(Optimizer):
             ValueError: a group of the checkpoint was trained with another `reduction`; its `grad_var` has another
                 shape and meaning, so that moving it would be neither.
         """
-        for number, (ours, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
-            theirs = theirs.get("reduction", ours["reduction"])
-            if theirs != ours["reduction"] and state_dict["state"]:
-                raise ValueError(
-                    f"The checkpoint's parameter group {number} was trained with reduction={theirs!r}, this optimizer "
-                    f"has reduction={ours['reduction']!r}: their `grad_var` cannot be converted. Create the optimizer "
-                    f"with reduction={theirs!r}, or start from the weights alone with a fresh optimizer."
-                )
+        if state_dict["state"]:
+            for number, (ours, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
+                _check_reduction(number, ours["reduction"], theirs.get("reduction", ours["reduction"]))
         super().load_state_dict(state_dict)
         # torch casts floating-point state to the parameter's dtype: bfloat16 for state that we keep in float32, and
         # float32 for the float64 `grad_var`. Take the saved values again in the precision that they were saved in.
@@ -334,6 +329,8 @@ class PRM(Optimizer):
     def _locate(self) -> None:
         self._absorb_loaded()
         self._locator.locate([(group[_NUMBER], group["params"]) for group in self.param_groups])
+        if self._locator.flat:
+            self._unshare_steps()
         per_tensor = any(g["mask"] != "none" and g["reduction"] == "per_tensor" for g in self.param_groups)
         if self._locator.flat and per_tensor:
             self._place_tensor_vars(self._locator.layout)
@@ -356,6 +353,8 @@ class PRM(Optimizer):
 
     def _absorb_loaded(self) -> None:
         """Takes over what a checkpoint put into the parameter groups, however DeepSpeed put it there."""
+        for group in self.param_groups:
+            _check_reduction(group[_NUMBER], self._created[group[_NUMBER]]["reduction"], group["reduction"])
         numbers = [group[_NUMBER] for group in self.param_groups]
         if len(numbers) == len(self._created) > 1 and numbers != list(range(len(numbers))):
             # DeepSpeed's stage-3 universal load copies the settings of the first group to every other. The learning
@@ -373,6 +372,14 @@ class PRM(Optimizer):
                     self._tensor_vars = torch.zeros_like(table)
                 mine = self._locator.numbers(group[_NUMBER])
                 self._tensor_vars[mine.start : mine.stop] = table[mine.start : mine.stop].to(self._tensor_vars.device)
+
+    def _unshare_steps(self) -> None:
+        """DeepSpeed's stage-3 universal load gives all sub-groups the same `step`, which each would then advance."""
+        seen = set()
+        for state in self.state.values():
+            if id(state["step"]) in seen:
+                state["step"] = state["step"].clone()
+            seen.add(id(state["step"]))
 
     def _is_initialization(self, parts: list["_Part"]) -> bool:
         """Whether this step is DeepSpeed's stage 0 in half precision allocating the state with zero gradients.
@@ -440,11 +447,19 @@ class PRM(Optimizer):
                 state["grad_var"] = torch.zeros_like(p, **like)
             elif masked and not split:
                 state["grad_var"] = torch.zeros((), dtype=masks.statistics_dtype(p.device), device=p.device)
+        elif self._locator.flat and group["amsgrad"] and "max_exp_avg_sq" not in state:
+            raise ValueError(
+                "The checkpoint has no `max_exp_avg_sq`, which DeepSpeed's universal checkpoints do not keep: resume "
+                "the original one on as many processes as wrote it, or train with amsgrad=False."
+            )
         elif masked and not split and "grad_var" not in state:
             raise ValueError(
-                f"mask={group['mask']!r} is set on a group whose state has no `grad_var`. To start with plain AdamW "
-                "set `warmup_steps` instead of mask='none'; and DeepSpeed's universal checkpoints keep it for "
-                "reduction='per_tensor' alone."
+                "The checkpoint has no `grad_var` of reduction='per_param', which DeepSpeed's universal checkpoints "
+                "do not keep: resume the original one on as many processes as wrote it, or train with "
+                "reduction='per_tensor', whose `grad_var` they keep."
+                if self._locator.flat
+                else f"mask={group['mask']!r} is set on a group whose state has no `grad_var`. To start with plain "
+                "AdamW set `warmup_steps` instead of mask='none'."
             )
         return state
 
@@ -548,6 +563,15 @@ def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
     hyper["alpha"] = masks.boundary_alpha(group["boundary"], group["alpha"], group["batch_size"], group["n_dataset"])
     hyper["mask_eps"] = masks.SCALE_FREE_EPS if group["mask_eps"] is None else group["mask_eps"]
     return hyper
+
+
+def _check_reduction(number: int, ours: str, theirs: str) -> None:
+    if theirs != ours:
+        raise ValueError(
+            f"The checkpoint's parameter group {number} was trained with reduction={theirs!r}, this optimizer was "
+            f"created with reduction={ours!r}: their `grad_var` cannot be converted. Create the optimizer with "
+            f"reduction={theirs!r}, or start from the weights alone with a fresh optimizer."
+        )
 
 
 def _state_dtype(param: Tensor) -> torch.dtype:

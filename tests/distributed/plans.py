@@ -30,9 +30,9 @@ COMMON = {
 }
 FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}
 # Of a kind that only some paths have: (path, name of the run).
-FP16 = {"enabled": True, "initial_scale_power": 24, "hysteresis": 1}
+FP16 = {"initial_scale_power": 18, "hysteresis": 1}
 SPECIAL = {
-    "zero0": {"fp16": {"prm": PER_TENSOR, "deepspeed": {"fp16": FP16}, **SAVED}},
+    "zero0": {"fp16": {"prm": PER_TENSOR, "fp16": True, "deepspeed": {"fp16": FP16}, **SAVED}},
     "zero1": {
         "round_robin": {"prm": PER_TENSOR, "deepspeed": {"zero_optimization": {"round_robin_gradients": True}}},
         # DeepSpeed's `BF16_Optimizer`
@@ -42,13 +42,13 @@ SPECIAL = {
     "zero2": {
         "round_robin": {"prm": PER_TENSOR, "deepspeed": {"zero_optimization": {"round_robin_gradients": True}}},
         "bf16_fp32": {"prm": PER_TENSOR, "bf16": True, "deepspeed": FP32_ACCUMULATION, **SAVED},
-        "fp16": {"prm": PER_TENSOR, "deepspeed": {"fp16": FP16}, **SAVED},
+        "fp16": {"prm": PER_TENSOR, "fp16": True, "deepspeed": {"fp16": FP16}, **SAVED},
         "lora_bf16": {"prm": PER_TENSOR, "lora": True, "bf16": True, **SAVED},
     },
     "zero3": {
         "sub_groups": {"prm": PER_TENSOR, "deepspeed": {"zero_optimization": {"sub_group_size": 6000}}, **SAVED},
         "bf16_fp32": {"prm": PER_TENSOR, "bf16": True, "deepspeed": FP32_ACCUMULATION, **SAVED},
-        "fp16": {"prm": PER_TENSOR, "deepspeed": {"fp16": FP16}, **SAVED},
+        "fp16": {"prm": PER_TENSOR, "fp16": True, "deepspeed": {"fp16": FP16}, **SAVED},
         "lora_bf16": {"prm": PER_TENSOR, "lora": True, "bf16": True, **SAVED},
     },
     "fsdp2": {
@@ -59,6 +59,7 @@ SPECIAL = {
                 "FSDP_USE_ORIG_PARAMS": "true",
                 "FSDP_SYNC_MODULE_STATES": "false",
                 "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+                "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
             },
             **SAVED,
         },

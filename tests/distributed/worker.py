@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate.parallelism_config import ParallelismConfig
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.data import Dataset
@@ -236,7 +237,9 @@ def train(options: dict, world_size: int, folder: Path) -> dict:
         save_strategy="steps" if "save_steps" in options else "no",
         save_steps=options.get("save_steps", 500),
         bf16=options.get("bf16", False),
+        fp16=options.get("fp16", False),
         ddp_find_unused_parameters=options.get("frozen", False),
+        parallelism_config=ParallelismConfig(**options["mesh"]) if "mesh" in options else None,
     )
     assert args.world_size == world_size, f"expected {world_size} processes, got {args.world_size}"
     prepare_cpu(args)
