@@ -201,6 +201,8 @@ class RunSpec:
 def settings_of(config: TrainingArguments, **others: Any) -> dict[str, Any]:
     """The settings of a training configuration that make a run what it is, and `others`."""
     values = {key: value for key, value in config.to_dict().items() if key not in NOT_SETTINGS}
+    if config.optimizer_name != "prm":  # no control is trained again because PRM is tried with other settings
+        values = {key: value for key, value in values.items() if not key.startswith("prm_")}
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     return json.loads(json.dumps({**values, "effective_batch_size": per_step, **others}, sort_keys=True, default=str))
 
@@ -226,12 +228,14 @@ class Comparison:
         self.output_dir = Path(output_dir)
         self.train_run = train_run
         self.info = info
+        self.folders: list[Path] = []
         self.state = PartialState()
         self.bar = tqdm(total=total, desc="runs", unit="run", disable=not self.state.is_main_process)
 
     def run(self, spec: RunSpec) -> dict[str, float]:
         """The final metrics of a run, trained now unless its folder has them already. Collective."""
         folder = self.output_dir / spec.name
+        self.folders.append(folder)
         # One process looks, so that all go the same way.
         found = [self._look(spec, folder) if self.state.is_main_process else None]
         broadcast_object_list(found)
@@ -296,11 +300,14 @@ class Comparison:
         return metrics
 
     def report(self) -> None:
-        """Prints the table and writes the report. On the main process; the others have nothing to do."""
+        """Prints the table of these runs and writes the report. The main process does; the others have nothing to do.
+
+        Folders that an earlier comparison left beside them do not belong to it.
+        """
         self.bar.close()
         if not self.state.is_main_process:
             return
-        result = compare_runs(self.output_dir)
+        result = compare_runs(self.folders)
         print("\n" + format_comparison(result))
         try:
             write_report(result, self.output_dir)
