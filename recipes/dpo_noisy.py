@@ -24,6 +24,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from comparison import Comparison, ComparisonArguments, RunSpec, is_prm, load_split, settings_of, show_progress
 from datasets import disable_progress_bars
 from transformers.utils import logging
@@ -112,6 +113,10 @@ def load_data(script_args: ComparisonArguments, model_args: ModelConfig) -> tupl
     if script_args.dataset_name is None:
         from prm_hf.demo import build_demo
 
+        if PartialState().is_main_process:
+            print(
+                "Built-in task: the reference policy is trained now, for about 30 s, unless it is cached.", flush=True
+            )
         demo = build_demo()
         return demo.model_path, "built-in", demo.train, demo.test
     name, config = script_args.dataset_name, script_args.dataset_config
