@@ -16,7 +16,7 @@ from ..sharding import Layout, Locator
 from . import masks
 from .statistics import N_SUMS, add_rows, fill_per_tensor, mask_summary, slice_row
 from .step import HYPERPARAMETERS, LOW_PRECISION, ListStep, tensor_masks
-from .validation import validate_group
+from .validation import check_reduction, validate_group
 
 
 # What `__setstate__` gives to a group of a checkpoint that is older than the key.
@@ -244,7 +244,7 @@ class PRM(Optimizer):
         """
         if state_dict["state"]:
             for number, (ours, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
-                _check_reduction(number, ours["reduction"], theirs.get("reduction", ours["reduction"]))
+                check_reduction(number, ours["reduction"], theirs.get("reduction", ours["reduction"]))
         super().load_state_dict(state_dict)
         # torch casts floating-point state to the parameter's dtype: bfloat16 for state that we keep in float32, and
         # float32 for the float64 `grad_var`. Take the saved values again in the precision that they were saved in.
@@ -354,7 +354,7 @@ class PRM(Optimizer):
     def _absorb_loaded(self) -> None:
         """Takes over what a checkpoint put into the parameter groups, however DeepSpeed put it there."""
         for group in self.param_groups:
-            _check_reduction(group[_NUMBER], self._created[group[_NUMBER]]["reduction"], group["reduction"])
+            check_reduction(group[_NUMBER], self._created[group[_NUMBER]]["reduction"], group["reduction"])
         numbers = [group[_NUMBER] for group in self.param_groups]
         if len(numbers) == len(self._created) > 1 and numbers != list(range(len(numbers))):
             # DeepSpeed's stage-3 universal load copies the settings of the first group to every other. The learning
@@ -563,15 +563,6 @@ def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
     hyper["alpha"] = masks.boundary_alpha(group["boundary"], group["alpha"], group["batch_size"], group["n_dataset"])
     hyper["mask_eps"] = masks.SCALE_FREE_EPS if group["mask_eps"] is None else group["mask_eps"]
     return hyper
-
-
-def _check_reduction(number: int, ours: str, theirs: str) -> None:
-    if theirs != ours:
-        raise ValueError(
-            f"The checkpoint's parameter group {number} was trained with reduction={theirs!r}, this optimizer was "
-            f"created with reduction={ours!r}: their `grad_var` cannot be converted. Create the optimizer with "
-            f"reduction={theirs!r}, or start from the weights alone with a fresh optimizer."
-        )
 
 
 def _state_dtype(param: Tensor) -> torch.dtype:

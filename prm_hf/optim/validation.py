@@ -77,3 +77,13 @@ def validate_group(group: dict[str, Any]) -> None:
         check(False, "fused", True, "there is no fused implementation yet; use fused=None, or foreach=True")
     if group["foreach"]:
         check(not group["differentiable"], "foreach", True, "autograd cannot run through it; use foreach=False")
+
+
+def check_reduction(number: int, ours: str, theirs: str) -> None:
+    """Raises ValueError if a parameter group and the checkpoint for it are not of one `reduction`."""
+    if theirs != ours:
+        raise ValueError(
+            f"The checkpoint's parameter group {number} was trained with reduction={theirs!r}, this optimizer was "
+            f"created with reduction={ours!r}: their `grad_var` cannot be converted. Create the optimizer with "
+            f"reduction={theirs!r}, or start from the weights alone with a fresh optimizer."
+        )

@@ -14,6 +14,7 @@ from ..metrics import ParameterDrift
 from ..optim import PRM
 from .arguments import prm_kwargs
 from .callbacks import PRMCallback
+from .checkpoints import CheckpointMixin
 
 
 _SETTINGS = (
@@ -41,7 +42,7 @@ _DESCRIPTION = (
 _TIMINGS = ("_runtime", "_per_second", "_preparation_time")
 
 
-class PRMTrainerMixin:
+class PRMTrainerMixin(CheckpointMixin):
     """Mixin for TRL's trainers, to be listed before the trainer in a class' bases.
 
     With `args.optimizer_name="prm"` it trains with [`PRM`], keeping the trainer's split into parameters with and
@@ -152,18 +153,6 @@ class PRMTrainerMixin:
                 "set `prm_boundary='batch'`."
             )
         return {"batch_size": batch_size, "n_dataset": n_dataset}
-
-    def innermost_optimizer(self) -> Optimizer | None:
-        """The optimizer inside accelerate's and DeepSpeed's wrappers; PRM if it is in there."""
-        optimizer = self.optimizer
-        while not isinstance(optimizer, PRM) and hasattr(optimizer, "optimizer"):
-            optimizer = optimizer.optimizer
-        return optimizer
-
-    def find_prm(self) -> PRM | None:
-        """The PRM in effect, or None if another optimizer is or there is none yet."""
-        optimizer = self.innermost_optimizer()
-        return optimizer if isinstance(optimizer, PRM) else None
 
     # ---- Logs and evaluation ----
 

@@ -23,7 +23,13 @@ def free_port() -> int:
 
 
 def accelerate_launch(
-    config: str, module: list[str], log: Path, num_processes: int, *, timeout: float = 300, kill_when: Path | None = None
+    config: str,
+    module: list[str],
+    log: Path,
+    num_processes: int,
+    *,
+    timeout: float = 300,
+    kill_when: Path | None = None,
 ) -> None:
     """Runs `accelerate launch --config_file accelerate_configs/<config>.yaml … -m <module>` to its end.
 
@@ -87,7 +93,10 @@ def launch_runs(
     plan = folder / "plan.json"
     plan.write_text(json.dumps({"world_size": num_processes, "output_dir": str(folder), "runs": runs}))
     module = ["tests.distributed.worker", str(plan)]
-    accelerate_launch(config, module, folder / "log", num_processes, timeout=60 + 20 * len(runs) * num_processes, **kwargs)
+    timeout = 120 + 10 * len(runs) * num_processes
+    accelerate_launch(config, module, folder / "log", num_processes, timeout=timeout, **kwargs)
+    if kwargs.get("kill_when") is not None:
+        return {}
     return {name: read_run(folder / name, num_processes) for name in runs}
 
 

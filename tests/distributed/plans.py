@@ -28,47 +28,48 @@ COMMON = {
     "frozen": {"prm": PER_TENSOR, "frozen": True},
     "bf16": {"prm": PER_TENSOR, "bf16": True, **SAVED},
 }
-FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}
-# Of a kind that only some paths have: (path, name of the run).
-FP16 = {"initial_scale_power": 18, "hysteresis": 1}
+# What only some paths have, by path.
+FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}  # with stage 1: DeepSpeed's `BF16_Optimizer`
+ROUND_ROBIN = {"zero_optimization": {"round_robin_gradients": True}}
+SUB_GROUPS = {"zero_optimization": {"sub_group_size": 6000}}
+OVERFLOWS = {"fp16": {"initial_scale_power": 18, "hysteresis": 1}}
+PLAIN = {"prm": PER_TENSOR, **SAVED}
+FSDP1 = {
+    "FSDP_VERSION": "1",
+    "FSDP_USE_ORIG_PARAMS": "true",
+    "FSDP_SYNC_MODULE_STATES": "false",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
 SPECIAL = {
-    "zero0": {"fp16": {"prm": PER_TENSOR, "fp16": True, "deepspeed": {"fp16": FP16}, **SAVED}},
+    "fsdp2": {
+        "lora_bf16": PLAIN | {"lora": True, "bf16": True},
+        "plain": {"prm": PER_TENSOR},
+        "fsdp1": {"prm": PER_TENSOR, "environment": FSDP1},
+        "fsdp1_flat": {"prm": PER_TENSOR, "environment": FSDP1 | {"FSDP_USE_ORIG_PARAMS": "false"}},
+    },
+    "zero0": {
+        "fp16": PLAIN | {"fp16": True, "deepspeed": OVERFLOWS},
+    },
     "zero1": {
-        "round_robin": {"prm": PER_TENSOR, "deepspeed": {"zero_optimization": {"round_robin_gradients": True}}},
-        # DeepSpeed's `BF16_Optimizer`
-        "bf16_fp32": {"prm": PER_TENSOR, "bf16": True, "deepspeed": FP32_ACCUMULATION, **SAVED},
-        "lora_bf16": {"prm": PER_TENSOR, "lora": True, "bf16": True, **SAVED},
+        "lora_bf16": PLAIN | {"lora": True, "bf16": True},
+        "bf16_fp32": PLAIN | {"bf16": True, "deepspeed": FP32_ACCUMULATION},
+        "plain": PLAIN,
+        "round_robin": PLAIN | {"deepspeed": ROUND_ROBIN},
     },
     "zero2": {
-        "round_robin": {"prm": PER_TENSOR, "deepspeed": {"zero_optimization": {"round_robin_gradients": True}}},
-        "bf16_fp32": {"prm": PER_TENSOR, "bf16": True, "deepspeed": FP32_ACCUMULATION, **SAVED},
-        "fp16": {"prm": PER_TENSOR, "fp16": True, "deepspeed": {"fp16": FP16}, **SAVED},
-        "lora_bf16": {"prm": PER_TENSOR, "lora": True, "bf16": True, **SAVED},
+        "lora_bf16": PLAIN | {"lora": True, "bf16": True},
+        "bf16_fp32": PLAIN | {"bf16": True, "deepspeed": FP32_ACCUMULATION},
+        "fp16": PLAIN | {"fp16": True, "deepspeed": OVERFLOWS},
+        "plain": PLAIN,
+        "round_robin": PLAIN | {"deepspeed": ROUND_ROBIN},
     },
     "zero3": {
-        "sub_groups": {"prm": PER_TENSOR, "deepspeed": {"zero_optimization": {"sub_group_size": 6000}}, **SAVED},
-        "bf16_fp32": {"prm": PER_TENSOR, "bf16": True, "deepspeed": FP32_ACCUMULATION, **SAVED},
-        "fp16": {"prm": PER_TENSOR, "fp16": True, "deepspeed": {"fp16": FP16}, **SAVED},
-        "lora_bf16": {"prm": PER_TENSOR, "lora": True, "bf16": True, **SAVED},
+        "lora_bf16": PLAIN | {"lora": True, "bf16": True},
+        "bf16_fp32": PLAIN | {"bf16": True, "deepspeed": FP32_ACCUMULATION},
+        "fp16": PLAIN | {"fp16": True, "deepspeed": OVERFLOWS},
+        "plain": PLAIN,
+        "sub_groups": PLAIN | {"deepspeed": SUB_GROUPS},
     },
-    "fsdp2": {
-        "fsdp1": {
-            "prm": PER_TENSOR,
-            "environment": {
-                "FSDP_VERSION": "1",
-                "FSDP_USE_ORIG_PARAMS": "true",
-                "FSDP_SYNC_MODULE_STATES": "false",
-                "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-                "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-            },
-            **SAVED,
-        },
-        "lora_bf16": {"prm": PER_TENSOR, "lora": True, "bf16": True, **SAVED},
-    },
-}
-SPECIAL["fsdp2"]["fsdp1_flat"] = {
-    **SPECIAL["fsdp2"]["fsdp1"],
-    "environment": SPECIAL["fsdp2"]["fsdp1"]["environment"] | {"FSDP_USE_ORIG_PARAMS": "false"},
 }
 
 

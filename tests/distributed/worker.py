@@ -28,6 +28,7 @@ from prm_hf import PRM
 from prm_hf.optim import masks
 from prm_hf.optim.prm import _hyperparameters
 from prm_hf.optim.step import mask_arguments, scalars_of
+from prm_hf.trainers.checkpoints import CheckpointMixin
 
 
 VOCAB, LENGTH, ROWS = 257, 11, 64  # odd sizes, so that no border falls on another
@@ -165,17 +166,15 @@ class Watch(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         RecordingPRM.steps.append({"step": state.global_step + 1, "q": {}, "slices": []})
 
-    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
-        RecordingPRM.steps[-1]["stats"] = innermost(optimizer).get_mask_stats()
+    def on_step_end(self, args, state, control, **kwargs):
+        RecordingPRM.steps[-1]["stats"] = self.trainer.find_prm().get_mask_stats()
         if self.options.get("die_after") == state.global_step:
             (self.output_dir / f"waiting{args.process_index}").touch()
             time.sleep(600)
 
 
-def innermost(optimizer) -> PRM:
-    while not isinstance(optimizer, PRM):
-        optimizer = optimizer.optimizer
-    return optimizer
+class RecordingTrainer(CheckpointMixin, Trainer):
+    pass
 
 
 @contextmanager
@@ -243,16 +242,17 @@ def train(options: dict, world_size: int, folder: Path) -> dict:
     )
     assert args.world_size == world_size, f"expected {world_size} processes, got {args.world_size}"
     prepare_cpu(args)
-    trainer = Trainer(
+    watch = Watch(options, folder)
+    watch.trainer = trainer = RecordingTrainer(
         model=make_model(options),
         args=args,
         train_dataset=Rows(),
         optimizer_cls_and_kwargs=(RecordingPRM, {"rho": 0.9, "lr": 1e-2, **options.get("prm", {})}),
-        callbacks=[Watch(options, folder)],
+        callbacks=[watch],
     )
     resume = options.get("resume")
     trainer.train(resume_from_checkpoint=None if resume is None else str(folder.parent / resume))
-    locator = innermost(trainer.optimizer)._locator
+    locator = trainer.find_prm()._locator
     return {"path": None if locator.layout is None else locator.layout.path, "world_size": args.world_size}
 
 

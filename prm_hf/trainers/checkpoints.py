@@ -1,0 +1,75 @@
+"""Resuming from a checkpoint that was written under another way of sharding, or that must not be resumed from."""
+
+import os
+
+import torch
+from torch import nn
+from transformers.trainer import SCHEDULER_NAME
+
+from ..optim import PRM
+from ..optim.validation import check_reduction
+from ..sharding.checkpoint import is_sharded, load_model, load_optimizer, saved_variance_shapes
+
+
+class CheckpointMixin:
+    """Mixin for a `Trainer` with PRM, to be listed before it in a class' bases.
+
+    `train(resume_from_checkpoint=…)` under FSDP2 then also takes a checkpoint of one process or DDP, and these take
+    one of FSDP2 (as `SHARDED_STATE_DICT`). A checkpoint of another `reduction` raises an error that says so.
+    """
+
+    def find_prm(self) -> PRM | None:
+        """The PRM in effect, inside accelerate's and DeepSpeed's wrappers, or None if another optimizer is."""
+        optimizer = self.innermost_optimizer()
+        return optimizer if isinstance(optimizer, PRM) else None
+
+    def innermost_optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer inside accelerate's and DeepSpeed's wrappers; PRM if it is in there."""
+        optimizer = self.optimizer
+        while not isinstance(optimizer, PRM) and hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        return optimizer
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._was_written_elsewhere(resume_from_checkpoint):
+            load_model(self.model if model is None else model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        prm = self.find_prm()
+        if checkpoint is None or self.is_deepspeed_enabled or prm is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if is_sharded(checkpoint):
+            if plugin is not None and plugin.fsdp_version == 1:
+                raise ValueError(
+                    "accelerate does not load the state of any optimizer from an FSDP1 checkpoint of "
+                    "`fsdp_state_dict_type: SHARDED_STATE_DICT`: the optimizer would start anew. Use "
+                    "`fsdp_state_dict_type: FULL_STATE_DICT`, or FSDP2 (`fsdp_version: 2`)."
+                )
+            self._check_sharded_reduction(prm, checkpoint)
+        if self._was_written_elsewhere(checkpoint):
+            load_optimizer(self.model, prm, checkpoint)
+            path = os.path.join(checkpoint, SCHEDULER_NAME)
+            self.lr_scheduler.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _was_written_elsewhere(self, checkpoint: str) -> bool:
+        """Whether FSDP2 is to read the checkpoint of whole tensors, or whole tensors are to read FSDP2's."""
+        if self.is_fsdp_enabled:
+            whole = os.path.isfile(os.path.join(checkpoint, "optimizer.pt"))
+            return whole and self.accelerator.state.fsdp_plugin.fsdp_version == 2
+        return is_sharded(checkpoint)
+
+    def _check_sharded_reduction(self, prm: PRM, checkpoint: str) -> None:
+        # torch would only find that two shapes differ
+        shapes = saved_variance_shapes(checkpoint)
+        names = {p: name for name, p in self.model.named_parameters()}
+        for number, group in enumerate(prm.param_groups):
+            for p in group["params"]:
+                if group["mask"] != "none" and p.dim() > 0 and names.get(p) in shapes:
+                    theirs = "per_param" if shapes[names[p]] else "per_tensor"
+                    check_reduction(number, group["reduction"], theirs)

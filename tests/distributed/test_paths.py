@@ -1,0 +1,145 @@
+"""Every way of sharding computes the optimizer's numbers of one process: the masks, the weights and the statistics.
+
+A difference to the single process has two sources: the gradients, which several processes add up in another order, and
+the optimizer, in which there must be none. *Replay* isolates the second: it feeds the gradients that the processes saw
+to PRM written a second time, in float64.
+"""
+
+import pytest
+
+from .plans import COMMON, PATHS, plan
+from .records import assemble, compare_runs, masks_of, replay
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+SHARDED = [path for path in PATHS if path not in ("single", "ddp")]
+NAMES = {
+    "fsdp2": "FSDP2",
+    "zero1": "DeepSpeed ZeRO-1/2",
+    "zero2": "DeepSpeed ZeRO-1/2",
+    "zero2_offload": "DeepSpeed ZeRO-1/2",
+    "zero3": "DeepSpeed ZeRO-3",
+    "zero3_offload": "DeepSpeed ZeRO-3",
+}
+TRAINED = [
+    (path, name)
+    for path in PATHS
+    for name, options in plan(path).items()
+    if "resume" not in options and name != "fsdp1_flat"
+]
+UNUSED = 0  # the parameter without a gradient comes first
+
+
+def of(path: str, name: str) -> dict:
+    return plan(path)[name]
+
+
+@pytest.mark.parametrize(("path", "name"), TRAINED)
+def test_replay(recorded, path, name):
+    ranks = recorded.run(path, name)
+    assert len(ranks[0]["steps"]) == of(path, name).get("steps", 5)
+    assert any(step["slices"] for step in ranks[0]["steps"])
+    mask, weight = replay(ranks, of(path, name)["prm"])
+    assert mask < 1e-6
+    assert weight < 1e-6
+
+
+@pytest.mark.parametrize(("path", "name"), TRAINED)
+def test_statistics_are_those_of_all_processes(recorded, path, name):
+    ranks = recorded.run(path, name)
+    for step in range(len(ranks[0]["steps"])):
+        first = ranks[0]["steps"][step]["stats"]
+        assert all(repr(rank["steps"][step]["stats"]) == repr(first) for rank in ranks)  # NaN equals NaN
+        before = assemble(ranks, step, "before")
+        if before:
+            assert first["parameter_count"] == sum(len(tensor) for tensor in before.values())
+            qs, numels = masks_of(ranks, step), {number: len(tensor) for number, tensor in before.items()}
+            mean_q = sum(q.mean().item() * numels[number] for number, q in qs.items()) / sum(numels.values())
+            assert first["mean_q"] == pytest.approx(mean_q, rel=1e-6)
+            assert first["min_q"] == pytest.approx(min(q.min().item() for q in qs.values()), abs=1e-6)
+            assert first["max_q"] == pytest.approx(max(q.max().item() for q in qs.values()), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, options in COMMON.items() if not options.get("bf16")])
+@pytest.mark.parametrize("path", SHARDED)
+def test_like_one_process(recorded, path, name):
+    single, ddp, ranks = (recorded.run(p, name) for p in ("single", "ddp", path))
+    prm = of(path, name)["prm"]
+    leave_out = (UNUSED,) if name == "frozen" else ()
+    noise_mask, noise_weight = compare_runs(ddp, single, prm, leave_out)
+    mask, weight = compare_runs(ranks, single, prm, leave_out)
+    assert weight < max(2 * noise_weight, 1e-6)
+    if prm["reduction"] == "per_tensor":
+        assert noise_mask < 1e-6
+        assert mask < 1e-6
+    else:  # where the gradient of a scalar parameter is nearly zero, noise decides its mask, under DDP too
+        assert mask < 2 * noise_mask
+
+
+@pytest.mark.parametrize("path", SHARDED)
+def test_the_path_is_the_one_meant(recorded, path):
+    assert all(rank["path"] == NAMES.get(path) for rank in recorded.run(path, "per_tensor"))
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path.startswith("zero")])
+def test_an_unused_parameter(recorded, path):
+    """Flat buffers hold a zero gradient where others hold none: the mask is 0, and only weight decay moves it."""
+    ranks = recorded.run(path, "frozen")
+    for step in range(len(ranks[0]["steps"])):
+        weights = assemble(ranks, step, "after")
+        if UNUSED in weights:
+            assert masks_of(ranks, step)[UNUSED] == 0
+        assert sorted(weights)[-1] == sorted(assemble(recorded.run("single", "frozen"), step, "after"))[-1]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16_fp32"])
+def test_stages_agree_in_bfloat16(recorded, precision):
+    """Stages 1 and 2 have the same gradients to the last bit; where one step adds up in another order, nearly."""
+    masks = compare_runs(recorded.run("zero1", "bf16"), recorded.run("zero2", "bf16"), {"reduction": "per_tensor"})
+    assert masks == (0, 0)
+    for path in ("zero1", "zero2", "zero3"):
+        mask, weight = compare_runs(
+            recorded.run(path, precision), recorded.run("zero2", "bf16"), {"reduction": "per_tensor"}
+        )
+        assert mask < 0.1
+        assert weight < 2e-2
+
+
+@pytest.mark.parametrize("path", ["zero0", "zero2", "zero3"])
+def test_an_overflow_skips_the_step_everywhere(recorded, path):
+    ranks = recorded.run(path, "fp16")
+    taken = [[bool(step["slices"]) for step in rank["steps"]] for rank in ranks]
+    assert taken[0] == taken[1]
+    assert not taken[0][0]  # the loss scale begins too high
+    assert sum(taken[0]) >= 3
+    counts = {rank["steps"][-1]["stats"]["parameter_count"] for rank in ranks}
+    assert len(counts) == 1
+
+
+@pytest.mark.parametrize("path", ["zero1", "zero2"])
+def test_round_robin_gradients(recorded, path):
+    mask, weight = compare_runs(
+        recorded.run(path, "round_robin"), recorded.run(path, "plain"), {"reduction": "per_tensor"}
+    )
+    assert mask < 1e-6
+    assert weight < 1e-5
+
+
+def test_small_sub_groups(recorded):
+    small, large = recorded.run("zero3", "sub_groups"), recorded.run("zero3", "plain")
+    assert compare_runs(small, large, {"reduction": "per_tensor"}) == (0, 0)
+
+
+def test_fsdp1_with_original_parameters(recorded):
+    ranks = recorded.run("fsdp2", "fsdp1")
+    assert ranks[0]["path"] == "FSDP1 (use_orig_params)"
+    mask, weight = compare_runs(ranks, recorded.run("fsdp2", "plain"), {"reduction": "per_tensor"})
+    assert mask < 1e-6
+    assert weight < 1e-5
+
+
+def test_flat_parameters_of_fsdp1_are_refused(recorded):
+    for rank in recorded.runs("fsdp2")["fsdp1_flat"]:
+        assert rank["error"].startswith("RuntimeError")
+        assert "fsdp_use_orig_params: true" in rank["error"]
