@@ -342,6 +342,14 @@ def test_an_optimizer_in_prms_place_raises(tmp_path):
         trainer.train()
 
 
+def test_the_first_step_says_where_the_tensors_are(tmp_path, caplog):
+    trainer = dpo_trainer(tmp_path, max_steps=2)
+    with caplog.at_level(logging.WARNING, logger="prm_hf"):
+        trainer.train()
+    number = sum(p.requires_grad for p in trainer.model.parameters())
+    assert caplog.text.count(f"PRM trains {number} tensors with per_tensor masks as whole tensors on 1 process.") == 1
+
+
 def test_fsdp_version_1_raises_where_drift_is_measured(tmp_path, monkeypatch):
     class UnderFSDP(PRMSFTTrainer):
         def create_accelerator_and_postprocess(self):

@@ -338,7 +338,7 @@ class PRM(Optimizer):
     def _place_tensor_vars(self, layout: Layout) -> None:
         device = layout.locals[0].device
         if self._tensor_vars is None:
-            if any(self.state[p]["step"] > 0 for p in layout.locals if p in self.state):
+            if any(self.state[p]["step"] > 0 for p in layout.locals if self.state.get(p)):
                 raise ValueError(
                     "The checkpoint has no `grad_var` of reduction='per_tensor' for DeepSpeed ZeRO: it was not "
                     "written by PRM, or with another reduction. Start from the weights alone with a fresh optimizer."
@@ -376,7 +376,7 @@ class PRM(Optimizer):
     def _unshare_steps(self) -> None:
         """DeepSpeed's stage-3 universal load gives all sub-groups the same `step`, which each would then advance."""
         seen = set()
-        for state in self.state.values():
+        for state in filter(None, self.state.values()):
             if id(state["step"]) in seen:
                 state["step"] = state["step"].clone()
             seen.add(id(state["step"]))
@@ -482,6 +482,22 @@ class PRM(Optimizer):
         self._locate()
         tables = [self._group_stats(group) for group in self.param_groups]
         return [mask_summary([table]) for table in tables] if per_group else mask_summary(tables)
+
+    def describe_sharding(self) -> str | None:
+        """How many tensors are trained, with which masks, and how they are held; None before the first step.
+
+        For example "290 tensors with per_tensor masks under DeepSpeed ZeRO-3".
+        """
+        if not any(self.state.values()):
+            return None
+        layout = self._locator.layout
+        reductions = sorted({group["reduction"] if group["mask"] != "none" else "no" for group in self.param_groups})
+        if layout is None:
+            number, path = sum(map(bool, self.state.values())), "as whole tensors"
+        else:
+            number = len({number for members in layout.members.values() for number in members})
+            path = f"under {layout.path}"
+        return f"{number} tensors with {' and '.join(reductions)} masks {path}"
 
     def _group_stats(self, group: dict[str, Any]) -> tuple[Tensor, bool]:
         """A row of `statistics.COLUMNS` for each trained tensor of a group, and whether the group is masked."""

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FlatParameter
 from torch.distributed.tensor import DTensor, Partial
 
+from .fsdp import FLAT_PARAMETERS
+
 
 class Piece(NamedTuple):
     """Elements [start, start + length) of a local tensor, flattened: a slice of original tensor number `tensor`.
@@ -115,10 +117,7 @@ def find_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[Tens
     """
     local = [p for _, params in groups for p in params]
     if any(isinstance(p, FlatParameter) for p in local):
-        raise RuntimeError(
-            "PRM cannot tell the tensors in FSDP1's flat parameters apart. Set `fsdp_use_orig_params: true` "
-            "(`use_orig_params=True`), or use FSDP2 (`fsdp_version: 2`)."
-        )
+        raise RuntimeError(FLAT_PARAMETERS)
     if any(isinstance(p, DTensor) for p in local):
         return _dtensor_layout(groups)
     if any(getattr(p, "_fsdp_flattened", False) for p in local):

@@ -10,6 +10,7 @@ from trl import DPOConfig, SFTConfig
 
 from ..optim import PRM
 from ..optim.masks import BOUNDARIES, ESTIMATORS, MASKS, REDUCTIONS
+from ..sharding.deepspeed import check_config
 
 
 OPTIMIZER_NAMES = ("prm", "adamw")
@@ -244,10 +245,10 @@ def check_optimizer(args: TrainingArguments) -> None:
 
 
 def check_deepspeed_config(args: TrainingArguments) -> None:
-    """Raises if the DeepSpeed configuration of the run brings its own optimizer, which would take PRM's place."""
+    """Raises if under the DeepSpeed configuration of the run the optimizer would not be PRM, or not exact."""
     plugin = args.deepspeed_plugin
-    if args.optimizer_name == "prm" and plugin is not None and "optimizer" in plugin.deepspeed_config:
-        raise ValueError(
-            "The DeepSpeed configuration has a section `optimizer`, which would silently take PRM's place. Remove the "
-            "section, or set `optimizer_name='adamw'`."
-        )
+    if args.optimizer_name == "prm" and plugin is not None:
+        try:
+            check_config(plugin.deepspeed_config)
+        except ValueError as error:
+            raise ValueError(f"{error} Or set `optimizer_name='adamw'`.") from error

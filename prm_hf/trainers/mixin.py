@@ -12,6 +12,7 @@ from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from ..metrics import ParameterDrift
 from ..optim import PRM
+from ..sharding import deepspeed, fsdp
 from .arguments import prm_kwargs
 from .callbacks import PRMCallback
 from .checkpoints import CheckpointMixin
@@ -82,6 +83,11 @@ class PRMTrainerMixin(CheckpointMixin):
         else:
             self.trains_with_prm = self.optimizer_cls_and_kwargs[0] is PRM
         if self.trains_with_prm:
+            if self.args.deepspeed_plugin is not None:
+                deepspeed.check_config(self.args.deepspeed_plugin.deepspeed_config)
+            if self.is_fsdp_enabled:
+                plugin = self.accelerator.state.fsdp_plugin
+                fsdp.check_plugin(plugin.fsdp_version, plugin.use_orig_params)
             self._tag_names = [*self._tag_names, "prm-optimizer"]
             self.model.add_model_tags(self._tag_names)
         if self._needs_sizes():

@@ -48,7 +48,7 @@ SPECIAL = {
         "fsdp1_flat": {"prm": PER_TENSOR, "environment": FSDP1 | {"FSDP_USE_ORIG_PARAMS": "false"}},
     },
     "zero0": {
-        "fp16": PLAIN | {"fp16": True, "deepspeed": OVERFLOWS},
+        "fp16": PLAIN | {"fp16": True, "deepspeed": {"fp16": {"initial_scale_power": 20, "hysteresis": 1}}},
     },
     "zero1": {
         "lora_bf16": PLAIN | {"lora": True, "bf16": True},

@@ -69,7 +69,7 @@ def test_like_one_process(recorded, path, name):
     leave_out = (UNUSED,) if name == "frozen" else ()
     noise_mask, noise_weight = compare_runs(ddp, single, prm, leave_out)
     mask, weight = compare_runs(ranks, single, prm, leave_out)
-    assert weight < max(2 * noise_weight, 1e-6)
+    assert weight < max(2 * noise_weight, 5e-6)  # of a learning rate of 1e-2
     if prm["reduction"] == "per_tensor":
         assert noise_mask < 1e-6
         assert mask < 1e-6

@@ -1,0 +1,120 @@
+"""What is refused before training, and the layout's own check. The paths themselves are run in `tests/distributed/`."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from prm_hf.optim import PRM
+from prm_hf.sharding import Layout, Piece, find_layout
+from prm_hf.sharding.deepspeed import check_config
+from prm_hf.sharding.fsdp import check_plugin
+
+
+CONFIGS = Path(__file__).parents[1] / "accelerate_configs" / "deepspeed"
+OFFLOAD = {"device": "cpu"}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_our_own_configurations_are_accepted(path):
+    check_config(json.loads(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"optimizer": {"type": "AdamW"}}, "section `optimizer`.*Remove"),
+        ({"zero_optimization": {"offload_optimizer": OFFLOAD}}, "`zero_force_ds_cpu_optimizer: false`"),
+        (
+            {"zero_optimization": {"offload_optimizer": OFFLOAD}, "zero_force_ds_cpu_optimizer": True},
+            "`zero_force_ds_cpu_optimizer: false`",
+        ),
+        ({"zero_optimization": {"cpu_offload": True}}, "`zero_force_ds_cpu_optimizer: false`"),
+        (
+            {
+                "zero_optimization": {"offload_optimizer": OFFLOAD | {"ratio": 0.3}},
+                "zero_force_ds_cpu_optimizer": False,
+            },
+            "ratio: 0.3.*Set it to 1",
+        ),
+        (
+            {
+                "zero_optimization": {"offload_optimizer": OFFLOAD | {"super_offload": True}},
+                "zero_force_ds_cpu_optimizer": False,
+            },
+            "super_offload: true",
+        ),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device: nvme.*`cpu`"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "offload_param.device: nvme.*`cpu`"),
+        ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, "zenflow.*Remove"),
+        ({"zero_optimization": {"elastic_checkpoint": True}}, "elastic_checkpoint: true.*ds_to_universal"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "autotp_size: 2"),
+    ],
+)
+def test_a_configuration_that_cannot_be_exact_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        check_config(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}, "offload_param": None}},
+        {"zero_optimization": {"offload_param": OFFLOAD}, "tensor_parallel": {"autotp_size": "auto"}},
+        {"zero_optimization": {"offload_optimizer": OFFLOAD}, "zero_force_ds_cpu_optimizer": False},
+    ],
+)
+def test_other_configurations_are_accepted(config):
+    check_config(config)
+
+
+def test_flat_parameters_are_refused():
+    with pytest.raises(ValueError, match="fsdp_use_orig_params: true"):
+        check_plugin(1, use_orig_params=False)
+    check_plugin(1, use_orig_params=True)
+    check_plugin(2, use_orig_params=None)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_a_layout_with_a_gap_is_an_error(process_group):
+    layout = Layout(path="somewhere", flat=True, numels=[6, 4], process_groups=[(process_group,)] * 2)
+    flat = torch.zeros(10)
+    layout.add(flat, [Piece(0, 0, 6), Piece(1, 6, 4)], [0, 1])
+    layout.verify()
+    layout.pieces[id(flat)][1] = Piece(1, 6, 3)
+    with pytest.raises(RuntimeError, match="under somewhere.*tensor 1: found 3 of 4 elements"):
+        layout.verify()
+
+
+def test_replaced_parameters_of_other_shapes_are_an_error():
+    originals = [torch.nn.Parameter(torch.zeros(3, 2)), torch.nn.Parameter(torch.zeros(4))]
+    with pytest.raises(RuntimeError, match="group 0 had 2 tensors and has 1"):
+        find_layout([originals], [(0, [torch.nn.Parameter(torch.zeros(10))])])
+    clones = [p.detach().clone() for p in originals]
+    assert find_layout([originals], [(0, clones)]) is None
+
+
+def test_the_description_of_the_path():
+    optimizer = PRM([torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))], reduction="per_tensor")
+    assert optimizer.describe_sharding() is None
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.describe_sharding() == "2 tensors with per_tensor masks as whole tensors"
+
+
+def test_a_reduction_that_changes_on_the_way_is_refused():
+    optimizer = PRM([torch.nn.Parameter(torch.ones(3))], reduction="per_tensor")
+    optimizer.param_groups[0]["reduction"] = "per_param"  # as DeepSpeed's universal checkpoints do
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
+    with pytest.raises(ValueError, match="trained with reduction='per_param'.*created with reduction='per_tensor'"):
+        optimizer.step()
