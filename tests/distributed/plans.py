@@ -32,8 +32,8 @@ COMMON = {
 FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}  # with stage 1: DeepSpeed's `BF16_Optimizer`
 ROUND_ROBIN = {"zero_optimization": {"round_robin_gradients": True}}
 SUB_GROUPS = {"zero_optimization": {"sub_group_size": 6000}}
-OVERFLOWS = {"fp16": {"initial_scale_power": 18, "hysteresis": 1}}
 PLAIN = {"prm": PER_TENSOR, **SAVED}
+FP16 = PLAIN | {"fp16": True, "overflow_at": 2, "deepspeed": {"fp16": {"initial_scale_power": 8}}}
 FSDP1 = {
     "FSDP_VERSION": "1",
     "FSDP_USE_ORIG_PARAMS": "true",
@@ -48,7 +48,7 @@ SPECIAL = {
         "fsdp1_flat": {"prm": PER_TENSOR, "environment": FSDP1 | {"FSDP_USE_ORIG_PARAMS": "false"}},
     },
     "zero0": {
-        "fp16": PLAIN | {"fp16": True, "deepspeed": {"fp16": {"initial_scale_power": 20, "hysteresis": 1}}},
+        "fp16": FP16,
     },
     "zero1": {
         "lora_bf16": PLAIN | {"lora": True, "bf16": True},
@@ -59,14 +59,14 @@ SPECIAL = {
     "zero2": {
         "lora_bf16": PLAIN | {"lora": True, "bf16": True},
         "bf16_fp32": PLAIN | {"bf16": True, "deepspeed": FP32_ACCUMULATION},
-        "fp16": PLAIN | {"fp16": True, "deepspeed": OVERFLOWS},
+        "fp16": FP16,
         "plain": PLAIN,
         "round_robin": PLAIN | {"deepspeed": ROUND_ROBIN},
     },
     "zero3": {
         "lora_bf16": PLAIN | {"lora": True, "bf16": True},
         "bf16_fp32": PLAIN | {"bf16": True, "deepspeed": FP32_ACCUMULATION},
-        "fp16": PLAIN | {"fp16": True, "deepspeed": OVERFLOWS},
+        "fp16": FP16,
         "plain": PLAIN,
         "sub_groups": PLAIN | {"deepspeed": SUB_GROUPS},
     },

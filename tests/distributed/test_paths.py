@@ -72,7 +72,7 @@ def test_like_one_process(recorded, path, name):
     assert weight < max(2 * noise_weight, 5e-6)  # of a learning rate of 1e-2
     if prm["reduction"] == "per_tensor":
         assert noise_mask < 1e-6
-        assert mask < 1e-6
+        assert mask < max(1e-6, 2 * noise_mask)
     else:  # where the gradient of a scalar parameter is nearly zero, noise decides its mask, under DDP too
         assert mask < 2 * noise_mask
 
@@ -109,12 +109,11 @@ def test_stages_agree_in_bfloat16(recorded, precision):
 @pytest.mark.parametrize("path", ["zero0", "zero2", "zero3"])
 def test_an_overflow_skips_the_step_everywhere(recorded, path):
     ranks = recorded.run(path, "fp16")
-    taken = [[bool(step["slices"]) for step in rank["steps"]] for rank in ranks]
-    assert taken[0] == taken[1]
-    assert not taken[0][0]  # the loss scale begins too high
-    assert sum(taken[0]) >= 3
-    counts = {rank["steps"][-1]["stats"]["parameter_count"] for rank in ranks}
-    assert len(counts) == 1
+    for rank in ranks:  # though only the last process had infinite gradients
+        assert [bool(step["slices"]) for step in rank["steps"]] == [True, False, True, True, True, True]
+        stats = [step["stats"] for step in rank["steps"]]
+        assert stats[1] == stats[0] != stats[2]
+        assert all(values["nonfinite_count"] == 0 for values in stats)
 
 
 @pytest.mark.parametrize("path", ["zero1", "zero2"])

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.data import Dataset
@@ -166,6 +168,13 @@ class Watch(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         RecordingPRM.steps.append({"step": state.global_step + 1, "q": {}, "slices": []})
 
+    def spoil_loss(self, model, inputs, output):
+        """Makes the gradients of one step infinite, on the last process alone."""
+        state, args = self.trainer.state, self.trainer.args
+        if state.global_step + 1 == self.options["overflow_at"] and args.process_index == args.world_size - 1:
+            output.loss = output.loss * float("inf")
+        return output
+
     def on_step_end(self, args, state, control, **kwargs):
         RecordingPRM.steps[-1]["stats"] = self.trainer.find_prm().get_mask_stats()
         if self.options.get("die_after") == state.global_step:
@@ -201,21 +210,22 @@ def merged(config: dict, changes: dict) -> dict:
 
 def prepare_cpu(args: TrainingArguments) -> None:
     """What keeps accelerate and DeepSpeed from a CPU with gloo, and has nothing to do with how tensors are sharded."""
-    if args.deepspeed_plugin is not None:
+    prepare_backends(args.deepspeed_plugin is not None)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        _ = args.device
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def prepare_backends(deepspeed_is_used: bool) -> None:
+    if deepspeed_is_used:
         import deepspeed
         from deepspeed.accelerator import get_accelerator
 
         # Gloo does the work; DeepSpeed would compile a shared-memory transport for three minutes first.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         get_accelerator().is_fp16_supported = lambda: True  # only slow
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        from accelerate import PartialState
-        from accelerate.utils import DistributedType
-
-        _ = args.device
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        if os.environ["FSDP_VERSION"] == "1":
-            torch.distributed.fsdp._init_utils._get_device_from_device_id = lambda *_: torch.device("cpu")
+    if os.environ.get("FSDP_VERSION") == "1":
+        torch.distributed.fsdp._init_utils._get_device_from_device_id = lambda *_: torch.device("cpu")
 
 
 def train(options: dict, world_size: int, folder: Path) -> dict:
@@ -250,6 +260,8 @@ def train(options: dict, world_size: int, folder: Path) -> dict:
         optimizer_cls_and_kwargs=(RecordingPRM, {"rho": 0.9, "lr": 1e-2, **options.get("prm", {})}),
         callbacks=[watch],
     )
+    if "overflow_at" in options:
+        trainer.model.register_forward_hook(watch.spoil_loss)
     resume = options.get("resume")
     trainer.train(resume_from_checkpoint=None if resume is None else str(folder.parent / resume))
     locator = trainer.find_prm()._locator

@@ -1,0 +1,25 @@
+"""A recipe under `accelerate launch` on a CPU: `-m tests.distributed.recipe dpo_noisy <its arguments>`."""
+
+import importlib
+import sys
+from pathlib import Path
+
+from .worker import prepare_cpu
+
+
+def main(name: str, arguments: list[str]) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+    recipe = importlib.import_module(name)
+    trainer_name = next(key for key in ("PRMDPOTrainer", "PRMSFTTrainer") if hasattr(recipe, key))
+
+    class CPUTrainer(getattr(recipe, trainer_name)):
+        def __init__(self, *args, **kwargs):
+            prepare_cpu(kwargs["args"])
+            super().__init__(*args, **kwargs)
+
+    setattr(recipe, trainer_name, CPUTrainer)
+    recipe.main(arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,56 @@
+"""The recipes run under every configuration in `accelerate_configs/`, with the metrics of one process."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from prm_hf.demo import build_demo
+
+from .launch import CONFIGS, accelerate_launch
+from .plans import PATHS
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+SHORT = ["--max_steps", "2", "--logging_steps", "1", "--eval_steps", "2", "--warmup_steps", "1"]
+# No noise that rounding could turn into another decision: the metrics of a mean, and two steps
+CLOSE = {
+    "drift/kl": 1e-2,
+    "drift/reward_abs": 1e-2,
+    "drift/logratio_abs": 1e-2,
+    "drift/params_rel": 1e-3,
+    "mask/mean_q": 1e-3,
+}
+
+
+def test_every_configuration_is_named_here():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(PATHS)
+
+
+def launch(recipe: str, path: str, folder: Path) -> dict[str, float]:
+    build_demo()  # trains its model when it is first asked for, on one process sooner than on two
+    arguments = ["--output_dir", str(folder), *SHORT, "--methods", "prm_per_tensor", "--prm_learning_rates", "3e-3"]
+    module = ["tests.distributed.recipe", recipe, *arguments]
+    log = folder.with_suffix(".log")
+    accelerate_launch(path, module, log, PATHS[path])
+    (run,) = (p.parent for p in folder.glob("*/metrics.json"))
+    assert json.loads((run / "run.json").read_text())["hardware"]["world_size"] == PATHS[path]
+    assert log.read_text().count("PRM trains ") == 1
+    return json.loads((run / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    return launch("dpo_noisy", "single", tmp_path_factory.mktemp("single") / "runs")
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "single"])
+def test_dpo_noisy(single, path, tmp_path):
+    metrics = launch("dpo_noisy", path, tmp_path / "runs")
+    assert metrics.keys() == single.keys()
+    assert metrics["steps"] == 2
+    for name, tolerance in CLOSE.items():
+        assert metrics[name] == pytest.approx(single[name], rel=tolerance), name
+    for name in ("rewards/accuracies", "memorization/flipped_fit", "memorization/clean_fit"):
+        assert metrics[name] == pytest.approx(single[name], abs=0.02), name
