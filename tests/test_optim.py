@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from prm_hf.optim import PRM, masks, prm
+from prm_hf.optim import PRM, masks, prm, step
 
 from .reference_prm import ReferenceTensor
 

@@ -23,7 +23,6 @@ def _multi_tensor_moments(
     grad_vars: list[Tensor],
     c: masks.StepScalars,
     *,
-    lr: float | Tensor,
     beta1: float,
     beta2: float,
     rho: float,
@@ -35,14 +34,11 @@ def _multi_tensor_moments(
     maximize: bool,
     **_,
 ) -> Tensor | None:
-    """Weight decay, m, v and, for `per_param`, s. For `per_tensor` returns Σ(g - center)² and Σm², (tensors, 2)."""
+    """m, v and, for `per_param`, s. For `per_tensor` returns Σ(g - center)² and Σm², (tensors, 2)."""
     if maximize:
         grads = torch._foreach_neg(grads)
-    if weight_decay != 0:
-        if decoupled_weight_decay:
-            torch._foreach_mul_(params, 1 - lr * weight_decay)
-        else:
-            grads = torch._foreach_add(grads, params, alpha=weight_decay)
+    if weight_decay != 0 and not decoupled_weight_decay:
+        grads = torch._foreach_add(grads, params, alpha=weight_decay)
     deviations = None
     if mask != "none":
         if estimator == "debiased":
@@ -78,11 +74,15 @@ def _multi_tensor_update(
     *,
     lr: float | Tensor,
     eps: float,
+    weight_decay: float,
     mask: str,
     amsgrad: bool,
+    decoupled_weight_decay: bool,
     **hyper,
 ) -> None:
-    """w ← w - lr · q · m̂ / (√v̂ + eps), with `q` one a tensor, or from `grad_vars` for each scalar parameter."""
+    """w ← (1 - lr·λ) w - lr · q · m̂ / (√v̂ + eps), with `q` one a tensor, or from `grad_vars` one a parameter."""
+    if weight_decay != 0 and decoupled_weight_decay:
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
     if amsgrad:
         torch._foreach_maximum_(max_exp_avg_sqs, exp_avg_sqs)
         exp_avg_sqs = max_exp_avg_sqs

@@ -37,7 +37,7 @@ def boundary_alpha(boundary: str, alpha: float | None, batch_size: int | None, n
     return batch_size / (n_dataset - batch_size) if boundary == "empirical" else 1.0
 
 
-def averaging_variance(beta1: float, t: Tensor) -> Tensor:
+def averaging_variance(beta1: float, t: float | Tensor) -> float | Tensor:
     """kappa_t: the variance of the bias-corrected EMA of t independent gradients, relative to that of one of them.
 
     kappa_1 = 1 and kappa_inf = (1-beta1)/(1+beta1), 1/19 at beta1 = 0.9.
@@ -57,26 +57,37 @@ class StepScalars(NamedTuple):
     first: list | Tensor  # t = 1
     open: list | Tensor  # still in `warmup_steps`: q = 1
 
-    def select(self, index) -> "StepScalars":
-        """The entries of one parameter tensor (an int) or of several (a slice)."""
+    def select(self, index: int) -> "StepScalars":
+        """The entries of one parameter tensor."""
         return StepScalars(*(field[index] for field in self))
+
+    def take(self, positions: list[int]) -> "StepScalars":
+        """The entries of several parameter tensors."""
+        return StepScalars(*([field[i] for i in positions] for field in self))
 
 
 def step_scalars(
-    t: Tensor, *, beta1: float, beta2: float, rho: float, estimator: str, bias_correction: bool, warmup_steps: int
+    t: float | Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    rho: float,
+    estimator: str,
+    bias_correction: bool,
+    warmup_steps: int,
 ) -> StepScalars:
-    """The scalars of step `t` (a vector, one entry a parameter tensor, counted from 1), computed in t's dtype."""
-    one = torch.ones_like(t)
+    """The scalars of step `t`, counted from 1: a number, or a tensor of the steps of several parameter tensors."""
     bias1 = 1 - beta1**t
+    one = bias1 * 0 + 1  # as many as there are steps
+    seen = t > 1
     if estimator == "debiased":
         # The estimate is bias-corrected by definition, whatever `bias_correction` says of the update. It starts at
         # t = 2, with the first gradient that has a mean to be compared with; until then S = N = 0, hence q = 0.
-        seen = t > 1
-        before = torch.where(seen, t - 1, one)
-        center = torch.where(seen, 1 / (1 - beta1**before), one)
-        weight = torch.where(seen, (1 - rho) / (1 + averaging_variance(beta1, before)), 0 * one)
-        noise = torch.where(seen, averaging_variance(beta1, t) / (1 - rho**before), 0 * one)
-        signal = torch.where(seen, 1 / bias1**2, 0 * one)
+        before = _where(seen, t - 1, one)
+        center = _where(seen, 1 / (1 - beta1**before), one)
+        weight = _where(seen, (1 - rho) / (1 + averaging_variance(beta1, before)), 0 * one)
+        noise = _where(seen, averaging_variance(beta1, t) / (1 - rho**before), 0 * one)
+        signal = _where(seen, 1 / bias1**2, 0 * one)
     else:
         center = one
         weight = (1 - rho) * one

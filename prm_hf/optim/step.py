@@ -92,6 +92,11 @@ HYPERPARAMETERS = frozenset(
 )
 
 
+# The multi-tensor implementation makes several temporaries of the size of what it works on. On a CPU it works on
+# blocks that stay in the cache with them, elsewhere on as many tensors as fill the device.
+CPU_BLOCK, CPU_BLOCKS, DEVICE_BLOCK = 2**16, 4, 2**26
+
+
 class ListStep:
     """A step on tensors of one device and one state dtype, in two halves. `state_steps` count this step already.
 
@@ -118,40 +123,85 @@ class ListStep:
         self._foreach = foreach
         self._hyper = hyper
         self.per_tensor = hyper["mask"] != "none" and hyper["reduction"] == "per_tensor"
-        self.params, self.exp_avgs, self.exp_avg_sqs = params, exp_avgs, exp_avg_sqs
-        self.max_exp_avg_sqs, self.grad_vars, self.state_steps = max_exp_avg_sqs, grad_vars, state_steps
-        # The update of low-precision parameters is computed in the precision of their state and rounded once.
-        dtype = exp_avgs[0].dtype
-        self._working = [p if p.dtype == dtype else p.to(dtype) for p in params]
-        self._grads = [g if g.dtype == dtype else g.to(dtype) for g in grads]
-        t = torch.stack(state_steps).to(masks.statistics_dtype(params[0].device))
-        unpack = (lambda x: list(x.unbind())) if hyper["capturable"] else (lambda x: x.tolist())
-        self._scalars = masks.StepScalars(*map(unpack, scalars_of(t, hyper)))
+        self._params, self._grads, self._exp_avgs, self._exp_avg_sqs = params, grads, exp_avgs, exp_avg_sqs
+        self._max_exp_avg_sqs, self.grad_vars, self.state_steps = max_exp_avg_sqs, grad_vars, state_steps
+        self._scalars = scalar_lists(state_steps, hyper)
+        self._blocks = self._divide() if foreach else [[(i, None) for i in range(len(params))]]
+
+    def _divide(self) -> list[list[tuple[int, slice | None]]]:
+        """The tensors in blocks: each a list of positions, with the span of a tensor that is taken apart."""
+        cpu = self._params[0].device.type == "cpu"
+        lists = [self._params, self._grads, self._exp_avgs, self._exp_avg_sqs, self._max_exp_avg_sqs]
+        lists = [tensors for tensors in (*lists, [] if self.per_tensor else self.grad_vars) if tensors]
+        blocks, filled = [[]], 0
+        for i, param in enumerate(self._params):
+            n = param.numel()
+            spans = [None]
+            if cpu and n > CPU_BLOCK and all(tensors[i].is_contiguous() for tensors in lists):
+                spans = [slice(start, min(start + CPU_BLOCK, n)) for start in range(0, n, CPU_BLOCK)]
+            for span in spans:
+                size = n if span is None else span.stop - span.start
+                if blocks[-1] and filled + size > (CPU_BLOCK * CPU_BLOCKS if cpu else DEVICE_BLOCK):
+                    blocks.append([])
+                    filled = 0
+                blocks[-1].append((i, span))
+                filled += size
+        return blocks
+
+    def _take(self, tensors: list[Tensor], block: list[tuple[int, slice | None]]) -> list[Tensor]:
+        if not tensors:
+            return []
+        return [tensors[i] if span is None else tensors[i].view(-1)[span] for i, span in block]
+
+    def _in_state_dtype(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Gradients and parameters of low precision in the dtype of their state, in which the step is computed."""
+        dtype = self._exp_avgs[0].dtype
+        return [x if x.dtype == dtype else x.to(dtype) for x in tensors]
 
     def moments(self) -> Tensor | None:
-        """Weight decay, m, v and, for `per_param`, s. For `per_tensor`: Σ(g - center)² and Σm², float64 (n, 2)."""
+        """m, v and, for `per_param`, s. For `per_tensor`: Σ(g - center)² and Σm² of each tensor, float64 (n, 2)."""
         function = _multi_tensor_moments if self._foreach else _single_tensor_moments
-        grad_vars = [] if self.per_tensor else self.grad_vars
-        return function(
-            self._working, self._grads, self.exp_avgs, self.exp_avg_sqs, grad_vars, self._scalars, **self._hyper
-        )
+        sums, owners = [], []
+        for block in self._blocks:
+            part = function(
+                self._in_state_dtype(self._take(self._params, block)),
+                self._in_state_dtype(self._take(self._grads, block)),
+                self._take(self._exp_avgs, block),
+                self._take(self._exp_avg_sqs, block),
+                [] if self.per_tensor else self._take(self.grad_vars, block),
+                self._scalars.take([i for i, _ in block]),
+                **self._hyper,
+            )
+            if self.per_tensor:
+                sums.append(part)
+                owners += [i for i, _ in block]
+        if not self.per_tensor:
+            return None
+        sums = torch.cat(sums)
+        if len(owners) == len(self._params):
+            return sums
+        return sums.new_zeros(len(self._params), 2).index_add_(0, torch.tensor(owners, device=sums.device), sums)
 
     def update(self, q: Tensor | None = None) -> None:
-        """The masked update. `q`, for `per_tensor`, has one entry for each of the tensors."""
+        """Decoupled weight decay and the masked update. `q`, for `per_tensor`, has an entry for each tensor."""
         function = _multi_tensor_update if self._foreach else _single_tensor_update
-        function(
-            self._working,
-            self.exp_avgs,
-            self.exp_avg_sqs,
-            self.max_exp_avg_sqs,
-            self.grad_vars,
-            q,
-            self._scalars,
-            **self._hyper,
-        )
-        for param, working in zip(self.params, self._working, strict=True):
-            if working is not param:
-                param.copy_(working)
+        for block in self._blocks:
+            positions = [i for i, _ in block]
+            params = self._take(self._params, block)
+            working = self._in_state_dtype(params)
+            function(
+                working,
+                self._take(self._exp_avgs, block),
+                self._take(self._exp_avg_sqs, block),
+                self._take(self._max_exp_avg_sqs, block),
+                [] if self.per_tensor else self._take(self.grad_vars, block),
+                q if q is None or len(self._blocks) == 1 else q[positions],
+                self._scalars.take(positions),
+                **self._hyper,
+            )
+            for param, updated in zip(params, working, strict=True):
+                if updated is not param:
+                    param.copy_(updated)  # rounded once
 
 
 def tensor_masks(
@@ -162,8 +212,14 @@ def tensor_masks(
     The mean over a tensor commutes with the moving average, so `grad_var` is the average of the means: one scalar.
     """
     device = sums.device
-    c = scalars_of(torch.stack(state_steps).to(sums.dtype), hyper)
-    c = masks.StepScalars(*(x.to(device, non_blocking=True) for x in c))
+
+    def vector(values: list) -> Tensor:
+        if hyper["capturable"]:
+            return torch.stack(values)
+        return torch.tensor(values, dtype=torch.bool if isinstance(values[0], bool) else sums.dtype)
+
+    c = scalar_lists(state_steps, hyper)
+    c = masks.StepScalars(*(vector(values).to(device, non_blocking=True) for values in c))
     numels = torch.tensor(numels, dtype=sums.dtype).to(device, non_blocking=True)
     means = sums / numels.clamp(min=1).unsqueeze(1)
     var = hyper["rho"] * torch.stack(grad_vars) + c.weight * means[:, 0]
@@ -183,7 +239,6 @@ def _single_tensor_moments(
     grad_vars: list[Tensor],
     c: masks.StepScalars,
     *,
-    lr: float | Tensor,
     beta1: float,
     beta2: float,
     rho: float,
@@ -195,15 +250,12 @@ def _single_tensor_moments(
     differentiable: bool,
     **_,
 ) -> Tensor | None:
-    """Weight decay, m, v and, for `per_param`, s. For `per_tensor` returns Σ(g - center)² and Σm², (tensors, 2)."""
+    """m, v and, for `per_param`, s. For `per_tensor` returns Σ(g - center)² and Σm², (tensors, 2)."""
     sums = []
     for i, param in enumerate(params):
         grad = -grads[i] if maximize else grads[i]
-        if weight_decay != 0:
-            if decoupled_weight_decay:
-                param.mul_(1 - lr * weight_decay)
-            else:
-                grad = grad.add(param, alpha=weight_decay)
+        if weight_decay != 0 and not decoupled_weight_decay:
+            grad = grad.add(param, alpha=weight_decay)
         deviation = None if mask == "none" else grad - exp_avgs[i] * c.center[i]
         exp_avgs[i].lerp_(grad, 1 - beta1)
         exp_avg_sqs[i].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -229,13 +281,17 @@ def _single_tensor_update(
     *,
     lr: float | Tensor,
     eps: float,
+    weight_decay: float,
     mask: str,
     amsgrad: bool,
+    decoupled_weight_decay: bool,
     differentiable: bool,
     **hyper,
 ) -> None:
-    """w ← w - lr · q · m̂ / (√v̂ + eps), with `q` one a tensor, or from `grad_vars` for each scalar parameter."""
+    """w ← (1 - lr·λ) w - lr · q · m̂ / (√v̂ + eps), with `q` one a tensor, or from `grad_vars` one a parameter."""
     for i, param in enumerate(params):
+        if weight_decay != 0 and decoupled_weight_decay:
+            param.mul_(1 - lr * weight_decay)
         m = exp_avgs[i].clone() if differentiable else exp_avgs[i]
         v = exp_avg_sqs[i]
         if amsgrad:
@@ -257,10 +313,20 @@ def _single_tensor_update(
             param.addcdiv_(update, denom, value=-step_size)
 
 
-def scalars_of(t: Tensor, hyper: dict[str, Any]) -> masks.StepScalars:
-    """[`masks.step_scalars`] of the steps `t` under a group's settings."""
+def scalars_of(t: float | Tensor, hyper: dict[str, Any]) -> masks.StepScalars:
+    """[`masks.step_scalars`] of the step or steps `t` under a group's settings."""
     keys = ("beta1", "beta2", "rho", "estimator", "bias_correction", "warmup_steps")
     return masks.step_scalars(t, **{key: hyper[key] for key in keys})
+
+
+def scalar_lists(state_steps: list[Tensor], hyper: dict[str, Any]) -> masks.StepScalars:
+    """The scalars of each step as lists, of numbers, or with `capturable` of 0-dim tensors on the steps' device."""
+    if hyper["capturable"]:
+        t = torch.stack(state_steps).to(masks.statistics_dtype(state_steps[0].device))
+        return masks.StepScalars(*(list(x.unbind()) for x in scalars_of(t, hyper)))
+    steps = torch.stack(state_steps).tolist()
+    by_step = {t: scalars_of(t, hyper) for t in set(steps)}  # all the same, but for tensors that skipped some
+    return masks.StepScalars(*map(list, zip(*(by_step[t] for t in steps), strict=True)))
 
 
 def mask_arguments(hyper: dict[str, Any]) -> dict[str, Any]:
