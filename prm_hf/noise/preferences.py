@@ -2,12 +2,13 @@
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value, concatenate_datasets
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
 
 from .rng import check_seed, row_uniforms
+from .rows import check_dataset, check_plain, map_rows, named_splits, pinned
 
 
 _STREAM = "flip_preferences"
@@ -62,68 +63,41 @@ def flip_preferences(
     if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
         flipped = {
             name: flip_preferences(dataset[name], rate, seed, exact, num_proc=num_proc)
-            for name in _named_splits(dataset, splits)
+            for name in named_splits(dataset, splits, default=["train"])
         }
         return type(dataset)({**dataset, **flipped})
-    if not isinstance(dataset, (Dataset, IterableDataset)):
-        raise TypeError(
-            "`dataset` must be a datasets.Dataset, IterableDataset, DatasetDict or IterableDatasetDict, got "
-            f"{type(dataset).__name__}. A list of rows becomes one with `Dataset.from_list`."
-        )
+    check_dataset(dataset)
     if splits is not None:
         raise ValueError(
             f"`splits={splits!r}` names splits of a DatasetDict, but `dataset` is a single {type(dataset).__name__}. "
             "Leave `splits` out."
         )
     rate = float(rate)
-    if isinstance(dataset, IterableDataset):
-        if exact:
-            raise ValueError(
-                "`exact=True` needs the number of rows, which an IterableDataset does not know. Use `exact=False`, or "
-                "load the dataset without streaming."
-            )
-        # A mapped stream counts its rows anew in each data-loader worker and node, and in another order after
-        # `set_epoch`. Concatenation along the columns, here of one dataset alone, makes a stream that is never
-        # sharded or reordered below this point.
-        stream = concatenate_datasets([dataset], axis=1)
-        pairs, features = _pairs_and_features(stream.features)
-        return stream.map(
-            _swap,
-            with_indices=True,
-            batched=True,
-            features=features,
-            fn_kwargs={"pairs": pairs, "seed": int(seed), "threshold": rate},
+    if isinstance(dataset, IterableDataset) and exact:
+        raise ValueError(
+            "`exact=True` needs the number of rows, which an IterableDataset does not know. Use `exact=False`, or "
+            "load the dataset without streaming."
         )
-
+    dataset = pinned(dataset)
     pairs, features = _pairs_and_features(dataset.features)
-    if len(dataset) == 0:
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError("`dataset` has no rows, so there is nothing to flip.")
-    threshold = _exact_threshold(rate, int(seed), len(dataset)) if exact else rate
-    flipped = dataset.with_format(None).map(
+    return map_rows(
+        dataset,
         _swap,
-        with_indices=True,
-        batched=True,
-        features=features,
+        features,
         num_proc=num_proc,
         desc="Flipping preferences",
-        fn_kwargs={"pairs": pairs, "seed": int(seed), "threshold": threshold},
-    )
-    # `map` would hand tensors to `_swap` under a format; the user's own format is put back on the result.
-    style = dataset.format
-    columns = style["columns"] if set(style["columns"]) != set(dataset.column_names) else None
-    return flipped.with_format(
-        style["type"],
-        columns=None if columns is None else [*columns, "flipped"],
-        output_all_columns=style["output_all_columns"],
-        **style["format_kwargs"],
+        fn_kwargs={
+            "pairs": pairs,
+            "seed": int(seed),
+            "threshold": _exact_threshold(rate, int(seed), len(dataset)) if exact else rate,
+        },
     )
 
 
 def _swap(rows: dict[str, list], indices: list[int], pairs: list[list[str]], seed: int, threshold: float) -> dict:
-    if not isinstance(rows, Mapping):
-        raise TypeError(
-            "`dataset` is a stream with a table format; call `.with_format(None)` before flipping and set it after."
-        )
+    check_plain(rows, "flipping")
     flipped = row_uniforms(seed, indices, _STREAM) < threshold
     result = {"flipped": flipped.tolist()}
     for a, b in pairs:
@@ -178,17 +152,3 @@ def _pairs_and_features(features: Features | None) -> tuple[list[list[str]], Fea
 def _partner(name: str) -> str:
     """`name` with the words chosen and rejected exchanged."""
     return "chosen".join(part.replace("chosen", "rejected") for part in name.split("rejected"))
-
-
-def _named_splits(dataset: DatasetDict | IterableDatasetDict, splits: str | Sequence[str] | None) -> list[str]:
-    if splits is None:
-        if "train" not in dataset:
-            raise ValueError(
-                f"`dataset` has no split 'train'; its splits are {list(dataset)}. Name those to flip in `splits`."
-            )
-        return ["train"]
-    names = [splits] if isinstance(splits, str) else list(splits)
-    unknown = [name for name in names if name not in dataset]
-    if unknown or not names:
-        raise ValueError(f"`splits={splits!r}` must name splits of `dataset`, which has {list(dataset)}.")
-    return names

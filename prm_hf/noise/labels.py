@@ -1,0 +1,71 @@
+"""Noise in class labels: drawn anew, from all classes, from the other ones, or by a transition matrix."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel
+
+from .rng import row_generator
+
+
+@dataclass(frozen=True)
+class RedrawClass:
+    """A new class for a row, from a number of the row's own. One that is -1 (unlabelled) stays."""
+
+    seed: int
+    stream: str
+    n_classes: int
+    exclude_true: bool
+    cumulative: list[list[float]] | None
+
+    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        ((column, label),) = row.items()
+        if label is None or label < 0:
+            return row
+        rng = row_generator(self.seed, index, self.stream)
+        if self.cumulative is not None:
+            new = int(np.searchsorted(self.cumulative[label], rng.random(), side="right"))
+        elif self.exclude_true:
+            new = int(label + rng.integers(1, self.n_classes)) % self.n_classes
+        else:
+            new = int(rng.integers(self.n_classes))
+        return {column: new}
+
+
+def redraw_class(
+    feature: ClassLabel,
+    seed: int,
+    stream: str,
+    exclude_true: bool,
+    transition: Sequence[Sequence[float]] | np.ndarray | None,
+) -> RedrawClass:
+    """Checks the options against the classes of the column.
+
+    Raises:
+        ValueError: there is one class only; or `transition` is no row-stochastic matrix of its size, or contradicts
+            `exclude_true`.
+    """
+    n = feature.num_classes
+    if n < 2:
+        raise ValueError(f"The label column has {n} class: there is no other one to draw.")
+    if transition is None:
+        return RedrawClass(seed, stream, n, exclude_true, None)
+    if exclude_true:
+        raise ValueError(
+            "`exclude_true` and `transition` contradict each other: a diagonal of zeros in `transition` excludes the "
+            "true class. Leave `exclude_true` out."
+        )
+    matrix = np.asarray(transition, dtype=np.float64)
+    if matrix.shape != (n, n) or not (matrix >= 0).all() or not np.allclose(matrix.sum(axis=-1), 1):
+        raise ValueError(
+            f"`transition` must be a {n} x {n} matrix of probabilities, row i being those of the new label of class "
+            f"i, so that each row sums to 1; got the shape {matrix.shape}."
+        )
+    cumulative = matrix.cumsum(axis=1)
+    cumulative[:, -1] = 1.0
+    # Classes of probability 0 after the last possible one must not be reached by rounding.
+    for row, probabilities in zip(cumulative, matrix, strict=True):
+        row[probabilities.nonzero()[0][-1] :] = 1.0
+    return RedrawClass(seed, stream, n, False, cumulative.tolist())

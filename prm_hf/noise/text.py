@@ -1,0 +1,196 @@
+"""Noise in text: the completion of another row, tokens renamed or in another order, tokens from the unigrams.
+
+A text is a string, a list of messages (each `content` is then a text), or a list of token ids. Special tokens always
+stay where they are. A string is tokenised, changed and decoded: with a tokenizer of whole words that is exact; of
+subwords, the model's tokenizer may cut the new string in other places. Corrupt token ids (`input_ids`) where every
+token counts.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+
+from .images import fixed_order
+from .rng import row_generator, row_uniforms
+
+
+OTHER = "other_row_"  # the prefix under which another row's columns stand beside a row's own for a while
+
+
+def with_other_rows(dataset: Dataset, columns: list[str], seed: int, stream: str, derangement: bool) -> Dataset:
+    """`dataset` with another row's `columns` beside each row's own.
+
+    The other row is uniform among all others; with `derangement`, each row's columns go to exactly one other row.
+
+    Raises:
+        ValueError: there are fewer than two rows.
+    """
+    n = len(dataset)
+    if n < 2:
+        raise ValueError(f"`dataset` has {n} row(s): there is no other one to take {', '.join(columns)} from.")
+    if derangement:  # a uniformly chosen cycle through all rows: a permutation without a fixed point
+        cycle = fixed_order(n, seed, stream)
+        others = np.empty(n, dtype=np.int64)
+        others[cycle] = np.roll(cycle, 1)
+    else:
+        steps = (row_uniforms(seed, np.arange(n), stream) * (n - 1)).astype(np.int64) + 1
+        others = (np.arange(n) + steps) % n
+    donors = dataset.with_format(None).select_columns(columns).select(others)
+    donors = donors.rename_columns({name: OTHER + name for name in columns})
+    joined = concatenate_datasets([dataset.with_format(None), donors], axis=1)
+    style = dataset.format
+    kept = None if set(style["columns"]) == set(dataset.column_names) else style["columns"]
+    return joined.with_format(
+        style["type"], columns=kept, output_all_columns=style["output_all_columns"], **style["format_kwargs"]
+    )
+
+
+@dataclass(frozen=True)
+class OtherRow:
+    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        return {name: row[OTHER + name] for name in row if not name.startswith(OTHER)}
+
+
+@dataclass(frozen=True)
+class RenameTokens:
+    """One bijection of the vocabulary for all rows."""
+
+    tokenizer: Any
+    mapping: np.ndarray
+
+    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        return {
+            name: change_tokens(value, lambda ids: self.mapping[ids], self.tokenizer) for name, value in row.items()
+        }
+
+
+@dataclass(frozen=True)
+class ReorderTokens:
+    """One order of positions for all rows, or with `per_row` one for each row, the same in all columns of it."""
+
+    tokenizer: Any
+    special: list[int]
+    seed: int
+    stream: str
+    per_row: bool
+    window: int | None
+
+    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        def reorder(ids: np.ndarray) -> np.ndarray:
+            free = np.flatnonzero(~np.isin(ids, self.special))
+            if self.per_row:
+                keys = row_generator(self.seed, index, self.stream).random(len(free))
+            else:
+                keys = row_uniforms(self.seed, np.arange(len(free)), self.stream)
+            block = np.zeros(len(free)) if self.window is None else np.arange(len(free)) // self.window
+            result = ids.copy()
+            result[free] = ids[free[np.lexsort((keys, block))]]
+            return result
+
+        return {name: change_tokens(value, reorder, self.tokenizer) for name, value in row.items()}
+
+
+@dataclass(frozen=True)
+class DrawTokens:
+    """Independent tokens from the unigram distribution, as many as there were."""
+
+    tokenizer: Any
+    special: list[int]
+    seed: int
+    stream: str
+    tokens: np.ndarray
+    cumulative: np.ndarray
+
+    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        rng = row_generator(self.seed, index, self.stream)
+
+        def draw(ids: np.ndarray) -> np.ndarray:
+            free = ~np.isin(ids, self.special)
+            result = ids.copy()
+            result[free] = self.tokens[np.searchsorted(self.cumulative, rng.random(int(free.sum())), side="right")]
+            return result
+
+        return {name: change_tokens(value, draw, self.tokenizer) for name, value in row.items()}
+
+
+def special_ids(tokenizer: Any) -> list[int]:
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted(added | set(tokenizer.all_special_ids))
+
+
+def vocabulary_bijection(tokenizer: Any, seed: int, stream: str, is_text: bool) -> np.ndarray:
+    """New id of each token of the vocabulary: a bijection that keeps special tokens.
+
+    Of text, it also keeps tokens that are no whole characters (the bytes of byte-level tokenizers), which would not
+    survive decoding in another place.
+    """
+    n = len(tokenizer)
+    kept = set(special_ids(tokenizer))
+    if is_text:
+        kept |= {i for i in range(n) if (text := _decode(tokenizer, [i])) == "" or "\ufffd" in text}
+    free = np.array([i for i in range(n) if i not in kept], dtype=np.int64)
+    mapping = np.arange(n)
+    mapping[free] = free[fixed_order(len(free), seed, stream)]
+    return mapping
+
+
+def unigrams(values: Iterable[Any], tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of the texts, special ones left out, and their cumulative shares.
+
+    Raises:
+        ValueError: there is none.
+    """
+    counts = Counter()
+
+    def count(ids: np.ndarray) -> np.ndarray:
+        counts.update(ids.tolist())
+        return ids
+
+    for value in values:
+        change_tokens(value, count, tokenizer)
+    for token in special_ids(tokenizer):
+        counts.pop(token, None)
+    if not counts:
+        raise ValueError("The texts hold no token but special ones: there is no unigram distribution to draw from.")
+    tokens = np.array(sorted(counts))
+    cumulative = np.cumsum([counts[token] for token in tokens.tolist()]) / counts.total()
+    cumulative[-1] = 1.0
+    return tokens, cumulative
+
+
+def change_tokens(value: Any, change: Callable[[np.ndarray], np.ndarray], tokenizer: Any) -> Any:
+    """`value` with its token ids changed, an int64 array at a time."""
+    if isinstance(value, str):
+        ids, spaced = encode(tokenizer, value)
+        text = _decode(tokenizer, change(np.asarray(ids, dtype=np.int64)).tolist())
+        return text.removeprefix(" ") if spaced else text
+    if value and isinstance(value[0], dict):
+        odd = [message for message in value if not isinstance(message.get("content"), str)]
+        if odd:
+            raise ValueError(
+                f"The content of each message must be a string, got {odd[0]!r}. Turn parts into text first."
+            )
+        return [{**m, "content": change_tokens(m["content"], change, tokenizer)} for m in value]
+    return change(np.asarray(value, dtype=np.int64)).tolist()
+
+
+def encode(tokenizer: Any, text: str) -> tuple[list[int], bool]:
+    """Token ids of `text`, and whether it took a space before it.
+
+    In a vocabulary of whole words each token may hold the space before it: the first word is then known only as it
+    stands within a text.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if _decode(tokenizer, ids) != text:
+        spaced = tokenizer.encode(f" {text}", add_special_tokens=False)
+        if _decode(tokenizer, spaced) == f" {text}":
+            return spaced, True
+    return ids, False
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
