@@ -1,4 +1,4 @@
-"""What is refused before training, and the layout's own check. The paths themselves are run in `tests/distributed/`."""
+"""What is refused before training, and the layout's own check. `tests/distributed/` runs the paths themselves."""
 
 import json
 from pathlib import Path

@@ -40,11 +40,15 @@ FSDP1 = {
     "FSDP_SYNC_MODULE_STATES": "false",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
+PURE_BF16 = PLAIN | {"dtype": "bfloat16"}  # parameters in bfloat16, without float32 copies
 SPECIAL = {
+    "single": {"pure_bf16": PURE_BF16},
+    "ddp": {"pure_bf16": PURE_BF16},
     "fsdp2": {
+        "pure_bf16": PURE_BF16,
         "lora_bf16": PLAIN | {"lora": True, "bf16": True},
-        "plain": {"prm": PER_TENSOR},
-        "fsdp1": {"prm": PER_TENSOR, "environment": FSDP1},
+        "plain": PLAIN,
+        "fsdp1": PLAIN | {"environment": FSDP1},
         "fsdp1_flat": {"prm": PER_TENSOR, "environment": FSDP1 | {"FSDP_USE_ORIG_PARAMS": "false"}},
     },
     "zero0": {

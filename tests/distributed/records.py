@@ -36,11 +36,12 @@ def difference(a: dict[int, torch.Tensor], b: dict[int, torch.Tensor], relative:
     """The largest difference of two sets of tensors; with `relative` each element's relative to `b`'s."""
     assert a.keys() == b.keys(), f"{sorted(a)} and {sorted(b)}"
     largest = 0.0
-    for number in a:
-        assert a[number].shape == b[number].shape, f"tensor {number}: {a[number].shape} and {b[number].shape}"
-        distance = (a[number].double() - b[number].double()).abs()
+    for number, x in a.items():
+        y = b[number]
+        assert x.shape == y.shape, f"tensor {number}: {x.shape} and {y.shape}"
+        distance = (x.double() - y.double()).abs()
         if relative:
-            distance = torch.where(distance == 0, distance, distance / b[number].double().abs())
+            distance = torch.where(distance == 0, distance, distance / y.double().abs())
         largest = max(largest, distance.max().item())
     return largest
 
@@ -79,9 +80,9 @@ def replay(ranks: list[dict], prm: dict) -> tuple[float, float]:
         gradients, before = assemble(ranks, step, "grad"), assemble(ranks, step, "before")
         expected_masks, expected_weights = {}, {}
         for number, gradient in gradients.items():
-            reference = tensors.setdefault(number, ReferenceTensor(before[number].numpy()))
+            reference = tensors.setdefault(number, ReferenceTensor(before[number].double().numpy()))
             used = {key: settings[number][key] for key in ("lr", "weight_decay")}
-            reference.step(gradient.numpy(), **{"rho": 0.9, **prm, **used})
+            reference.step(gradient.double().numpy(), **{"rho": 0.9, **prm, **used})
             q = reference.q if prm["reduction"] == "per_param" else reference.q[:1]
             expected_masks[number], expected_weights[number] = torch.from_numpy(q), torch.from_numpy(reference.w)
         mask = max(mask, difference(masks_of(ranks, step), expected_masks, is_relative(prm)))

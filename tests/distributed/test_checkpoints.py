@@ -17,7 +17,8 @@ from .records import assemble, compare_runs, replay
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-RESUMED = [(path, name) for path in PATHS for name in plan(path) if name.endswith("_resumed")]
+REFUSED = ("fsdp1_resumed",)
+RESUMED = [(path, name) for path in PATHS for name in plan(path) if name.endswith("_resumed") and name not in REFUSED]
 # One micro-batch a step, so that up to four processes can share it
 PLAIN = COMMON["per_tensor"] | {"accumulation": 1}
 UNIVERSAL = {"checkpoint": {"load_universal": True}}
@@ -62,6 +63,12 @@ def test_another_reduction_is_refused(recorded, path, name, theirs, ours):
         assert CONVERTED in error
 
 
+def test_fsdp1_does_not_start_the_optimizer_anew(recorded):
+    for error in errors(recorded.runs("fsdp2")["fsdp1_resumed"]):
+        assert error.startswith("ValueError")
+        assert "would start anew. Use `fsdp_state_dict_type: FULL_STATE_DICT`, or FSDP2" in error
+
+
 # ---- Another number of processes ----
 
 
@@ -95,7 +102,7 @@ def universal(recorded):
             command += ["--input_folder", str(folder / "global_step3")]
             command += ["--output_folder", str(folder / "global_step3_universal")]
             environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
             assert done.returncode == 0, done.stdout + done.stderr
             folders[path, name] = str(folder)
         return folders[path, name]

@@ -42,7 +42,7 @@ def test_replay(recorded, path, name):
     assert any(step["slices"] for step in ranks[0]["steps"])
     mask, weight = replay(ranks, of(path, name)["prm"])
     assert mask < 1e-6
-    assert weight < 1e-6
+    assert weight < (1e-2 if name == "pure_bf16" else 1e-6)  # rounded at each step
 
 
 @pytest.mark.parametrize(("path", "name"), TRAINED)
@@ -90,7 +90,7 @@ def test_an_unused_parameter(recorded, path):
         weights = assemble(ranks, step, "after")
         if UNUSED in weights:
             assert masks_of(ranks, step)[UNUSED] == 0
-        assert sorted(weights)[-1] == sorted(assemble(recorded.run("single", "frozen"), step, "after"))[-1]
+        assert max(weights) == max(assemble(recorded.run("single", "frozen"), step, "after"))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16_fp32"])

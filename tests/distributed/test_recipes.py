@@ -30,7 +30,8 @@ def test_every_configuration_is_named_here():
 
 def launch(recipe: str, path: str, folder: Path) -> dict[str, float]:
     build_demo()  # trains its model when it is first asked for, on one process sooner than on two
-    arguments = ["--output_dir", str(folder), *SHORT, "--methods", "prm_per_tensor", "--prm_learning_rates", "3e-3"]
+    arguments = ["--output_dir", str(folder), *SHORT, "--methods", "prm_per_tensor"]
+    arguments += ["--learning_rates", "3e-3", "--prm_learning_rates", "3e-3"]
     module = ["tests.distributed.recipe", recipe, *arguments]
     log = folder.with_suffix(".log")
     accelerate_launch(path, module, log, PATHS[path])
@@ -54,3 +55,21 @@ def test_dpo_noisy(single, path, tmp_path):
         assert metrics[name] == pytest.approx(single[name], rel=tolerance), name
     for name in ("rewards/accuracies", "memorization/flipped_fit", "memorization/clean_fit"):
         assert metrics[name] == pytest.approx(single[name], abs=0.02), name
+
+
+def test_bench_sharded(tmp_path):
+    tiny = ["--vocab_size", "257", "--hidden_size", "32", "--intermediate_size", "65", "--num_layers", "2"]
+    tiny += ["--num_heads", "4", "--num_key_value_heads", "2", "--batch_size", "4", "--length", "11"]
+    tiny += ["--warmup", "1", "--timed_steps", "2"]
+    for path, reference in (("single", []), ("zero3", ["--reference", str(tmp_path / "single.json")])):
+        output = tmp_path / f"{path}.json"
+        module = ["tests.distributed.bench", *tiny, *reference, "--output", str(output)]
+        accelerate_launch(path, module, tmp_path / f"{path}.log", PATHS[path])
+    result = json.loads(output.read_text())
+    assert result["processes"] == 2
+    agreement = result["agreement"]
+    assert agreement["path"] == "26 tensors with per_tensor masks under DeepSpeed ZeRO-3"
+    assert agreement["mask_replay"] < 1e-12
+    assert agreement["weight_replay"] == 0
+    assert 0 < agreement["mask_reference"] < 1e-6
+    assert set(result["relative_to_adamw"]) == set(result["optimizer_step_ms"]) == set(result["train_step_ms"])

@@ -15,6 +15,7 @@ import time
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,7 @@ class RecordingPRM(PRM):
     DeepSpeed calls `step()` once for each parameter group or sub-group: all of them go into one record.
     """
 
-    steps: list[dict] = []
+    steps: ClassVar[list[dict]] = []
 
     def _parts(self, group):
         parts = super()._parts(group)
@@ -193,7 +194,7 @@ def environment(options: dict, folder: Path):
     os.environ.update(options.get("environment", {}))
     if "deepspeed" in options:
         config = json.loads(Path(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text())
-        path = folder / f"deepspeed{os.environ.get('RANK', 0)}.json"
+        path = folder / f"deepspeed{os.environ.get('RANK', '0')}.json"
         path.write_text(json.dumps(merged(config, options["deepspeed"])))
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)
     try:
@@ -278,7 +279,7 @@ def main(plan: dict) -> None:
         with environment(options, folder):
             try:
                 result = train(options, plan["world_size"], folder) | {"error": None}
-            except Exception as error:  # every rank raises the same, or the launch runs into its time limit
+            except Exception as error:  # noqa: BLE001 - every rank raises the same, or the launch runs into its time limit
                 traceback.print_exc()
                 result = {"error": f"{type(error).__name__}: {error}"}
         print(f"==== {name}: {time.monotonic() - begin:.1f} s", flush=True)
