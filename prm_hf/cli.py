@@ -21,7 +21,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "folders",
         nargs="+",
         metavar="DIR",
-        help="run folders (recipes/dpo_noisy.py), folders of any transformers Trainer (trainer_state.json), or "
+        help="run folders (of the recipes), folders of any transformers Trainer (trainer_state.json), or "
         "folders that hold such folders",
     )
     # The formats are spelled out, for `--help` is to answer without numpy.

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .runs import ACCURACY, KL, Run, finite
+from .measures import Measures
+from .runs import KL, Run, finite
 from .statistics import (
     Interval,
     bootstrap_interval,
@@ -88,6 +89,10 @@ class Row:
     source: Row | None = None
 
     @property
+    def measures(self) -> Measures:
+        return self.runs[0].measures
+
+    @property
     def group(self) -> str:
         return method_group(self.method)
 
@@ -108,7 +113,7 @@ class Row:
 
     @property
     def accuracy(self) -> float:
-        return self.mean(ACCURACY)[0]
+        return self.mean(self.measures.accuracy)[0]
 
     def mean(self, name: str) -> tuple[float, float, int]:
         """Mean and standard error over seeds, and number of runs that have it; `"mean_q"` is the mean over the run."""
@@ -116,13 +121,13 @@ class Row:
         return mean_and_standard_error(np.array([value for value in values if value is not None], dtype=np.float64))
 
     def accuracy_error(self) -> tuple[float, str]:
-        """Standard error of the accuracy, and over what: `"seeds"`, with one seed `"pairs"`, or `""` (unknown)."""
-        accuracy, error, n = self.mean(ACCURACY)
+        """Standard error of the accuracy, and over what: `"seeds"`, with one seed `"examples"`, or `""` (unknown)."""
+        accuracy, error, n = self.mean(self.measures.accuracy)
         if n > 1:
             return error, "seeds"
-        pairs = [len(run.heldout) for run in self.runs if run.heldout is not None]
-        if n == 1 and pairs and finite(accuracy):
-            return proportion_standard_error(accuracy, pairs[0]), "pairs"
+        examples = [len(run.heldout) for run in self.runs if run.heldout is not None]
+        if n == 1 and examples and finite(accuracy):
+            return proportion_standard_error(accuracy, examples[0]), "examples"
         return float("nan"), ""
 
 
@@ -159,6 +164,10 @@ class Comparison:
     unfinished: list[Run] = field(default_factory=list)
     statements: list[str] = field(default_factory=list)
 
+    @property
+    def measures(self) -> Measures:
+        return self.runs[0].measures
+
     def methods(self, *groups: str) -> dict[str, list[Row]]:
         """Rows by method, of the groups named (default: all), in the table's order."""
         found: dict[str, list[Row]] = {}
@@ -187,7 +196,7 @@ def build_comparison(runs: list[Run]) -> Comparison:
 
     Raises:
         ValueError: no run is finished, or the runs cannot be compared: another data set, model or noise rate, another
-            number of held-out pairs, or two runs of one method, learning rate and seed.
+            number of held-out examples, or two runs of one method, learning rate and seed.
     """
     finished = [run for run in runs if run.finished]
     unfinished = [run for run in runs if not run.finished]
@@ -202,9 +211,11 @@ def build_comparison(runs: list[Run]) -> Comparison:
 
 
 def _check_comparable(runs: list[Run]) -> None:
-    for key in ("dataset", "model", "noise_rate"):
+    for key in ("task", "accuracy", "dataset", "model", "noise_rate"):
         _check_one_value(f"`{key}`", {run.name: run.info[key] for run in runs if run.info.get(key) is not None})
-    _check_one_value("the number of held-out pairs", {r.name: len(r.heldout) for r in runs if r.heldout is not None})
+    _check_one_value(
+        f"the number of {runs[0].measures.examples}", {r.name: len(r.heldout) for r in runs if r.heldout is not None}
+    )
     seen: dict[tuple, Run] = {}
     for run in runs:
         key = (run.method, format_rate(run.learning_rate), run.seed, _source_name(run))
@@ -294,15 +305,15 @@ def _contrasts(comparison: Comparison) -> list[Contrast]:
 
 
 def _outcomes(run: Run) -> np.ndarray | None:
-    """`[pairs]`: 1 where the held-out pair is right; `[1]`, the accuracy, where the pairs are not known."""
+    """`[examples]`: 1 where the held-out example is right; `[1]`, the accuracy, where they are not known."""
     if run.heldout is not None:
         return (run.heldout > 0).astype(np.float64)
-    accuracy = run.metrics.get(ACCURACY)
+    accuracy = run.metrics.get(run.measures.accuracy)
     return np.array([accuracy]) if finite(accuracy) else None
 
 
 def _stack(outcomes: list[np.ndarray]) -> np.ndarray:
-    """`[runs, pairs]`, or `[runs, 1]` (the accuracies) if the pairs of any run are not known."""
+    """`[runs, examples]`, or `[runs, 1]` (the accuracies) if the examples of any run are not known."""
     if len({values.size for values in outcomes}) > 1:
         outcomes = [np.array([values.mean()]) for values in outcomes]
     return np.stack(outcomes)

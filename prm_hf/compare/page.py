@@ -9,7 +9,7 @@ from typing import Any
 
 from .comparison import SAME_LR, Comparison, Contrast, best, display_name
 from .plots import method_styles
-from .tables import CONTRAST_HEADER, HEADER, contrast_cells, footnote, row_cells
+from .tables import CONTRAST_HEADER, contrast_cells, footnote, header, row_cells
 
 
 _CAPTIONS = {
@@ -92,8 +92,8 @@ def _subtitle(comparison: Comparison) -> str:
     info = next((run.info for run in comparison.runs if run.info.get("model")), {})
     parts = [f"{len(comparison.runs)} runs, {len(comparison.rows)} settings"]
     parts += [f"{key.replace('_', ' ')}: {info[key]}" for key in ("model", "dataset", "noise_rate") if key in info]
-    pairs = next((len(run.heldout) for run in comparison.runs if run.heldout is not None), None)
-    parts += [f"{pairs} held-out pairs"] if pairs else []
+    examples = next((len(run.heldout) for run in comparison.runs if run.heldout is not None), None)
+    parts += [f"{examples} {comparison.measures.examples}"] if examples else []
     return " · ".join(parts)
 
 
@@ -118,7 +118,7 @@ def _row_table(comparison: Comparison) -> str:
             cells[0] = f'<span class="chip" style="background:{styles[method][0]}"></span>{cells[0]}'
             kinds = [name for name, holds in (("best", row is top), ("first", row is members[0])) if holds]
             rows.append((" ".join(kinds), cells))
-    return _table(HEADER, {0}, rows)
+    return _table(header(comparison), {0}, rows)
 
 
 def _contrast_table(comparison: Comparison) -> str:
@@ -132,8 +132,8 @@ def _contrast_table(comparison: Comparison) -> str:
         kind = "first" if previous is not None and contrast.left.method != previous else ""
         previous = contrast.left.method
         rows.append((kind, [*cells, _interval_picture(contrast, reach), last]))
-    header = [*CONTRAST_HEADER[:-1], "", CONTRAST_HEADER[-1]]
-    table = _table(header, {0, 1, 3, 4}, rows)
+    heads = [*CONTRAST_HEADER[:-1], "", CONTRAST_HEADER[-1]]
+    table = _table(heads, {0, 1, 3, 4}, rows)
     return table + '<p class="quiet">The line in the middle is a difference of 0; right of it the first is better.</p>'
 
 

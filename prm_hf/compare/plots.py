@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .comparison import Comparison, Row, best, display_name, format_rate
-from .runs import ACCURACY, FLIPPED_FIT, KL, MEAN_Q, finite
+from .runs import KL, MEAN_Q, finite
 from .statistics import noise_floor
 
 
@@ -98,7 +98,7 @@ def plot_frontier(comparison: Comparison) -> Figure | None:
     """Held-out accuracy against `drift/kl`: a faint point a run, a curve a method through its learning rates.
 
     Curves go through the means over seeds (geometric for the KL), with standard errors: over seeds, or over held-out
-    pairs where there is one seed. None if no run has both numbers.
+    examples where there is one seed. None if no run has both numbers.
 
     Raises:
         ImportError: matplotlib is not installed; names the extra that brings it.
@@ -149,7 +149,7 @@ def plot_frontier(comparison: Comparison) -> Figure | None:
                     runs = [run for run in row.runs if _has_point(run)]
                     axes.scatter(
                         [run.metrics[KL] for run in runs],
-                        [run.metrics[ACCURACY] for run in runs],
+                        [run.metrics[run.measures.accuracy] for run in runs],
                         s=14,
                         color=colour,
                         alpha=0.35,
@@ -167,10 +167,11 @@ def plot_frontier(comparison: Comparison) -> Figure | None:
         axes.margins(y=0.1)
         _plain_log_ticks(axes, "x")
         axes.set_xlabel("drift/kl: KL(π‖π_ref), nats a token, log scale")
-        axes.set_ylabel("held-out accuracy (rewards/accuracies)")
+        axes.set_ylabel(f"held-out accuracy ({comparison.measures.accuracy})")
         axes.set_title("Held-out accuracy against drift")
         bars = " or ".join(
-            {"seeds": "over seeds", "pairs": "over held-out pairs (one seed)"}[kind] for kind in sorted(kinds)
+            {"seeds": "over seeds", "examples": f"over {comparison.measures.examples} (one seed)"}[kind]
+            for kind in sorted(kinds)
         )
         note = f"Bars: ± one standard error {bars}. " if bars else ""
         figure.supxlabel(
@@ -186,7 +187,7 @@ def plot_frontier(comparison: Comparison) -> Figure | None:
 
 
 def _has_point(run) -> bool:
-    return finite(run.metrics.get(KL)) and run.metrics[KL] > 0 and finite(run.metrics.get(ACCURACY))
+    return finite(run.metrics.get(KL)) and run.metrics[KL] > 0 and finite(run.metrics.get(run.measures.accuracy))
 
 
 def _on_frontier(row: Row) -> bool:
@@ -261,13 +262,14 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
 
 
 def plot_curves(comparison: Comparison) -> Figure | None:
-    """Held-out accuracy, flipped fit and `drift/kl` over the steps; the best learning rate of each method stands out.
+    """Held-out accuracy, fit of the noise and `drift/kl` over the steps; each method's best learning rate stands out.
 
     Lines are means over seeds with the range of the seeds as a band. None if nothing of this was logged.
     """
+    names = comparison.measures
     panels = (
-        (ACCURACY, "Held-out accuracy (rewards/accuracies)", False),
-        (FLIPPED_FIT, "Flipped fit (memorization/flipped_fit)", False),
+        (names.accuracy, f"Held-out accuracy ({names.accuracy})", False),
+        (names.noise_fit, f"{names.noise_label.capitalize()} ({names.noise_fit})", False),
         (KL, "KL to the reference (drift/kl), log scale", True),
     )
     return _plot_over_steps(comparison, panels, note="Thick: each method's most accurate learning rate. Thin: others.")

@@ -1,8 +1,8 @@
-"""Reading finished runs from disk: the folders that `recipes/dpo_noisy.py` writes, and any transformers Trainer's.
+"""Reading finished runs from disk: the folders that the recipes write, and any transformers Trainer's.
 
 A run folder holds `run.json` (what was run), `history.jsonl` (one JSON object a logged step), `metrics.json` (the
-final values, written last: a folder without it is unfinished) and, optionally, `margins.json` (one number a pair). A
-Trainer's folder holds `trainer_state.json`, in itself or in its `checkpoint-*` subfolders.
+final values, written last: a folder without it is unfinished) and, optionally, `margins.json` (one number an
+example). A Trainer's folder holds `trainer_state.json`, in itself or in its `checkpoint-*` subfolders.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Any
 
 import numpy as np
 
+from .measures import Measures, measures_of
+
 
 ACCURACY = "rewards/accuracies"
-FLIPPED_FIT = "memorization/flipped_fit"
 CLEAN_FIT = "memorization/clean_fit"
 KL = "drift/kl"
-REWARD_ABS = "drift/reward_abs"
 MEAN_Q = "mask/mean_q"
 
 SCHEMA = 1
 EXPECTED = (
-    "expected a run folder (run.json and metrics.json, as recipes/dpo_noisy.py writes them, or a Trainer's "
+    "expected a run folder (run.json and metrics.json, as the recipes write them, or a Trainer's "
     "trainer_state.json, also in checkpoint-*/), or a folder that holds such folders"
 )
 # What `write_report` puts beside the run folders; `prm-hf compare runs/dpo_noisy/*` is to work after a first report.
@@ -53,7 +53,8 @@ class Run:
         finished: False if the folder has no `metrics.json`; all that follows is then empty.
         metrics: final values by name (`rewards/accuracies`, `drift/kl`, …; `wall_seconds`, `steps`).
         history: one dict a logged step, with `step`; values of training batches are prefixed `train/`.
-        heldout: `[pairs]` float64, β·(log-ratio of chosen − of rejected) against the clean label, or None.
+        heldout: `[examples]` float64, one number a held-out example that is positive where the run is right, or None:
+            of a pair β·(log-ratio of chosen − of rejected) against the clean label.
         info: `run.json`, or what `trainer_state.json` says about the run.
         notes: remarks that a reader of the comparison must know.
     """
@@ -70,6 +71,10 @@ class Run:
     heldout: np.ndarray | None = None
     info: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def measures(self) -> Measures:
+        return measures_of(self.info)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -192,9 +197,13 @@ def _read_run(folder: Path) -> Run:
         margins = _read_json(folder / "margins.json").get("heldout")
         heldout = np.asarray(margins, dtype=np.float64) if margins else None
     notes = []
-    if heldout is not None and abs(np.mean(heldout > 0) - metrics.get(ACCURACY, np.mean(heldout > 0))) > 0.005:
+    try:
+        accuracy = measures_of(info).accuracy
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    if heldout is not None and abs(np.mean(heldout > 0) - metrics.get(accuracy, np.mean(heldout > 0))) > 0.005:
         notes.append(
-            f"its metrics.json says {ACCURACY} {metrics[ACCURACY]:.3f}, its margins.json {np.mean(heldout > 0):.3f}; "
+            f"its metrics.json says {accuracy} {metrics[accuracy]:.3f}, its margins.json {np.mean(heldout > 0):.3f}; "
             "intervals use the latter"
         )
     return Run(

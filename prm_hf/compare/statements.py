@@ -22,7 +22,7 @@ from .comparison import (
     display_name,
     format_rate,
 )
-from .runs import ACCURACY, KL, finite
+from .runs import KL, finite
 
 
 _VERDICTS = {
@@ -52,7 +52,7 @@ def write_statements(comparison: Comparison) -> list[str]:
     """The sentence that sums up, then one statement for each thing that a reader must know, in this order: the
     contrasts, what limits them, what is missing."""
     if best(comparison.rows) is None:
-        return [f"No run has {ACCURACY}: there is nothing to compare.", *_missing(comparison)]
+        return [f"No run has {comparison.measures.accuracy}: there is nothing to compare.", *_missing(comparison)]
     return [_headline(comparison), *_contrast_words(comparison), *_limits(comparison), *_missing(comparison)]
 
 
@@ -123,8 +123,8 @@ def _conclusion(
                 f"its mean step size, does it{only}"
             )
         return (
-            "so PRM is ahead here by more than a smaller step explains, on held-out pairs that also chose its "
-            f"learning rate, and on one task: the table does not show that it holds elsewhere{only}"
+            f"so PRM is ahead here by more than a smaller step explains, on {comparison.measures.examples} that also "
+            f"chose its learning rate, and on one task: the table does not show that it holds elsewhere{only}"
         )
     if "less accurate" in verdicts and "more accurate" not in verdicts:
         return f"so PRM loses to {name} here{only}"
@@ -209,8 +209,8 @@ def _limits(comparison: Comparison) -> list[str]:
         words.append(f"At the edge of its grid, so that its true best may lie outside: {'; '.join(edges)}.")
     if any(len(rows) > 1 for rows in comparison.methods().values()):
         words.append(
-            "Each method's best learning rate was picked on the same held-out pairs that its accuracy is given on, so "
-            "every best is optimistic, and the intervals do not count the picking."
+            f"Each method's best learning rate was picked on the same {comparison.measures.examples} that its "
+            "accuracy is given on, so every best is optimistic, and the intervals do not count the picking."
         )
     if any(c.kind in (EQUAL_KL, EQUAL_KL_MEAN) and c.interval for c in comparison.contrasts):
         words.append(
@@ -240,15 +240,15 @@ def _edge(rows: list[Row]) -> str:
 
 def _seed_words(comparison: Comparison) -> str:
     counts = sorted({len(row.runs) for row in comparison.rows})
-    pairs = any(run.heldout is not None for run in comparison.runs)
+    known, examples = any(run.heldout is not None for run in comparison.runs), comparison.measures.examples
     if counts == [1]:
         return "One seed: the spread over seeds is not measured" + (
-            ". The intervals count the held-out pairs alone and hold for this seed; another may well lie outside them."
-            if pairs
-            else ", and without margins.json neither is that over held-out pairs: there are no intervals."
+            f". The intervals count the {examples} alone and hold for this seed; another may well lie outside them."
+            if known
+            else f", and without margins.json neither is that over {examples}: there are no intervals."
         )
     words = f"{counts[0]} seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
-    words += " a row; the intervals resample " + ("seeds and held-out pairs." if pairs else "seeds alone.")
+    words += " a row; the intervals resample " + (f"seeds and {examples}." if known else "seeds alone.")
     if counts[0] == 1:
         words += " A difference over one shared seed holds for that seed alone."
     if counts[-1] <= 3:

@@ -8,17 +8,18 @@ import textwrap
 from typing import Any
 
 from .comparison import EQUAL_KL_MEAN, Comparison, Contrast, Row, format_rate
-from .runs import ACCURACY, CLEAN_FIT, FLIPPED_FIT, KL, REWARD_ABS, SCHEMA, finite
+from .runs import CLEAN_FIT, KL, SCHEMA, finite
 from .statements import format_interval, verdict
 
 
 WIDTH = 120
-HEADER = ["method", "lr", "seeds", "accuracy", "flipped fit", "clean fit", "drift/kl", "|reward|", "mean q", "wall s"]
 CONTRAST_HEADER = ["accuracy of", "minus that of", "difference [95 % interval]", "so the first is"]
-_FOOTNOTE = (
-    "Means over seeds. accuracy: rewards/accuracies, held-out pairs; flipped, clean fit: memorization/*; drift/kl: "
-    "nats a token; |reward|: drift/reward_abs; mean q: mean of the mask over the run; -: not measured."
-)
+
+
+def header(comparison: Comparison) -> list[str]:
+    names = comparison.measures
+    fits = [names.noise_label, "clean fit"]
+    return ["method", "lr", "seeds", "accuracy", *fits, "drift/kl", names.extra_label, "mean q", "wall s"]
 
 
 def _number(value: float, digits: int = 3) -> str:
@@ -35,19 +36,20 @@ def row_cells(row: Row) -> list[str]:
         value = row.mean(name)[0]
         return f"{value:.3f}" if finite(value) else "-"
 
-    accuracy = share(ACCURACY)
+    names = row.measures
+    accuracy = share(names.accuracy)
     error, over = row.accuracy_error()
     if over:
-        accuracy += f" ± {error:.3f}" + ("*" if over == "pairs" else "")
+        accuracy += f" ± {error:.3f}" + ("*" if over == "examples" else "")
     return [
         row.name,
         format_rate(row.learning_rate),
         str(len(row.runs)),
         accuracy,
-        share(FLIPPED_FIT),
+        share(names.noise_fit),
         share(CLEAN_FIT),
         _number(row.mean(KL)[0]),
-        _number(row.mean(REWARD_ABS)[0]),
+        _number(row.mean(names.extra)[0]),
         _number(row.mean("mean_q")[0]),
         _number(row.mean("wall_seconds")[0]),
     ]
@@ -60,16 +62,22 @@ def contrast_cells(contrast: Contrast) -> list[str]:
 
 def footnote(comparison: Comparison) -> str:
     """What the columns mean, and what the ± of the accuracies is."""
-    over = {row.accuracy_error()[1] for row in comparison.rows}
+    over, names = {row.accuracy_error()[1] for row in comparison.rows}, comparison.measures
     notes = ["±: standard error over seeds"] if "seeds" in over else []
-    notes += ["±…*: one seed, standard error over held-out pairs"] if "pairs" in over else []
-    return f"{_FOOTNOTE} {'; '.join(notes)}." if notes else _FOOTNOTE
+    notes += [f"±…*: one seed, standard error over {names.examples}"] if "examples" in over else []
+    fits = names.noise_label.removesuffix(" fit")
+    extra = "" if names.extra == names.extra_label else f" {names.extra_label}: {names.extra};"
+    words = (
+        f"Means over seeds. accuracy: {names.accuracy}, {names.examples}; {fits}, clean fit: memorization/*; "
+        f"drift/kl: nats a token;{extra} mean q: mean of the mask over the run; -: not measured."
+    )
+    return f"{words} {'; '.join(notes)}." if notes else words
 
 
-def _align(header: list[str], rows: list[list[str]], left: set[int]) -> list[str]:
+def _align(heads: list[str], rows: list[list[str]], left: set[int]) -> list[str]:
     """Lines of at most `WIDTH` columns; where they would be longer, the widest left-aligned column is cut with `…`."""
-    table = [header, *rows]
-    widths = [max(len(cells[i]) for cells in table) for i in range(len(header))]
+    table = [heads, *rows]
+    widths = [max(len(cells[i]) for cells in table) for i in range(len(heads))]
     while sum(widths) + 2 * (len(widths) - 1) > WIDTH:
         widest = max(left, key=lambda i: widths[i])
         widths[widest] -= 1
@@ -86,7 +94,7 @@ def _wrap(text: str, first: str = "", rest: str = "") -> str:
 
 
 def plain_text(comparison: Comparison) -> str:
-    parts = ["\n".join(_align(HEADER, [row_cells(row) for row in comparison.rows], left={0}))]
+    parts = ["\n".join(_align(header(comparison), [row_cells(row) for row in comparison.rows], left={0}))]
     parts.append(_wrap(footnote(comparison)))
     summary, *others = comparison.statements
     parts.append(_wrap(summary))
@@ -98,13 +106,13 @@ def plain_text(comparison: Comparison) -> str:
 
 
 def markdown(comparison: Comparison) -> str:
-    def table(header: list[str], rows: list[list[str]], left: set[int]) -> str:
-        escaped = [[cell.replace("|", "\\|") for cell in cells] for cells in (header, *rows)]
-        rule = [":--" if i in left else "--:" for i in range(len(header))]
+    def table(heads: list[str], rows: list[list[str]], left: set[int]) -> str:
+        escaped = [[cell.replace("|", "\\|") for cell in cells] for cells in (heads, *rows)]
+        rule = [":--" if i in left else "--:" for i in range(len(heads))]
         return "\n".join("| " + " | ".join(cells) + " |" for cells in (escaped[0], rule, *escaped[1:]))
 
     summary, *others = comparison.statements
-    parts = [f"**{summary}**", table(HEADER, [row_cells(row) for row in comparison.rows], {0})]
+    parts = [f"**{summary}**", table(header(comparison), [row_cells(row) for row in comparison.rows], {0})]
     parts.append(footnote(comparison).replace("*", "\\*").replace("|", "\\|"))
     if comparison.contrasts:
         cells = [contrast_cells(contrast) for contrast in comparison.contrasts]

@@ -1,21 +1,33 @@
 """Numbers that say how accurate a policy is, how far it drifted, and what noise it learnt by heart."""
 
 from .drift import ParameterDrift, drift_metrics
-from .evaluation import PairEvaluation, SequenceEvaluation, evaluate_pairs, evaluate_sequences
-from .memorization import memorization_metrics, memorization_rows
+from .evaluation import (
+    ClassEvaluation,
+    PairEvaluation,
+    SequenceEvaluation,
+    evaluate_classes,
+    evaluate_pairs,
+    evaluate_sequences,
+)
+from .memorization import completion_metrics, fit_metrics, memorization_metrics, memorization_rows, row_fit
 from .rewards import reward_accuracy, reward_margins, reward_metrics
 
 
 __all__ = [
+    "ClassEvaluation",
     "PairEvaluation",
     "ParameterDrift",
     "SequenceEvaluation",
+    "completion_metrics",
     "drift_metrics",
+    "evaluate_classes",
     "evaluate_pairs",
     "evaluate_sequences",
+    "fit_metrics",
     "memorization_metrics",
     "memorization_rows",
     "reward_accuracy",
     "reward_margins",
     "reward_metrics",
+    "row_fit",
 ]

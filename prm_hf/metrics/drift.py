@@ -28,8 +28,15 @@ def drift_metrics(evaluation: PairEvaluation | SequenceEvaluation, beta: float |
         without tokens counts as 0.
         `drift/kl`: mean over completion tokens of KL(π‖π_ref), full vocabulary, nats a token; left out if the
         reference could not be run.
+
+    Raises:
+        ValueError: the evaluation is one without a reference.
     """
     table = evaluation.completions() if isinstance(evaluation, PairEvaluation) else evaluation
+    if table.logratio is None:
+        raise ValueError(
+            "`evaluation` was made without a reference, so there is no drift in it. Pass `ref_model` to it."
+        )
     absolute = table.logratio.abs()
     metrics = {"drift/logratio_abs": (absolute / table.tokens.clamp(min=1)).mean().item()}
     if beta is not None:

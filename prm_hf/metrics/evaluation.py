@@ -1,15 +1,15 @@
-"""One pass over held-out completions: a table with one entry a completion, from which every metric is computed.
+"""One pass over held-out rows: a table with one entry a completion, from which every metric is computed.
 
-`evaluate_pairs` and `evaluate_sequences` run the policy and its reference once over a dataset. What they return is on
-the CPU, in dataset order, the same on every process, and free of the duplicates that fill uneven last batches, so that
-`rewards.py`, `drift.py` and `memorization.py` are pure functions of it.
+`evaluate_pairs` and `evaluate_sequences` run the policy and its reference once over a dataset, `evaluate_classes` a
+classifier. What they return is on the CPU, in dataset order, the same on every process, and free of the duplicates
+that fill uneven last batches, so that `rewards.py`, `drift.py` and `memorization.py` are pure functions of it.
 """
 
 import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -31,24 +31,28 @@ class SequenceEvaluation:
 
     Attributes:
         logps: Summed log-probability of each completion under the policy, nats. Shape `(n,)`, float64.
-        logratio: Summed log π(completion) - log π_ref(completion), nats. Shape `(n,)`, float64.
+        logratio: Summed log π(completion) - log π_ref(completion), nats. Shape `(n,)`, float64; None if there is no
+            reference.
         tokens: Number of completion tokens. Shape `(n,)`, int64; 0 where truncation left none.
         kl: KL(π‖π_ref) over the full vocabulary, summed over the positions of the completion's tokens, nats.
-            Shape `(n,)`, float64; None if the reference is known by its log-probabilities alone.
+            Shape `(n,)`, float64; None if the reference is known by its log-probabilities alone, or not at all.
+        correct: Number of completion tokens that are the policy's most probable ones there. Shape `(n,)`, int64.
+            Where all are, greedy decoding gives just this completion.
     """
 
     logps: torch.Tensor
-    logratio: torch.Tensor
+    logratio: torch.Tensor | None
     tokens: torch.Tensor
     kl: torch.Tensor | None
+    correct: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.logps.numel()
 
     def select(self, rows: torch.Tensor) -> "SequenceEvaluation":
         """The table of some completions only; `rows` is a bool mask of shape `(n,)` or a list of indices."""
-        kl = None if self.kl is None else self.kl[rows]
-        return SequenceEvaluation(self.logps[rows], self.logratio[rows], self.tokens[rows], kl)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return SequenceEvaluation(**{name: None if value is None else value[rows] for name, value in values.items()})
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,21 @@ class PairEvaluation:
 
     def completions(self) -> SequenceEvaluation:
         """All 2n completions in one table, chosen ones first."""
-        kl = None if self.chosen.kl is None else torch.cat([self.chosen.kl, self.rejected.kl])
+        both = {f.name: (getattr(self.chosen, f.name), getattr(self.rejected, f.name)) for f in fields(self.chosen)}
         return SequenceEvaluation(
-            logps=torch.cat([self.chosen.logps, self.rejected.logps]),
-            logratio=torch.cat([self.chosen.logratio, self.rejected.logratio]),
-            tokens=torch.cat([self.chosen.tokens, self.rejected.tokens]),
-            kl=kl,
+            **{name: None if values[0] is None else torch.cat(values) for name, values in both.items()}
         )
+
+
+@dataclass(frozen=True)
+class ClassEvaluation:
+    """What a classifier says about `n` rows: `correct` (bool) and cross-entropy `loss` (float64, nats), `(n,)`."""
+
+    correct: torch.Tensor
+    loss: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.loss.numel()
 
 
 def evaluate_pairs(
@@ -120,9 +132,33 @@ def evaluate_sequences(
 ) -> SequenceEvaluation:
     """Evaluates single sequences: as `evaluate_pairs`, for batches that hold one sequence a row.
 
-    The batch has `input_ids` and `labels` of shape `(rows, length)`, labels -100 where a token is not evaluated.
+    The batch has `input_ids` and `labels` of shape `(rows, length)`, labels -100 where a token is not evaluated. A
+    reference is not needed; without one `logratio` and `kl` are None.
     """
     return _evaluate(model, dataset, collate, accelerator, ref_model, batch_size, sequences_per_row=1)[0]
+
+
+def evaluate_classes(
+    model: nn.Module,
+    dataset: Sequence[dict[str, Any]],
+    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+    accelerator: Accelerator,
+    *,
+    batch_size: int = 8,
+) -> ClassEvaluation:
+    """Evaluates a classifier: as `evaluate_pairs`, for batches with `labels` of shape `(rows,)` and whatever the model
+    takes to give `logits` of shape `(rows, classes)`."""
+
+    def score(batch: dict[str, Any], _: bool) -> torch.Tensor:
+        batch = {k: v.to(accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        labels = batch.pop("labels")
+        with torch.no_grad(), accelerator.autocast():
+            logits = model(**batch).logits.float()
+        loss = nn.functional.cross_entropy(logits, labels, reduction="none")
+        return torch.stack([logits.argmax(-1) == labels, loss], dim=1).cpu().double()
+
+    correct, loss = _table([model], dataset, collate, accelerator, batch_size, score).unbind(1)
+    return ClassEvaluation(correct.bool(), loss)
 
 
 def _evaluate(
@@ -134,6 +170,36 @@ def _evaluate(
     batch_size: int,
     sequences_per_row: int,
 ) -> list[SequenceEvaluation]:
+    is_pairs = sequences_per_row == 2
+
+    def score(batch: dict[str, Any], is_first: bool) -> torch.Tensor:
+        scores = _score_batch(model, ref_model, batch, accelerator, check=is_first, needs_reference=is_pairs)
+        return scores.view(5, sequences_per_row, -1).permute(2, 0, 1)
+
+    models = [m for m in (model, ref_model) if m is not None]
+    logps, tokens, correct, logratio, kl = _table(models, dataset, collate, accelerator, batch_size, score).unbind(1)
+    has_kl = ref_model is not None or is_peft_model(accelerator.unwrap_model(model))
+    return [
+        SequenceEvaluation(
+            logps=logps[:, i],
+            logratio=logratio[:, i] if has_kl or is_pairs else None,
+            tokens=tokens[:, i].long(),
+            kl=kl[:, i] if has_kl else None,
+            correct=correct[:, i].long(),
+        )
+        for i in range(sequences_per_row)
+    ]
+
+
+def _table(
+    models: list[nn.Module],
+    dataset: Sequence[dict[str, Any]],
+    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+    accelerator: Accelerator,
+    batch_size: int,
+    score: Callable[[dict[str, Any], bool], torch.Tensor],
+) -> torch.Tensor:
+    """What `score(batch, is_first)` gives, float64 on the CPU with one entry a row of the batch, for all `n` rows."""
     n = len(dataset)
     if n == 0:
         raise ValueError("`dataset` has no rows to evaluate: pass a dataset with at least one row.")
@@ -143,7 +209,7 @@ def _evaluate(
             f"Drift can't be measured under tensor, context or sequence parallelism ({parallelism}): the processes of "
             "one group would be handed different rows. Use data parallelism alone, or set `drift_metrics=False`."
         )
-    if isinstance(model, FullyShardedDataParallel):
+    if isinstance(models[0], FullyShardedDataParallel):
         raise TypeError(
             "Drift can't be measured under FSDP version 1, whose flat parameters are whole only inside its own "
             "forward. Set `fsdp_version: 2`, or `drift_metrics=False`."
@@ -151,9 +217,7 @@ def _evaluate(
     world, rank = accelerator.num_processes, accelerator.process_index
     batch_size = min(batch_size, math.ceil(n / world))
     steps = math.ceil(n / (batch_size * world))
-    has_kl = ref_model is not None or is_peft_model(accelerator.unwrap_model(model))
 
-    models = [m for m in (model, ref_model) if m is not None]
     was_training = [m.training for m in models]
     for m in models:
         m.eval()
@@ -164,28 +228,27 @@ def _evaluate(
             # Rows past the end are replaced by earlier ones, so that every process makes the same number of forward
             # passes (ZeRO-3 and FSDP gather weights in each); the surplus is cut off below.
             batch = collate([dict(dataset[i % n]) for i in range(start, start + batch_size)])
-            scores = _score_batch(model, ref_model, batch, accelerator, check=step == 0)
-            table.append(scores.view(4, sequences_per_row, batch_size).permute(2, 0, 1))
+            table.append(score(batch, step == 0))
     finally:
         for m, training in zip(models, was_training, strict=True):
             m.train(training)
 
-    table = torch.stack(table)  # (steps, rows, 4, sequences)
+    table = torch.stack(table)  # (steps, rows, …)
     if world > 1:
         table = accelerator.gather(table.to(accelerator.device)).cpu()
     # Gathered process by process; the dataset goes step by step, and within a step process by process
-    table = table.view(world, steps, batch_size, 4, sequences_per_row).transpose(0, 1).flatten(0, 2)[:n]
-    logps, logratio, tokens, kl = table.unbind(1)
-    return [
-        SequenceEvaluation(logps[:, i], logratio[:, i], tokens[:, i].long(), kl[:, i] if has_kl else None)
-        for i in range(sequences_per_row)
-    ]
+    return table.view(world, steps, batch_size, *table.shape[2:]).transpose(0, 1).flatten(0, 2)[:n]
 
 
 def _score_batch(
-    model: nn.Module, ref_model: nn.Module | None, batch: dict[str, Any], accelerator: Accelerator, check: bool
+    model: nn.Module,
+    ref_model: nn.Module | None,
+    batch: dict[str, Any],
+    accelerator: Accelerator,
+    check: bool,
+    needs_reference: bool,
 ) -> torch.Tensor:
-    """Sums over the tokens of each sequence: logps, logratio, tokens, kl. Shape `(4, sequences)`, float64, CPU."""
+    """Sums over the tokens of each sequence: logps, tokens, correct, logratio, kl. `(5, sequences)`, float64, CPU."""
     batch = {k: v.to(accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     ref_logps = [batch.pop(key, None) for key in ("ref_chosen_logps", "ref_rejected_logps")]
     labels, completion_mask = batch.pop("labels", None), batch.pop("completion_mask", None)
@@ -213,30 +276,35 @@ def _score_batch(
                 policy.check()
                 if ref is not None:
                     ref.check()
-            logps, logratio, kl = _score_tokens(policy, ref, targets)
+            logps, correct, logratio, kl = _score_tokens(policy, ref, targets)
 
     def total(per_token: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(labels), dtype=torch.float64).index_add_(0, rows, per_token.cpu().double())
 
-    logps, tokens = total(logps), torch.bincount(rows, minlength=len(labels)).double()
+    own = [total(logps), torch.bincount(rows, minlength=len(labels)).double(), total(correct)]
     if ref is not None:
-        return torch.stack([logps, total(logratio), tokens, total(kl)])
-    if ref_logps[0] is None:
+        return torch.stack([*own, total(logratio), total(kl)])
+    unknown = torch.zeros_like(own[0])
+    if ref_logps[0] is not None:
+        return torch.stack([*own, own[0] - torch.cat(ref_logps).cpu().double(), unknown])
+    if needs_reference:
         raise ValueError(
             "There is no reference to measure the drift from: `ref_model` is None, `model` is not a PEFT model, and "
             "the batch has no `ref_chosen_logps`. Pass `ref_model`, or precompute the reference log-probabilities."
         )
-    return torch.stack([logps, logps - torch.cat(ref_logps).cpu().double(), tokens, torch.zeros_like(logps)])
+    return torch.stack([*own, unknown, unknown])
 
 
 def _score_tokens(policy: "_Forward", ref: "_Forward | None", targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Log-probability of each target, its difference to the reference's, and the KL there. Shapes `(tokens,)`."""
-    logps, logratio, kl = [], [], []
+    """Of each target: its log-probability, whether it is the most probable token, the difference to the reference's
+    log-probability, and the KL there. Shapes `(tokens,)`."""
+    logps, correct, logratio, kl = [], [], [], []
     # Split up front, so that a batch without a single completion token gives one empty chunk
     for positions in torch.arange(len(targets), device=targets.device).split(CHUNK_TOKENS):
         target = targets[positions, None]
         log_p = policy.logits(policy.hidden[positions]).log_softmax(-1)
         logps.append(log_p.gather(-1, target.to(log_p.device)).squeeze(-1))
+        correct.append(log_p.argmax(-1) == target.to(log_p.device).squeeze(-1))
         if ref is not None:
             log_r = ref.logits(ref.hidden[positions]).log_softmax(-1).to(log_p.device)
             if log_r.shape != log_p.shape:
@@ -248,7 +316,7 @@ def _score_tokens(policy: "_Forward", ref: "_Forward | None", targets: torch.Ten
             # A token the policy never emits adds nothing, also where the reference never emits it (0 · (-inf + inf))
             kl.append(torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_r)).sum(-1))
     empty = targets.new_zeros(0, dtype=torch.float32)
-    return tuple(torch.cat(chunks) if chunks else empty for chunks in (logps, logratio, kl))
+    return tuple(torch.cat(chunks) if chunks else empty for chunks in (logps, correct, logratio, kl))
 
 
 @contextlib.contextmanager

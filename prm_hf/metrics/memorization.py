@@ -1,9 +1,9 @@
-"""How far a policy has learnt the labels of its training pairs by heart, flipped ones and others apart."""
+"""How far a model has learnt its training labels by heart, corrupted ones and others apart."""
 
 import torch
 
-from .evaluation import PairEvaluation
-from .rewards import reward_accuracy
+from .evaluation import ClassEvaluation, PairEvaluation, SequenceEvaluation
+from .rewards import reward_accuracy, reward_margins
 
 
 def memorization_rows(n: int, max_rows: int | None) -> list[int]:
@@ -41,4 +41,72 @@ def memorization_metrics(pairs: PairEvaluation, flipped: torch.Tensor, beta: flo
     for name, mask in (("memorization/flipped_fit", flipped), ("memorization/clean_fit", ~flipped)):
         if mask.any():
             metrics[name] = reward_accuracy(pairs.select(mask), beta)
+    return metrics
+
+
+def completion_metrics(sequences: SequenceEvaluation) -> dict[str, float]:
+    """How well a model knows completions: means over rows.
+
+    Returns:
+        `exact_match`: share of the completions that greedy decoding would give, token by token. `token_accuracy`: mean
+        share of a completion's tokens that are the most probable ones, given those before. A completion without
+        tokens counts as wrong.
+    """
+    fit, _ = row_fit(sequences)
+    exact = (sequences.correct == sequences.tokens) & (sequences.tokens > 0)
+    return {"exact_match": exact.double().mean().item(), "token_accuracy": fit.mean().item()}
+
+
+def row_fit(
+    table: ClassEvaluation | SequenceEvaluation | PairEvaluation, beta: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How well a model fits each of `n` rows as they are labelled.
+
+    Returns:
+        Fit and loss, shape `(n,)`, float64. Of classes, whether the class is right, and the cross-entropy. Of
+        completions, the share of tokens that are right, and the mean loss a token (0 of a completion without tokens).
+        Of pairs, whether the chosen completion has the larger reward, and DPO's loss -log σ(margin), `beta` its β.
+    """
+    if isinstance(table, ClassEvaluation):
+        return table.correct.double(), table.loss
+    if isinstance(table, SequenceEvaluation):
+        tokens = table.tokens.clamp(min=1)
+        return table.correct / tokens.double(), -table.logps / tokens
+    margins = reward_margins(table, beta)
+    return (margins > 0).double(), -torch.nn.functional.logsigmoid(margins)
+
+
+def fit_metrics(
+    train: tuple[torch.Tensor, torch.Tensor],
+    corrupted: torch.Tensor,
+    heldout: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> dict[str, float]:
+    """Fit of training rows, corrupted and clean apart, and of held-out rows.
+
+    Args:
+        train: fit and loss of `n` training rows, as from `row_fit`, against the labels trained on.
+        corrupted: which of them are corrupted. Shape `(n,)`, bool.
+        heldout: fit and loss of the held-out rows.
+
+    Returns:
+        `memorization/corrupted_fit` (1: the noise is learnt by heart), `memorization/clean_fit`, each also as `…_loss`
+        and each only if there is such a row; `memorization/train_fit` over both; `memorization/heldout_fit` and
+        `…_loss`, and `memorization/gap`, the train fit minus the held-out fit.
+    """
+    corrupted = torch.as_tensor(corrupted, dtype=torch.bool)
+    if corrupted.shape != train[0].shape:
+        raise ValueError(
+            f"`corrupted` must have one entry for each of the {len(train[0])} rows, got shape "
+            f"{tuple(corrupted.shape)}: pass that column of the rows that were evaluated."
+        )
+    metrics = {}
+    for name, mask in (("corrupted", corrupted), ("clean", ~corrupted)):
+        if mask.any():
+            for what, values in zip(("fit", "loss"), train, strict=True):
+                metrics[f"memorization/{name}_{what}"] = values[mask].mean().item()
+    metrics["memorization/train_fit"] = train[0].mean().item()
+    if heldout is not None:
+        for what, values in zip(("fit", "loss"), heldout, strict=True):
+            metrics[f"memorization/heldout_{what}"] = values.mean().item()
+        metrics["memorization/gap"] = metrics["memorization/train_fit"] - metrics["memorization/heldout_fit"]
     return metrics

@@ -3,11 +3,13 @@
 from .arguments import PRMArguments, PRMDPOConfig, PRMSFTConfig
 from .callbacks import PRMCallback
 from .dpo import PRMDPOTrainer
+from .memorization import MemorizationCallback
 from .mixin import PRMTrainerMixin
 from .sft import PRMSFTTrainer
 
 
 __all__ = [
+    "MemorizationCallback",
     "PRMArguments",
     "PRMCallback",
     "PRMDPOConfig",

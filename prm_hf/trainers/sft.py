@@ -11,7 +11,7 @@ from trl import SFTTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import get_config_model_id
 
-from ..metrics import drift_metrics, evaluate_sequences
+from ..metrics import SequenceEvaluation, completion_metrics, drift_metrics, evaluate_sequences
 from .arguments import PRMSFTConfig, check_deepspeed_config
 from .mixin import PRMTrainerMixin, rows_of
 
@@ -23,14 +23,20 @@ class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
     """
     TRL's [`~trl.SFTTrainer`], trained with PRM. ("PRM" is the optimizer here, not a process reward model.)
 
-    With `args.drift_metrics` each evaluation, and one at the end of training, measures how far the model has moved
-    from the one that training started from:
+    With `args.drift_metrics` each evaluation, and one at the end of training, measures on each split of
+    `eval_dataset`, over the tokens that the loss is taken on and under the split's prefix:
+
+    - `exact_match`, the share of rows whose completion greedy decoding would give, and `token_accuracy`, both exact
+      means over rows (not with packing, since a row then holds many completions);
+
+    and how far the model has moved from the one that training started from:
 
     - `drift/params_rel`, once an evaluation, under `eval_`;
-    - `drift/kl` and `drift/logratio_abs` on each split of `eval_dataset`, over the tokens that the loss is taken on,
-      under the split's prefix. They take a reference to compare with: for a PEFT model the base model is one, at no
-      cost; in full fine-tuning it is `ref_model`, and without it they are not measured. (With packing,
-      `drift/logratio_abs` is not, since a row then holds many completions.)
+    - `drift/kl` and `drift/logratio_abs` on each split. They take a reference to compare with: for a PEFT model the
+      base model is one, at no cost; in full fine-tuning it is `ref_model`, and without it they are not measured. (With
+      packing, `drift/logratio_abs` is not.)
+
+    [`MemorizationCallback`] measures how much of corrupted training rows is learnt by heart.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -41,6 +47,11 @@ class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
             The model to measure drift from, usually a second copy of `model` as it is before training.
         *positional, **kwargs:
             All other arguments of [`~trl.SFTTrainer`].
+
+    Attributes:
+        sequence_evaluations (`dict[str, SequenceEvaluation]`):
+            The tables behind the metrics of the last evaluation, on the CPU, the same on all processes: one a split
+            by its prefix (`"eval"` or `"eval_<split>"`).
     """
 
     def __init__(
@@ -65,6 +76,7 @@ class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
                 "`ref_model` only serves `drift_metrics`, which is False: set it to True, or drop the model."
             )
         super().__init__(model, args, *positional, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs, **kwargs)
+        self.sequence_evaluations: dict[str, SequenceEvaluation] = {}
 
         if ref_model is None:
             self.ref_model = None
@@ -83,13 +95,12 @@ class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
     def _has_reference(self) -> bool:
         return self.ref_model is not None or is_peft_model(self.model)
 
-    def _split_metrics(self, dataloader: DataLoader, prefix: str) -> dict[str, float]:
-        if not self._has_reference():
-            return {}
+    def evaluate_sequences(self, dataloader: DataLoader) -> SequenceEvaluation:
+        """Evaluates the model, and the reference if there is one, on the rows of a dataloader. Collective."""
         packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
         # A padding-free batch is one long sequence: taken row by row, its sums are the row's
         flat = self.padding_free or packing
-        table = evaluate_sequences(
+        return evaluate_sequences(
             self.model_wrapped,
             rows_of(dataloader),
             dataloader.collate_fn,
@@ -97,7 +108,15 @@ class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
             ref_model=self.ref_model,
             batch_size=1 if flat else self.args.per_device_eval_batch_size,
         )
-        metrics = drift_metrics(table)
+
+    def _split_metrics(self, dataloader: DataLoader, prefix: str) -> dict[str, float]:
+        packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
+        if packing and not self._has_reference():
+            return {}
+        table = self.evaluate_sequences(dataloader)
+        self.sequence_evaluations[prefix] = table
+        metrics = drift_metrics(table) if self._has_reference() else {}
         if packing:
             del metrics["drift/logratio_abs"]
-        return metrics
+            return metrics
+        return {**completion_metrics(table), **metrics}
