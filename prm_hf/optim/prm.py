@@ -4,6 +4,8 @@ The class validates, holds the state and dispatches. The mathematics is in `mask
 a tensor live, in `prm_hf.sharding`.
 """
 
+import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,7 +107,8 @@ class PRM(Optimizer):
             published behaviour, which closes the mask on the small gradients of language models.
         maximize (`bool`): ascend.
         foreach (`bool`, *optional*): multi-tensor implementation; by default wherever `torch.optim.AdamW` uses it.
-        fused (`bool`, *optional*): not implemented yet; `True` raises.
+        fused (`bool`, *optional*): one Triton kernel for all tensors; by default on CUDA where Triton is installed,
+            unless `foreach` or `differentiable` is set.
         capturable (`bool`): keep `step` on the device and let no value decide control flow, for CUDA graphs.
         differentiable (`bool`): let autograd run through the step.
 
@@ -191,6 +194,8 @@ class PRM(Optimizer):
         self._created: list[dict[str, Any]] = []  # the settings of each group as they were given
         self._tensor_vars: Tensor | None = None  # `grad_var` of all tensors, where parameters are flat buffers
         self._started = False
+        self._fused_tables: dict[tuple, Any] = {}  # of `fused.FusedStep`
+        self._plan: Any = None  # `fused.FusedPlan`
 
     def _register_group(self, group: dict[str, Any]) -> None:
         group[_NUMBER] = self._locator.register(group["params"])
@@ -214,6 +219,7 @@ class PRM(Optimizer):
             self._start_unlocated()
             for group in self.param_groups:
                 self._register_group(group)
+        self._plan, self._fused_tables = None, {}  # of state that is no more
         for number, group in enumerate(self.param_groups):
             group.setdefault(_NUMBER, number)
             for key, value in _GROUP_DEFAULTS.items():
@@ -284,6 +290,10 @@ class PRM(Optimizer):
     # Traced into one graph, the step would be compiled anew whenever one of its scalars changes.
     @torch._disable_dynamo
     def _step(self) -> None:
+        if self._plan is not None:
+            if self._plan.step(self.param_groups, [_hyperparameters(group) for group in self.param_groups]):
+                return
+            self._plan = None
         self._locate()
         parts = [part for group in self.param_groups for part in self._parts(group)]
         if self._is_initialization(parts):
@@ -291,11 +301,43 @@ class PRM(Optimizer):
         counters = {id(step): step for part in parts for step in part.counters}
         if counters:
             torch._foreach_add_(list(counters.values()), 1)
-        steps = [ListStep(**part.lists, hyper=part.hyper, foreach=part.foreach) if part else None for part in parts]
+        steps = [self._list_step(part) if part else None for part in parts]
+        if self._locator.layout is None:
+            # No other process has a part of these tensors, so that a fused step needs no pause between its halves.
+            for i, part in enumerate(parts):
+                if part.fused:
+                    steps[i].whole()
+            self._make_plan(parts)
+            steps, parts = ([x for x, part in zip(xs, parts, strict=True) if not part.fused] for xs in (steps, parts))
         sums = [step and step.moments() for step in steps]
         for step, q in zip(steps, self._tensor_masks(parts, sums), strict=True):
             if step:
                 step.update(q)
+
+    def _list_step(self, part: "_Part") -> Any:
+        if part.fused:
+            from .fused import FusedStep
+
+            lists = part.lists
+            if part.tensors and self._locator.layout is None:  # the kernel itself advances `grad_var`
+                lists = lists | {"grad_vars": [grad_var for _, grad_var, _ in part.tensors.values()]}
+            return FusedStep(lists, part.hyper, self._fused_tables)
+        return ListStep(**part.lists, hyper=part.hyper, foreach=part.foreach)
+
+    def _make_plan(self, parts: list["_Part"]) -> None:
+        """Prepares the next steps, if they can be expected to be just like this one."""
+        if not parts or not all(part.fused and not part.hyper["capturable"] for part in parts):
+            return
+        if sum(len(part.owners) for part in parts) != sum(len(group["params"]) for group in self.param_groups):
+            return
+        groups = [group for group in self.param_groups if group["params"]]
+        if any(len({self.state[p]["step"].item() for p in group["params"]}) > 1 for group in groups):
+            return
+        from .fused import FusedPlan
+
+        if len(groups) == len(self.param_groups):
+            self._plan = FusedPlan([(group, _hyperparameters(group)) for group in groups], self.state)
+            self._fused_tables.clear()
 
     def _tensor_masks(self, parts: list["_Part"], sums: list[Tensor | None]) -> list[Tensor | None]:
         """q of each slice of each part, None for parts that are not `per_tensor`. One all-reduce for all of them."""
@@ -415,13 +457,15 @@ class PRM(Optimizer):
                 tensors["max_exp_avg_sqs"] = state["max_exp_avg_sq"]
             if group["mask"] != "none" and not per_tensor:
                 tensors["grad_vars"] = state["grad_var"]
-            key = (p.device, state["exp_avg"].dtype)
+            key = (p.device, state["exp_avg"].dtype, p.dtype, grad.dtype)
             part = parts.setdefault(key, _Part(hyper, group["foreach"], p.device))
             part.counters.append(state["step"])
             for number, views in self._locator.slices(p, tensors, split):
                 part.append(views, state["step"], len(part.owners) if number is None else number)
             if per_tensor:
                 part.tensors |= self._advancing(p, number=part.owners[-1] if part.owners else None)
+        for part in parts.values():
+            part.fused = bool(part) and _use_fused(group, part.lists)
         return list(parts.values())
 
     def _advancing(self, p: Tensor, number: int | None) -> dict[int, tuple[int, Tensor, Tensor]]:
@@ -553,6 +597,7 @@ class _Part:
     hyper: dict[str, Any]
     foreach: bool | None
     device: torch.device
+    fused: bool = False
     lists: dict[str, list[Tensor]] = field(default_factory=lambda: {name: [] for name in _LISTS})
     owners: list[int] = field(default_factory=list)
     tensors: dict[int, tuple[int, Tensor, Tensor]] = field(default_factory=dict)
@@ -569,6 +614,29 @@ class _Part:
 
 
 _LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "grad_vars", "state_steps")
+
+
+def _use_fused(group: dict[str, Any], lists: dict[str, list[Tensor]]) -> bool:
+    """Whether a part is stepped by the kernel: if asked for, and by default on CUDA where Triton is installed."""
+    if group["fused"] is False or group["foreach"] or group["differentiable"]:
+        return False
+    if group["fused"] is None and (not lists["params"][0].is_cuda or not _triton_is_available()):
+        return False
+    from .fused import supports
+
+    if not supports(lists):
+        if group["fused"]:
+            raise ValueError(
+                "Invalid fused=True: the kernel takes contiguous float32, bfloat16 and float16 tensors on a CUDA "
+                f"device; there are {lists['params'][0].dtype} ones on {lists['params'][0].device}. Leave fused=None."
+            )
+        return False
+    return True
+
+
+@functools.cache
+def _triton_is_available() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a parameter group may contain. Every error names the argument, its value and what is allowed."""
 
+import importlib.util
 import math
 from typing import Any
 
@@ -74,7 +75,13 @@ def validate_group(group: dict[str, Any]) -> None:
         )
     if group["fused"]:
         check(not group["foreach"], "fused", True, "`fused` and `foreach` cannot both be True")
-        check(False, "fused", True, "there is no fused implementation yet; use fused=None, or foreach=True")
+        check(not group["differentiable"], "fused", True, "autograd cannot run through it; use fused=False")
+        check(
+            importlib.util.find_spec("triton") is not None,
+            "fused",
+            True,
+            'it needs Triton; install it with `pip install "prm-hf[triton]"`, or leave fused=None',
+        )
     if group["foreach"]:
         check(not group["differentiable"], "foreach", True, "autograd cannot run through it; use foreach=False")
 

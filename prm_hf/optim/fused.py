@@ -1,0 +1,623 @@
+"""PRM's step in one Triton kernel for all tensors of a list. The only file that imports triton.
+
+One persistent kernel works through a list of items, each a chunk of a tensor, which its programs draw from a counter.
+Without per-tensor statistics an item reads everything of its chunk, and writes p, m and v (and s) once.
+
+`reduction="per_tensor"` needs two sums over a tensor before the first of its elements can be updated, hence a second
+read of g and m. Its list holds an item for the statistics of each chunk and one for the update. Whoever finishes the
+last statistics of a tensor adds up the partial sums, in their order and so always to the same result, and writes the
+mask; the updates wait for it. They cannot wait forever, because an item waits only for items that come before it in
+the list, and those are drawn by programs that run already. A tensor's updates follow soon after its statistics and in
+reverse order, so that what the statistics read last is still in the L2 cache.
+"""
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import masks
+from .step import scalars_of
+
+
+CHUNK = 4096  # elements an item
+LAG = 768  # statistics items between a tensor's last and its first update: about what all programs hold at a time
+PROGRAMS_PER_MULTIPROCESSOR = 6
+N_WARPS = 4
+# A row of the table of scalars, float64, one row a tensor: the step's own, then the settings of its group.
+SCALARS = (
+    "step_size",
+    "bias2_sqrt",
+    "decay",
+    "center",
+    "weight",
+    "signal",
+    "noise",
+    "first",
+    "open",
+    "one_minus_beta1",
+    "beta2",
+    "one_minus_beta2",
+    "rho",
+    "eps",
+    "weight_decay",
+    "alpha",
+    "softness",
+    "mask_eps",
+    "first_ratio",
+)
+# `TRITON_INTERPRET=1`: the kernel runs on a CPU, slowly, to be tested.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_MASKS = {name: number for number, name in enumerate(masks.MASKS)}
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _pointer(table, i, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(table + i).to(tl.pointer_type(dtype))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _load(pointer, offsets, mask, MASKED: tl.constexpr, policy: tl.constexpr):
+    # Without a mask where a chunk is whole: the compiler cannot know that a mask spares whole vectors, and would load
+    # element by element.
+    if MASKED:
+        return tl.load(pointer + offsets, mask=mask, other=0.0, eviction_policy=policy).to(tl.float32)
+    return tl.load(pointer + offsets, eviction_policy=policy).to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, offsets, value, mask, MASKED: tl.constexpr):
+    value = value.to(pointer.dtype.element_ty)
+    if MASKED:
+        tl.store(pointer + offsets, value, mask=mask, eviction_policy="evict_first")
+    else:
+        tl.store(pointer + offsets, value, eviction_policy="evict_first")
+
+
+@triton.jit
+def _scalar(row, i: tl.constexpr, dtype: tl.constexpr):
+    return tl.load(row + i).to(dtype)
+
+
+@triton.jit
+def _mask(mean_sq, var, row, dtype: tl.constexpr, MASK: tl.constexpr, DEBIASED: tl.constexpr):
+    """q from m² and s, as `masks.compute_mask`."""
+    signal = mean_sq * _scalar(row, 5, dtype)
+    noise = var * _scalar(row, 6, dtype)
+    if DEBIASED:
+        signal = tl.maximum(signal - noise, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        noise = tl.where(_scalar(row, 7, dtype) != 0, signal * _scalar(row, 18, dtype), noise)
+    alpha, softness, mask_eps = _scalar(row, 15, dtype), _scalar(row, 16, dtype), _scalar(row, 17, dtype)
+    if MASK == 0:  # snr
+        q = signal / (signal + softness * alpha * noise + mask_eps)
+    else:
+        excess = signal - alpha * noise
+        if MASK == 2:  # hard
+            q = tl.where(excess > 0, 1.0, 0.0).to(dtype)
+        else:
+            excess = tl.maximum(excess, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            q = excess / (excess + softness * noise + mask_eps)
+    return tl.where(_scalar(row, 8, dtype) != 0, 1.0, q)
+
+
+@triton.jit
+def _gradient(
+    g_ptr,
+    p,
+    offsets,
+    mask,
+    row,
+    COUPLED: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    MASKED: tl.constexpr,
+    policy: tl.constexpr,
+):
+    g = _load(g_ptr, offsets, mask, MASKED, policy)
+    if MAXIMIZE:
+        g = -g
+    if COUPLED:
+        g = g + _scalar(row, 14, tl.float32) * p
+    return g
+
+
+@triton.jit
+def _update_chunk(
+    p_ptr,
+    g_ptr,
+    m_ptr,
+    v_ptr,
+    x_ptr,
+    s_ptr,
+    row,
+    q,
+    offsets,
+    mask,
+    MASK: tl.constexpr,
+    DEBIASED: tl.constexpr,
+    PER_TENSOR: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    COUPLED: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    p = _load(p_ptr, offsets, mask, MASKED, "evict_first")
+    m = _load(m_ptr, offsets, mask, MASKED, "evict_first")
+    v = _load(v_ptr, offsets, mask, MASKED, "evict_first")
+    g = _gradient(g_ptr, p, offsets, mask, row, COUPLED, MAXIMIZE, MASKED, "evict_first")
+    if not COUPLED:
+        p = p * _scalar(row, 2, tl.float32)
+    s = 0.0
+    if MASK != 3 and not PER_TENSOR:
+        s = _load(s_ptr, offsets, mask, MASKED, "evict_first")
+        deviation = g - m * _scalar(row, 3, tl.float32)
+        s = _scalar(row, 12, tl.float32) * s + deviation * deviation * _scalar(row, 4, tl.float32)
+        _store(s_ptr, offsets, s, mask, MASKED)
+    m = m + _scalar(row, 9, tl.float32) * (g - m)
+    v = _scalar(row, 10, tl.float32) * v + _scalar(row, 11, tl.float32) * (g * g)
+    _store(m_ptr, offsets, m, mask, MASKED)
+    _store(v_ptr, offsets, v, mask, MASKED)
+    if AMSGRAD:
+        v = tl.maximum(_load(x_ptr, offsets, mask, MASKED, "evict_first"), v, propagate_nan=tl.PropagateNan.ALL)
+        _store(x_ptr, offsets, v, mask, MASKED)
+    denominator = tl.sqrt(v) / _scalar(row, 1, tl.float32) + _scalar(row, 13, tl.float32)
+    if MASK == 3:
+        update = m
+    elif PER_TENSOR:
+        update = m * q
+    else:
+        update = m * _mask(m * m, s, row, tl.float32, MASK, DEBIASED)
+    p = p - _scalar(row, 0, tl.float32) * (update / denominator)
+    _store(p_ptr, offsets, p, mask, MASKED)
+
+
+@triton.jit
+def _chunk_sums(
+    p_ptr,
+    g_ptr,
+    m_ptr,
+    row,
+    offsets,
+    mask,
+    COUPLED: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Σ(g - center)² and Σm² of a chunk, m being what the update will make of it."""
+    p = 0.0
+    if COUPLED:
+        p = _load(p_ptr, offsets, mask, MASKED, "evict_last")
+    # Where the mask leaves elements out, p, g and m are 0 and so are the sums.
+    g = _gradient(g_ptr, p, offsets, mask, row, COUPLED, MAXIMIZE, MASKED, "evict_last")
+    m = _load(m_ptr, offsets, mask, MASKED, "evict_last")
+    deviation = g - m * _scalar(row, 3, tl.float32)
+    m = m + _scalar(row, 9, tl.float32) * (g - m)
+    return tl.sum(deviation * deviation, 0), tl.sum(m * m, 0)
+
+
+@triton.jit
+def _tensor_sums(partials, begin, end, BLOCK: tl.constexpr):
+    """The partial sums [begin, end) of a tensor added up in float64, in an order that depends on nothing else."""
+    deviations = tl.zeros((BLOCK,), dtype=tl.float64)
+    squares = tl.zeros((BLOCK,), dtype=tl.float64)
+    for start in range(begin, end, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        inside = rows < end
+        # From the L2 cache, where other programs have written them.
+        deviations += tl.load(partials + 2 * rows, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64)
+        squares += tl.load(partials + 2 * rows + 1, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64)
+    return tl.sum(deviations, 0), tl.sum(squares, 0)
+
+
+@triton.jit
+def _step_kernel(
+    items,
+    n_items,
+    counters,
+    chunk_tensors,
+    first_chunks,
+    numels,
+    partials,
+    sums,
+    qs,
+    scalars,
+    scalar_rows,
+    p_ptrs,
+    g_ptrs,
+    m_ptrs,
+    v_ptrs,
+    x_ptrs,
+    s_ptrs,
+    n_tensors,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    MASK: tl.constexpr,
+    DEBIASED: tl.constexpr,
+    PER_TENSOR: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    COUPLED: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    N_SCALARS: tl.constexpr,
+    PHASE: tl.constexpr,
+):
+    # PHASE: 0 all, 1 the sums over tensors alone, 2 the update alone with the masks given in `qs`
+    # counters: [0] the next item; [1 + i] finished statistics items of tensor i; [1 + n + i] whether q is there
+    ticket = tl.atomic_add(counters, 1, sem="relaxed")
+    while ticket < n_items:
+        item = tl.load(items + ticket)
+        chunk = item // 2
+        tensor = tl.load(chunk_tensors + chunk)
+        begin = tl.load(first_chunks + tensor)
+        start = (chunk - begin).to(tl.int64) * CHUNK
+        numel = tl.load(numels + tensor)
+        offsets = start + tl.arange(0, CHUNK)
+        inside = offsets < numel
+        row = scalars + tl.load(scalar_rows + tensor) * N_SCALARS
+        p_ptr = _pointer(p_ptrs, tensor, P, ALIGNED)
+        g_ptr = _pointer(g_ptrs, tensor, G, ALIGNED)
+        m_ptr = _pointer(m_ptrs, tensor, tl.float32, ALIGNED)
+        if PER_TENSOR and item % 2 == 0:
+            if start + CHUNK <= numel:
+                deviations, squares = _chunk_sums(p_ptr, g_ptr, m_ptr, row, offsets, inside, COUPLED, MAXIMIZE, False)
+            else:
+                deviations, squares = _chunk_sums(p_ptr, g_ptr, m_ptr, row, offsets, inside, COUPLED, MAXIMIZE, True)
+            tl.store(partials + 2 * chunk, deviations)
+            tl.store(partials + 2 * chunk + 1, squares)
+            end = tl.load(first_chunks + tensor + 1)
+            finished = tl.atomic_add(counters + 1 + tensor, 1, sem="acq_rel")
+            if finished == end - begin - 1:
+                total_deviations, total_squares = _tensor_sums(partials, begin, end, 256)
+                if PHASE == 1:
+                    tl.store(sums + 2 * tensor, total_deviations)
+                    tl.store(sums + 2 * tensor + 1, total_squares)
+                else:
+                    count = numel.to(tl.float64)
+                    s_ptr = _pointer(s_ptrs, tensor, tl.float64, False)
+                    s = _scalar(row, 12, tl.float64) * tl.load(s_ptr)
+                    s += _scalar(row, 4, tl.float64) * (total_deviations / count)
+                    tl.store(s_ptr, s)
+                    q = _mask(total_squares / count, s, row, tl.float64, MASK, DEBIASED)
+                    tl.store(qs + tensor, q.to(tl.float32))
+                    tl.atomic_add(counters + 1 + n_tensors + tensor, 1, sem="release")
+        else:
+            v_ptr = _pointer(v_ptrs, tensor, tl.float32, ALIGNED)
+            x_ptr = v_ptr
+            if AMSGRAD:
+                x_ptr = _pointer(x_ptrs, tensor, tl.float32, ALIGNED)
+            s_ptr = v_ptr
+            q = 1.0
+            if PER_TENSOR:
+                if PHASE == 0:
+                    ready = tl.atomic_add(counters + 1 + n_tensors + tensor, 0, sem="acquire")
+                    while ready == 0:
+                        ready = tl.atomic_add(counters + 1 + n_tensors + tensor, 0, sem="acquire")
+                q = tl.load(qs + tensor, cache_modifier=".cg")
+            elif MASK != 3:
+                s_ptr = _pointer(s_ptrs, tensor, tl.float32, ALIGNED)
+            if start + CHUNK <= numel:
+                _update_chunk(
+                    p_ptr,
+                    g_ptr,
+                    m_ptr,
+                    v_ptr,
+                    x_ptr,
+                    s_ptr,
+                    row,
+                    q,
+                    offsets,
+                    inside,
+                    MASK,
+                    DEBIASED,
+                    PER_TENSOR,
+                    AMSGRAD,
+                    COUPLED,
+                    MAXIMIZE,
+                    False,
+                )
+            else:
+                _update_chunk(
+                    p_ptr,
+                    g_ptr,
+                    m_ptr,
+                    v_ptr,
+                    x_ptr,
+                    s_ptr,
+                    row,
+                    q,
+                    offsets,
+                    inside,
+                    MASK,
+                    DEBIASED,
+                    PER_TENSOR,
+                    AMSGRAD,
+                    COUPLED,
+                    MAXIMIZE,
+                    True,
+                )
+        ticket = tl.atomic_add(counters, 1, sem="relaxed")
+
+
+class FusedList:
+    """The tables of a list of tensors on one device, of one parameter dtype, with float32 state.
+
+    They hold as long as the tensors keep their storages; the gradients may be new tensors at every step.
+
+    Args:
+        params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grad_vars: as in [`prm`]; contiguous.
+        code: what of the settings is compiled in, see [`code_of`].
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        max_exp_avg_sqs: list[Tensor],
+        grad_vars: list[Tensor],
+        code: dict[str, Any],
+    ) -> None:
+        self.device, n = params[0].device, len(params)
+        self._tensors = (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grad_vars)  # keeps their storages
+        self._code = code
+        self._dtype = _DTYPES[params[0].dtype]
+        numels = np.array([p.numel() for p in params], dtype=np.int64)
+        n_chunks = -(-numels // CHUNK)
+        first = np.concatenate([[0], np.cumsum(n_chunks)]).astype(np.int32)
+        chunk_tensors = np.repeat(np.arange(n, dtype=np.int32), n_chunks)
+        statistics, updates = 2 * np.arange(first[-1], dtype=np.int32), 2 * np.arange(first[-1], dtype=np.int32) + 1
+        items = {0: updates, 2: updates}
+        if code["PER_TENSOR"]:
+            items |= {0: _schedule(first, chunk_tensors), 1: statistics}
+        self._items = {phase: self._upload(array) for phase, array in items.items()}
+        self._first, self._chunk_tensors, self._numels = map(self._upload, (first, chunk_tensors, numels))
+        self.addresses = [_addresses(tensors) for tensors in self._tensors]
+        # The scalar `grad_var` of a tensor is read by itself.
+        elementwise = self.addresses[:4] if code["PER_TENSOR"] else self.addresses
+        self._aligned = all(bool((a % 16 == 0).all()) for a in elementwise)
+        self._pointers = [self._upload(a) if len(a) else self._numels for a in self.addresses]
+        self._counters = torch.zeros(1 + 2 * n, dtype=torch.int32, device=self.device)
+        self._partials = torch.empty(2 * max(int(first[-1]), 1), device=self.device)
+        self.sums = torch.zeros(n, 2, dtype=torch.float64, device=self.device)
+        self.q = torch.ones(n, device=self.device)
+        self._programs = 1
+        if self.device.type == "cuda":
+            multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+            self._programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
+        self._grad_addresses = self._grad_pointers = self._rows = self._rows_there = None
+
+    def _upload(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        # The host need not wait for the device: CUDA takes up to 64 kB along with the command, and pinned memory.
+        if self.device.type == "cuda" and array.nbytes > 2**16:
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def fits(self, *lists: list[Tensor]) -> bool:
+        """Whether the tensors still have the storages that the tables were made of."""
+        return all(np.array_equal(_addresses(new), old) for new, old in zip(lists, self.addresses, strict=True))
+
+    def run(self, grads: list[Tensor], scalars: np.ndarray | Tensor, rows: np.ndarray, phase: int = 0) -> None:
+        """One step, or one half of it.
+
+        Args:
+            grads: contiguous, of one dtype.
+            scalars: float64 (any number, len(SCALARS)).
+            rows: int32 (n,), the row of `scalars` that is a tensor's.
+            phase: 0 all; 1 the sums over tensors, which are left in `sums`; 2 the update, with the masks in `q`.
+        """
+        items = self._items[phase]
+        if len(items) == 0:
+            return
+        addresses = [g.data_ptr() for g in grads]
+        if addresses != self._grad_addresses:
+            array = np.array(addresses, dtype=np.int64)
+            self._grad_addresses, self._grad_pointers = addresses, self._upload(array)
+            self._grads_aligned = bool((array % 16 == 0).all())
+        if self._rows is None or not np.array_equal(rows, self._rows):
+            self._rows, self._rows_there = rows, self._upload(rows)
+        if isinstance(scalars, np.ndarray):
+            scalars = self._upload(scalars)
+        programs = min(len(items), self._programs)
+        self._counters.zero_()
+        p, m, v, x, s = self._pointers
+        _step_kernel[(programs,)](
+            items,
+            len(items),
+            self._counters,
+            self._chunk_tensors,
+            self._first,
+            self._numels,
+            self._partials,
+            self.sums,
+            self.q,
+            scalars,
+            self._rows_there,
+            p,
+            self._grad_pointers,
+            m,
+            v,
+            x,
+            s,
+            len(grads),
+            P=self._dtype,
+            G=_DTYPES[grads[0].dtype],
+            ALIGNED=self._aligned and self._grads_aligned,
+            CHUNK=CHUNK,
+            N_SCALARS=len(SCALARS),
+            PHASE=phase,
+            num_warps=N_WARPS,
+            **self._code,
+        )
+
+
+class FusedStep:
+    """[`ListStep`] in one kernel: the same halves, and `whole` for tensors whose masks need nobody else's sums.
+
+    Args:
+        lists: as of [`ListStep`].
+        hyper: the settings, as in [`prm`].
+        tables: where the tables of lists are kept from step to step.
+    """
+
+    def __init__(self, lists: dict[str, list[Tensor]], hyper: dict[str, Any], tables: dict[tuple, FusedList]) -> None:
+        states = [lists[name] for name in ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "grad_vars")]
+        self.grad_vars, self.state_steps = lists["grad_vars"], lists["state_steps"]
+        self.per_tensor = hyper["mask"] != "none" and hyper["reduction"] == "per_tensor"
+        code = code_of(hyper)
+        key = (*map(id, lists["params"]), *code.values())
+        self._list = tables.get(key)
+        if self._list is None or not self._list.fits(*states):
+            while len(tables) > 8:  # of parameters that do not all have gradients at each step
+                tables.pop(next(iter(tables)))
+            self._list = tables[key] = FusedList(*states, code)
+        self._grads = [g.contiguous() for g in lists["grads"]]
+        self._scalars, self._rows = scalar_table(self.state_steps, hyper)
+
+    def whole(self) -> None:
+        self._list.run(self._grads, self._scalars, self._rows)
+
+    def moments(self) -> Tensor | None:
+        if not self.per_tensor:
+            return None
+        self._list.run(self._grads, self._scalars, self._rows, phase=1)
+        return self._list.sums
+
+    def update(self, q: Tensor | None = None) -> None:
+        if q is not None:
+            self._list.q.copy_(q)
+        self._list.run(self._grads, self._scalars, self._rows, phase=2)
+
+
+class FusedPlan:
+    """The step of all parameter groups, for as long as nothing changes but gradients and the settings' numbers.
+
+    It takes the tensors and tables of the last step, after a look at whether they are the same still. Collecting them
+    anew costs more than the step itself where tensors are many and small, as with LoRA.
+
+    Args:
+        groups: the parameter groups and the settings of each; all their parameters have gradients and have taken
+            equally many steps, group by group.
+        state: the optimizer's state. Each `step` in it becomes an element of one tensor.
+    """
+
+    def __init__(self, groups: list[tuple[dict[str, Any], dict[str, Any]]], state: dict[Tensor, dict]) -> None:
+        self._state = state
+        self._groups = [(group, group["params"], len(group["params"]), code_of(hyper)) for group, hyper in groups]
+        params = [p for group, _ in groups for p in group["params"]]
+        self._steps = torch.stack([state[p]["step"] for p in params])
+        for p, step in zip(params, self._steps.unbind(), strict=True):
+            state[p]["step"] = step
+        self._first_step = state[params[0]]["step"]
+        self._counts = [int(state[group["params"][0]]["step"].item()) for group, _ in groups]
+        by_code = {}
+        for number, (group, hyper) in enumerate(groups):
+            for p in group["params"]:
+                key = (p.device, p.dtype, p.grad.dtype, *code_of(hyper).values())
+                by_code.setdefault(key, []).append((p, number))
+        self._lists = []
+        for members in by_code.values():
+            ps, rows = [p for p, _ in members], np.array([number for _, number in members], dtype=np.int32)
+            states = [[state[p][name] for p in ps if name in state[p]] for name in _STATES]
+            fused = FusedList(ps, *states, self._groups[rows[0]][3])
+            moments = [(state[p], state[p]["exp_avg"]) for p in ps]
+            self._lists.append((ps, [p.data_ptr() for p in ps], moments, ps[0].grad.dtype, rows, fused))
+
+    def step(self, groups: list[dict[str, Any]], hypers: list[dict[str, Any]]) -> bool:
+        """Takes a step, or returns False without one if anything else has changed."""
+        if len(groups) != len(self._groups) or self._state[self._lists[0][0][0]]["step"] is not self._first_step:
+            return False
+        for group, hyper, (old, params, n, code) in zip(groups, hypers, self._groups, strict=True):
+            if group is not old or group["params"] is not params or len(params) != n or code_of(hyper) != code:
+                return False
+        all_grads = []
+        for params, addresses, moments, dtype, _, _ in self._lists:
+            grads = [p.grad for p in params]
+            if not all(g is not None and g.dtype is dtype and g.is_contiguous() for g in grads):
+                return False
+            if [p.data_ptr() for p in params] != addresses or not all(s["exp_avg"] is m for s, m in moments):
+                return False
+            all_grads.append(grads)
+        self._steps += 1
+        self._counts = [count + 1 for count in self._counts]
+        scalars = np.array([scalar_row(float(t), h) for t, h in zip(self._counts, hypers, strict=True)])
+        for grads, (*_, rows, fused) in zip(all_grads, self._lists, strict=True):
+            fused.run(grads, scalars, rows)
+        return True
+
+
+_STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var")
+
+
+def code_of(hyper: dict[str, Any]) -> dict[str, Any]:
+    """What of the settings decides which code is compiled."""
+    return {
+        "MASK": _MASKS[hyper["mask"]],
+        "DEBIASED": hyper["estimator"] == "debiased",
+        "PER_TENSOR": hyper["mask"] != "none" and hyper["reduction"] == "per_tensor",
+        "AMSGRAD": hyper["amsgrad"],
+        "COUPLED": hyper["weight_decay"] != 0 and not hyper["decoupled_weight_decay"],
+        "MAXIMIZE": hyper["maximize"],
+    }
+
+
+def scalar_table(state_steps: list[Tensor], hyper: dict[str, Any]) -> tuple[np.ndarray | Tensor, np.ndarray]:
+    """The rows of `SCALARS` of all steps, float64, and for each tensor which one is its own, int32."""
+    if hyper["capturable"]:  # the steps are on the device, and must stay there
+        t = torch.stack(state_steps).double()
+        rows = scalar_row(t, hyper)
+        # Filled in on the device: a copy from the host could not be captured in a graph.
+        columns = [x.double().expand(len(t)) if isinstance(x, Tensor) else torch.full_like(t, x) for x in rows]
+        return torch.stack(columns, dim=1), np.arange(len(t), dtype=np.int32)
+    steps = torch.stack(state_steps).tolist()
+    number = {t: i for i, t in enumerate(dict.fromkeys(steps))}
+    table = np.array([scalar_row(t, hyper) for t in number], dtype=np.float64)
+    return table, np.array([number[t] for t in steps], dtype=np.int32)
+
+
+def scalar_row(t: float | Tensor, hyper: dict[str, Any]) -> list:
+    """One row of `SCALARS`."""
+    c = scalars_of(t, hyper)
+    lr = hyper["lr"].double() if isinstance(hyper["lr"], Tensor) else hyper["lr"]
+    decay = 1 - lr * hyper["weight_decay"] if hyper["decoupled_weight_decay"] else 1.0
+    ratio = masks.first_noise_ratio(hyper["beta1"], hyper["rho"], hyper["bias_correction"])
+    beta1, beta2 = hyper["beta1"], hyper["beta2"]
+    own = [lr / c.bias1, c.bias2**0.5, decay, c.center, c.weight, c.signal, c.noise, c.first, c.open]
+    settings = ["rho", "eps", "weight_decay", "alpha", "softness", "mask_eps"]
+    return [*own, 1 - beta1, beta2, 1 - beta2, *(hyper[name] for name in settings), ratio]
+
+
+def supports(part: dict[str, list[Tensor]]) -> bool:
+    """Whether tensors can be stepped by the kernel: contiguous, float32 or less, on a GPU (or interpreted)."""
+    params, grads = part["params"], part["grads"]
+    return all(
+        p.dtype in _DTYPES and p.is_contiguous() and (p.is_cuda or INTERPRETED) and g.dtype in _DTYPES
+        for p, g in zip(params, grads, strict=True)
+    )
+
+
+def _addresses(tensors: list[Tensor]) -> np.ndarray:
+    return np.array([x.data_ptr() for x in tensors], dtype=np.int64)
+
+
+def _schedule(first: np.ndarray, chunk_tensors: np.ndarray) -> np.ndarray:
+    """The items of a whole per-tensor step in order: 2c is the statistics of chunk c, 2c + 1 its update.
+
+    Statistics go from front to back. An update may come once `LAG` further statistics follow those of its tensor, and
+    the two alternate; so programs rarely wait, and find g and m in the cache.
+    """
+    chunks = np.arange(len(chunk_tensors), dtype=np.int64)
+    begin, end = first[chunk_tensors].astype(np.int64), first[chunk_tensors + 1].astype(np.int64)
+    backwards = begin + end - 1 - chunks  # updates, tensor by tensor, each from its end
+    keys = chunks + np.maximum.accumulate(end + LAG - chunks)
+    order = np.argsort(np.concatenate([chunks, keys]), kind="stable")
+    return np.concatenate([2 * chunks, 2 * backwards + 1])[order].astype(np.int32)

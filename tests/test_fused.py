@@ -1,0 +1,186 @@
+"""The Triton kernel, interpreted on the CPU: the same numbers as the definition and as the float64 reference.
+
+The kernel itself runs on the GPU (tests/test_gpu.py); here its arithmetic, its tables and the order of its items are
+tested, with chunks so small that every tensor has whole and partial ones.
+"""
+
+import itertools
+import os
+
+import pytest
+import torch
+
+
+os.environ["TRITON_INTERPRET"] = "1"  # before the kernel's module is imported
+fused = pytest.importorskip("prm_hf.optim.fused", reason="needs triton")
+
+from prm_hf.optim import PRM, masks  # noqa: E402
+
+from .reference_prm import ReferenceTensor  # noqa: E402
+from .test_optim import COMBINATIONS, VARIANTS, assert_close, make_params, train  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(fused, "CHUNK", 16)
+    monkeypatch.setattr(fused, "LAG", 2)
+
+
+# The interpreter takes about a millisecond an item, so only the variants that change the kernel's code or its scalars.
+@pytest.mark.parametrize("variant", ["amsgrad", "coupled_weight_decay", "maximize", "warmup", "alpha"])
+def test_equals_float64_reference(variant):
+    for mask, reduction, estimator, boundary in COMBINATIONS:
+        settings = {"mask": mask, "reduction": reduction, "estimator": estimator, "weight_decay": 0.1}
+        settings |= VARIANTS[variant]
+        if boundary:
+            continue
+        params = make_params()
+        references = [ReferenceTensor(p.detach().numpy()) for p in params]
+        train(PRM(params, fused=True, **settings), params, steps=3, references=references, **settings)
+        for p, reference in zip(params, references, strict=True):
+            assert_close(p, reference.w, 1e-6)
+
+
+@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+def test_plan_is_used_and_follows_changes(reduction, monkeypatch):
+    """Steps alike go through the plan; one that is not alike, or a changed setting, gives the right numbers too."""
+    params, shadows = make_params()[:3], make_params()[:3]
+    optimizers = [
+        PRM([{"params": ps[:1], "weight_decay": 0.0}, {"params": ps[1:]}], reduction=reduction, fused=f)
+        for ps, f in ((params, True), (shadows, False))
+    ]
+    planned = []
+    original = fused.FusedPlan.step
+    monkeypatch.setattr(fused.FusedPlan, "step", lambda *a: planned.append(original(*a)) or planned[-1])
+    generator = torch.Generator().manual_seed(0)
+    for t in range(12):
+        for p, shadow in zip(params, shadows, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            shadow.grad = p.grad.clone()
+        if t == 5:
+            params[1].grad = shadows[1].grad = None
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 1e-2 / (t + 1)
+            if t == 8:
+                optimizer.load_state_dict(optimizer.state_dict())
+            if t == 9:
+                optimizer.param_groups[1]["amsgrad"] = False
+                optimizer.param_groups[1]["softness"] = 0.5
+            optimizer.step()
+        for p, shadow in zip(params, shadows, strict=True):
+            torch.testing.assert_close(p, shadow, rtol=1e-6, atol=1e-7)
+            assert optimizers[0].state[p]["step"] == optimizers[1].state[shadow]["step"]
+    assert planned == [True] * 4 + [False]  # then the tensors have taken different numbers of steps
+
+
+def test_no_mask_is_adamw():
+    ours, theirs = make_params(), make_params()
+    train(PRM(ours, mask="none", fused=True), ours, steps=20)
+    train(torch.optim.AdamW(theirs), theirs, steps=20)
+    for p, q in zip(ours, theirs, strict=True):
+        assert_close(p, q.detach().double().numpy(), 1e-7)
+
+
+def test_low_precision_parameters_and_gradients():
+    dtype = torch.float16  # the interpreter cuts bfloat16 off instead of rounding it
+    for reduction in masks.REDUCTIONS:
+        ours, theirs = make_params(dtype), make_params(dtype)
+        train(PRM(ours, reduction=reduction, fused=True), ours, steps=5)
+        train(PRM(theirs, reduction=reduction, foreach=True), theirs, steps=5)
+        for p, q in zip(ours, theirs, strict=True):
+            assert_close(p, q.detach().double().numpy(), torch.finfo(dtype).eps)
+
+
+def test_misaligned_views_and_noncontiguous_gradients():
+    storage = torch.randn(101)
+    ours = [storage[1:34].clone()[1:].requires_grad_(), torch.randn(6, 4).requires_grad_()]
+    theirs = [p.detach().clone().requires_grad_() for p in ours]
+    optimizers = [PRM(ours, fused=True, reduction="per_tensor"), PRM(theirs, foreach=True, reduction="per_tensor")]
+    for _ in range(4):
+        for p, q in zip(ours, theirs, strict=True):
+            g = torch.randn(p.shape[::-1]).t() if p.dim() == 2 else torch.randn(p.shape)
+            p.grad, q.grad = g, g.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+def test_capturable(reduction):
+    results = []
+    for f in (True, False):
+        params = make_params()
+        settings = {"reduction": reduction, "estimator": "debiased", "warmup_steps": 2, "capturable": True}
+        train(PRM(params, fused=f, **settings), params, steps=6)
+        results.append(params)
+    for p, q in zip(*results, strict=True):
+        assert_close(p, q.detach().double().numpy(), 1e-6)
+
+
+def test_halves_write_all_that_is_read():
+    """The sums and the update by themselves, as under FSDP and DeepSpeed, with poisoned buffers between them."""
+    shapes = [(7, 5), (8,), (1,), (40,)]
+    hyper = PRM([torch.zeros(1, requires_grad=True)], reduction="per_tensor").param_groups[0]
+    from prm_hf.optim.prm import _hyperparameters
+    from prm_hf.optim.step import ListStep, tensor_masks
+
+    hyper = _hyperparameters(hyper)
+    lists = {}
+    for kind in ("fused", "definition"):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.randn(s, generator=generator) for s in shapes]
+        lists[kind] = {
+            "params": params,
+            "grads": [torch.randn(s, generator=generator) for s in shapes],
+            "exp_avgs": [torch.randn(s, generator=generator) for s in shapes],
+            "exp_avg_sqs": [torch.rand(s, generator=generator) for s in shapes],
+            "max_exp_avg_sqs": [],
+            "grad_vars": [torch.rand((), dtype=torch.float64, generator=generator) for _ in shapes],
+            "state_steps": [torch.tensor(3.0) for _ in shapes],
+        }
+    tables = {}
+    ours = fused.FusedStep(lists["fused"], hyper, tables)
+    (table,) = tables.values()
+    for buffer in (table._partials, table.sums, table.q):
+        buffer.fill_(float("nan"))
+    theirs = ListStep(**lists["definition"], hyper=hyper, foreach=False)
+    numels = [p.numel() for p in lists["fused"]["params"]]
+    results = []
+    for step in (ours, theirs):
+        sums = step.moments().clone()
+        q = tensor_masks(sums, numels, step.grad_vars, step.state_steps, hyper)
+        table.q.fill_(float("nan"))
+        step.update(q)
+        results.append((sums, q))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=0)
+    for name in ("params", "exp_avgs", "exp_avg_sqs", "grad_vars"):
+        torch.testing.assert_close(lists["fused"][name], lists["definition"][name], rtol=1e-6, atol=1e-7)
+
+
+def test_schedule_never_waits_for_what_comes_later():
+    for counts, lag in itertools.product(([1], [3, 1, 5], [2] * 7, [0, 4, 0]), (0, 1, 4, 100)):
+        first = torch.tensor([0, *counts]).cumsum(0).numpy().astype("int32")
+        tensors = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).numpy().astype("int32")
+        fused_lag, fused.LAG = fused.LAG, lag
+        try:
+            items = fused._schedule(first, tensors).tolist()
+        finally:
+            fused.LAG = fused_lag
+        assert sorted(items) == list(range(2 * sum(counts)))
+        position = {item: i for i, item in enumerate(items)}
+        for tensor in range(len(counts)):
+            chunks = range(first[tensor], first[tensor + 1])
+            for update, statistics in itertools.product(chunks, chunks):
+                assert position[2 * update + 1] > position[2 * statistics]
+
+
+def test_what_the_kernel_cannot_take_is_named():
+    p = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    p.grad = torch.ones(4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="Invalid fused=True: .* torch.float64 ones on cpu"):
+        PRM([p], fused=True).step()
+    p = torch.zeros(4, 3).t().requires_grad_()
+    p.grad = torch.ones(3, 4)
+    with pytest.raises(ValueError, match="contiguous"):
+        PRM([p], fused=True).step()
