@@ -35,10 +35,8 @@ def resumes_like(ranks: list[dict], whole: list[dict], prm: dict) -> None:
     assert len(ranks[0]["steps"]) == 3
     mask, weight = compare_runs(ranks, whole, prm)
     assert weight < 5e-6
-    if prm["reduction"] == "per_tensor":
-        assert mask < 1e-6
-    else:
-        assert mask < 1e-3
+    # The noise of the gradients' sum, to which the mask of a single scalar parameter can be as sensitive as one likes
+    assert mask < (3e-6 if prm["reduction"] == "per_tensor" else 1e-3)
 
 
 @pytest.mark.parametrize(("path", "name"), RESUMED)

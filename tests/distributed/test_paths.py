@@ -71,7 +71,7 @@ def test_like_one_process(recorded, path, name):
     mask, weight = compare_runs(ranks, single, prm, leave_out)
     assert weight < max(2 * noise_weight, 5e-6)  # of a learning rate of 1e-2
     if prm["reduction"] == "per_tensor":
-        assert noise_mask < 1e-6
+        assert noise_mask < 3e-6
         assert mask < max(1e-6, 2 * noise_mask)
     else:  # where the gradient of a scalar parameter is nearly zero, noise decides its mask, under DDP too
         assert mask < 2 * noise_mask
