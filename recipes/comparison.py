@@ -1,14 +1,13 @@
-"""What the recipes share: the runs of a comparison, in folders of their own, resumable, and the report over them.
+"""What the recipes share: methods, grids and controls, runs in folders of their own, resumable, and the report.
 
-A recipe says how one run is trained (`train_run`); this module says which runs there are, leaves out those that are
-finished, writes what `prm-hf compare` reads, and prints the result.
+A recipe says how one run is trained (`make_trainer`) and what its held-out outcomes are; this module says which runs
+there are, leaves out those that are finished, writes what `prm-hf compare` reads, and prints the result.
 """
 
+import copy
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -17,16 +16,18 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset, load_dataset, load_from_disk
+from datasets import Dataset, disable_progress_bars, load_dataset, load_from_disk
+from run_folder import final_metrics, hardware, history, read_json, show_progress, versions, write_json
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+from trl import ModelConfig, TrlParser
 
-from prm_hf.compare import compare_runs, format_comparison, write_report
-from prm_hf.metrics import PairEvaluation, reward_margins
+from prm_hf.compare import compare_runs, format_comparison, load_runs, write_report
+from prm_hf.compare.measures import measures_of
 
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -58,6 +59,17 @@ NOT_SETTINGS = {
     "learning_rate",  # named beside the settings
     "seed",
 }
+
+# What a method changes in the configuration. A recipe may know more methods, as losses.
+OPTIMIZERS = {
+    "adamw": {"optimizer_name": "adamw"},
+    "prm_per_tensor": {"prm_reduction": "per_tensor", "prm_estimator": "ema"},
+    "prm_per_param": {"prm_reduction": "per_param", "prm_estimator": "ema"},
+    "prm_debiased": {"prm_reduction": "per_tensor", "prm_estimator": "debiased"},
+    "prm_debiased_per_param": {"prm_reduction": "per_param", "prm_estimator": "debiased"},
+}
+# AdamW with the step that a PRM run took on average: whether it is the selection that helps, or the smaller step.
+CONSTANT_Q = "constant_q"
 
 
 @dataclass
@@ -150,12 +162,89 @@ class ComparisonArguments:
         unknown = sorted(set(self.methods) - set(known_methods))
         if unknown:
             raise ValueError(f"`methods`: {', '.join(unknown)} unknown. Known are {', '.join(known_methods)}.")
-        if "constant_q" in self.methods and not any(is_prm(method) for method in self.methods):
+        if CONSTANT_Q in self.methods and not any(is_prm(method) for method in self.methods):
             raise ValueError("`constant_q` takes the mean mask of a PRM run: add a PRM method to `methods`.")
 
 
 def is_prm(method: str) -> bool:
     return method.startswith("prm_")
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """The built-in task of a recipe: settings, examples a step, and what makes its model and its rows."""
+
+    settings: dict[str, Any]
+    batch_size: int
+    make: Callable[[], tuple[str, Dataset, Dataset]]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Name or path of the model, what model and dataset are called, and the rows to train on and to hold out."""
+
+    model: str
+    model_name: str
+    dataset_name: str
+    train: Dataset
+    heldout: Dataset
+
+
+def parse_arguments(
+    arguments: list[str],
+    arguments_class: type[ComparisonArguments],
+    config_class: type[TrainingArguments],
+    methods: list[str],
+    output_dir: str,
+    built_in: BuiltIn,
+) -> tuple[ComparisonArguments, TrainingArguments, ModelConfig]:
+    """The three groups of arguments, from the command line and a YAML file, with the defaults of the built-in task.
+
+    Raises:
+        ValueError: for what cannot be run.
+    """
+    parser = TrlParser((arguments_class, config_class, ModelConfig))
+    parser.set_defaults(output_dir=output_dir, report_to="none")
+    if not any(argument.split("=")[0] in ("--dataset_name", "--config") for argument in arguments):
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if built_in.batch_size % world_size:
+            raise ValueError(
+                f"The built-in task has {built_in.batch_size} examples a step, which {world_size} processes cannot "
+                "share evenly. Launch 1, 2, 4, 8 or 16."
+            )
+        parser.set_defaults(**built_in.settings, per_device_train_batch_size=built_in.batch_size // world_size)
+    script_args, training_args, model_args = parser.parse_args_and_config(arguments)
+    script_args.check([*methods, CONSTANT_Q], training_args.learning_rate)
+    if script_args.dataset_name is None and model_args.model_name_or_path is not None:
+        raise ValueError(
+            "`--model_name_or_path` needs a `--dataset_name`: the built-in task has a vocabulary of its own, and a "
+            "model that comes with it."
+        )
+    if script_args.dataset_name is not None and model_args.model_name_or_path is None:
+        raise ValueError("`--dataset_name` needs a `--model_name_or_path`: the model to train.")
+    return script_args, training_args, model_args
+
+
+def load_data(script_args: ComparisonArguments, model_args: ModelConfig, built_in: BuiltIn) -> Data:
+    logging.set_verbosity_error()
+    if script_args.dataset_name is None:
+        logging.disable_progress_bar()  # many short bars for a tiny model and a tiny dataset
+        disable_progress_bars()
+        if PartialState().is_main_process:
+            print(
+                "Built-in task: the reference policy is trained now, for about 30 s, unless it is cached.", flush=True
+            )
+        model, train, heldout = built_in.make()
+        return Data(model, "built-in", "built-in", train, heldout)
+    name, config = script_args.dataset_name, script_args.dataset_config
+    other = script_args.eval_dataset_name
+    return Data(
+        model=model_args.model_name_or_path,
+        model_name=model_args.model_name_or_path,
+        dataset_name=name,
+        train=load_split(name, config, script_args.dataset_train_split),
+        heldout=load_split(other or name, None if other else config, script_args.dataset_test_split),
+    )
 
 
 def load_split(name: str, config: str | None, split: str) -> Dataset:
@@ -214,7 +303,8 @@ class Comparison:
         output_dir: the comparison's folder.
         train_run: trains one run. It is given the specification, its folder, and whether a checkpoint in it is to be
             resumed; it returns the trainer.
-        info: what `run.json` says of every run: `noise_rate`, `model`, `dataset`.
+        outcomes: what a trained run gives besides its last evaluation: more metrics, and `margins.json`. Collective.
+        info: what `run.json` says of every run: `task`, `noise_rate`, `model`, `dataset`.
         total: number of runs, for the progress bar.
     """
 
@@ -222,12 +312,15 @@ class Comparison:
         self,
         output_dir: str,
         train_run: Callable[[RunSpec, Path, bool], Trainer],
+        outcomes: Callable[[Trainer], tuple[dict[str, float], dict[str, list]]],
         info: dict[str, Any],
         total: int,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.train_run = train_run
+        self.outcomes = outcomes
         self.info = info
+        self.measures = measures_of(info)
         self.folders: list[Path] = []
         self.state = PartialState()
         self.bar = tqdm(total=total, desc="runs", unit="run", disable=not self.state.is_main_process)
@@ -247,7 +340,7 @@ class Comparison:
             note = "finished before"
         self.bar.update()
         if self.state.is_main_process:
-            self.bar.write(run_line(spec, metrics, note))
+            self.bar.write(self._line(spec, metrics, note))
         return metrics
 
     def _look(self, spec: RunSpec, folder: Path) -> tuple[dict[str, float] | None, bool]:
@@ -287,17 +380,28 @@ class Comparison:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "run.json", info)
         trainer = self.train_run(spec, folder, resume)
-        metrics = final_metrics(trainer)
+        more, margins = self.outcomes(trainer)
+        metrics = final_metrics(trainer) | more
         metrics["wall_seconds"] = round(time.perf_counter() - clock, 3)
         if self.state.is_main_process:
             info["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
             write_json(folder / "run.json", info)
             lines = (json.dumps(row) for row in history(trainer))
             (folder / "history.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            write_json(folder / "margins.json", margins(trainer))
+            write_json(folder / "margins.json", margins)
             write_json(folder / "metrics.json", metrics)  # last: a folder with it is finished
         self.state.wait_for_everyone()
         return metrics
+
+    def _line(self, spec: RunSpec, metrics: dict[str, float], note: str) -> str:
+        columns = (
+            ("accuracy", self.measures.accuracy, ".3f"),
+            (self.measures.noise_label, self.measures.noise_fit, ".3f"),
+            ("KL", "drift/kl", ".4f"),
+            ("mean q", "mask/mean_q", ".3f"),
+        )
+        shown = [f"{label} {metrics[key]:{form}}" for label, key, form in columns if key in metrics]
+        return f"{spec.name:<36} {'  '.join(shown)}  ({note})"
 
     def report(self) -> None:
         """Prints the table of these runs and writes the report. The main process does; the others have nothing to do.
@@ -316,117 +420,91 @@ class Comparison:
             print(f"\nNo report was written: {error}")
 
 
-class RunProgress(TrainerCallback):
-    """The steps of one run on a bar of their own, in place of the trainer's bar and its printed logs."""
+def run_comparison(
+    script_args: ComparisonArguments,
+    training_args: TrainingArguments,
+    model_args: ModelConfig,
+    data: Data,
+    methods: dict[str, dict[str, Any]],
+    make_trainer: Callable[[TrainingArguments, int], Trainer],
+    outcomes: Callable[[Trainer], tuple[dict[str, float], dict[str, list]]],
+    info: dict[str, Any],
+    **settings: Any,
+) -> None:
+    """Trains every method at each of its learning rates and seeds, then the control, and reports.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.bar = None
+    Args:
+        methods: what each method changes in the configuration.
+        make_trainer: from a run's configuration and seed.
+        outcomes: as in `Comparison`.
+        info: `task`, and `accuracy` where it is not the task's.
+        **settings: settings of the recipe that make a run what it is.
+    """
+    built_in = script_args.dataset_name is None
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, desc=self.name, unit="step", leave=False, position=1)
+    def configure(method: str, overrides: dict[str, Any]) -> TrainingArguments:
+        config = copy.deepcopy(training_args)
+        config.optimizer_name = "prm"
+        for key, value in (methods["adamw" if method == CONSTANT_Q else method] | overrides).items():
+            setattr(config, key, value)
+        return config
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+    def specify(method: str, learning_rate: float, seed: int, **extra: Any) -> RunSpec:
+        described = settings_of(
+            configure(method, {}),
+            noise_rate=script_args.noise_rate,
+            model=data.model_name,
+            dataset=data.dataset_name,
+            train_split=None if built_in else script_args.dataset_train_split,
+            test_split=None if built_in else script_args.dataset_test_split,
+            eval_dataset=script_args.eval_dataset_name,
+            train_rows=len(data.train),
+            heldout_rows=len(data.heldout),
+            **{f"model_{key}": value for key, value in vars(model_args).items() if key != "model_name_or_path"},
+            **settings,
+            **extra,
+        )
+        return RunSpec(method, learning_rate, seed, described)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar is not None and "loss" in (logs or {}):
-            self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
+    def train_run(spec: RunSpec, folder: Path, resume: bool) -> Trainer:
+        place = {"output_dir": str(folder), "learning_rate": spec.learning_rate, "seed": spec.seed}
+        config = configure(spec.method, place)
+        config.model_init_kwargs = {
+            "revision": model_args.model_revision,
+            "attn_implementation": model_args.attn_implementation,
+            "dtype": model_args.dtype,
+            **(config.model_init_kwargs or {}),
+        }
+        trainer = make_trainer(config, spec.seed)
+        show_progress(trainer, spec.name)
+        trainer.train(resume_from_checkpoint=resume or None)
+        if config.save_strategy != "no":
+            trainer.save_model(str(folder))
+        return trainer
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.close()
-
-
-def show_progress(trainer: Trainer, name: str) -> None:
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(RunProgress(name))
-
-
-def metric_name(key: str) -> str | None:
-    """The name in design.md's sense of a key of a trainer's log: evaluations plain, training batches under train/."""
-    if key.endswith(("_runtime", "_per_second", "_preparation_time")):
-        return None
-    if key in ("step", "epoch") or key.startswith("mask/"):
-        return key
-    return key.removeprefix("eval_") if key.startswith("eval_") else f"train/{key}"
-
-
-def history(trainer: Trainer) -> list[dict[str, float]]:
-    rows = []
-    for entry in trainer.state.log_history:
-        if "train_runtime" in entry:
-            continue
-        rows.append({name: value for key, value in entry.items() if (name := metric_name(key)) is not None})
-    return rows
-
-
-def final_metrics(trainer: Trainer) -> dict[str, float]:
-    """The last evaluation and the mask of the last step."""
-    evaluation = {metric_name(key): value for key, value in trainer.last_eval_metrics.items()}
-    metrics = {key: value for key, value in evaluation.items() if key not in (None, "epoch", "train/epoch")}
-    logged = [row for row in trainer.state.log_history if any(key.startswith("mask/") for key in row)]
-    if logged:
-        metrics |= {key: value for key, value in logged[-1].items() if key.startswith("mask/")}
-    return {**metrics, "steps": trainer.state.global_step}
-
-
-def margins(trainer: Trainer) -> dict[str, list]:
-    """One number a pair, for paired statistics: beta times the difference of the log-ratios."""
-
-    def rounded(pairs: PairEvaluation) -> list[float]:
-        return [round(x, 6) for x in reward_margins(pairs, trainer.beta).tolist()]
-
-    tables = trainer.pair_evaluations
-    result = {"heldout": rounded(tables["eval"])}
-    if "train" in tables:
-        rows = trainer.memorization_rows
-        result["train"] = rounded(tables["train"])
-        result["train_flipped"] = trainer.train_dataset.select(rows)["flipped"][:]
-    return result
-
-
-def run_line(spec: RunSpec, metrics: dict[str, float], note: str) -> str:
-    columns = (
-        ("accuracy", "rewards/accuracies", ".3f"),
-        ("flipped fit", "memorization/flipped_fit", ".3f"),
-        ("KL", "drift/kl", ".4f"),
-        ("mean q", "mask/mean_q", ".3f"),
-    )
-    shown = [f"{label} {metrics[key]:{form}}" for label, key, form in columns if key in metrics]
-    return f"{spec.name:<36} {'  '.join(shown)}  ({note})"
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("prm-hf", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed"):
-        try:
-            found[name.replace("-", "_")] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def hardware(state: PartialState) -> dict[str, Any]:
-    cuda = state.device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(state.device) if cuda else f"{state.device.type} {platform.machine()}",
-        "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "world_size": state.num_processes,
-        "distributed_type": str(state.distributed_type),
+    grids = {
+        method: script_args.prm_learning_rates if is_prm(method) else script_args.learning_rates
+        for method in script_args.methods
+        if method != CONSTANT_Q
     }
+    n_runs = (sum(map(len, grids.values())) + (CONSTANT_Q in script_args.methods)) * len(script_args.seeds)
+    info = {**info, "noise_rate": script_args.noise_rate, "model": data.model_name, "dataset": data.dataset_name}
+    comparison = Comparison(training_args.output_dir, train_run, outcomes, info, n_runs)
 
+    accuracy: dict[tuple[str, float], list[float]] = {}
+    for method, grid in grids.items():
+        for learning_rate in grid:
+            for seed in script_args.seeds:
+                metrics = comparison.run(specify(method, learning_rate, seed))
+                accuracy.setdefault((method, learning_rate), []).append(metrics[comparison.measures.accuracy])
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if CONSTANT_Q in script_args.methods:
+        prm_rows = {row: sum(values) / len(values) for row, values in accuracy.items() if is_prm(row[0])}
+        method, learning_rate = max(prm_rows, key=prm_rows.get)
+        for seed in script_args.seeds:
+            source = specify(method, learning_rate, seed)
+            (run,) = load_runs(comparison.output_dir / source.name)
+            constant = {"of": source.name, "mean_q": run.mean_q}
+            comparison.run(specify(CONSTANT_Q, learning_rate * run.mean_q, seed, constant_q=constant))
 
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all: an interruption must not leave half a file that looks like a finished run."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(part, path)
+    comparison.report()

@@ -666,3 +666,27 @@ def test_missing_matplotlib_is_said(tmp_path, monkeypatch):
         write_report(comparison, tmp_path / "out")
     assert (tmp_path / "out" / "comparison.json").is_file()
     assert format_comparison(comparison).startswith("method")
+
+
+def test_tasks_have_measures_of_their_own(tmp_path):
+    write_grid(tmp_path)
+    for folder in tmp_path.iterdir():
+        info, metrics = (json.loads((folder / name).read_text()) for name in ("run.json", "metrics.json"))
+        names = {ACCURACY: "exact_match", "memorization/flipped_fit": "memorization/corrupted_fit"}
+        metrics = {names.get(key, key): value for key, value in metrics.items()} | {"loss": 0.321}
+        (folder / "run.json").write_text(json.dumps(info | {"task": "sft"}))
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    comparison = compare_runs(tmp_path)
+    assert comparison.rows[1].accuracy == pytest.approx(0.75)
+    text = format_comparison(comparison)
+    assert "0.321" in text and "corrupted fit" in text and "accuracy: exact_match, held-out rows" in text
+    assert "pairs" not in text
+
+    first = next(path for path in sorted(tmp_path.iterdir()) if path.is_dir())
+    info = json.loads((first / "run.json").read_text())
+    (first / "run.json").write_text(json.dumps(info | {"accuracy": "answer_match"}))
+    with pytest.raises(ValueError, match="differ in what their accuracy is: 'answer_match' in .*, 'exact_match' in"):
+        compare_runs(tmp_path)
+    (first / "run.json").write_text(json.dumps(info | {"task": "vision"}))
+    with pytest.raises(ValueError, match="has the task 'vision'; this version of prm_hf knows preferences, sft"):
+        compare_runs(tmp_path)

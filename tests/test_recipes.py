@@ -144,7 +144,7 @@ def test_a_model_and_files_of_ones_own_with_lora_and_other_losses(tmp_path):
 def test_cdpo_by_way_of_the_robust_loss():
     """(1-e) L + e L_swapped, from TRL's ((1-s) L - s L_swapped) / (1-2s)."""
     for rate in (0.1, 0.3, 0.45):
-        s = dpo_noisy.METHODS["cdpo"](rate)["label_smoothing"]
+        s = dpo_noisy.methods(rate)["cdpo"]["label_smoothing"]
         assert (1 - s) / (1 - 2 * s) == pytest.approx(1 - rate) and -s / (1 - 2 * s) == pytest.approx(rate)
 
 

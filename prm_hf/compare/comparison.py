@@ -211,7 +211,8 @@ def build_comparison(runs: list[Run]) -> Comparison:
 
 
 def _check_comparable(runs: list[Run]) -> None:
-    for key in ("task", "accuracy", "dataset", "model", "noise_rate"):
+    _check_one_value("what their accuracy is", {run.name: run.measures.accuracy for run in runs})
+    for key in ("dataset", "model", "noise_rate"):
         _check_one_value(f"`{key}`", {run.name: run.info[key] for run in runs if run.info.get(key) is not None})
     _check_one_value(
         f"the number of {runs[0].measures.examples}", {r.name: len(r.heldout) for r in runs if r.heldout is not None}

@@ -71,6 +71,7 @@ class MemorizationCallback(TrainerCallback):
         self._datasets = {"train": chosen, "heldout": eval_dataset}
         self._loaders: dict[str, Any] = {}
         self._step: int | None = None
+        self._measured: dict[str, float] = {}
 
     def on_evaluate(
         self,
@@ -80,13 +81,13 @@ class MemorizationCallback(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs,
     ) -> None:
-        if self._step == state.global_step:  # the second of several splits, or an evaluation repeated
-            return
-        self._step = state.global_step
-        measured = {f"eval_{name}": value for name, value in self.measure().items()}
-        self.trainer.log(dict(measured))
+        is_other_split = isinstance(self.trainer.eval_dataset, dict) and self._step == state.global_step
+        if not is_other_split:
+            self._step = state.global_step
+            self._measured = {f"eval_{name}": value for name, value in self.measure().items()}
+            self.trainer.log(dict(self._measured))
         if metrics is not None:
-            metrics.update(measured)
+            metrics.update(self._measured)
 
     def measure(self) -> dict[str, float]:
         """The metrics of the present weights, by their names without a prefix. Collective."""
