@@ -5,19 +5,20 @@ tested, with chunks so small that every tensor has whole and partial ones.
 """
 
 import itertools
-import os
 
 import pytest
 import torch
 
 
-os.environ["TRITON_INTERPRET"] = "1"  # before the kernel's module is imported
 fused = pytest.importorskip("prm_hf.optim.fused", reason="needs triton")
 
 from prm_hf.optim import PRM, masks  # noqa: E402
 
 from .reference_prm import ReferenceTensor  # noqa: E402
 from .test_optim import COMBINATIONS, VARIANTS, assert_close, make_params, train  # noqa: E402
+
+
+pytestmark = pytest.mark.skipif(not fused.INTERPRETED, reason="on a machine with a GPU tests/test_gpu.py runs it there")
 
 
 @pytest.fixture(autouse=True)

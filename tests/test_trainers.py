@@ -354,7 +354,8 @@ def test_fsdp_version_1_raises_where_drift_is_measured(tmp_path, monkeypatch):
     class UnderFSDP(PRMSFTTrainer):
         def create_accelerator_and_postprocess(self):
             super().create_accelerator_and_postprocess()
-            monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", SimpleNamespace(fsdp_version=1))
+            plugin = SimpleNamespace(fsdp_version=1, use_orig_params=True)
+            monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
             self.is_fsdp_enabled = True
 
     args = PRMSFTConfig(**settings(tmp_path))
