@@ -57,6 +57,8 @@ class RecordingPRM(PRM):
         parts = super()._parts(group)
         for part in parts:
             first = self._locator.numbers(group["prm_group"]).start
+            # The kernel decides on the masks of whole tensors by itself, and they are wanted here.
+            part.fused = part.fused and self._locator.layout is not None
             part.numbers = [first + i for i in part.owners] if self._locator.layout is None else part.owners
         return parts
 

@@ -103,13 +103,20 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def milliseconds(function: Callable[[], None], device: str, repeats: int) -> list[float]:
-    """Times of single calls after a warm-up: of the device, by events, or of the clock on a CPU."""
+def milliseconds(
+    function: Callable[[], None], device: str, repeats: int, prepare: Callable[[], None] = lambda: None
+) -> list[float]:
+    """Times of single calls after a warm-up: of the device, by events, or of the clock on a CPU.
+
+    The device is idle when a call begins, so that what the host does before the first launch counts too.
+    """
     for _ in range(3):
+        prepare()
         function()
     synchronize(device)
     times = []
     for _ in range(repeats):
+        prepare()
         if device == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -149,24 +156,25 @@ def measure(shapes: list[tuple], dtype: torch.dtype, make: Callable, device: str
     optimizer = make(params)
     calls = 0
 
-    def step() -> None:
+    def backward() -> None:
         nonlocal calls
         for p, g in zip(params, grads[calls % sets], strict=True):
             p.grad = g
         calls += 1
-        optimizer.step()
 
-    step()
+    backward()
+    optimizer.step()
     states = [x for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor)]
     state_bytes = sum(_bytes(x) for x in states)
     synchronize(device)
     before = memory(device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    step()
+    backward()
+    optimizer.step()
     synchronize(device)
     peak = torch.cuda.max_memory_allocated() - before if device == "cuda" else None
-    times = milliseconds(step, device, repeats)
+    times = milliseconds(optimizer.step, device, repeats, prepare=backward)
     moved = count * dtype.itemsize * 3 + 2 * state_bytes
     return {
         "parameters": count,
