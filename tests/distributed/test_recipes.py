@@ -14,13 +14,15 @@ from .plans import PATHS
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SHORT = ["--max_steps", "2", "--logging_steps", "1", "--eval_steps", "2", "--warmup_steps", "1"]
-# No noise that rounding could turn into another decision: the metrics of a mean, and two steps
-CLOSE = {
-    "drift/kl": 1e-2,
-    "drift/reward_abs": 1e-2,
-    "drift/logratio_abs": 1e-2,
-    "drift/params_rel": 1e-3,
-    "mask/mean_q": 1e-3,
+RATE = ["--methods", "prm_per_tensor", "--learning_rates", "3e-3", "--prm_learning_rates", "3e-3"]
+# By recipe, metrics that are means over many tokens, and shares, in which one decision may tip over
+MEANS = {
+    "dpo_noisy": ["drift/kl", "drift/reward_abs", "drift/logratio_abs", "drift/params_rel", "mask/mean_q"],
+    "sft_noisy": ["drift/kl", "drift/logratio_abs", "drift/params_rel", "memorization/corrupted_loss", "mask/mean_q"],
+}
+SHARES = {
+    "dpo_noisy": ["rewards/accuracies", "memorization/flipped_fit", "memorization/clean_fit"],
+    "sft_noisy": ["token_accuracy", "memorization/corrupted_fit", "memorization/clean_fit"],
 }
 
 
@@ -30,11 +32,9 @@ def test_every_configuration_is_named_here():
 
 def launch(recipe: str, path: str, folder: Path) -> dict[str, float]:
     build_demo()  # trains its model when it is first asked for, on one process sooner than on two
-    arguments = ["--output_dir", str(folder), *SHORT, "--methods", "prm_per_tensor"]
-    arguments += ["--learning_rates", "3e-3", "--prm_learning_rates", "3e-3"]
-    module = ["tests.distributed.recipe", recipe, *arguments]
     log = folder.with_suffix(".log")
-    accelerate_launch(path, module, log, PATHS[path])
+    module = ["tests.distributed.recipe", recipe, "--output_dir", str(folder), *SHORT, *RATE]
+    accelerate_launch(path, module, log, PATHS[path], timeout=600)
     (run,) = (p.parent for p in folder.glob("*/metrics.json"))
     assert json.loads((run / "run.json").read_text())["hardware"]["world_size"] == PATHS[path]
     assert log.read_text().count("PRM trains ") == 1
@@ -43,18 +43,20 @@ def launch(recipe: str, path: str, folder: Path) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
-    return launch("dpo_noisy", "single", tmp_path_factory.mktemp("single") / "runs")
+    """The metrics of one process, by recipe."""
+    return {recipe: launch(recipe, "single", tmp_path_factory.mktemp(recipe) / "runs") for recipe in MEANS}
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "single"])
-def test_dpo_noisy(single, path, tmp_path):
-    metrics = launch("dpo_noisy", path, tmp_path / "runs")
-    assert metrics.keys() == single.keys()
+@pytest.mark.parametrize("recipe", MEANS)
+def test_recipe(single, recipe, path, tmp_path):
+    metrics, expected = launch(recipe, path, tmp_path / "runs"), single[recipe]
+    assert metrics.keys() == expected.keys()
     assert metrics["steps"] == 2
-    for name, tolerance in CLOSE.items():
-        assert metrics[name] == pytest.approx(single[name], rel=tolerance), name
-    for name in ("rewards/accuracies", "memorization/flipped_fit", "memorization/clean_fit"):
-        assert metrics[name] == pytest.approx(single[name], abs=0.02), name
+    for name in MEANS[recipe]:
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-3), name
+    for name in SHARES[recipe]:
+        assert metrics[name] == pytest.approx(expected[name], abs=0.02), name
 
 
 def test_bench_sharded(tmp_path):
