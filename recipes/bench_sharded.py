@@ -139,7 +139,8 @@ def build(args: argparse.Namespace, accelerator: Accelerator, optimizer_class: t
         tie_word_embeddings=True,
         use_cache=False,
     )
-    model = Qwen2ForCausalLM(config)
+    with accelerator.device:  # where random weights are made sooner
+        model = Qwen2ForCausalLM(config)
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decay, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}]

@@ -18,7 +18,9 @@ from .reference_prm import ReferenceTensor  # noqa: E402
 from .test_optim import COMBINATIONS, VARIANTS, assert_close, make_params, train  # noqa: E402
 
 
-pytestmark = pytest.mark.skipif(not fused.INTERPRETED, reason="on a machine with a GPU tests/test_gpu.py runs it there")
+pytestmark = pytest.mark.skipif(
+    not fused.INTERPRETED, reason="on a machine with a GPU tests/test_gpu.py runs it there"
+)
 
 
 @pytest.fixture(autouse=True)

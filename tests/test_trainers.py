@@ -27,7 +27,14 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 
 from prm_hf.metrics import drift_metrics, evaluate_pairs, memorization_metrics, reward_metrics
 from prm_hf.optim import PRM
-from prm_hf.trainers import PRMArguments, PRMDPOConfig, PRMDPOTrainer, PRMSFTConfig, PRMSFTTrainer
+from prm_hf.trainers import (
+    PRMArguments,
+    PRMCallback,
+    PRMDPOConfig,
+    PRMDPOTrainer,
+    PRMSFTConfig,
+    PRMSFTTrainer,
+)
 
 from .tiny import make_model, make_tokenizer, preference_dataset
 
@@ -813,6 +820,17 @@ def test_prm_in_other_trainers(tmp_path, make, how):
     assert type(optimizer) is PRM and {int(s["step"]) for s in optimizer.state.values()} == {3}
     assert optimizer.param_groups[0]["reduction"] == ("per_param" if how == "optimizers" else "per_tensor")
     assert not torch.equal(weights(trainer.model), before)
+
+
+@pytest.mark.parametrize("make", [plain_trainer, trl_sft_trainer])
+def test_the_check_of_our_trainers_in_other_ones(tmp_path, caplog, make):
+    trainer = make(tmp_path, make_model(), optimizer_cls_and_kwargs=(PRM, {"lr": 1e-2}), callbacks=[PRMCallback()])
+    trainer.train()
+    number = sum(p.requires_grad for p in trainer.model.parameters())
+    assert caplog.text.count(f"PRM trains {number} tensors with per_param masks as whole tensors on 1 process.") == 1
+    trainer = make(tmp_path, make_model(), callbacks=[PRMCallback()])
+    with pytest.raises(RuntimeError, match="to train with PRM, but the optimizer in effect is AdamW"):
+        trainer.train()
 
 
 # ---- Several processes ----

@@ -9,6 +9,7 @@ from transformers.trainer import SCHEDULER_NAME
 from ..optim import PRM
 from ..optim.validation import check_reduction
 from ..sharding.checkpoint import is_sharded, load_model, load_optimizer, saved_variance_shapes
+from .callbacks import find_prm, innermost_optimizer
 
 
 class CheckpointMixin:
@@ -20,15 +21,11 @@ class CheckpointMixin:
 
     def find_prm(self) -> PRM | None:
         """The PRM in effect, inside accelerate's and DeepSpeed's wrappers, or None if another optimizer is."""
-        optimizer = self.innermost_optimizer()
-        return optimizer if isinstance(optimizer, PRM) else None
+        return find_prm(self.optimizer)
 
     def innermost_optimizer(self) -> torch.optim.Optimizer | None:
         """The optimizer inside accelerate's and DeepSpeed's wrappers; PRM if it is in there."""
-        optimizer = self.optimizer
-        while not isinstance(optimizer, PRM) and hasattr(optimizer, "optimizer"):
-            optimizer = optimizer.optimizer
-        return optimizer
+        return innermost_optimizer(self.optimizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._was_written_elsewhere(resume_from_checkpoint):

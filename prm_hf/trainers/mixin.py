@@ -7,7 +7,14 @@ from typing import Any
 from accelerate.data_loader import IterableDatasetShard
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from ..metrics import ParameterDrift
@@ -88,6 +95,7 @@ class PRMTrainerMixin(CheckpointMixin):
             if self.is_fsdp_enabled:
                 plugin = self.accelerator.state.fsdp_plugin
                 fsdp.check_plugin(plugin.fsdp_version, plugin.use_orig_params)
+            self.add_callback(PRMCallback)
             self._tag_names = [*self._tag_names, "prm-optimizer"]
             self.model.add_model_tags(self._tag_names)
         if self._needs_sizes():
@@ -109,7 +117,7 @@ class PRMTrainerMixin(CheckpointMixin):
         trained = any(p.requires_grad for p in self.model.parameters())
         if self.args.drift_metrics and self.eval_dataset is not None and trained:
             self._parameter_drift = ParameterDrift(self.model, self.accelerator)
-        self.add_callback(PRMCallback(self))
+        self.add_callback(_EvaluateAtEnd(self))
 
     # ---- Optimizer ----
 
@@ -239,6 +247,17 @@ class PRMTrainerMixin(CheckpointMixin):
             lines += ["\n### Results\n", f"Last evaluation, at step {self.state.global_step}:\n"]
             lines += ["| Metric | Value |", "|---|---|", *(f"| `{k}` | {v:.4g} |" for k, v in results.items())]
         return "\n".join(lines) + "\n"
+
+
+class _EvaluateAtEnd(TrainerCallback):
+    """Evaluates once more when training ends, unless the weights have just been evaluated."""
+
+    def __init__(self, trainer: PRMTrainerMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if args.drift_metrics and self.trainer.eval_dataset is not None and not self.trainer.weights_are_evaluated():
+            self.trainer.evaluate()
 
 
 def rows_of(dataloader: DataLoader) -> Sequence[dict[str, Any]]:

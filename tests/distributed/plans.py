@@ -27,12 +27,15 @@ COMMON = {
     "lora": {"prm": PER_TENSOR, "lora": True, **SAVED},
     "frozen": {"prm": PER_TENSOR, "frozen": True},
     "bf16": {"prm": PER_TENSOR, "bf16": True, **SAVED},
+    "lora_bf16": {"prm": PER_TENSOR, "lora": True, "bf16": True, **SAVED},
 }
 # What only some paths have, by path.
-FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}  # with stage 1: DeepSpeed's `BF16_Optimizer`
+# With stage 1 that is DeepSpeed's `BF16_Optimizer`, unless the optimizer is offloaded
+FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}
 ROUND_ROBIN = {"zero_optimization": {"round_robin_gradients": True}}
 SUB_GROUPS = {"zero_optimization": {"sub_group_size": 6000}}
 PLAIN = {"prm": PER_TENSOR, **SAVED}
+BF16_FP32 = PLAIN | {"bf16": True, "deepspeed": FP32_ACCUMULATION}
 FP16 = PLAIN | {"fp16": True, "overflow_at": 2, "deepspeed": {"fp16": {"initial_scale_power": 8}}}
 FSDP1 = {
     "FSDP_VERSION": "1",
@@ -46,34 +49,30 @@ SPECIAL = {
     "ddp": {"pure_bf16": PURE_BF16},
     "fsdp2": {
         "pure_bf16": PURE_BF16,
-        "lora_bf16": PLAIN | {"lora": True, "bf16": True},
         "plain": PLAIN,
         "fsdp1": PLAIN | {"environment": FSDP1},
         "fsdp1_flat": {"prm": PER_TENSOR, "environment": FSDP1 | {"FSDP_USE_ORIG_PARAMS": "false"}},
     },
-    "zero0": {
-        "fp16": FP16,
-    },
+    "zero0": {"fp16": FP16},  # DeepSpeed refuses to accumulate bfloat16 in float32 there
     "zero1": {
-        "lora_bf16": PLAIN | {"lora": True, "bf16": True},
-        "bf16_fp32": PLAIN | {"bf16": True, "deepspeed": FP32_ACCUMULATION},
+        "bf16_fp32": BF16_FP32,
         "plain": PLAIN,
         "round_robin": PLAIN | {"deepspeed": ROUND_ROBIN},
     },
     "zero2": {
-        "lora_bf16": PLAIN | {"lora": True, "bf16": True},
-        "bf16_fp32": PLAIN | {"bf16": True, "deepspeed": FP32_ACCUMULATION},
+        "bf16_fp32": BF16_FP32,
         "fp16": FP16,
         "plain": PLAIN,
         "round_robin": PLAIN | {"deepspeed": ROUND_ROBIN},
     },
     "zero3": {
-        "lora_bf16": PLAIN | {"lora": True, "bf16": True},
-        "bf16_fp32": PLAIN | {"bf16": True, "deepspeed": FP32_ACCUMULATION},
+        "bf16_fp32": BF16_FP32,
         "fp16": FP16,
         "plain": PLAIN,
         "sub_groups": PLAIN | {"deepspeed": SUB_GROUPS},
     },
+    "zero2_offload": {"bf16_fp32": BF16_FP32},
+    "zero3_offload": {"bf16_fp32": BF16_FP32},
 }
 
 
