@@ -1,9 +1,11 @@
 """What only a CUDA device can show: `pytest -m gpu`."""
 
+import copy
 import itertools
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
 
 from prm_hf.optim import PRM, masks
 
@@ -143,3 +145,30 @@ def test_more_than_2_to_the_31_elements():
     # t = 1: S = N, q = 1/2, and m̂/√v̂ = 1
     assert p[:3].tolist() == p[-7:-4].tolist() == [-0.125] * 3
     assert p[-1].item() == -0.125 and p.sum(dtype=torch.float64).item() == -0.125 * n
+
+
+@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+def test_a_step_of_shards_never_waits_for_the_device(reduction, tmp_path):
+    """FSDP2, of one process: the shards are stepped in two halves with an all-reduce between them."""
+    torch.manual_seed(0)
+    whole = torch.nn.Sequential(torch.nn.Linear(300, 70), torch.nn.Linear(70, 5)).cuda()
+    sharded = copy.deepcopy(whole)
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fully_shard(sharded)
+        optimizers = [PRM(model.parameters(), reduction=reduction) for model in (whole, sharded)]
+        for t in range(5):
+            x = torch.randn(8, 300, device="cuda")
+            for model in (whole, sharded):
+                model.zero_grad()
+                model(x).square().mean().backward()
+            optimizers[0].step()
+            torch.cuda.set_sync_debug_mode("error" if t > 1 else "default")
+            optimizers[1].step()
+            torch.cuda.set_sync_debug_mode("default")
+        assert "under FSDP2" in optimizers[1].describe_sharding()
+        for p, q in zip(sharded.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(p.full_tensor(), q, rtol=1e-6, atol=1e-7)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.distributed.destroy_process_group()

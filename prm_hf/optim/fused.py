@@ -474,7 +474,8 @@ class FusedStep:
         self.grad_vars, self.state_steps = lists["grad_vars"], lists["state_steps"]
         self.per_tensor = hyper["mask"] != "none" and hyper["reduction"] == "per_tensor"
         code = code_of(hyper)
-        key = (*map(id, lists["params"]), *code.values())
+        # Not by identity: slices of flat partitions are new views at each step.
+        key = (*((p.data_ptr(), p.numel()) for p in lists["params"]), *code.values())
         self._list = tables.get(key)
         if self._list is None or not self._list.fits(*states):
             while len(tables) > 8:  # of parameters that do not all have gradients at each step

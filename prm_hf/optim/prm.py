@@ -196,6 +196,7 @@ class PRM(Optimizer):
         self._started = False
         self._fused_tables: dict[tuple, Any] = {}  # of `fused.FusedStep`
         self._plan: Any = None  # `fused.FusedPlan`
+        self._indices: dict[tuple, Tensor] = {}
 
     def _register_group(self, group: dict[str, Any]) -> None:
         group[_NUMBER] = self._locator.register(group["params"])
@@ -351,7 +352,7 @@ class PRM(Optimizer):
             q = tensor_masks(x, *map(list, zip(*part.tensors.values(), strict=True)), part.hyper)
             row = {number: i for i, number in enumerate(part.tensors)}
             rows = [row[number] for number in part.owners]
-            qs.append(q if rows == list(range(len(row))) else q[rows])
+            qs.append(q if rows == list(range(len(row))) else q[self._index(rows, q.device)])
         return qs
 
     def _total(self, parts: list["_Part"], sums: list[Tensor | None]) -> list[Tensor | None]:
@@ -364,9 +365,19 @@ class PRM(Optimizer):
         table = torch.zeros(len(numbers), 2, dtype=masks.statistics_dtype(device), device=device)
         for part, x in zip(parts, sums, strict=True):
             if part.tensors and part.owners:
-                table.index_add_(0, torch.tensor([row[n] for n in part.owners], device=device), x)
+                table.index_add_(0, self._index([row[n] for n in part.owners], device), x)
         self._locator.all_reduce(table, numbers)
-        return [table[[row[number] for number in part.tensors]] if part.tensors else None for part in parts]
+        return [
+            table[self._index([row[number] for number in part.tensors], device)] if part.tensors else None
+            for part in parts
+        ]
+
+    def _index(self, rows: list[int], device: torch.device) -> Tensor:
+        """`rows` on the device, sent there once: at each step the host would wait until the device has taken them."""
+        key = (device, *rows)
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(rows, device=device)
+        return self._indices[key]
 
     def _locate(self) -> None:
         self._absorb_loaded()
