@@ -29,17 +29,21 @@ COLUMNS = {
 }
 
 
+def number(x: float) -> str:
+    return f"{x:.0e}".replace("e-0", "e-")
+
+
 def cell(recorded: Recorded, path: str, name: str) -> str:
     """Masks and weights against the reference, masks against one process where that makes sense, and the resume."""
     if name not in plan(path):
-        return ""
+        return "refused by DeepSpeed" if path == "zero0" else "–"
     ranks, prm = recorded.run(path, name), plan(path)[name]["prm"]
     mask, weight = replay(ranks, prm)
-    text = f"{mask:.0e} / {weight:.0e}"
+    text = f"{number(mask)} / {number(weight)}"
     if "bf16" not in name and path != "single" and prm["reduction"] == "per_tensor":
-        text += f" / {compare_runs(ranks, recorded.run('single', name), prm)[0]:.0e}"
+        text += f" / {number(compare_runs(ranks, recorded.run('single', name), prm)[0])}"
     resumed = compare_runs(recorded.run(path, f"{name}_resumed"), ranks, prm)
-    return f"{text}, {'exact' if resumed == (0, 0) else f'{max(resumed):.0e}'}"
+    return f"{text}, {'exact' if resumed == (0, 0) else number(max(resumed))}"
 
 
 def main(root: Path) -> None:
