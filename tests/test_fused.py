@@ -94,6 +94,21 @@ def test_low_precision_parameters_and_gradients():
             assert_close(p, q.detach().double().numpy(), torch.finfo(dtype).eps)
 
 
+def test_exp_avg_in_bfloat16():
+    for reduction in masks.REDUCTIONS:
+        ours, theirs = make_params(), make_params()
+        optimizers = [
+            PRM(ours, reduction=reduction, state_dtype="bf16", fused=True),
+            PRM(theirs, reduction=reduction, state_dtype="bf16", foreach=True),
+        ]
+        for optimizer, params in zip(optimizers, (ours, theirs), strict=True):
+            train(optimizer, params, steps=3)
+        for p, q in zip(ours, theirs, strict=True):
+            assert optimizers[0].state[p]["exp_avg"].dtype == torch.bfloat16
+            # The interpreter cuts bfloat16 off instead of rounding it; the steps' sizes add up to 0.012
+            assert_close(p, q.detach().double().numpy(), 0.012 * 2**-7)
+
+
 def test_misaligned_views_and_noncontiguous_gradients():
     storage = torch.randn(101)
     ours = [storage[1:34].clone()[1:].requires_grad_(), torch.randn(6, 4).requires_grad_()]

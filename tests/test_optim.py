@@ -367,11 +367,13 @@ def test_nonfinite_gradients_follow_adamw_and_are_counted(bad, reduction):
     assert torch.isfinite(other).all()  # and it stays in its tensor
 
 
+@pytest.mark.parametrize("state_dtype", ["float32", "bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
-def test_resume_is_bit_exact(dtype, foreach):
+def test_resume_is_bit_exact(dtype, foreach, state_dtype):
     for reduction, estimator, amsgrad in itertools.product(masks.REDUCTIONS, masks.ESTIMATORS, [False, True]):
         settings = {"reduction": reduction, "estimator": estimator, "amsgrad": amsgrad, "foreach": foreach}
+        settings["state_dtype"] = state_dtype
         whole = make_params(dtype)
         train(PRM(whole, **settings), whole, steps=12)
 
@@ -579,6 +581,8 @@ ERRORS = [
     ({"n_dataset": 2.5}, r"Invalid n_dataset=2.5"),
     ({"warmup_steps": -1}, r"Invalid warmup_steps=-1"),
     ({"warmup_steps": 1.5}, r"Invalid warmup_steps=1.5"),
+    ({"state_dtype": torch.bfloat16}, r"Invalid state_dtype=torch.bfloat16.*'float32', 'bf16', '8bit'"),
+    ({"state_dtype": "bf16", "differentiable": True}, r"Invalid state_dtype='bf16'.*autograd"),
     ({"fused": True, "differentiable": True}, r"Invalid fused=True.*autograd"),
     ({"fused": True, "foreach": True}, r"Invalid fused=True.*cannot both be True"),
     ({"foreach": True, "differentiable": True}, r"Invalid foreach=True.*autograd"),

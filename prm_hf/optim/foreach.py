@@ -1,4 +1,4 @@
-"""The multi-tensor implementation of PRM's step: the numbers of `_single_tensor_*` in `prm.py`, in fewer launches."""
+"""The multi-tensor implementation of PRM's step: the numbers of `_single_tensor_*` in `step.py`, in fewer launches."""
 
 import torch
 from torch import Tensor

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import masks
+from .quantized import is_quantized
 from .step import scalars_of
 
 
@@ -239,6 +240,7 @@ def _step_kernel(
     n_tensors,
     P: tl.constexpr,
     G: tl.constexpr,
+    M: tl.constexpr,
     MASK: tl.constexpr,
     DEBIASED: tl.constexpr,
     PER_TENSOR: tl.constexpr,
@@ -265,7 +267,7 @@ def _step_kernel(
         row = scalars + tl.load(scalar_rows + tensor) * N_SCALARS
         p_ptr = _pointer(p_ptrs, tensor, P, ALIGNED)
         g_ptr = _pointer(g_ptrs, tensor, G, ALIGNED)
-        m_ptr = _pointer(m_ptrs, tensor, tl.float32, ALIGNED)
+        m_ptr = _pointer(m_ptrs, tensor, M, ALIGNED)
         if PER_TENSOR and item % 2 == 0:
             if start + CHUNK <= numel:
                 deviations, squares = _chunk_sums(p_ptr, g_ptr, m_ptr, row, offsets, inside, COUPLED, MAXIMIZE, False)
@@ -348,7 +350,9 @@ def _step_kernel(
 
 
 class FusedList:
-    """The tables of a list of tensors on one device, of one parameter dtype, with float32 state.
+    """The tables of a list of tensors on one device, of one parameter dtype and one dtype of `exp_avg`.
+
+    All other state is float32.
 
     They hold as long as the tensors keep their storages; the gradients may be new tensors at every step.
 
@@ -369,7 +373,7 @@ class FusedList:
         self.device, n = params[0].device, len(params)
         self._tensors = (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grad_vars)  # keeps their storages
         self._code = code
-        self._dtype = _DTYPES[params[0].dtype]
+        self._dtypes = {"P": _DTYPES[params[0].dtype], "M": _DTYPES[exp_avgs[0].dtype]}
         numels = np.array([p.numel() for p in params], dtype=np.int64)
         n_chunks = -(-numels // CHUNK)
         first = np.concatenate([[0], np.cumsum(n_chunks)]).astype(np.int32)
@@ -449,7 +453,7 @@ class FusedList:
             x,
             s,
             len(grads),
-            P=self._dtype,
+            **self._dtypes,
             G=_DTYPES[grads[0].dtype],
             ALIGNED=self._aligned and self._grads_aligned,
             CHUNK=CHUNK,
@@ -523,7 +527,7 @@ class FusedPlan:
         by_code = {}
         for number, (group, hyper) in enumerate(groups):
             for p in group["params"]:
-                key = (p.device, p.dtype, p.grad.dtype, *code_of(hyper).values())
+                key = (p.device, p.dtype, p.grad.dtype, state[p]["exp_avg"].dtype, *code_of(hyper).values())
                 by_code.setdefault(key, []).append((p, number))
         self._lists = []
         for members in by_code.values():
@@ -599,10 +603,13 @@ def scalar_row(t: float | Tensor, hyper: dict[str, Any]) -> list:
 
 def supports(part: dict[str, list[Tensor]]) -> bool:
     """Whether tensors can be stepped by the kernel: contiguous, float32 or less, on a GPU (or interpreted)."""
-    params, grads = part["params"], part["grads"]
     return all(
-        p.dtype in _DTYPES and p.is_contiguous() and (p.is_cuda or INTERPRETED) and g.dtype in _DTYPES
-        for p, g in zip(params, grads, strict=True)
+        p.dtype in _DTYPES
+        and p.is_contiguous()
+        and (p.is_cuda or INTERPRETED)
+        and g.dtype in _DTYPES
+        and not is_quantized(m)
+        for p, g, m in zip(part["params"], part["grads"], part["exp_avgs"], strict=True)
     )
 
 

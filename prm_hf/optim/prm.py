@@ -16,9 +16,10 @@ from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiab
 
 from ..sharding import Layout, Locator
 from . import masks
+from .quantized import is_quantized, quantized_zeros, read, write
 from .statistics import N_SUMS, add_rows, fill_per_tensor, mask_summary, slice_row
 from .step import HYPERPARAMETERS, LOW_PRECISION, ListStep, tensor_masks
-from .validation import check_reduction, validate_group
+from .validation import check_reduction, check_state_dtype, validate_group
 
 
 # What `__setstate__` gives to a group of a checkpoint that is older than the key.
@@ -42,6 +43,7 @@ _GROUP_DEFAULTS = {
     "fused": None,
     "capturable": False,
     "differentiable": False,
+    "state_dtype": "float32",
 }
 _STATE_KEYS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var")
 # Keys of ours in parameter groups, which wrappers and checkpoints carry along: the number that the group was created
@@ -111,15 +113,20 @@ class PRM(Optimizer):
             unless `foreach` or `differentiable` is set.
         capturable (`bool`): keep `step` on the device and let no value decide control flow, for CUDA graphs.
         differentiable (`bool`): let autograd run through the step.
+        state_dtype (`str`): how the moments are kept: `"float32"`; `"bf16"`, `exp_avg` in bfloat16; or `"8bit"`,
+            `exp_avg` and `exp_avg_sq` in torchao's 8-bit blocks (tensors of at least 4096 elements that are multiples
+            of 256). The step is computed in float32 and what is kept is rounded to the nearest once, at its end:
+            changes of `exp_avg` below 2^-9 of it are lost in bfloat16. `"bf16"` is not for DeepSpeed ZeRO and FSDP1,
+            `"8bit"` for whole tensors alone (one process, DDP).
 
     Any of `mask`, `reduction`, `softness`, `alpha`, `estimator`, `rho`, `mask_eps`, `warmup_steps` and the arguments
     of AdamW may differ between parameter groups.
 
     State of a parameter: `step` (0-dim float32), `exp_avg`, `exp_avg_sq`, with `amsgrad` `max_exp_avg_sq` (the
-    parameter's shape; float32 for bfloat16 and float16 parameters) and, unless `mask="none"`, `grad_var` (the
-    parameter's shape for `per_param`, one 0-dim float64 for `per_tensor`). `grad_var` estimates the variance of the
-    gradient of the batch *mean*: with per-example gradients at hand its long-run mean is their population variance
-    over b - 1.
+    parameter's shape; float32 for bfloat16 and float16 parameters, or as `state_dtype` says) and, unless
+    `mask="none"`, `grad_var` (the parameter's shape for `per_param`, one 0-dim float64 for `per_tensor`). `grad_var`
+    estimates the variance of the gradient of the batch *mean*: with per-example gradients at hand its long-run mean is
+    their population variance over b - 1.
 
     Raises:
         ValueError: an argument is out of its range, or arguments contradict each other; the message names them.
@@ -160,6 +167,7 @@ class PRM(Optimizer):
         fused: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
+        state_dtype: str = "float32",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -185,6 +193,7 @@ class PRM(Optimizer):
             "fused": fused,
             "capturable": capturable,
             "differentiable": differentiable,
+            "state_dtype": state_dtype,
         }
         self._start_unlocated()
         super().__init__(params, defaults)
@@ -243,7 +252,7 @@ class PRM(Optimizer):
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict, keeping the state in its own precision.
+        """Loads a state dict. The state keeps the precision that it was saved in, or gets our `state_dtype`.
 
         Raises:
             ValueError: a group of the checkpoint was trained with another `reduction`; its `grad_var` has another
@@ -252,19 +261,29 @@ class PRM(Optimizer):
         if state_dict["state"]:
             for number, (ours, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
                 check_reduction(number, ours["reduction"], theirs.get("reduction", ours["reduction"]))
+        state_dtypes = [group["state_dtype"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         # torch casts floating-point state to the parameter's dtype: bfloat16 for state that we keep in float32, and
         # float32 for the float64 `grad_var`. Take the saved values again in the precision that they were saved in.
         # Copies, so that two optimizers never share the tensors that their steps change in place.
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for saved_id, p in zip(saved_ids, params, strict=True):
+        params = [(p, group) for group in self.param_groups for p in group["params"]]
+        for group, state_dtype in zip(self.param_groups, state_dtypes, strict=True):
+            group["state_dtype"] = state_dtype
+        for saved_id, (p, group) in zip(saved_ids, params, strict=True):
             if p in self.state:
-                self.state[p]["step"] = self.state[p]["step"].clone()
+                # torch moves it to the device for any optimizer with `fused`, where ours would have to wait for it.
+                device = p.device if group["capturable"] else "cpu"
+                self.state[p]["step"] = self.state[p]["step"].clone().to(device)
             for key in _STATE_KEYS:
                 saved = state_dict["state"].get(saved_id, {}).get(key)
-                if saved is not None:
-                    dtype = torch.promote_types(saved.dtype, _state_dtype(p))
+                if saved is None:
+                    continue
+                dtype = torch.promote_types(saved.dtype, _state_dtype(p))
+                if key != "grad_var" and (group["state_dtype"] != "float32" or is_quantized(saved)):
+                    self.state[p][key] = _new_moment(p, key, group["state_dtype"])
+                    write(self.state[p][key], saved if is_quantized(self.state[p][key]) else read(saved, dtype))
+                else:
                     self.state[p][key] = saved.detach().clone().to(device=p.device, dtype=dtype)
 
     @_use_grad_for_differentiable
@@ -382,6 +401,9 @@ class PRM(Optimizer):
     def _locate(self) -> None:
         self._absorb_loaded()
         self._locator.locate([(group[_NUMBER], group["params"]) for group in self.param_groups])
+        if self._locator.layout is not None:
+            for group in self.param_groups:
+                check_state_dtype(group["state_dtype"], self._locator.layout.path)
         if self._locator.flat:
             self._unshare_steps()
         per_tensor = any(g["mask"] != "none" and g["reduction"] == "per_tensor" for g in self.param_groups)
@@ -468,7 +490,7 @@ class PRM(Optimizer):
                 tensors["max_exp_avg_sqs"] = state["max_exp_avg_sq"]
             if group["mask"] != "none" and not per_tensor:
                 tensors["grad_vars"] = state["grad_var"]
-            key = (p.device, state["exp_avg"].dtype, p.dtype, grad.dtype)
+            key = (p.device, state["exp_avg"].dtype, state["exp_avg_sq"].dtype, p.dtype, grad.dtype)
             part = parts.setdefault(key, _Part(hyper, group["foreach"], p.device))
             part.counters.append(state["step"])
             for number, views in self._locator.slices(p, tensors, split):
@@ -492,14 +514,11 @@ class PRM(Optimizer):
         state = self.state[p]
         masked = group["mask"] != "none"
         if not state:
-            like = {"dtype": _state_dtype(p), "memory_format": torch.preserve_format}
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if group["capturable"] else "cpu")
-            state["exp_avg"] = torch.zeros_like(p, **like)
-            state["exp_avg_sq"] = torch.zeros_like(p, **like)
-            if group["amsgrad"]:
-                state["max_exp_avg_sq"] = torch.zeros_like(p, **like)
+            for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]:
+                state[key] = _new_moment(p, key, group["state_dtype"])
             if masked and group["reduction"] == "per_param":
-                state["grad_var"] = torch.zeros_like(p, **like)
+                state["grad_var"] = torch.zeros_like(p, dtype=_state_dtype(p), memory_format=torch.preserve_format)
             elif masked and not split:
                 state["grad_var"] = torch.zeros((), dtype=masks.statistics_dtype(p.device), device=p.device)
         elif self._locator.flat and group["amsgrad"] and "max_exp_avg_sq" not in state:
@@ -662,3 +681,11 @@ def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
 
 def _state_dtype(param: Tensor) -> torch.dtype:
     return torch.float32 if param.dtype in LOW_PRECISION else param.dtype
+
+
+def _new_moment(param: Tensor, key: str, state_dtype: str) -> Tensor:
+    """Zeros for a state of a parameter's shape, as `state_dtype` says that it is kept."""
+    if state_dtype == "8bit" and param.dtype != torch.float64:
+        return quantized_zeros(param, signed=key == "exp_avg")
+    dtype = torch.bfloat16 if state_dtype == "bf16" and key == "exp_avg" else _state_dtype(param)
+    return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)

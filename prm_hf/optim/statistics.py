@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import masks
 from .foreach import sum_of_squares
+from .quantized import read
 from .step import mask_arguments, scalars_of
 
 
@@ -30,6 +31,7 @@ SUMMARY = (
 def slice_row(m: Tensor, v: Tensor, s: Tensor | None, step: Tensor, hyper: dict[str, Any]) -> Tensor:
     """The row, float64 (9,), of a slice of one tensor."""
     dtype, n = masks.statistics_dtype(m.device), m.numel()
+    m, v = (read(x, torch.promote_types(x.dtype, torch.float32)) for x in (m, v))
     zero = torch.zeros((), dtype=dtype, device=m.device)
     row = dict.fromkeys(COLUMNS, zero) | {"numel": zero + n, "min_q": zero + torch.inf, "max_q": zero - torch.inf}
     row["nonfinite"] = n - torch.isfinite(v).sum()

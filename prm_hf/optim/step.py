@@ -12,6 +12,7 @@ from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from . import masks
 from .foreach import _multi_tensor_moments, _multi_tensor_update, sum_of_squares
+from .quantized import flat_slice, is_quantized, read, write
 
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -92,9 +93,10 @@ HYPERPARAMETERS = frozenset(
 )
 
 
-# The multi-tensor implementation makes several temporaries of the size of what it works on. On a CPU it works on
-# blocks that stay in the cache with them, elsewhere on as many tensors as fill the device.
-CPU_BLOCK, CPU_BLOCKS, DEVICE_BLOCK = 2**16, 4, 2**26
+# The multi-tensor implementation makes several temporaries of the size of what it works on. It works on blocks of
+# this many elements, a few at a time: on a CPU such that they stay in the cache, elsewhere such that they fill the
+# device; fewer where the temporaries are all that is there in float32.
+CPU_BLOCK, DEVICE_BLOCK, QUANTIZED_BLOCK, BLOCKS = 2**16, 2**24, 2**22, 4
 
 
 class ListStep:
@@ -102,6 +104,9 @@ class ListStep:
 
     The arguments are those of [`prm`]; with `hyper["reduction"] == "per_tensor"` `grad_vars` is not used by the
     halves but by [`tensor_masks`] between them.
+
+    The step is computed in the dtype of `exp_avg_sqs` (float32 if they are quantized). What is kept in less is rounded
+    once, when the step is done, and never between the halves.
     """
 
     def __init__(
@@ -120,88 +125,89 @@ class ListStep:
             _, foreach = _default_to_fused_or_foreach(params, hyper["differentiable"], use_fused=False)
             # As in torch.optim: a tensor lr needs capturable for the multi-tensor path.
             foreach = foreach and (hyper["capturable"] or not isinstance(hyper["lr"], Tensor))
-        self._foreach = foreach
         self._hyper = hyper
         self.per_tensor = hyper["mask"] != "none" and hyper["reduction"] == "per_tensor"
-        self._params, self._grads, self._exp_avgs, self._exp_avg_sqs = params, grads, exp_avgs, exp_avg_sqs
-        self._max_exp_avg_sqs, self.grad_vars, self.state_steps = max_exp_avg_sqs, grad_vars, state_steps
+        self._lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, [] if self.per_tensor else grad_vars)
+        self.grad_vars, self.state_steps = grad_vars, state_steps
+        self._dtype = exp_avg_sqs[0].dtype
+        self._quantized = any(map(is_quantized, exp_avgs))
+        # Whether the first half leaves m and v alone, and the second computes them: what it reads must not be rounded.
+        # Without a pause between the halves for sums, that also spares the memory a second pass.
+        self._moments_last = not self.per_tensor or self._quantized or exp_avgs[0].dtype != self._dtype
+        self._moments = _multi_tensor_moments if foreach else _single_tensor_moments
+        self._update = _multi_tensor_update if foreach else _single_tensor_update
         self._scalars = scalar_lists(state_steps, hyper)
-        self._blocks = self._divide() if foreach else [[(i, None) for i in range(len(params))]]
+        self._blocks = self._divide() if foreach or self._quantized else [[(i, None) for i in range(len(params))]]
 
     def _divide(self) -> list[list[tuple[int, slice | None]]]:
         """The tensors in blocks: each a list of positions, with the span of a tensor that is taken apart."""
-        cpu = self._params[0].device.type == "cpu"
-        lists = [self._params, self._grads, self._exp_avgs, self._exp_avg_sqs, self._max_exp_avg_sqs]
-        lists = [tensors for tensors in (*lists, [] if self.per_tensor else self.grad_vars) if tensors]
+        params = self._lists[0]
+        size = DEVICE_BLOCK if params[0].device.type != "cpu" else CPU_BLOCK
+        size = min(size, QUANTIZED_BLOCK) if self._quantized else size
         blocks, filled = [[]], 0
-        for i, param in enumerate(self._params):
+        for i, param in enumerate(params):
             n = param.numel()
             spans = [None]
-            if cpu and n > CPU_BLOCK and all(tensors[i].is_contiguous() for tensors in lists):
-                spans = [slice(start, min(start + CPU_BLOCK, n)) for start in range(0, n, CPU_BLOCK)]
+            if n > size and all(tensors[i].is_contiguous() for tensors in self._lists if tensors):
+                spans = [slice(start, min(start + size, n)) for start in range(0, n, size)]
             for span in spans:
-                size = n if span is None else span.stop - span.start
-                if blocks[-1] and filled + size > (CPU_BLOCK * CPU_BLOCKS if cpu else DEVICE_BLOCK):
+                part = n if span is None else span.stop - span.start
+                if blocks[-1] and filled + part > size * BLOCKS:
                     blocks.append([])
                     filled = 0
                 blocks[-1].append((i, span))
-                filled += size
+                filled += part
         return blocks
 
-    def _take(self, tensors: list[Tensor], block: list[tuple[int, slice | None]]) -> list[Tensor]:
-        if not tensors:
-            return []
-        return [tensors[i] if span is None else tensors[i].view(-1)[span] for i, span in block]
-
-    def _in_state_dtype(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Gradients and parameters of low precision in the dtype of their state, in which the step is computed."""
-        dtype = self._exp_avgs[0].dtype
-        return [x if x.dtype == dtype else x.to(dtype) for x in tensors]
+    def _take(self, block: list[tuple[int, slice | None]]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+        """The parts of all lists in a block, as they are kept and as the step computes with them."""
+        kept = [
+            [tensors[i] if span is None else flat_slice(tensors[i], span) for i, span in block] if tensors else []
+            for tensors in self._lists
+        ]
+        return kept, [[read(x, self._dtype) for x in tensors] for tensors in kept]
 
     def moments(self) -> Tensor | None:
-        """m, v and, for `per_param`, s. For `per_tensor`: Σ(g - center)² and Σm² of each tensor, float64 (n, 2)."""
-        function = _multi_tensor_moments if self._foreach else _single_tensor_moments
-        sums, owners = [], []
-        for block in self._blocks:
-            part = function(
-                self._in_state_dtype(self._take(self._params, block)),
-                self._in_state_dtype(self._take(self._grads, block)),
-                self._take(self._exp_avgs, block),
-                self._take(self._exp_avg_sqs, block),
-                [] if self.per_tensor else self._take(self.grad_vars, block),
-                self._scalars.take([i for i, _ in block]),
-                **self._hyper,
-            )
-            if self.per_tensor:
-                sums.append(part)
-                owners += [i for i, _ in block]
+        """For `per_tensor`: m and v, and Σ(g - center)² and Σm² of each tensor, float64 (n, 2)."""
         if not self.per_tensor:
             return None
+        sums, owners = [], []
+        for block in self._blocks:
+            kept, (params, grads, exp_avgs, exp_avg_sqs, _, _) = self._take(block)
+            if self._moments_last:  # these are to be thrown away
+                exp_avgs, exp_avg_sqs = (
+                    [x.clone() if x is old else x for x, old in zip(new, olds, strict=True)]
+                    for new, olds in ((exp_avgs, kept[2]), (exp_avg_sqs, kept[3]))
+                )
+            scalars = self._scalars.take([i for i, _ in block])
+            sums.append(self._moments(params, grads, exp_avgs, exp_avg_sqs, [], scalars, **self._hyper))
+            owners += [i for i, _ in block]
         sums = torch.cat(sums)
-        if len(owners) == len(self._params):
+        if len(owners) == len(self._lists[0]):
             return sums
-        return sums.new_zeros(len(self._params), 2).index_add_(0, torch.tensor(owners, device=sums.device), sums)
+        index = torch.tensor(owners).to(sums.device, non_blocking=True)
+        return sums.new_zeros(len(self._lists[0]), 2).index_add_(0, index, sums)
 
     def update(self, q: Tensor | None = None) -> None:
-        """Decoupled weight decay and the masked update. `q`, for `per_tensor`, has an entry for each tensor."""
-        function = _multi_tensor_update if self._foreach else _single_tensor_update
+        """m and v unless `moments` has computed them, for `per_param` s, decoupled weight decay, the masked update.
+
+        `q`, for `per_tensor`, has an entry for each tensor.
+        """
+        qs = None if q is None else q.unbind()
         for block in self._blocks:
             positions = [i for i, _ in block]
-            params = self._take(self._params, block)
-            working = self._in_state_dtype(params)
-            function(
-                working,
-                self._take(self._exp_avgs, block),
-                self._take(self._exp_avg_sqs, block),
-                self._take(self._max_exp_avg_sqs, block),
-                [] if self.per_tensor else self._take(self.grad_vars, block),
-                q if q is None or len(self._blocks) == 1 else q[positions],
-                self._scalars.take(positions),
-                **self._hyper,
-            )
-            for param, updated in zip(params, working, strict=True):
-                if updated is not param:
-                    param.copy_(updated)  # rounded once
+            scalars = self._scalars.take(positions)
+            kept, working = self._take(block)
+            params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grad_vars = working
+            if self._moments_last:
+                hyper = self._hyper if q is None else self._hyper | {"mask": "none"}  # no sums again
+                self._moments(params, grads, exp_avgs, exp_avg_sqs, grad_vars, scalars, **hyper)
+            part = q if q is None or len(self._blocks) == 1 else torch.stack([qs[i] for i in positions])
+            self._update(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grad_vars, part, scalars, **self._hyper)
+            for olds, news in zip(kept, working, strict=True):
+                if olds is not kept[1]:  # gradients stay
+                    for old, new in zip(olds, news, strict=True):
+                        write(old, new)
 
 
 def tensor_masks(

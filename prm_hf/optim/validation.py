@@ -9,6 +9,9 @@ from torch import Tensor
 from . import masks
 
 
+STATE_DTYPES = ("float32", "bf16", "8bit")
+
+
 def validate_group(group: dict[str, Any]) -> None:
     """Raises ValueError for a group's first invalid setting, naming argument, value and what is allowed."""
 
@@ -52,6 +55,7 @@ def validate_group(group: dict[str, Any]) -> None:
         ("reduction", masks.REDUCTIONS),
         ("estimator", masks.ESTIMATORS),
         ("boundary", masks.BOUNDARIES),
+        ("state_dtype", STATE_DTYPES),
     ):
         check(group[name] in allowed, name, group[name], "it must be one of " + ", ".join(map(repr, allowed)))
     steps = group["warmup_steps"]
@@ -73,6 +77,17 @@ def validate_group(group: dict[str, Any]) -> None:
             group["n_dataset"],
             f"it must be larger than batch_size={group['batch_size']}",
         )
+    if group["state_dtype"] != "float32":
+        message = "autograd cannot run through what it rounds; use state_dtype='float32'"
+        check(not group["differentiable"], "state_dtype", group["state_dtype"], message)
+    if group["state_dtype"] == "8bit":
+        check(not group["fused"], "state_dtype", "8bit", "the fused kernel does not read it; leave fused=None")
+        check(
+            importlib.util.find_spec("torchao") is not None,
+            "state_dtype",
+            "8bit",
+            "it needs torchao; install it with `pip install torchao`, or use 'bf16'",
+        )
     if group["fused"]:
         check(not group["foreach"], "fused", True, "`fused` and `foreach` cannot both be True")
         check(not group["differentiable"], "fused", True, "autograd cannot run through it; use fused=False")
@@ -93,4 +108,17 @@ def check_reduction(number: int, ours: str, theirs: str) -> None:
             f"The checkpoint's parameter group {number} was trained with reduction={theirs!r}, this optimizer was "
             f"created with reduction={ours!r}: their `grad_var` cannot be converted. Create the optimizer with "
             f"reduction={theirs!r}, or start from the weights alone with a fresh optimizer."
+        )
+
+
+def check_state_dtype(state_dtype: str, path: str) -> None:
+    """Raises ValueError if state in less than float32 is asked for where `path` says that tensors are held in parts.
+
+    DeepSpeed's flat buffers and FSDP1's optimizer state are converted and moved by these libraries as float32, and
+    blocks of 8-bit values do not end where the shards of a tensor do.
+    """
+    if state_dtype == "8bit" or (state_dtype == "bf16" and path != "FSDP2"):
+        raise ValueError(
+            f"Invalid state_dtype={state_dtype!r}: it is not supported under {path}. Use state_dtype='float32'; or "
+            "FSDP2, where 'bf16' works; or one process or DDP, where every state_dtype does."
         )

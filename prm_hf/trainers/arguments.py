@@ -10,6 +10,7 @@ from trl import DPOConfig, SFTConfig
 
 from ..optim import PRM
 from ..optim.masks import BOUNDARIES, ESTIMATORS, MASKS, REDUCTIONS
+from ..optim.validation import STATE_DTYPES, check_state_dtype
 from ..sharding.deepspeed import check_config
 
 
@@ -53,6 +54,9 @@ class PRMArguments:
             the mask on the small gradients of language models.
         prm_warmup_steps (`int`, *optional*, defaults to `0`):
             Number of first steps that are plain AdamW while the running variance forms.
+        prm_state_dtype (`str`, *optional*, defaults to `"float32"`):
+            How the moments are kept: `"float32"`; `"bf16"` for the first moment in bfloat16 (not under DeepSpeed ZeRO
+            and FSDP1); or `"8bit"` for both in 8 bits (on one process and under DDP; needs torchao).
 
         > Parameters that control the metrics
 
@@ -124,6 +128,14 @@ class PRMArguments:
         default=0,
         metadata={"help": "Number of first steps that are plain AdamW while the running variance forms."},
     )
+    prm_state_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "How the moments are kept: `'float32'`; `'bf16'` for the first moment in bfloat16 (not under "
+            "DeepSpeed ZeRO and FSDP1); or `'8bit'` for both in 8 bits (on one process and under DDP; needs torchao).",
+            "choices": list(STATE_DTYPES),
+        },
+    )
     drift_metrics: bool = field(
         default=True,
         metadata={
@@ -139,6 +151,7 @@ class PRMArguments:
             ("prm_reduction", REDUCTIONS),
             ("prm_estimator", ESTIMATORS),
             ("prm_boundary", BOUNDARIES),
+            ("prm_state_dtype", STATE_DTYPES),
         ):
             value = getattr(self, name)
             if value not in valid:
@@ -220,6 +233,7 @@ def prm_kwargs(args: PRMArguments) -> dict[str, Any]:
         "alpha": args.prm_alpha,
         "mask_eps": args.prm_mask_eps,
         "warmup_steps": args.prm_warmup_steps,
+        "state_dtype": args.prm_state_dtype,
     }
 
 
@@ -250,5 +264,8 @@ def check_deepspeed_config(args: TrainingArguments) -> None:
     if args.optimizer_name == "prm" and plugin is not None:
         try:
             check_config(plugin.deepspeed_config)
+            stage = (plugin.deepspeed_config.get("zero_optimization") or {}).get("stage", 0)
+            if stage != 0:
+                check_state_dtype(args.prm_state_dtype, f"DeepSpeed ZeRO-{stage}")
         except ValueError as error:
             raise ValueError(f"{error} Or set `optimizer_name='adamw'`.") from error

@@ -39,6 +39,7 @@ _SETTINGS = (
     "alpha",
     "mask_eps",
     "warmup_steps",
+    "state_dtype",
     "batch_size",
     "n_dataset",
 )
