@@ -1,0 +1,203 @@
+"""What the optimizer costs of a whole DPO training step: `bench_step.py --dpo_steps 12`.
+
+[`PRMDPOTrainer`] trains a model of random weights on random preference pairs of a fixed length, in bfloat16 with
+float32 weights. PRM and fused AdamW take turns, step by step, on the same weights, so that both see the same clocks,
+memory and batches. Nothing is downloaded.
+"""
+
+import copy
+import random
+import statistics
+import tempfile
+import time
+
+import torch
+from datasets import Dataset
+from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+
+from prm_hf import PRMDPOConfig, PRMDPOTrainer
+from prm_hf.demo import task
+from prm_hf.demo.model import make_tokenizer
+
+
+PAIRS = 32  # a step
+WARMUP_STEPS = 3  # of each optimizer
+# By name: the model's configuration, tokens of a prompt and of a completion, and pairs a device works on at a time
+MODELS = {
+    "0.5b": (
+        {
+            "vocab_size": 151_936,
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
+        (64, 192),
+        8,
+    ),
+    "tiny": (
+        {
+            "vocab_size": 128,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
+        (4, 8),
+        16,
+    ),
+}
+
+
+def pairs(count: int, prompt: int, completion: int) -> Dataset:
+    """Random digits: a token each, and one more that ends a completion."""
+    rng = random.Random(0)
+
+    def text(length: int) -> str:
+        return "".join(f" {digit}" for digit in rng.choices(task.DIGITS, k=length))
+
+    return Dataset.from_list(
+        [
+            {"prompt": text(prompt), "chosen": text(completion - 1), "rejected": text(completion - 1)}
+            for _ in range(count)
+        ]
+    )
+
+
+class TakeTurns(TrainerCallback):
+    """Lets another optimizer take each step, and measures the steps: all of one, and the optimizer's part.
+
+    Attributes:
+        steps, parts: milliseconds by optimizer, without those that warm up.
+    """
+
+    def __init__(self, trainer: PRMDPOTrainer) -> None:
+        self.trainer = trainer
+        self.cuda = trainer.args.device.type == "cuda"
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.steps: dict[str, list[float]] = {"PRM": [], "AdamW": []}
+        self.parts: dict[str, list[float]] = {"PRM": [], "AdamW": []}
+        self._last = self._began = None
+
+    def now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        prm = self.trainer.find_prm()
+        groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in prm.param_groups]
+        adamw = torch.optim.AdamW(groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, fused=True)
+        self.optimizers = {"PRM": prm, "AdamW": adamw}
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.name = ("PRM", "AdamW")[state.global_step % 2]
+        self.trainer.optimizer.optimizer = self.optimizers[self.name]
+        if self._last is None:
+            self._last = self.now()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self._began = self._events() if self.cuda else time.perf_counter()
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        if self.cuda:
+            self._began[1].record()
+        else:
+            self._part = (time.perf_counter() - self._began) * 1e3
+
+    def _events(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        return begin, end
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        now = self.now()
+        if self.cuda:
+            self._part = self._began[0].elapsed_time(self._began[1])
+        if state.global_step > 2 * WARMUP_STEPS:
+            self.steps[self.name].append((now - self._last) * 1e3)
+            self.parts[self.name].append(self._part)
+        self._last = now
+
+
+def measure(model_name: str, steps: int, device: str) -> dict:
+    """Trains `steps` steps with each optimizer, after warm-up.
+
+    Returns:
+        By optimizer, medians in milliseconds of a step and of the optimizer's part in it and its share; `ratio`, of
+        the two steps; `mask_stats_ms`, what a log of the mask's statistics costs; and how it was measured.
+    """
+    config, (prompt, completion), at_a_time = MODELS[model_name]
+    tokenizer = make_tokenizer()
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Qwen2ForCausalLM(Qwen2Config(**config, **special))
+    total = 2 * (steps + WARMUP_STEPS)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = PRMDPOConfig(
+            folder,
+            prm_reduction="per_tensor",
+            per_device_train_batch_size=at_a_time,
+            gradient_accumulation_steps=PAIRS // at_a_time,
+            max_steps=total,
+            max_length=prompt + completion,
+            learning_rate=5e-7,
+            lr_scheduler_type="constant",
+            bf16=True,
+            gradient_checkpointing=False,
+            logging_strategy="no",
+            save_strategy="no",
+            eval_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=device == "cpu",
+        )
+        trainer = PRMDPOTrainer(
+            model,
+            copy.deepcopy(model),
+            arguments,
+            train_dataset=pairs(PAIRS * total, prompt, completion),
+            processing_class=tokenizer,
+        )
+        turns = TakeTurns(trainer)
+        trainer.add_callback(turns)
+        trainer.train()
+        for _ in range(2):  # the first time compiles nothing, but loads what it launches
+            clock = turns.now()
+            turns.optimizers["PRM"].get_mask_stats()
+            mask_stats = (turns.now() - clock) * 1e3
+    row = {
+        "model": model_name,
+        "pairs_a_step": PAIRS,
+        "pairs_at_a_time": at_a_time,
+        "tokens_a_row": prompt + completion,
+        "measured_steps_each": steps,
+        "mask_stats_ms": mask_stats,
+    }
+    for name in turns.steps:
+        step, part = statistics.median(turns.steps[name]), statistics.median(turns.parts[name])
+        row[name] = {
+            "step_ms": step,
+            "optimizer_ms": part,
+            "share": part / step,
+            "steps_ms": turns.steps[name],
+        }
+    row["ratio"] = row["PRM"]["step_ms"] / row["AdamW"]["step_ms"]
+    return row
+
+
+def print_row(row: dict) -> None:
+    print(
+        f"\nDPO step, {row['model']}, {row['pairs_a_step']} pairs of {row['tokens_a_row']} tokens, "
+        f"{row['pairs_at_a_time']} at a time, bf16, medians of {row['measured_steps_each']} steps each\n"
+    )
+    print("| optimizer | ms a step | ms its part | share |\n|---|---|---|---|")
+    for name in ("AdamW", "PRM"):
+        own = row[name]
+        print(f"| {name} | {own['step_ms']:.1f} | {own['optimizer_ms']:.2f} | {own['share']:.2%} |")
+    print(f"\nPRM / AdamW: {row['ratio']:.4f}. A log of the mask's statistics: {row['mask_stats_ms']:.1f} ms.")
