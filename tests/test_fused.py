@@ -136,6 +136,36 @@ def test_capturable(reduction):
         assert_close(p, q.detach().double().numpy(), 1e-6)
 
 
+@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+@pytest.mark.parametrize("unscaled_before", [False, True], ids=["scaled", "unscaled_for_clipping"])
+def test_grad_scaler_leaves_unscaling_and_skipping_to_the_kernel(reduction, unscaled_before):
+    """The step equals that of an optimizer for which GradScaler does both, also after an overflow."""
+    results = []
+    for fused_flag in (True, False):
+        params = make_params()[:2]
+        optimizer = PRM(params, reduction=reduction, fused=fused_flag, capturable=True)
+        assert optimizer._step_supports_amp_scaling is fused_flag
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        generator = torch.Generator().manual_seed(0)
+        for t in range(6):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator) * scaler.get_scale()
+            scaler.scale(torch.zeros(()))
+            if t == 3:
+                params[0].grad[2, 1] = float("inf")
+            if unscaled_before:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(params, 1.0, error_if_nonfinite=False)
+            before = [p.detach().clone() for p in params]
+            scaler.step(optimizer)
+            scaler.update()
+            assert torch.equal(before[0], params[0]) is (t == 3)
+        assert [optimizer.state[p]["step"].item() for p in params] == [5.0] * 2
+        results.append(params + [optimizer.state[p]["grad_var"] for p in params])
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
 def test_halves_write_all_that_is_read():
     """The sums and the update by themselves, as under FSDP and DeepSpeed, with poisoned buffers between them."""
     shapes = [(7, 5), (8,), (1,), (40,)]

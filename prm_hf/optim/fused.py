@@ -50,6 +50,7 @@ SCALARS = (
     "softness",
     "mask_eps",
     "first_ratio",
+    "unscale",
 )
 # `TRITON_INTERPRET=1`: the kernel runs on a CPU, slowly, to be tested.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -119,10 +120,13 @@ def _gradient(
     row,
     COUPLED: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    SCALED: tl.constexpr,
     MASKED: tl.constexpr,
     policy: tl.constexpr,
 ):
     g = _load(g_ptr, offsets, mask, MASKED, policy)
+    if SCALED:
+        g = g * _scalar(row, 19, tl.float32)
     if MAXIMIZE:
         g = -g
     if COUPLED:
@@ -148,12 +152,13 @@ def _update_chunk(
     AMSGRAD: tl.constexpr,
     COUPLED: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    SCALED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     p = _load(p_ptr, offsets, mask, MASKED, "evict_first")
     m = _load(m_ptr, offsets, mask, MASKED, "evict_first")
     v = _load(v_ptr, offsets, mask, MASKED, "evict_first")
-    g = _gradient(g_ptr, p, offsets, mask, row, COUPLED, MAXIMIZE, MASKED, "evict_first")
+    g = _gradient(g_ptr, p, offsets, mask, row, COUPLED, MAXIMIZE, SCALED, MASKED, "evict_first")
     if not COUPLED:
         p = p * _scalar(row, 2, tl.float32)
     s = 0.0
@@ -190,6 +195,7 @@ def _chunk_sums(
     mask,
     COUPLED: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    SCALED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Σ(g - center)² and Σm² of a chunk, m being what the update will make of it."""
@@ -197,7 +203,7 @@ def _chunk_sums(
     if COUPLED:
         p = _load(p_ptr, offsets, mask, MASKED, "evict_last")
     # Where the mask leaves elements out, p, g and m are 0 and so are the sums.
-    g = _gradient(g_ptr, p, offsets, mask, row, COUPLED, MAXIMIZE, MASKED, "evict_last")
+    g = _gradient(g_ptr, p, offsets, mask, row, COUPLED, MAXIMIZE, SCALED, MASKED, "evict_last")
     m = _load(m_ptr, offsets, mask, MASKED, "evict_last")
     deviation = g - m * _scalar(row, 3, tl.float32)
     m = m + _scalar(row, 9, tl.float32) * (g - m)
@@ -238,6 +244,7 @@ def _step_kernel(
     x_ptrs,
     s_ptrs,
     n_tensors,
+    found_inf,
     P: tl.constexpr,
     G: tl.constexpr,
     M: tl.constexpr,
@@ -247,6 +254,7 @@ def _step_kernel(
     AMSGRAD: tl.constexpr,
     COUPLED: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    SCALED: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     N_SCALARS: tl.constexpr,
@@ -254,6 +262,8 @@ def _step_kernel(
 ):
     # PHASE: 0 all, 1 the sums over tensors alone, 2 the update alone with the masks given in `qs`
     # counters: [0] the next item; [1 + i] finished statistics items of tensor i; [1 + n + i] whether q is there
+    if SCALED and tl.load(found_inf) != 0:
+        n_items = 0  # GradScaler skips this step
     ticket = tl.atomic_add(counters, 1, sem="relaxed")
     while ticket < n_items:
         item = tl.load(items + ticket)
@@ -270,9 +280,13 @@ def _step_kernel(
         m_ptr = _pointer(m_ptrs, tensor, M, ALIGNED)
         if PER_TENSOR and item % 2 == 0:
             if start + CHUNK <= numel:
-                deviations, squares = _chunk_sums(p_ptr, g_ptr, m_ptr, row, offsets, inside, COUPLED, MAXIMIZE, False)
+                deviations, squares = _chunk_sums(
+                    p_ptr, g_ptr, m_ptr, row, offsets, inside, COUPLED, MAXIMIZE, SCALED, False
+                )
             else:
-                deviations, squares = _chunk_sums(p_ptr, g_ptr, m_ptr, row, offsets, inside, COUPLED, MAXIMIZE, True)
+                deviations, squares = _chunk_sums(
+                    p_ptr, g_ptr, m_ptr, row, offsets, inside, COUPLED, MAXIMIZE, SCALED, True
+                )
             tl.store(partials + 2 * chunk, deviations)
             tl.store(partials + 2 * chunk + 1, squares)
             end = tl.load(first_chunks + tensor + 1)
@@ -324,6 +338,7 @@ def _step_kernel(
                     AMSGRAD,
                     COUPLED,
                     MAXIMIZE,
+                    SCALED,
                     False,
                 )
             else:
@@ -344,6 +359,7 @@ def _step_kernel(
                     AMSGRAD,
                     COUPLED,
                     MAXIMIZE,
+                    SCALED,
                     True,
                 )
         ticket = tl.atomic_add(counters, 1, sem="relaxed")
@@ -410,7 +426,14 @@ class FusedList:
         """Whether the tensors still have the storages that the tables were made of."""
         return all(np.array_equal(_addresses(new), old) for new, old in zip(lists, self.addresses, strict=True))
 
-    def run(self, grads: list[Tensor], scalars: np.ndarray | Tensor, rows: np.ndarray, phase: int = 0) -> None:
+    def run(
+        self,
+        grads: list[Tensor],
+        scalars: np.ndarray | Tensor,
+        rows: np.ndarray,
+        phase: int = 0,
+        found_inf: Tensor | None = None,
+    ) -> None:
         """One step, or one half of it.
 
         Args:
@@ -418,6 +441,7 @@ class FusedList:
             scalars: float64 (any number, len(SCALARS)).
             rows: int32 (n,), the row of `scalars` that is a tensor's.
             phase: 0 all; 1 the sums over tensors, which are left in `sums`; 2 the update, with the masks in `q`.
+            found_inf: GradScaler's, on the device: nothing is done unless it is 0. With it gradients are unscaled.
         """
         items = self._items[phase]
         if len(items) == 0:
@@ -453,6 +477,8 @@ class FusedList:
             x,
             s,
             len(grads),
+            self._counters if found_inf is None else found_inf,
+            SCALED=found_inf is not None,
             **self._dtypes,
             G=_DTYPES[grads[0].dtype],
             ALIGNED=self._aligned and self._grads_aligned,
@@ -471,9 +497,16 @@ class FusedStep:
         lists: as of [`ListStep`].
         hyper: the settings, as in [`prm`].
         tables: where the tables of lists are kept from step to step.
+        grad_scale: the factor, on the device, that GradScaler has left in the gradients; needs capturable.
     """
 
-    def __init__(self, lists: dict[str, list[Tensor]], hyper: dict[str, Any], tables: dict[tuple, FusedList]) -> None:
+    def __init__(
+        self,
+        lists: dict[str, list[Tensor]],
+        hyper: dict[str, Any],
+        tables: dict[tuple, FusedList],
+        grad_scale: Tensor | None = None,
+    ) -> None:
         states = [lists[name] for name in ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "grad_vars")]
         self.grad_vars, self.state_steps = lists["grad_vars"], lists["state_steps"]
         self.per_tensor = hyper["mask"] != "none" and hyper["reduction"] == "per_tensor"
@@ -487,9 +520,11 @@ class FusedStep:
             self._list = tables[key] = FusedList(*states, code)
         self._grads = [g.contiguous() for g in lists["grads"]]
         self._scalars, self._rows = scalar_table(self.state_steps, hyper)
+        if grad_scale is not None:
+            self._scalars[:, SCALARS.index("unscale")] = 1 / grad_scale.double()
 
-    def whole(self) -> None:
-        self._list.run(self._grads, self._scalars, self._rows)
+    def whole(self, found_inf: Tensor | None = None) -> None:
+        self._list.run(self._grads, self._scalars, self._rows, found_inf=found_inf)
 
     def moments(self) -> Tensor | None:
         if not self.per_tensor:
@@ -598,7 +633,7 @@ def scalar_row(t: float | Tensor, hyper: dict[str, Any]) -> list:
     beta1, beta2 = hyper["beta1"], hyper["beta2"]
     own = [lr / c.bias1, c.bias2**0.5, decay, c.center, c.weight, c.signal, c.noise, c.first, c.open]
     settings = ["rho", "eps", "weight_decay", "alpha", "softness", "mask_eps"]
-    return [*own, 1 - beta1, beta2, 1 - beta2, *(hyper[name] for name in settings), ratio]
+    return [*own, 1 - beta1, beta2, 1 - beta2, *(hyper[name] for name in settings), ratio, 1.0]
 
 
 def supports(part: dict[str, list[Tensor]]) -> bool:

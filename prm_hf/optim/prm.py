@@ -307,6 +307,16 @@ class PRM(Optimizer):
         self._step()
         return loss
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler may leave it to the step to unscale gradients and to do nothing where they overflowed.
+
+        It then hands over `grad_scale` and `found_inf`, and need not wait for the device. Not where a step counts on
+        the host, which would have to wait to know whether it was one; and not for tensors that are held in parts.
+        """
+        flags = [bool(group["fused"] and group["capturable"]) for group in self.param_groups]
+        return all(flags) and self._locator.layout is None
+
     # Traced into one graph, the step would be compiled anew whenever one of its scalars changes.
     @torch._disable_dynamo
     def _step(self) -> None:
@@ -324,9 +334,12 @@ class PRM(Optimizer):
         steps = [self._list_step(part) if part else None for part in parts]
         if self._locator.layout is None:
             # No other process has a part of these tensors, so that a fused step needs no pause between its halves.
+            found_inf = getattr(self, "found_inf", None)
             for i, part in enumerate(parts):
                 if part.fused:
-                    steps[i].whole()
+                    steps[i].whole(None if found_inf is None else found_inf.to(part.device, non_blocking=True))
+            if found_inf is not None:  # 1 where the step was skipped
+                torch._foreach_sub_(list(counters.values()), [found_inf] * len(counters))
             self._make_plan(parts)
             steps, parts = ([x for x, part in zip(xs, parts, strict=True) if not part.fused] for xs in (steps, parts))
         sums = [step and step.moments() for step in steps]
@@ -341,7 +354,7 @@ class PRM(Optimizer):
             lists = part.lists
             if part.tensors and self._locator.layout is None:  # the kernel itself advances `grad_var`
                 lists = lists | {"grad_vars": [grad_var for _, grad_var, _ in part.tensors.values()]}
-            return FusedStep(lists, part.hyper, self._fused_tables)
+            return FusedStep(lists, part.hyper, self._fused_tables, getattr(self, "grad_scale", None))
         return ListStep(**part.lists, hyper=part.hyper, foreach=part.foreach)
 
     def _make_plan(self, parts: list["_Part"]) -> None:
