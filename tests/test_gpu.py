@@ -221,6 +221,35 @@ def test_8bit_state(reduction):
 
 
 @pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+def test_grad_scaler_never_waits_for_the_device(reduction):
+    """Where steps count on the device the kernel unscales, and skips what overflowed; the numbers stay the same."""
+    results = []
+    for implementation in ({"fused": True}, {"foreach": True}):
+        params = make_params()
+        optimizer = PRM(params, reduction=reduction, capturable=True, **implementation)
+        scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+        scaler.scale(torch.zeros((), device="cuda"))
+        generator = torch.Generator("cuda").manual_seed(0)
+        for t in range(6):
+            scale = 512.0 if t > 3 else 1024.0
+            for p in params:
+                p.grad = torch.randn(p.shape, device="cuda", generator=generator) * scale
+            if t == 3:
+                params[0].grad[2, 1] = float("inf")
+            if "fused" in implementation and t >= 2:
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                scaler.step(optimizer)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            scaler.update()
+        assert {optimizer.state[p]["step"].item() for p in params} == {5.0}
+        results.append(params)
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
 def test_cuda_graph(reduction):
     """A captured step, replayed, is the step; lr lives in a tensor that the graph reads."""
     captured, eager = make_params(), make_params()

@@ -165,6 +165,7 @@ def test_every_field_is_explained():
         ({"prm_softness": -1.0}, "`prm_softness` is -1.0.*not negative"),
         ({"prm_alpha": math.nan}, "`prm_alpha` is nan"),
         ({"prm_mask_eps": -1e-8}, "`prm_mask_eps` is -1e-08"),
+        ({"prm_state_dtype": "fp8"}, "`prm_state_dtype` is 'fp8': set it to one of 'float32', 'bf16', '8bit'"),
         ({"prm_warmup_steps": -3}, "`prm_warmup_steps` is -3"),
         ({"prm_warmup_steps": 0.5}, "warmup_steps.*0.5"),
         ({"prm_rho": 1.0}, r"`prm_rho` is 1.0: set it to a number in \[0, 1\)"),
@@ -221,6 +222,7 @@ def test_prm_is_built_from_the_arguments_with_decay_groups(tmp_path):
         prm_alpha=0.5,
         prm_mask_eps=1e-9,
         prm_warmup_steps=2,
+        prm_state_dtype="bf16",
     )
     optimizer = trainer.create_optimizer()
     assert type(optimizer) is PRM
@@ -242,6 +244,7 @@ def test_prm_is_built_from_the_arguments_with_decay_groups(tmp_path):
         "alpha": 0.5,
         "mask_eps": 1e-9,
         "warmup_steps": 2,
+        "state_dtype": "bf16",
     }
     for group in optimizer.param_groups:
         assert {key: group[key] for key in expected} == expected
@@ -333,6 +336,13 @@ def test_a_deepspeed_optimizer_raises(trainer_class, config, tmp_path):
     args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"optimizer": {"type": "AdamW"}}, zero_stage=2)
     with pytest.raises(ValueError, match="section `optimizer`.*optimizer_name='adamw'"):
         trainer_class(make_model(), args=args, train_dataset=TRAIN, processing_class=make_tokenizer())
+
+
+def test_bf16_state_under_deepspeed_zero_raises(tmp_path):
+    args = PRMDPOConfig(**settings(tmp_path, prm_state_dtype="bf16"))
+    args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 2}}, zero_stage=2)
+    with pytest.raises(ValueError, match="state_dtype='bf16'.*under DeepSpeed ZeRO-2"):
+        PRMDPOTrainer(make_model(), args=args, train_dataset=TRAIN, processing_class=make_tokenizer())
 
 
 def test_an_optimizer_in_prms_place_raises(tmp_path):

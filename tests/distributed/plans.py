@@ -43,14 +43,18 @@ FSDP1 = {
     "FSDP_SYNC_MODULE_STATES": "false",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
+BF16_STATE = PLAIN | {"prm": PER_TENSOR | {"state_dtype": "bf16"}}
+REFUSED_STATE = {"prm": PER_TENSOR | {"state_dtype": "bf16"}}
 PURE_BF16 = PLAIN | {"dtype": "bfloat16"}  # parameters in bfloat16, without float32 copies
 SPECIAL = {
     "single": {"pure_bf16": PURE_BF16},
     "ddp": {"pure_bf16": PURE_BF16},
     "fsdp2": {
         "pure_bf16": PURE_BF16,
+        "bf16_state": BF16_STATE,
         "plain": PLAIN,
         "fsdp1": PLAIN | {"environment": FSDP1},
+        "refused_state": REFUSED_STATE | {"environment": FSDP1},
         "fsdp1_flat": {"prm": PER_TENSOR, "environment": FSDP1 | {"FSDP_USE_ORIG_PARAMS": "false"}},
     },
     "zero0": {"fp16": FP16},  # DeepSpeed refuses to accumulate bfloat16 in float32 there
@@ -69,6 +73,7 @@ SPECIAL = {
         "bf16_fp32": BF16_FP32,
         "fp16": FP16,
         "plain": PLAIN,
+        "refused_state": REFUSED_STATE,
         "sub_groups": PLAIN | {"deepspeed": SUB_GROUPS},
     },
     "zero2_offload": {"bf16_fp32": BF16_FP32},

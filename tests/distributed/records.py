@@ -82,7 +82,11 @@ def replay(ranks: list[dict], prm: dict) -> tuple[float, float]:
         for number, gradient in gradients.items():
             reference = tensors.setdefault(number, ReferenceTensor(before[number].double().numpy()))
             used = {key: settings[number][key] for key in ("lr", "weight_decay")}
-            reference.step(gradient.double().numpy(), **{"rho": 0.9, **prm, **used})
+            arguments = {"rho": 0.9, **prm, **used}
+            is_rounded = arguments.pop("state_dtype", "float32") == "bf16"
+            reference.step(gradient.double().numpy(), **arguments)
+            if is_rounded:
+                reference.m = torch.from_numpy(reference.m).to(torch.bfloat16).double().numpy()
             q = reference.q if prm["reduction"] == "per_param" else reference.q[:1]
             expected_masks[number], expected_weights[number] = torch.from_numpy(q), torch.from_numpy(reference.w)
         mask = max(mask, difference(masks_of(ranks, step), expected_masks, is_relative(prm)))

@@ -26,7 +26,7 @@ TRAINED = [
     (path, name)
     for path in PATHS
     for name, options in plan(path).items()
-    if "resume" not in options and name != "fsdp1_flat"
+    if "resume" not in options and name not in ("fsdp1_flat", "refused_state")
 ]
 UNUSED = 0  # the parameter without a gradient comes first
 
@@ -41,8 +41,9 @@ def test_replay(recorded, path, name):
     assert len(ranks[0]["steps"]) == of(path, name).get("steps", 5)
     assert any(step["slices"] for step in ranks[0]["steps"])
     mask, weight = replay(ranks, of(path, name)["prm"])
-    assert mask < 1e-6
-    assert weight < (1e-2 if name == "pure_bf16" else 1e-6)  # rounded at each step
+    # In "bf16_state" a value may lie so near to the middle of two that float32 and float64 round it differently
+    assert mask < (1e-4 if name == "bf16_state" else 1e-6)
+    assert weight < {"pure_bf16": 1e-2, "bf16_state": 1e-4}.get(name, 1e-6)  # the weights rounded at each step; m
 
 
 @pytest.mark.parametrize(("path", "name"), TRAINED)
@@ -136,6 +137,14 @@ def test_fsdp1_with_original_parameters(recorded):
     mask, weight = compare_runs(ranks, recorded.run("fsdp2", "plain"), {"reduction": "per_tensor"})
     assert mask < 1e-6
     assert weight < 1e-5
+
+
+@pytest.mark.parametrize("path", ["fsdp2", "zero3"])
+def test_bf16_state_is_refused_where_a_library_moves_the_state(recorded, path):
+    held = {"fsdp2": "FSDP1 (use_orig_params)", "zero3": "DeepSpeed ZeRO-3"}[path]
+    for rank in recorded.runs(path)["refused_state"]:
+        assert rank["error"].startswith("ValueError: Invalid state_dtype='bf16'")
+        assert f"not supported under {held}. Use state_dtype='float32'" in rank["error"]
 
 
 def test_flat_parameters_of_fsdp1_are_refused(recorded):
