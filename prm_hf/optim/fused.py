@@ -11,6 +11,7 @@ the list, and those are drawn by programs that run already. A tensor's updates f
 reverse order, so that what the statistics read last is still in the L2 cache.
 """
 
+import operator
 import os
 from typing import Any
 
@@ -446,7 +447,7 @@ class FusedList:
         items = self._items[phase]
         if len(items) == 0:
             return
-        addresses = [g.data_ptr() for g in grads]
+        addresses = list(map(Tensor.data_ptr, grads))
         if addresses != self._grad_addresses:
             array = np.array(addresses, dtype=np.int64)
             self._grad_addresses, self._grad_pointers = addresses, self._upload(array)
@@ -569,7 +570,7 @@ class FusedPlan:
             ps, rows = [p for p, _ in members], np.array([number for _, number in members], dtype=np.int32)
             states = [[state[p][name] for p in ps if name in state[p]] for name in _STATES]
             fused = FusedList(ps, *states, self._groups[rows[0]][3])
-            moments = [(state[p], state[p]["exp_avg"]) for p in ps]
+            moments = [state[p] for p in ps], [state[p]["exp_avg"] for p in ps]
             self._lists.append((ps, [p.data_ptr() for p in ps], moments, ps[0].grad.dtype, rows, fused))
 
     def step(self, groups: list[dict[str, Any]], hypers: list[dict[str, Any]]) -> bool:
@@ -580,11 +581,14 @@ class FusedPlan:
             if group is not old or group["params"] is not params or len(params) != n or code_of(hyper) != code:
                 return False
         all_grads = []
-        for params, addresses, moments, dtype, _, _ in self._lists:
-            grads = [p.grad for p in params]
-            if not all(g is not None and g.dtype is dtype and g.is_contiguous() for g in grads):
+        # What is asked of each tensor is asked in C: with LoRA this takes longer than the kernel.
+        for params, addresses, (states, moments), dtype, _, _ in self._lists:
+            grads = list(map(_GRAD, params))
+            if set(map(type, grads)) != {Tensor} or set(map(_DTYPE, grads)) != {dtype}:
                 return False
-            if [p.data_ptr() for p in params] != addresses or not all(s["exp_avg"] is m for s, m in moments):
+            if not all(map(Tensor.is_contiguous, grads)) or list(map(Tensor.data_ptr, params)) != addresses:
+                return False
+            if not all(map(operator.is_, map(_EXP_AVG, states), moments)):
                 return False
             all_grads.append(grads)
         self._steps += 1
@@ -596,6 +600,7 @@ class FusedPlan:
 
 
 _STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var")
+_GRAD, _DTYPE, _EXP_AVG = operator.attrgetter("grad"), operator.attrgetter("dtype"), operator.itemgetter("exp_avg")
 
 
 def code_of(hyper: dict[str, Any]) -> dict[str, Any]:
