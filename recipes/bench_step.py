@@ -3,6 +3,7 @@
     python recipes/bench_step.py                       # a GPU if there is one, else the small sizes on the CPU
     python recipes/bench_step.py --shapes lora --dtypes float32 --output runs/bench_step
     python recipes/bench_step.py --dpo_steps 12        # then also what the step costs of a DPO training step
+    python recipes/bench_step.py --shapes --dpo_steps 12                                       # and that alone
 
 Prints a Markdown table and writes `bench_step.json` and `bench_step.png`. A row's floor is the time in which a copy
 would move the bytes that the step has to: every gradient read once, every weight and every state read and written
@@ -212,7 +213,7 @@ def parse(argv: list[str] | None, device: str) -> argparse.Namespace:
     cuda = device == "cuda"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--shapes", nargs="+", choices=SHAPES, default=["0.5b", "lora", "7b"] if cuda else ["10m", "100m"]
+        "--shapes", nargs="*", choices=SHAPES, default=["0.5b", "lora", "7b"] if cuda else ["10m", "100m"]
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES) if cuda else ["float32"])
     parser.add_argument("--optimizers", nargs="+", help="names, or parts of names, as the table shows them")

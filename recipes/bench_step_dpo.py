@@ -10,6 +10,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 
 import torch
 from datasets import Dataset
@@ -22,6 +23,7 @@ from prm_hf.demo.model import make_tokenizer
 
 PAIRS = 32  # a step
 WARMUP_STEPS = 3  # of each optimizer
+EVALUATED_PAIRS = 64
 # By name: the model's configuration, tokens of a prompt and of a completion, and pairs a device works on at a time
 MODELS = {
     "0.5b": (
@@ -88,6 +90,13 @@ class TakeTurns(TrainerCallback):
             torch.cuda.synchronize()
         return time.perf_counter()
 
+    def seconds(self, function: Callable) -> float:
+        """The time of a second call, without what a first one loads."""
+        function()
+        clock = self.now()
+        function()
+        return self.now() - clock
+
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         prm = self.trainer.find_prm()
         groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in prm.param_groups]
@@ -129,7 +138,8 @@ def measure(model_name: str, steps: int, device: str) -> dict:
 
     Returns:
         By optimizer, medians in milliseconds of a step and of the optimizer's part in it and its share; `ratio`, of
-        the two steps; `mask_stats_ms`, what a log of the mask's statistics costs; and how it was measured.
+        the two steps; `mask_stats_ms`, what a log of the mask's statistics costs; seconds of an evaluation with and
+        without `drift_metrics`; and how it was measured.
     """
     config, (prompt, completion), at_a_time = MODELS[model_name]
     tokenizer = make_tokenizer()
@@ -153,6 +163,7 @@ def measure(model_name: str, steps: int, device: str) -> dict:
             logging_strategy="no",
             save_strategy="no",
             eval_strategy="no",
+            per_device_eval_batch_size=at_a_time,
             report_to="none",
             disable_tqdm=True,
             use_cpu=device == "cpu",
@@ -162,22 +173,26 @@ def measure(model_name: str, steps: int, device: str) -> dict:
             copy.deepcopy(model),
             arguments,
             train_dataset=pairs(PAIRS * total, prompt, completion),
+            eval_dataset=pairs(EVALUATED_PAIRS, prompt, completion),
             processing_class=tokenizer,
         )
         turns = TakeTurns(trainer)
         trainer.add_callback(turns)
-        trainer.train()
-        for _ in range(2):  # the first time compiles nothing, but loads what it launches
-            clock = turns.now()
-            turns.optimizers["PRM"].get_mask_stats()
-            mask_stats = (turns.now() - clock) * 1e3
+        trainer.train()  # and evaluates at the end, which is the warm-up of what is measured now
+        mask_stats = turns.seconds(turns.optimizers["PRM"].get_mask_stats)
+        evaluation = turns.seconds(trainer.evaluate)
+        trainer.args.drift_metrics = False
+        evaluation_of_trl = turns.seconds(trainer.evaluate)
     row = {
         "model": model_name,
         "pairs_a_step": PAIRS,
         "pairs_at_a_time": at_a_time,
         "tokens_a_row": prompt + completion,
         "measured_steps_each": steps,
-        "mask_stats_ms": mask_stats,
+        "mask_stats_ms": mask_stats * 1e3,
+        "evaluated_pairs": EVALUATED_PAIRS,
+        "evaluation_s": evaluation,
+        "evaluation_of_trl_s": evaluation_of_trl,
     }
     for name in turns.steps:
         step, part = statistics.median(turns.steps[name]), statistics.median(turns.parts[name])
@@ -200,4 +215,10 @@ def print_row(row: dict) -> None:
     for name in ("AdamW", "PRM"):
         own = row[name]
         print(f"| {name} | {own['step_ms']:.1f} | {own['optimizer_ms']:.2f} | {own['share']:.2%} |")
-    print(f"\nPRM / AdamW: {row['ratio']:.4f}. A log of the mask's statistics: {row['mask_stats_ms']:.1f} ms.")
+    extra = (row["evaluation_s"] - row["evaluation_of_trl_s"]) / row["evaluated_pairs"]
+    print(
+        f"\nPRM / AdamW: {row['ratio']:.4f}. A log of the mask's statistics: {row['mask_stats_ms']:.1f} ms. "
+        f"`drift_metrics` adds {extra * 1e3:.2f} ms to an evaluated pair (to TRL's "
+        f"{row['evaluation_of_trl_s'] / row['evaluated_pairs'] * 1e3:.2f}); a pair that is trained on takes "
+        f"{row['PRM']['step_ms'] / row['pairs_a_step']:.2f} ms."
+    )

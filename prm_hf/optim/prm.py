@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiab
 from ..sharding import Layout, Locator
 from . import masks
 from .quantized import is_quantized, quantized_zeros, read, write
-from .statistics import N_SUMS, add_rows, fill_per_tensor, mask_summary, slice_row
+from .statistics import N_SUMS, add_rows, fill_per_tensor, mask_summary, slice_rows
 from .step import HYPERPARAMETERS, LOW_PRECISION, ListStep, tensor_masks
 from .validation import check_reduction, check_state_dtype, validate_group
 
@@ -591,27 +591,32 @@ class PRM(Optimizer):
         hyper = _hyperparameters(group)
         masked = group["mask"] != "none"
         per_tensor = masked and group["reduction"] == "per_tensor"
-        rows: dict[int, Tensor] = {}
+        numbers: list[int] = []
+        views: list[dict[str, Tensor]] = []
+        steps: list[Tensor] = []
         tensors: dict[int, tuple[int, Tensor, Tensor]] = {}
         for p in self._locator.local_tensors(group[_NUMBER], group["params"]):
             state = self.state.get(p)
             if not state:
                 continue
-            views = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+            kept = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
             if masked and not per_tensor:
-                views["grad_var"] = state["grad_var"]
-            slices = list(self._locator.slices(p, views, split=True))
+                kept["grad_var"] = state["grad_var"]
+            slices = list(self._locator.slices(p, kept, split=True))
             if self._locator.flat:  # a row also for tensors of which this process holds nothing
-                nothing = {name: view.narrow(0, 0, 0) for name, view in views.items()}
+                nothing = {name: tensor.narrow(0, 0, 0) for name, tensor in kept.items()}
                 slices += [(number, nothing) for number in self._locator.members(p)]
             for number, view in slices:
-                number = len(rows) if number is None else number
-                row = slice_row(view["exp_avg"], view["exp_avg_sq"], view.get("grad_var"), state["step"], hyper)
-                rows[number] = add_rows(rows[number], row) if number in rows else row
+                numbers.append(len(numbers) if number is None else number)
+                views.append(view)
+                steps.append(state["step"])
             if per_tensor:
-                tensors |= self._advancing(p, number)
-        if not rows:
+                tensors |= self._advancing(p, numbers[-1])
+        if not numbers:
             return torch.zeros(0, 0), masked
+        rows: dict[int, Tensor] = {}
+        for number, row in zip(numbers, slice_rows(views, steps, hyper), strict=True):
+            rows[number] = add_rows(rows[number], row) if number in rows else row
         rows = dict(sorted(rows.items()))
         devices = {row.device for row in rows.values()}
         table = torch.stack([row if len(devices) == 1 else row.cpu() for row in rows.values()])

@@ -23,7 +23,7 @@ def quantized_zeros(like: Tensor, signed: bool) -> Tensor:
         return torch.zeros_like(like, dtype=torch.float32, memory_format=torch.preserve_format)
     from torchao.optim.subclass_8bit import OptimState8bit
 
-    return OptimState8bit.zeros(like.shape, signed, BLOCK, like.device, dtype=torch.float32)
+    return OptimState8bit.zeros(like.shape, signed, BLOCK, like.device)
 
 
 def flat_slice(tensor: Tensor, span: slice) -> Tensor:
@@ -31,7 +31,7 @@ def flat_slice(tensor: Tensor, span: slice) -> Tensor:
     if not is_quantized(tensor):
         return tensor.view(-1)[span]
     blocks = slice(span.start // BLOCK, -(-span.stop // BLOCK))
-    return type(tensor)(tensor.codes.view(-1)[span], tensor.scale[blocks], tensor.qmap, tensor.signed, tensor.dtype)
+    return type(tensor)(tensor.codes.view(-1)[span], tensor.scale[blocks], tensor.qmap, tensor.signed)
 
 
 def read(tensor: Tensor, dtype: torch.dtype) -> Tensor:

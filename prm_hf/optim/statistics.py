@@ -8,7 +8,7 @@ from torch import Tensor
 from . import masks
 from .foreach import sum_of_squares
 from .quantized import read
-from .step import mask_arguments, scalars_of
+from .step import buckets, mask_arguments, scalars_of
 
 
 # Sums over the scalar parameters of a tensor, then the extremes. For `per_tensor` q is only known of the whole tensor:
@@ -28,20 +28,49 @@ SUMMARY = (
 )
 
 
-def slice_row(m: Tensor, v: Tensor, s: Tensor | None, step: Tensor, hyper: dict[str, Any]) -> Tensor:
-    """The row, float64 (9,), of a slice of one tensor."""
+def slice_rows(slices: list[dict[str, Tensor]], steps: list[Tensor], hyper: dict[str, Any]) -> list[Tensor]:
+    """The rows, float64 (9,), of slices of tensors, each with its `exp_avg`, `exp_avg_sq` and, if any, `grad_var`."""
+    if hyper["mask"] == "none" or hyper["reduction"] == "per_param":
+        return [_slice_row(**tensors, step=step, hyper=hyper) for tensors, step in zip(slices, steps, strict=True)]
+    rows = [None] * len(slices)
+    for index in buckets([tensors["exp_avg"] for tensors in slices]):
+        for i, row in zip(index, _per_tensor_rows([slices[i] for i in index]).unbind(), strict=True):
+            rows[i] = row
+    return rows
+
+
+def _per_tensor_rows(slices: list[dict[str, Tensor]]) -> Tensor:
+    """For models of hundreds of tensors: a few launches a tensor, and as many again only if something overflowed."""
+    device = slices[0]["exp_avg"].device
+    dtype = masks.statistics_dtype(device)
+    numels = torch.tensor([tensors["exp_avg"].numel() for tensors in slices], dtype=dtype, device=device)
+    zeros = torch.zeros_like(numels)
+    columns = dict.fromkeys(COLUMNS, zeros) | {"numel": numels, "min_q": zeros + torch.inf, "max_q": zeros - torch.inf}
+    columns["sum_sq"] = torch.stack([sum_of_squares(_readable(tensors["exp_avg"])) for tensors in slices])
+    vs = [tensors["exp_avg_sq"] for tensors in slices]
+    largest = [torch.linalg.vector_norm(_readable(v), torch.inf).to(dtype) for v in vs if v.numel()]
+    if largest and not torch.stack(largest).isfinite().all():
+        columns["nonfinite"] = torch.stack([v.numel() - torch.isfinite(_readable(v)).sum() for v in vs])
+    return torch.stack([columns[name].to(dtype) for name in COLUMNS], dim=1)
+
+
+def _readable(x: Tensor) -> Tensor:
+    return read(x, torch.promote_types(x.dtype, torch.float32))
+
+
+def _slice_row(
+    exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, hyper: dict[str, Any], grad_var: Tensor | None = None
+) -> Tensor:
+    m, v = _readable(exp_avg), _readable(exp_avg_sq)
     dtype, n = masks.statistics_dtype(m.device), m.numel()
-    m, v = (read(x, torch.promote_types(x.dtype, torch.float32)) for x in (m, v))
     zero = torch.zeros((), dtype=dtype, device=m.device)
     row = dict.fromkeys(COLUMNS, zero) | {"numel": zero + n, "min_q": zero + torch.inf, "max_q": zero - torch.inf}
     row["nonfinite"] = n - torch.isfinite(v).sum()
     if hyper["mask"] == "none":
         row |= dict.fromkeys(("q", "active"), zero + n) | dict.fromkeys(("min_q", "max_q"), zero + 1)
-    elif hyper["reduction"] == "per_tensor":
-        row["sum_sq"] = sum_of_squares(m)
     elif n > 0:
         c = scalars_of(step.to(dtype=dtype, device=m.device), hyper)
-        q, signal, noise = masks.compute_mask(m.square(), s, c, **mask_arguments(hyper))
+        q, signal, noise = masks.compute_mask(m.square(), grad_var, c, **mask_arguments(hyper))
         row |= {"q": q.sum(dtype=dtype), "active": (q > 0).sum(), "min_q": q.min(), "max_q": q.max()}
         row |= {"signal": signal.sum(dtype=dtype), "noise": noise.sum(dtype=dtype)}
     return torch.stack([row[name].to(dtype) for name in COLUMNS])

@@ -129,8 +129,8 @@ class ListStep:
         self.per_tensor = hyper["mask"] != "none" and hyper["reduction"] == "per_tensor"
         self._lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, [] if self.per_tensor else grad_vars)
         self.grad_vars, self.state_steps = grad_vars, state_steps
-        self._dtype = exp_avg_sqs[0].dtype
         self._quantized = any(map(is_quantized, exp_avgs))
+        self._dtype = torch.float32 if self._quantized else exp_avg_sqs[0].dtype
         # Whether the first half leaves m and v alone, and the second computes them: what it reads must not be rounded.
         # Without a pause between the halves for sums, that also spares the memory a second pass.
         self._moments_last = not self.per_tensor or self._quantized or exp_avgs[0].dtype != self._dtype
