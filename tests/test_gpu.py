@@ -8,6 +8,7 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from prm_hf.metrics import evaluation
 from prm_hf.optim import PRM, masks
 
 from .test_optim import SHAPES, schedule
@@ -218,6 +219,28 @@ def test_8bit_state(reduction):
     for p, q in zip(*results, strict=True):
         if p.numel():  # where rounding decides on another code, a moment differs by about 1 %
             assert ((p - q).abs() > 1e-6).float().mean() < 1e-2 and (p - q).abs().max() < 1e-4
+
+
+def test_drift_is_measured_on_tensor_cores_and_exact_enough():
+    """A KL of a short run, over a large vocabulary, against float64."""
+    torch.manual_seed(0)
+    hidden = torch.randn(512, 896, device="cuda")
+    weight = torch.randn(50_000, 896, device="cuda") * 0.1
+    targets = torch.randint(50_000, (512,), device="cuda")
+    forwards = []
+    for w in (weight + 1e-3 * torch.randn_like(weight), weight):
+        forwards.append(evaluation._Forward("", hidden, hidden[0], hidden[0], w, None, 1.0, None))
+    before = torch.backends.cuda.matmul.allow_tf32
+    with evaluation._tensor_cores():
+        logps, _, logratio, kl = evaluation._score_tokens(*forwards, targets)
+    assert torch.backends.cuda.matmul.allow_tf32 is before
+    log_p, log_r = ((hidden.double() @ f.weight.double().t()).log_softmax(-1) for f in forwards)
+    expected = (log_p.exp() * (log_p - log_r)).sum(-1)
+    assert 1e-4 < expected.mean() < 1e-2
+    assert (kl - expected).mean().abs() < 0.01 * expected.mean()
+    rows = torch.arange(len(targets), device="cuda")
+    assert (logps - log_p[rows, targets]).abs().max() < 0.02
+    assert (logratio - (log_p - log_r)[rows, targets]).abs().mean() < 0.01
 
 
 @pytest.mark.parametrize("reduction", masks.REDUCTIONS)
