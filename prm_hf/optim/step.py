@@ -171,7 +171,7 @@ class ListStep:
         """For `per_tensor`: m and v, and Σ(g - center)² and Σm² of each tensor, float64 (n, 2)."""
         if not self.per_tensor:
             return None
-        sums, owners = [], []
+        sums, spans = [], [0] * len(self._lists[0])
         for block in self._blocks:
             kept, (params, grads, exp_avgs, exp_avg_sqs, _, _) = self._take(block)
             if self._moments_last:  # these are to be thrown away
@@ -181,12 +181,13 @@ class ListStep:
                 )
             scalars = self._scalars.take([i for i, _ in block])
             sums.append(self._moments(params, grads, exp_avgs, exp_avg_sqs, [], scalars, **self._hyper))
-            owners += [i for i, _ in block]
+            for i, _ in block:
+                spans[i] += 1
         sums = torch.cat(sums)
-        if len(owners) == len(self._lists[0]):
+        if len(sums) == len(spans):
             return sums
-        index = torch.tensor(owners).to(sums.device, non_blocking=True)
-        return sums.new_zeros(len(self._lists[0]), 2).index_add_(0, index, sums)
+        # Not by an index, which a CUDA graph could not upload and whose additions have no order on a device
+        return torch.stack([part.sum(0) for part in sums.split(spans)])
 
     def update(self, q: Tensor | None = None) -> None:
         """m and v unless `moments` has computed them, for `per_param` s, decoupled weight decay, the masked update.
