@@ -159,5 +159,5 @@ def test_8bit_without_what_it_needs_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="Invalid state_dtype='8bit'.*fused=None"):
         PRM([p], state_dtype="8bit", fused=True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="Invalid state_dtype='8bit'.*pip install torchao"):
+    with pytest.raises(ValueError, match="Invalid state_dtype='8bit'.*prm-hf.torchao"):
         PRM([p], state_dtype="8bit")

@@ -86,7 +86,7 @@ def validate_group(group: dict[str, Any]) -> None:
             importlib.util.find_spec("torchao") is not None,
             "state_dtype",
             "8bit",
-            "it needs torchao; install it with `pip install torchao`, or use 'bf16'",
+            "it needs torchao; install it with `pip install \"prm-hf[torchao]\"`, or use 'bf16'",
         )
     if group["fused"]:
         check(not group["foreach"], "fused", True, "`fused` and `foreach` cannot both be True")
