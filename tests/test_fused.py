@@ -4,6 +4,7 @@ The kernel itself runs on the GPU (tests/test_gpu.py); here its arithmetic, its 
 tested, with chunks so small that every tensor has whole and partial ones.
 """
 
+import copy
 import itertools
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 fused = pytest.importorskip("prm_hf.optim.fused", reason="needs triton")
 
 from prm_hf.optim import PRM, masks  # noqa: E402
+from prm_hf.sharding import Layout, Piece  # noqa: E402
 
 from .reference_prm import ReferenceTensor  # noqa: E402
 from .test_optim import COMBINATIONS, VARIANTS, assert_close, make_params, train  # noqa: E402
@@ -204,6 +206,65 @@ def test_halves_write_all_that_is_read():
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=0)
     for name in ("params", "exp_avgs", "exp_avg_sqs", "grad_vars"):
         torch.testing.assert_close(lists["fused"][name], lists["definition"][name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("estimator", masks.ESTIMATORS)
+@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+def test_flat_partition_by_its_segments(reduction, estimator):
+    """As under DeepSpeed ZeRO: all tensors end to end in one buffer, at odd addresses, and padding behind them."""
+    settings = {"reduction": reduction, "estimator": estimator, "weight_decay": 0.1}
+    whole = make_params()
+    theirs = PRM(whole, foreach=True, **settings)
+    originals = make_params()
+    ours = PRM(originals, fused=True, **settings)
+    padding = torch.full((3,), 7.0)
+    flat = torch.cat([p.detach().flatten() for p in originals] + [padding]).requires_grad_()
+    numels = [p.numel() for p in originals]
+    starts = [sum(numels[:i]) for i in range(len(numels))]
+    layout = Layout(path="a test", flat=True, numels=numels, process_groups=[()] * len(numels))
+    pieces = [Piece(i, start, n) for i, (start, n) in enumerate(zip(starts, numels, strict=True)) if n]
+    layout.add(flat, pieces, list(range(len(numels))))
+    ours._locator.layout, ours._locator._known = layout, {id(flat): flat}
+    ours.param_groups[0]["params"] = [flat]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for p in whole:
+            p.grad = torch.randn(p.shape, generator=generator)
+        flat.grad = torch.cat([p.grad.flatten() for p in whole] + [torch.zeros(3)])
+        ours.step()
+        theirs.step()
+    for p, start, n in zip(whole, starts, numels, strict=True):
+        torch.testing.assert_close(flat[start : start + n], p.flatten(), rtol=1e-6, atol=1e-7)
+    if reduction == "per_tensor":
+        assert torch.equal(flat[-3:], padding)
+        variances = torch.stack([theirs.state[p]["grad_var"] for p in whole])
+        torch.testing.assert_close(ours._tensor_vars, variances, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+def test_shards_of_fsdp2(reduction, tmp_path):
+    """On one process, whose shards are the whole: but DTensors, and halves with an all-reduce between them."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        plain = torch.nn.Sequential(torch.nn.Linear(5, 9), torch.nn.Linear(9, 3))
+        sharded = copy.deepcopy(plain)
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        optimizers = [PRM(m.parameters(), fused=f, reduction=reduction) for m, f in ((plain, False), (sharded, True))]
+        for _ in range(3):
+            x = torch.randn(4, 5)
+            for model, optimizer in zip((plain, sharded), optimizers, strict=True):
+                optimizer.zero_grad()
+                model(x).square().sum().backward()
+                optimizer.step()
+        assert optimizers[1]._locator.layout.path == "FSDP2"
+        for p, q in zip(plain.parameters(), sharded.parameters(), strict=True):
+            torch.testing.assert_close(q.full_tensor(), p, rtol=1e-5, atol=1e-6)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_schedule_never_waits_for_what_comes_later():
