@@ -6,11 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 import bench_step
+
+
+@pytest.fixture(autouse=True)
+def precision_of_this_test_alone():
+    """The mixed precision of a first Trainer holds for all accelerators of a process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures the GPU if there is one")
