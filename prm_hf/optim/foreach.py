@@ -63,10 +63,13 @@ def _multi_tensor_moments(
     if mask == "none":
         return None
     if reduction == "per_param":
-        torch._foreach_mul_(deviations, deviations)
-        torch._foreach_mul_(deviations, c.weight)
         torch._foreach_mul_(grad_vars, rho)
-        torch._foreach_add_(grad_vars, deviations)
+        if isinstance(c.weight[0], Tensor):
+            torch._foreach_mul_(deviations, deviations)
+            torch._foreach_mul_(deviations, c.weight)
+            torch._foreach_add_(grad_vars, deviations)
+        else:
+            torch._foreach_addcmul_(grad_vars, deviations, deviations, c.weight)
         return None
     if params[0].device.type == "cpu":
         return torch.stack([torch.stack([sum_of_squares(x) for x in xs]) for xs in (deviations, exp_avgs)], dim=1)
@@ -98,8 +101,10 @@ def _multi_tensor_update(
     if amsgrad:
         torch._foreach_maximum_(max_exp_avg_sqs, exp_avg_sqs)
         exp_avg_sqs = max_exp_avg_sqs
-    updates = exp_avgs
-    if q is not None:
+    updates, step_sizes = exp_avgs, [-lr / x for x in c.bias1]
+    if q is not None and q.device.type == "cpu" and not isinstance(step_sizes[0], Tensor):
+        step_sizes = [x * y for x, y in zip(step_sizes, q.tolist(), strict=True)]  # spares a pass
+    elif q is not None:
         updates = torch._foreach_mul(exp_avgs, list(q.to(exp_avgs[0].dtype).unbind()))
     elif mask != "none":
         updates = _multi_tensor_masks(exp_avgs, grad_vars, c, mask=mask, **hyper)
@@ -107,7 +112,6 @@ def _multi_tensor_update(
     denoms = torch._foreach_sqrt(exp_avg_sqs)
     torch._foreach_div_(denoms, [x**0.5 for x in c.bias2])
     torch._foreach_add_(denoms, eps)
-    step_sizes = [-lr / x for x in c.bias1]
     if isinstance(step_sizes[0], Tensor):
         torch._foreach_div_(updates := torch._foreach_mul(updates, step_sizes), denoms)
         torch._foreach_add_(params, updates)
@@ -142,7 +146,8 @@ def _multi_tensor_masks(
         _overwrite(noises, c.first, lambda i: signals[i] * first_ratio)
 
     if mask == "snr":
-        torch._foreach_mul_(noises, softness * alpha)
+        if softness * alpha != 1:
+            torch._foreach_mul_(noises, softness * alpha)
         torch._foreach_add_(noises, signals)
         torch._foreach_add_(noises, mask_eps)
         torch._foreach_div_(signals, noises)
