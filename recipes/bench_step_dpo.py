@@ -24,6 +24,7 @@ from prm_hf.demo.model import make_tokenizer
 PAIRS = 32  # a step
 WARMUP_STEPS = 3  # of each optimizer
 EVALUATED_PAIRS = 64
+ULTRAFEEDBACK = (61_135, 2_000)  # its pairs to train on and to evaluate: a usual proportion
 # By name: the model's configuration, tokens of a prompt and of a completion, and pairs a device works on at a time
 MODELS = {
     "0.5b": (
@@ -215,10 +216,12 @@ def print_row(row: dict) -> None:
     for name in ("AdamW", "PRM"):
         own = row[name]
         print(f"| {name} | {own['step_ms']:.1f} | {own['optimizer_ms']:.2f} | {own['share']:.2%} |")
-    extra = (row["evaluation_s"] - row["evaluation_of_trl_s"]) / row["evaluated_pairs"]
+    extra = (row["evaluation_s"] - row["evaluation_of_trl_s"]) / row["evaluated_pairs"] * 1e3
+    of_trl = row["evaluation_of_trl_s"] / row["evaluated_pairs"] * 1e3
+    training = row["PRM"]["step_ms"] / row["pairs_a_step"]
+    share = extra * ULTRAFEEDBACK[1] / (training * ULTRAFEEDBACK[0])
     print(
         f"\nPRM / AdamW: {row['ratio']:.4f}. A log of the mask's statistics: {row['mask_stats_ms']:.1f} ms. "
-        f"`drift_metrics` adds {extra * 1e3:.2f} ms to an evaluated pair (to TRL's "
-        f"{row['evaluation_of_trl_s'] / row['evaluated_pairs'] * 1e3:.2f}); a pair that is trained on takes "
-        f"{row['PRM']['step_ms'] / row['pairs_a_step']:.2f} ms."
+        f"A pair takes {training:.2f} ms to train on, {of_trl:.2f} ms in TRL's evaluation, and `drift_metrics` adds "
+        f"{extra:.2f} ms: {share:.1%} of an epoch of UltraFeedback with one evaluation."
     )
