@@ -15,10 +15,11 @@ import bench_step
 
 
 @pytest.fixture(autouse=True)
-def precision_of_this_test_alone():
-    """The mixed precision of a first Trainer holds for all accelerators of a process."""
+def no_bfloat16_for_others():
+    """accelerate keeps the precision of the first trainer of a process for all later ones."""
+    AcceleratorState._reset_state(True)
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+    AcceleratorState._reset_state(True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures the GPU if there is one")
