@@ -206,6 +206,8 @@ class PRM(Optimizer):
         self._fused_tables: dict[tuple, Any] = {}  # of `fused.FusedStep`
         self._plan: Any = None  # `fused.FusedPlan`
         self._indices: dict[tuple, Tensor] = {}
+        # By id of a flat buffer, what it and its state were when they were cut, and the slices, which hold them
+        self._cut: dict[int, tuple[dict[str, tuple[int, int]], tuple]] = {}
 
     def _register_group(self, group: dict[str, Any]) -> None:
         group[_NUMBER] = self._locator.register(group["params"])
@@ -498,7 +500,7 @@ class PRM(Optimizer):
                     f"{tuple(p.shape)} has one: create its embedding with `sparse=False`."
                 )
             state = self._init_state(p, group, split)
-            tensors = {"params": p, "grads": grad, "exp_avgs": state["exp_avg"], "exp_avg_sqs": state["exp_avg_sq"]}
+            tensors = {"params": p, "exp_avgs": state["exp_avg"], "exp_avg_sqs": state["exp_avg_sq"]}
             if group["amsgrad"]:
                 tensors["max_exp_avg_sqs"] = state["max_exp_avg_sq"]
             if group["mask"] != "none" and not per_tensor:
@@ -506,22 +508,35 @@ class PRM(Optimizer):
             key = (p.device, state["exp_avg"].dtype, state["exp_avg_sq"].dtype, p.dtype, grad.dtype)
             part = parts.setdefault(key, _Part(hyper, group["foreach"], p.device))
             part.counters.append(state["step"])
-            for number, views in self._locator.slices(p, tensors, split):
-                part.append(views, state["step"], len(part.owners) if number is None else number)
+            numbers, lists = self._slices(p, tensors, split)
+            part.extend(numbers, lists | self._locator.slices(p, {"grads": grad}, split)[1], state["step"])
             if per_tensor:
                 part.tensors |= self._advancing(p, number=part.owners[-1] if part.owners else None)
         for part in parts.values():
             part.fused = bool(part) and _use_fused(group, part.lists)
         return list(parts.values())
 
+    def _slices(
+        self, p: Tensor, tensors: dict[str, Tensor], split: bool
+    ) -> tuple[list[int | None], dict[str, list[Tensor]]]:
+        """[`Locator.slices`]; of a flat buffer and its state kept from step to step, as cutting takes milliseconds."""
+        if not split:
+            return self._locator.slices(p, tensors, split)
+        found = {name: (id(tensor), tensor.data_ptr()) for name, tensor in tensors.items()}
+        if self._cut.get(id(p), (None,))[0] != found:
+            self._cut[id(p)] = found, self._locator.slices(p, tensors, split)
+        return self._cut[id(p)][1]
+
     def _advancing(self, p: Tensor, number: int | None) -> dict[int, tuple[int, Tensor, Tensor]]:
         """For `per_tensor`, by number of each original tensor that advances with `p`: elements, `grad_var`, `step`."""
         state = self.state[p]
         if self._locator.layout is None:
             return {number: (p.numel(), state["grad_var"], state["step"])}
-        variances = self._tensor_vars if self._locator.flat else [state["grad_var"]]
         members, numels = self._locator.members(p), self._locator.layout.numels
-        return {n: (numels[n], variances[n if self._locator.flat else 0], state["step"]) for n in members}
+        if not self._locator.flat:
+            return {n: (numels[n], state["grad_var"], state["step"]) for n in members}
+        variances = self._tensor_vars.unbind()
+        return {n: (numels[n], variances[n], state["step"]) for n in members}
 
     def _init_state(self, p: Tensor, group: dict[str, Any], split: bool) -> dict[str, Tensor]:
         state = self.state[p]
@@ -553,6 +568,8 @@ class PRM(Optimizer):
     @torch.no_grad()
     def get_mask_stats(self, per_group: bool = False) -> dict[str, float] | list[dict[str, float]]:
         """What the mask of the last step was, recomputed from the state: it costs nothing until it is called.
+
+        (With a `state_dtype` of less than float32, from the state as it was rounded after the step.)
 
         Collective under FSDP and DeepSpeed ZeRO, and the same on every process.
 
@@ -602,14 +619,15 @@ class PRM(Optimizer):
             kept = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
             if masked and not per_tensor:
                 kept["grad_var"] = state["grad_var"]
-            slices = list(self._locator.slices(p, kept, split=True))
+            owners, lists = self._locator.slices(p, kept, split=True)
+            slices = [dict(zip(lists, views_of, strict=True)) for views_of in zip(*lists.values(), strict=True)]
             if self._locator.flat:  # a row also for tensors of which this process holds nothing
-                nothing = {name: tensor.narrow(0, 0, 0) for name, tensor in kept.items()}
-                slices += [(number, nothing) for number in self._locator.members(p)]
-            for number, view in slices:
-                numbers.append(len(numbers) if number is None else number)
-                views.append(view)
-                steps.append(state["step"])
+                members = self._locator.members(p)
+                slices += [{name: tensor.narrow(0, 0, 0) for name, tensor in kept.items()}] * len(members)
+                owners += members
+            numbers += [len(numbers)] if owners == [None] else owners
+            views += slices
+            steps += [state["step"]] * len(slices)
             if per_tensor:
                 tensors |= self._advancing(p, numbers[-1])
         if not numbers:
@@ -654,11 +672,12 @@ class _Part:
     def __bool__(self) -> bool:
         return bool(self.owners)
 
-    def append(self, tensors: dict[str, Tensor], step: Tensor, owner: int) -> None:
-        for name, tensor in tensors.items():
-            self.lists[name].append(tensor)
-        self.lists["state_steps"].append(step)
-        self.owners.append(owner)
+    def extend(self, numbers: list[int | None], lists: dict[str, list[Tensor]], step: Tensor) -> None:
+        """Adds slices of one local tensor; a whole tensor, whose number is None, gets its place among the slices."""
+        self.owners += [len(self.owners)] if numbers == [None] else numbers
+        for name, tensors in lists.items():
+            self.lists[name] += tensors
+        self.lists["state_steps"] += [step] * len(numbers)
 
 
 _LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "grad_vars", "state_steps")

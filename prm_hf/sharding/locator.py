@@ -1,7 +1,6 @@
 """Keeps track of where an optimizer's tensors live, from its creation to the first step, when it can be known."""
 
 import weakref
-from collections.abc import Iterator
 
 import torch.distributed as dist
 from torch import Tensor
@@ -55,20 +54,20 @@ class Locator:
 
     def slices(
         self, p: Tensor, tensors: dict[str, Tensor], split: bool
-    ) -> Iterator[tuple[int | None, dict[str, Tensor]]]:
-        """This process' slices of tensors shaped as local tensor `p`, each with the number of its original tensor.
+    ) -> tuple[list[int | None], dict[str, list[Tensor]]]:
+        """This process' slices of tensors shaped as local tensor `p`: their original tensors' numbers; each by name.
 
         Without a layout there is one slice, and None for its number; a flat buffer is only taken apart with `split`.
         """
         tensors = {name: local_tensor(tensor) for name, tensor in tensors.items()}
-        if self.layout is None:
-            yield None, tensors
-        elif split and self.layout.flat:
-            for piece in self.layout.pieces[id(p)]:
-                views = {name: tensor.narrow(0, piece.start, piece.length) for name, tensor in tensors.items()}
-                yield piece.tensor, views
-        else:
-            yield self.layout.members[id(p)][0], tensors
+        if split and self.flat:
+            pieces = self.layout.pieces[id(p)]
+            return [piece.tensor for piece in pieces], {
+                name: [tensor.narrow(0, piece.start, piece.length) for piece in pieces]
+                for name, tensor in tensors.items()
+            }
+        number = None if self.layout is None else self.members(p)[0]
+        return [number], {name: [tensor] for name, tensor in tensors.items()}
 
     def members(self, p: Tensor) -> list[int]:
         """The numbers of the original tensors that advance when local tensor `p` is stepped, also from elsewhere."""

@@ -49,6 +49,7 @@ def test_replay(recorded, path, name):
 @pytest.mark.parametrize(("path", "name"), TRAINED)
 def test_statistics_are_those_of_all_processes(recorded, path, name):
     ranks = recorded.run(path, name)
+    rounding = 2**-8 if name == "bf16_state" else 1e-6  # the statistics are of the state that is kept
     for step in range(len(ranks[0]["steps"])):
         first = ranks[0]["steps"][step]["stats"]
         assert all(repr(rank["steps"][step]["stats"]) == repr(first) for rank in ranks)  # NaN equals NaN
@@ -57,9 +58,9 @@ def test_statistics_are_those_of_all_processes(recorded, path, name):
             assert first["parameter_count"] == sum(len(tensor) for tensor in before.values())
             qs, numels = masks_of(ranks, step), {number: len(tensor) for number, tensor in before.items()}
             mean_q = sum(q.mean().item() * numels[number] for number, q in qs.items()) / sum(numels.values())
-            assert first["mean_q"] == pytest.approx(mean_q, rel=1e-6)
-            assert first["min_q"] == pytest.approx(min(q.min().item() for q in qs.values()), abs=1e-6)
-            assert first["max_q"] == pytest.approx(max(q.max().item() for q in qs.values()), abs=1e-6)
+            assert first["mean_q"] == pytest.approx(mean_q, rel=rounding)
+            assert first["min_q"] == pytest.approx(min(q.min().item() for q in qs.values()), abs=rounding)
+            assert first["max_q"] == pytest.approx(max(q.max().item() for q in qs.values()), abs=rounding)
 
 
 @pytest.mark.parametrize("name", [name for name, options in COMMON.items() if not options.get("bf16")])
