@@ -93,10 +93,10 @@ HYPERPARAMETERS = frozenset(
 )
 
 
-# The multi-tensor implementation makes several temporaries of the size of what it works on. It works on blocks of
-# this many elements, a few at a time: on a CPU such that they stay in the cache, elsewhere such that they fill the
-# device; fewer where the temporaries are all that is there in float32.
-CPU_BLOCK, DEVICE_BLOCK, QUANTIZED_BLOCK, BLOCKS = 2**16, 2**24, 2**22, 4
+# The multi-tensor implementation makes several temporaries of the size of what it works on, so it works on blocks of
+# this many elements: on a CPU such that they stay in the cache, elsewhere such that they fill the device; fewer where
+# the temporaries are all that is there in float32.
+CPU_BLOCK, DEVICE_BLOCK, QUANTIZED_BLOCK = 2**18, 2**26, 2**24
 
 
 class ListStep:
@@ -152,7 +152,7 @@ class ListStep:
                 spans = [slice(start, min(start + size, n)) for start in range(0, n, size)]
             for span in spans:
                 part = n if span is None else span.stop - span.start
-                if blocks[-1] and filled + part > size * BLOCKS:
+                if blocks[-1] and filled + part > size:
                     blocks.append([])
                     filled = 0
                 blocks[-1].append((i, span))
