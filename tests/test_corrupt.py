@@ -19,6 +19,8 @@ from datasets import (
 )
 from PIL import Image as PILImage
 from scipy import stats
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast
 
 from prm_hf.demo import make_tokenizer, sample_prompts
 from prm_hf.noise import corrupt, fit_any_labels, flip_preferences
@@ -158,7 +160,7 @@ def test_gaussian_pixels_have_the_moments_of_the_dataset(dtype):
     before, after = pixels_of(data).astype(float), pixels_of(corrupt(data, "gaussian_inputs")).astype(float)
     for channel in range(3):
         assert after[:, channel].mean() == pytest.approx(before[:, channel].mean(), rel=0.01)
-        assert after[:, channel].var() == pytest.approx(before[:, channel].var(), rel=0.02)
+        assert after[:, channel].var() == pytest.approx(before[:, channel].var(), rel=0.01)
         assert after[:, channel].std() == pytest.approx(before[:, channel].std(), rel=0.01)
     flat = after[:, 0].reshape(3000, -1)
     assert abs(np.corrcoef(flat[:, 0], flat[:, 1])[0, 1]) < 4 / math.sqrt(3000)
@@ -297,6 +299,21 @@ def test_token_order_of_each_row_within_windows(tokenizer):
     assert len({tuple(row) for row in blocks}) == 30
     for row in blocks:
         assert [sorted(row[i : i + 4]) for i in range(0, 20, 4)] == [rows[0][i : i + 4] for i in range(0, 20, 4)]
+
+
+@pytest.mark.parametrize("kind", INPUT_KINDS)
+def test_strings_of_a_byte_level_tokenizer_stay_readable(kind):
+    """A byte that is moved away from the other bytes of its character decodes to none."""
+    texts = [f"naïve dogs {i} — it's 日本語" for i in range(20)]
+    backend = ByteLevelBPETokenizer()
+    backend.train_from_iterator(texts, vocab_size=300)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend._tokenizer)
+    split = [i for i in tokenizer.encode(texts[0]) if "\ufffd" in tokenizer.decode([i])]
+    assert split  # some characters are several tokens
+    result = corrupt(Dataset.from_dict({"prompt": texts}), kind, tokenizer=tokenizer)
+    assert all(result["corrupted"][:]) and "\ufffd" not in "".join(result["prompt"][:])
+    if kind == "random_inputs":
+        assert [sorted(after) for after in result["prompt"]] == [sorted(before) for before in texts]
 
 
 def test_unigram_tokens(tokenizer):
@@ -438,7 +455,8 @@ def test_users_format_is_kept():
         (pairs, "partial_labels", {"columns": "chosen"}, "leave `columns` out to flip"),
         (sft, "random_inputs", {}, "of text needs a `tokenizer`"),
         (images, "random_inputs", {"window": 4}, "`window` is for text"),
-        (sft, "random_inputs", {"window": 1}, "`window` must be at least 2"),
+        (sft, "random_inputs", {"window": 1}, "`window` must be an integer of at least 2"),
+        (sft, "random_inputs", {"window": 2.5}, "`window` must be an integer of at least 2"),
         (sft, "shuffled_inputs", {"shuffle": "words"}, "`shuffle` must be one of 'vocabulary', 'positions'"),
         (sft, "random_inputs", {"shuffle": "positions"}, "`shuffle` is for `kind='shuffled_inputs'`"),
         (sft, "partial_labels", {"columns": "answer"}, "`columns='answer'` must name columns"),

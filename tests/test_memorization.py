@@ -259,3 +259,13 @@ def test_wrong_trainers_are_refused(tmp_path):
         MemorizationCallback(trainer)
     with pytest.raises(ValueError, match="`max_rows` must be at least 1"):
         MemorizationCallback(trainer, max_rows=0)
+
+
+def test_other_tasks_are_refused_before_training(tmp_path):
+    args = TrainingArguments(str(tmp_path), max_steps=1, **SETTINGS)
+    numbers = vectors(6).cast_column("label", Value("float32"))
+    trainer = Trainer(Linear(), args, train_dataset=numbers)
+    trainer.add_callback(MemorizationCallback(trainer))
+    with pytest.raises(ValueError, match=r"the `labels` of this trainer are torch.float32 of shape \(1,\)"):
+        trainer.train()
+    assert trainer.state.global_step == 0

@@ -31,7 +31,7 @@ from .text import (
     OtherRow,
     RenameTokens,
     ReorderTokens,
-    special_ids,
+    kept_ids,
     unigrams,
     vocabulary_bijection,
     with_other_rows,
@@ -160,9 +160,11 @@ def _check_arguments(kind, p, seed, exclude_true, transition, shuffle, window) -
         raise ValueError(f"`shuffle` must be one of {', '.join(map(repr, SHUFFLES))}, got {shuffle!r}.")
     if shuffle != "vocabulary" and kind != "shuffled_inputs":
         raise ValueError(f"`shuffle` is for `kind='shuffled_inputs'`, got {kind!r}. Leave it out.")
-    if window is not None and (kind != "random_inputs" or isinstance(window, bool) or window < 2):
+    is_count = isinstance(window, numbers.Integral) and window >= 2  # True is 1
+    if window is not None and (kind != "random_inputs" or not is_count):
         raise ValueError(
-            f"`window` must be at least 2, and is for `kind='random_inputs'`; got {window!r} for {kind!r}."
+            "`window` must be an integer of at least 2, and is for `kind='random_inputs'`; got "
+            f"{window!r} for {kind!r}."
         )
 
 
@@ -421,19 +423,15 @@ def _input_noise(
         return ShufflePixels(seed, f"{stream if per_row else fixed} values", per_row)
     if tokenizer is None:
         raise ValueError(f"`kind={kind!r}` of text needs a `tokenizer`: pass that of the model.")
+    kept = kept_ids(tokenizer, is_text)
     if kind == "gaussian_inputs":
-        return DrawTokens(
-            tokenizer,
-            special_ids(tokenizer),
-            seed,
-            f"{stream} values",
-            *unigrams(_values(source, names), tokenizer),
-        )
+        distribution = unigrams(_values(source, names), tokenizer, kept)
+        return DrawTokens(tokenizer, kept, seed, f"{stream} values", *distribution)
     if kind == "shuffled_inputs" and shuffle == "vocabulary":
-        return RenameTokens(tokenizer, vocabulary_bijection(tokenizer, seed, f"{fixed} values", is_text))
+        return RenameTokens(tokenizer, vocabulary_bijection(tokenizer, kept, seed, f"{fixed} values"))
     per_row = kind == "random_inputs"
     where = stream if per_row else fixed
-    return ReorderTokens(tokenizer, special_ids(tokenizer), seed, f"{where} values", per_row, window)
+    return ReorderTokens(tokenizer, kept, seed, f"{where} values", per_row, window)
 
 
 def _values(dataset: Dataset, names: list[str]) -> Iterator[Any]:

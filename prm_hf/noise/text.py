@@ -2,8 +2,9 @@
 
 A text is a string, a list of messages (each `content` is then a text), or a list of token ids. Special tokens always
 stay where they are. A string is tokenised, changed and decoded: with a tokenizer of whole words that is exact; of
-subwords, the model's tokenizer may cut the new string in other places. Corrupt token ids (`input_ids`) where every
-token counts.
+subwords, the model's tokenizer may cut the new string in other places. In strings, tokens that are no whole
+characters (the bytes of byte-level tokenizers) stay too, since away from their neighbours they would not survive
+decoding. Corrupt token ids (`input_ids`) where every token counts.
 """
 
 from collections import Counter
@@ -73,7 +74,7 @@ class ReorderTokens:
     """One order of positions for all rows, or with `per_row` one for each row, the same in all columns of it."""
 
     tokenizer: Any
-    special: list[int]
+    kept: np.ndarray
     seed: int
     stream: str
     per_row: bool
@@ -81,7 +82,7 @@ class ReorderTokens:
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         def reorder(ids: np.ndarray) -> np.ndarray:
-            free = np.flatnonzero(~np.isin(ids, self.special))
+            free = np.flatnonzero(~np.isin(ids, self.kept))
             if self.per_row:
                 keys = row_generator(self.seed, index, self.stream).random(len(free))
             else:
@@ -99,7 +100,7 @@ class DrawTokens:
     """Independent tokens from the unigram distribution, as many as there were."""
 
     tokenizer: Any
-    special: list[int]
+    kept: np.ndarray
     seed: int
     stream: str
     tokens: np.ndarray
@@ -109,7 +110,7 @@ class DrawTokens:
         rng = row_generator(self.seed, index, self.stream)
 
         def draw(ids: np.ndarray) -> np.ndarray:
-            free = ~np.isin(ids, self.special)
+            free = ~np.isin(ids, self.kept)
             result = ids.copy()
             result[free] = self.tokens[np.searchsorted(self.cumulative, rng.random(int(free.sum())), side="right")]
             return result
@@ -117,29 +118,26 @@ class DrawTokens:
         return {name: change_tokens(value, draw, self.tokenizer) for name, value in row.items()}
 
 
-def special_ids(tokenizer: Any) -> list[int]:
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return sorted(added | set(tokenizer.all_special_ids))
-
-
-def vocabulary_bijection(tokenizer: Any, seed: int, stream: str, is_text: bool) -> np.ndarray:
-    """New id of each token of the vocabulary: a bijection that keeps special tokens.
-
-    Of text, it also keeps tokens that are no whole characters (the bytes of byte-level tokenizers), which would not
-    survive decoding in another place.
-    """
-    n = len(tokenizer)
-    kept = set(special_ids(tokenizer))
+def kept_ids(tokenizer: Any, is_text: bool) -> np.ndarray:
+    """Ids of the tokens that stay where they are, sorted: special ones, and in strings those that are no whole
+    characters."""
+    kept = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
     if is_text:
-        kept |= {i for i in range(n) if (text := _decode(tokenizer, [i])) == "" or "\ufffd" in text}
-    free = np.array([i for i in range(n) if i not in kept], dtype=np.int64)
-    mapping = np.arange(n)
+        vocabulary = range(len(tokenizer))
+        kept |= {i for i in vocabulary if (text := _decode(tokenizer, [i])) == "" or "\ufffd" in text}
+    return np.array(sorted(kept), dtype=np.int64)
+
+
+def vocabulary_bijection(tokenizer: Any, kept: np.ndarray, seed: int, stream: str) -> np.ndarray:
+    """New id of each token of the vocabulary: a bijection that leaves the ids in `kept` as they are."""
+    mapping = np.arange(len(tokenizer))
+    free = np.setdiff1d(mapping, kept)
     mapping[free] = free[fixed_order(len(free), seed, stream)]
     return mapping
 
 
-def unigrams(values: Iterable[Any], tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of the texts, special ones left out, and their cumulative shares.
+def unigrams(values: Iterable[Any], tokenizer: Any, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of the texts, those in `kept` left out, and their cumulative shares.
 
     Raises:
         ValueError: there is none.
@@ -152,7 +150,7 @@ def unigrams(values: Iterable[Any], tokenizer: Any) -> tuple[np.ndarray, np.ndar
 
     for value in values:
         change_tokens(value, count, tokenizer)
-    for token in special_ids(tokenizer):
+    for token in kept.tolist():
         counts.pop(token, None)
     if not counts:
         raise ValueError("The texts hold no token but special ones: there is no unigram distribution to draw from.")

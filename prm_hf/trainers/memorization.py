@@ -73,6 +73,12 @@ class MemorizationCallback(TrainerCallback):
         self._step: int | None = None
         self._measured: dict[str, float] = {}
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        # What cannot be measured is said now rather than at the first evaluation
+        for name, dataset in self._datasets.items():
+            if dataset is not None:
+                self._first_batch(name)
+
     def on_evaluate(
         self,
         args: TrainingArguments,
@@ -94,15 +100,25 @@ class MemorizationCallback(TrainerCallback):
         fits = {name: self._fit(name) for name, dataset in self._datasets.items() if dataset is not None}
         return fit_metrics(fits["train"], self.corrupted, fits.get("heldout"))
 
-    def _fit(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        trainer = self.trainer
+    def _first_batch(self, name: str) -> dict[str, torch.Tensor]:
+        """The batch of the first row alone, whose shapes say what kind of task it is."""
         if name not in self._loaders:
-            self._loaders[name] = trainer.get_test_dataloader(self._datasets[name])
+            self._loaders[name] = self.trainer.get_test_dataloader(self._datasets[name])
         loader = self._loaders[name]
-        rows = rows_of(loader)
-        arguments = (trainer.model_wrapped, rows, loader.collate_fn, trainer.accelerator)
+        batch = loader.collate_fn([dict(rows_of(loader)[0])])
+        labels = batch.get("labels")
+        if labels is not None and (labels.is_floating_point() or labels.dim() > 2):
+            raise ValueError(
+                "`MemorizationCallback` measures the fit of classes, completions and preference pairs; the `labels` "
+                f"of this trainer are {labels.dtype} of shape {tuple(labels.shape)}, a batch of one row. Leave it out."
+            )
+        return batch
+
+    def _fit(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        trainer, batch = self.trainer, self._first_batch(name)
+        loader = self._loaders[name]
+        arguments = (trainer.model_wrapped, rows_of(loader), loader.collate_fn, trainer.accelerator)
         batch_size = trainer.args.per_device_eval_batch_size
-        batch = loader.collate_fn([dict(rows[0])])
         if "labels" in batch and batch["labels"].dim() == 1:
             return row_fit(evaluate_classes(*arguments, batch_size=batch_size))
         if "labels" in batch:
