@@ -5,24 +5,18 @@ there are, leaves out those that are finished, writes what `prm-hf compare` read
 """
 
 import copy
-import hashlib
 import json
 import os
-import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset, disable_progress_bars, load_dataset, load_from_disk
-from run_folder import final_metrics, hardware, history, read_json, show_progress, versions, write_json
+from run_folder import RunSpec, finish_run, show_progress
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 from trl import ModelConfig, TrlParser
 
@@ -267,26 +261,6 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
     return load_dataset(name, config, split=split)
 
 
-@dataclass
-class RunSpec:
-    """One run of a comparison: what makes it this run and no other."""
-
-    method: str
-    learning_rate: float
-    seed: int
-    settings: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        rate = f"{self.learning_rate:.3g}".replace("e-0", "e-")
-        return f"{self.method}_lr{rate}_seed{self.seed}"
-
-    @property
-    def hash(self) -> str:
-        text = json.dumps([self.method, self.learning_rate, self.seed, self.settings], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def settings_of(config: TrainingArguments, **others: Any) -> dict[str, Any]:
     """The settings of a training configuration that make a run what it is, and `others`."""
     values = {key: value for key, value in config.to_dict().items() if key not in NOT_SETTINGS}
@@ -329,68 +303,10 @@ class Comparison:
         """The final metrics of a run, trained now unless its folder has them already. Collective."""
         folder = self.output_dir / spec.name
         self.folders.append(folder)
-        # One process looks, so that all go the same way.
-        found = [self._look(spec, folder) if self.state.is_main_process else None]
-        broadcast_object_list(found)
-        metrics, resume = found[0]
-        if metrics is None:
-            metrics = self._train(spec, folder, resume)
-            note = f"{metrics['wall_seconds']:.0f} s"
-        else:
-            note = "finished before"
+        metrics, note = finish_run(spec, folder, self.train_run, self.outcomes, self.info, self.bar.write)
         self.bar.update()
         if self.state.is_main_process:
             self.bar.write(self._line(spec, metrics, note))
-        return metrics
-
-    def _look(self, spec: RunSpec, folder: Path) -> tuple[dict[str, float] | None, bool]:
-        """The metrics of a finished run of just this specification, and whether there is a checkpoint to go on from.
-
-        A folder of other settings is emptied.
-        """
-        info = read_json(folder / "run.json")
-        if info is not None and info.get("settings_hash") == spec.hash:
-            return read_json(folder / "metrics.json"), get_last_checkpoint(folder) is not None
-        if folder.exists():
-            changed = sorted(
-                key
-                for key in {*spec.settings, *(info or {}).get("settings", {})}
-                if spec.settings.get(key) != (info or {}).get("settings", {}).get(key)
-            )
-            self.bar.write(f"{spec.name}: trained again, since these settings changed: {', '.join(changed) or 'all'}")
-            shutil.rmtree(folder)
-        return None, False
-
-    def _train(self, spec: RunSpec, folder: Path, resume: bool) -> dict[str, float]:
-        started, clock = datetime.now(timezone.utc), time.perf_counter()
-        info = {
-            "schema": 1,
-            "name": spec.name,
-            "method": spec.method,
-            "learning_rate": spec.learning_rate,
-            "seed": spec.seed,
-            **self.info,
-            "settings": spec.settings,
-            "settings_hash": spec.hash,
-            "versions": versions(),
-            "hardware": hardware(self.state),
-            "started": started.isoformat(timespec="seconds"),
-        }
-        if self.state.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "run.json", info)
-        trainer = self.train_run(spec, folder, resume)
-        more, margins = self.outcomes(trainer)
-        metrics = final_metrics(trainer) | more
-        metrics["wall_seconds"] = round(time.perf_counter() - clock, 3)
-        if self.state.is_main_process:
-            info["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            write_json(folder / "run.json", info)
-            lines = (json.dumps(row) for row in history(trainer))
-            (folder / "history.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            write_json(folder / "margins.json", margins)
-            write_json(folder / "metrics.json", metrics)  # last: a folder with it is finished
-        self.state.wait_for_everyone()
         return metrics
 
     def _line(self, spec: RunSpec, metrics: dict[str, float], note: str) -> str:

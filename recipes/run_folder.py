@@ -1,16 +1,124 @@
 """What lies in a run's folder, and how it gets there whole."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+
+@dataclass
+class RunSpec:
+    """One run of a comparison: what makes it this run and no other."""
+
+    method: str
+    learning_rate: float
+    seed: int
+    settings: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        rate = f"{self.learning_rate:.3g}".replace("e-0", "e-")
+        return f"{self.method}_lr{rate}_seed{self.seed}"
+
+    @property
+    def hash(self) -> str:
+        text = json.dumps([self.method, self.learning_rate, self.seed, self.settings], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def finish_run(
+    spec: RunSpec,
+    folder: Path,
+    train_run: Callable[[RunSpec, Path, bool], Trainer],
+    outcomes: Callable[[Trainer], tuple[dict[str, float], dict[str, list]]],
+    info: dict[str, Any],
+    tell: Callable[[str], None],
+) -> tuple[dict[str, float], str]:
+    """The final metrics of a run, trained now unless its folder has them already. Collective.
+
+    Args:
+        spec: the run.
+        folder: its folder.
+        train_run: trains it. It is given `spec`, `folder`, and whether a checkpoint in it is to be resumed; it returns
+            the trainer.
+        outcomes: what a trained run gives besides its last evaluation: more metrics, and `margins.json`. Collective.
+        info: what `run.json` says besides: `task`, `noise_rate`, `model`, `dataset`.
+        tell: prints why a run is trained again.
+
+    Returns:
+        The metrics, and how they came about, for people.
+    """
+    state = PartialState()
+    # One process looks, so that all go the same way.
+    found = [_look(spec, folder, tell) if state.is_main_process else None]
+    broadcast_object_list(found)
+    metrics, resume = found[0]
+    if metrics is not None:
+        return metrics, "finished before"
+    started, clock = datetime.now(timezone.utc), time.perf_counter()
+    info = {
+        "schema": 1,
+        "name": spec.name,
+        "method": spec.method,
+        "learning_rate": spec.learning_rate,
+        "seed": spec.seed,
+        **info,
+        "settings": spec.settings,
+        "settings_hash": spec.hash,
+        "versions": versions(),
+        "hardware": hardware(state),
+        "started": started.isoformat(timespec="seconds"),
+    }
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "run.json", info)
+    trainer = train_run(spec, folder, resume)
+    more, margins = outcomes(trainer)
+    metrics = final_metrics(trainer) | more
+    metrics["wall_seconds"] = round(time.perf_counter() - clock, 3)
+    if state.is_main_process:
+        info["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        write_json(folder / "run.json", info)
+        lines = (json.dumps(row) for row in history(trainer))
+        (folder / "history.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_json(folder / "margins.json", margins)
+        write_json(folder / "metrics.json", metrics)  # last: a folder with it is finished
+    state.wait_for_everyone()
+    return metrics, f"{metrics['wall_seconds']:.0f} s"
+
+
+def _look(spec: RunSpec, folder: Path, tell: Callable[[str], None]) -> tuple[dict[str, float] | None, bool]:
+    """The metrics of a finished run of just this specification, and whether there is a checkpoint to go on from.
+
+    A folder of other settings is emptied.
+    """
+    info = read_json(folder / "run.json")
+    if info is not None and info.get("settings_hash") == spec.hash:
+        return read_json(folder / "metrics.json"), get_last_checkpoint(folder) is not None
+    if folder.exists():
+        changed = sorted(
+            key
+            for key in {*spec.settings, *(info or {}).get("settings", {})}
+            if spec.settings.get(key) != (info or {}).get("settings", {}).get(key)
+        )
+        tell(f"{spec.name}: trained again, since these settings changed: {', '.join(changed) or 'all'}")
+        shutil.rmtree(folder)
+    return None, False
 
 
 def metric_name(key: str) -> str | None:
@@ -33,11 +141,10 @@ def history(trainer: Trainer) -> list[dict[str, float]]:
 
 def final_metrics(trainer: Trainer) -> dict[str, float]:
     """The last evaluation and the mask of the last step."""
-    evaluation = {metric_name(key): value for key, value in trainer.last_eval_metrics.items()}
-    metrics = {key: value for key, value in evaluation.items() if key not in (None, "epoch", "train/epoch")}
-    logged = [row for row in trainer.state.log_history if any(key.startswith("mask/") for key in row)]
-    if logged:
-        metrics |= {key: value for key, value in logged[-1].items() if key.startswith("mask/")}
+    metrics = {}
+    for row in history(trainer):
+        metrics |= {key: value for key, value in row.items() if not key.startswith("train/")}
+    metrics = {key: value for key, value in metrics.items() if key not in ("step", "epoch")}
     return {**metrics, "steps": trainer.state.global_step}
 
 
