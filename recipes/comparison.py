@@ -398,6 +398,12 @@ def run_comparison(
             trainer.save_model(str(folder))
         return trainer
 
+    def all_outcomes(trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
+        more, margins = outcomes(trainer)
+        prm = trainer.find_prm()  # a run of fewer steps than `logging_steps` has logged no mask
+        mask = {} if prm is None else {f"mask/{name}": value for name, value in prm.get_mask_stats().items()}
+        return {**more, **mask}, margins
+
     grids = {
         method: script_args.prm_learning_rates if is_prm(method) else script_args.learning_rates
         for method in script_args.methods
@@ -405,7 +411,7 @@ def run_comparison(
     }
     n_runs = (sum(map(len, grids.values())) + (CONSTANT_Q in script_args.methods)) * len(script_args.seeds)
     info = {**info, "noise_rate": script_args.noise_rate, "model": data.model_name, "dataset": data.dataset_name}
-    comparison = Comparison(training_args.output_dir, train_run, outcomes, info, n_runs)
+    comparison = Comparison(training_args.output_dir, train_run, all_outcomes, info, n_runs)
 
     accuracy: dict[tuple[str, float], list[float]] = {}
     for method, grid in grids.items():

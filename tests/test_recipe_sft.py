@@ -112,12 +112,13 @@ def test_a_model_and_files_of_ones_own_with_lora_and_answers(tmp_path):
     run(
         tmp_path / "runs",
         *own_rows(tmp_path),
-        *["--methods", "adamw", "prm_per_param", "--seeds", "0", "1"],
+        *["--methods", "adamw", "prm_per_param", "constant_q", "--seeds", "0", "1"],
+        *["--logging_steps", "10"],  # no mask is logged, and the control needs it nevertheless
         *["--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj"],
         *["--answer_pattern", r"answer ([0-9 ]*\d)", "--max_new_tokens", "16"],
     )
     folders = sorted(path.parent for path in (tmp_path / "runs").glob("*/metrics.json"))
-    assert len(folders) == 4
+    assert len(folders) == 6
     for folder in folders:
         metrics, info = read(folder / "metrics.json"), read(folder / "run.json")
         assert info["accuracy"] == "answer_match" and metrics["drift/kl"] >= 0
