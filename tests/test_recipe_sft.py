@@ -20,7 +20,7 @@ import sft_noisy  # noqa: E402
 
 
 SHORT = ["--max_steps", "3", "--logging_steps", "1", "--eval_steps", "3", "--warmup_steps", "1"]
-ONE_RATE = ["--learning_rates", "1e-3", "--prm_learning_rates", "1e-2"]
+ONE_RATE = ["--learning_rates", "1e-3", "--prm_learning_rates", "1e-2", "--seeds", "0"]
 
 
 def run(output_dir, *arguments):

@@ -37,6 +37,7 @@ _DISPLAY = {
     "prm_per_tensor": "PRM per_tensor",
     "prm_per_param": "PRM per_param",
     "prm_debiased": "PRM debiased",
+    "prm_debiased_per_param": "PRM debiased per_param",
     "constant_q": "constant q",
     "shuffled_q": "shuffled q",
     "cdpo": "cDPO",

@@ -34,6 +34,9 @@ TASKS = {
         "rewards/accuracies", "memorization/flipped_fit", "drift/reward_abs", "|reward|", "held-out pairs"
     ),
     "sft": Measures("exact_match", "memorization/corrupted_fit", "loss", "loss", "held-out rows"),
+    "randomization": Measures(
+        "memorization/heldout_fit", "memorization/corrupted_fit", "steps", "steps", "held-out rows"
+    ),
 }
 
 

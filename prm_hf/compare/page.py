@@ -74,10 +74,15 @@ def html_page(comparison: Comparison, pictures: dict[str, bytes]) -> str:
     if "curves" in pictures or "mask" in pictures:
         sections += ["<h2>Over the steps</h2>", _picture(pictures, "curves"), _picture(pictures, "mask")]
     sections += ["<h2>Runs</h2>", _settings(comparison), _run_list(comparison)]
+    return html_document(_title(comparison), sections)
+
+
+def html_document(title: str, sections: list[str]) -> str:
+    """A whole page of sections that are HTML already; empty ones are left out."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(_title(comparison))}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(filter(None, sections))
         + "\n</body>\n</html>\n"
     )
@@ -97,7 +102,7 @@ def _subtitle(comparison: Comparison) -> str:
     return " · ".join(parts)
 
 
-def _table(header: list[str], left: set[int], rows: list[tuple[str, list[str]]]) -> str:
+def html_table(header: list[str], left: set[int], rows: list[tuple[str, list[str]]]) -> str:
     """`rows` are (class of the row, cells as HTML)."""
 
     def cells(tag: str, values: list[str]) -> str:
@@ -118,7 +123,7 @@ def _row_table(comparison: Comparison) -> str:
             cells[0] = f'<span class="chip" style="background:{styles[method][0]}"></span>{cells[0]}'
             kinds = [name for name, holds in (("best", row is top), ("first", row is members[0])) if holds]
             rows.append((" ".join(kinds), cells))
-    return _table(header(comparison), {0}, rows)
+    return html_table(header(comparison), {0}, rows)
 
 
 def _contrast_table(comparison: Comparison) -> str:
@@ -133,7 +138,7 @@ def _contrast_table(comparison: Comparison) -> str:
         previous = contrast.left.method
         rows.append((kind, [*cells, _interval_picture(contrast, reach), last]))
     heads = [*CONTRAST_HEADER[:-1], "", CONTRAST_HEADER[-1]]
-    table = _table(heads, {0, 1, 3, 4}, rows)
+    table = html_table(heads, {0, 1, 3, 4}, rows)
     return table + '<p class="quiet">The line in the middle is a difference of 0; right of it the first is better.</p>'
 
 
@@ -163,11 +168,15 @@ def _interval_picture(contrast: Contrast, reach: float) -> str:
 def _picture(pictures: dict[str, bytes], name: str) -> str:
     if name not in pictures:
         return ""
-    data = base64.b64encode(pictures[name]).decode("ascii")
-    caption = escape(_CAPTIONS[name])
-    narrow = ' class="narrow"' if name == "mask" else ""
+    return html_figure(pictures[name], _CAPTIONS[name], narrow=name == "mask")
+
+
+def html_figure(png: bytes, caption: str, narrow: bool = False) -> str:
+    """A picture, embedded, and the text under it."""
+    data, caption = base64.b64encode(png).decode("ascii"), escape(caption)
+    kind = ' class="narrow"' if narrow else ""
     return (
-        f'<figure{narrow}><img src="data:image/png;base64,{data}" alt="{caption}"><figcaption>{caption}</figcaption>'
+        f'<figure{kind}><img src="data:image/png;base64,{data}" alt="{caption}"><figcaption>{caption}</figcaption>'
         "</figure>"
     )
 
@@ -185,7 +194,7 @@ def _settings(comparison: Comparison) -> str:
     differing = sorted({key for settings in recorded for key in settings} - set(shared))
     rows = [("", [escape(key), f"<code>{escape(_text(value))}</code>"]) for key, value in sorted(shared.items())]
     note = f'<p class="quiet">Differ between runs: {escape(", ".join(differing))}.</p>' if differing else ""
-    table = _table(["setting", "value"], {0, 1}, rows)
+    table = html_table(["setting", "value"], {0, 1}, rows)
     return f"<details><summary>Settings that all runs share</summary>{table}{note}</details>"
 
 
@@ -197,7 +206,7 @@ def _run_list(comparison: Comparison) -> str:
         rows.append(("", [f"<code>{escape(run.name)}</code>", escape(", ".join(facts))]))
     return (
         "<details><summary>Folders, hardware and versions</summary>"
-        f"{_table(['run', 'hardware and versions'], {0, 1}, rows)}</details>"
+        f"{html_table(['run', 'hardware and versions'], {0, 1}, rows)}</details>"
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,15 +28,16 @@ _STYLES = {
     "prm_per_tensor": ("#0072B2", "s"),
     "prm_per_param": ("#56B4E9", "D"),
     "prm_debiased": ("#D55E00", "^"),
+    "prm_debiased_per_param": ("#CC6677", "h"),
     "constant_q": ("#E69F00", "P"),
     "shuffled_q": ("#999933", "X"),
     "cdpo": ("#009E73", "v"),
     "robust": ("#CC79A7", "<"),
     "ipo": ("#882255", ">"),
-    "early_stopping": ("#44AA99", "h"),
+    "early_stopping": ("#44AA99", "*"),
 }
-_MORE_COLOURS = ("#332288", "#117733", "#AA4499", "#88CCEE", "#CC6677", "#6B5B2E", "#7F7F7F", "#DDAA33")
-_MORE_MARKERS = ("p", "*", "d", "8", "H", "o", "s")  # as many as is coprime to the colours, so that pairs differ
+_MORE_COLOURS = ("#332288", "#117733", "#AA4499", "#88CCEE", "#6B5B2E", "#7F7F7F", "#DDAA33")
+_MORE_MARKERS = ("p", "d", "8", "H", "o", "s")  # as many as is coprime to the colours, so that pairs differ
 _RC = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -76,15 +78,27 @@ def method_styles(methods: list[str]) -> dict[str, tuple[str, str]]:
     return {method: _STYLES.get(method) or more[method] for method in methods}
 
 
-def _new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+def house_style() -> AbstractContextManager[None]:
+    """The look that all pictures share, for the `with` in which one is drawn.
+
+    Raises:
+        ImportError: matplotlib is not installed; names the extra that brings it.
+    """
+    _require_matplotlib()
+    import matplotlib
+
+    return matplotlib.rc_context(_RC)
+
+
+def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, list[list[Axes]]]:
+    """A figure, inches wide and high, and its axes, a list a row."""
     # Figure and Agg canvas directly: pyplot would keep global state and might choose an interactive backend.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    return figure, list(axes)
+    return figure, figure.subplots(rows, columns, squeeze=False).tolist()
 
 
 def to_png(figure: Figure, dpi: int = 150) -> bytes:
@@ -103,9 +117,6 @@ def plot_frontier(comparison: Comparison) -> Figure | None:
     Raises:
         ImportError: matplotlib is not installed; names the extra that brings it.
     """
-    _require_matplotlib()
-    import matplotlib
-
     drawn = {
         method: sorted(placed, key=lambda row: _geometric_kl(row))
         for method, rows in comparison.methods().items()
@@ -114,8 +125,8 @@ def plot_frontier(comparison: Comparison) -> Figure | None:
     if not drawn:
         return None
     styles = method_styles(list(comparison.methods()))
-    with matplotlib.rc_context(_RC):
-        figure, (axes,) = _new_figure(9.2, 5.6)
+    with house_style():
+        figure, [[axes]] = new_figure(9.2, 5.6)
         axes.set_xscale("log")
         labels, kinds, handles = [], set(), []
         for method, rows in drawn.items():
@@ -292,15 +303,12 @@ def _plot_over_steps(
     note: str,
     floors: dict[float, str] | None = None,
 ) -> Figure | None:
-    _require_matplotlib()
-    import matplotlib
-
     panels = tuple(panel for panel in panels if any(_mean_series(row, panel[0])[0].size for row in comparison.rows))
     if not panels:
         return None
     styles = method_styles(list(comparison.methods()))
-    with matplotlib.rc_context(_RC):
-        figure, all_axes = _new_figure(4.4 * len(panels) + 2.0 if len(panels) > 1 else 8.2, 4.0, len(panels))
+    with house_style():
+        figure, [all_axes] = new_figure(4.4 * len(panels) + 2.0 if len(panels) > 1 else 8.2, 4.0, len(panels))
         handles = {}
         for axes, (name, title, log) in zip(all_axes, panels, strict=True):
             for method, rows in comparison.methods().items():

@@ -74,7 +74,7 @@ def footnote(comparison: Comparison) -> str:
     return f"{words} {'; '.join(notes)}." if notes else words
 
 
-def _align(heads: list[str], rows: list[list[str]], left: set[int]) -> list[str]:
+def align(heads: list[str], rows: list[list[str]], left: set[int]) -> list[str]:
     """Lines of at most `WIDTH` columns; where they would be longer, the widest left-aligned column is cut with `…`."""
     table = [heads, *rows]
     widths = [max(len(cells[i]) for cells in table) for i in range(len(heads))]
@@ -89,19 +89,20 @@ def _align(heads: list[str], rows: list[list[str]], left: set[int]) -> list[str]
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
-def _wrap(text: str, first: str = "", rest: str = "") -> str:
+def wrap(text: str, first: str = "", rest: str = "") -> str:
+    """`text` in lines of at most `WIDTH` columns, the first one after `first`, the others after `rest`."""
     return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
 def plain_text(comparison: Comparison) -> str:
-    parts = ["\n".join(_align(header(comparison), [row_cells(row) for row in comparison.rows], left={0}))]
-    parts.append(_wrap(footnote(comparison)))
+    parts = ["\n".join(align(header(comparison), [row_cells(row) for row in comparison.rows], left={0}))]
+    parts.append(wrap(footnote(comparison)))
     summary, *others = comparison.statements
-    parts.append(_wrap(summary))
+    parts.append(wrap(summary))
     if comparison.contrasts:
         cells = [contrast_cells(contrast) for contrast in comparison.contrasts]
-        parts.append("\n".join(_align(CONTRAST_HEADER, cells, left={0, 1, 3})))
-    parts.append("\n".join(_wrap(statement, "- ", "  ") for statement in others))
+        parts.append("\n".join(align(CONTRAST_HEADER, cells, left={0, 1, 3})))
+    parts.append("\n".join(wrap(statement, "- ", "  ") for statement in others))
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
