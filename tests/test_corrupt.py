@@ -306,7 +306,7 @@ def test_strings_of_a_byte_level_tokenizer_stay_readable(kind):
     """A byte that is moved away from the other bytes of its character decodes to none."""
     texts = [f"naïve dogs {i} — it's 日本語" for i in range(20)]
     backend = ByteLevelBPETokenizer()
-    backend.train_from_iterator(texts, vocab_size=300)
+    backend.train_from_iterator(texts, vocab_size=256)  # the bytes alone: which pairs it would merge first is open
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend._tokenizer)
     split = [i for i in tokenizer.encode(texts[0]) if "\ufffd" in tokenizer.decode([i])]
     assert split  # some characters are several tokens
