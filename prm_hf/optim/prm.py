@@ -506,7 +506,9 @@ class PRM(Optimizer):
             if group["mask"] != "none" and not per_tensor:
                 tensors["grad_vars"] = state["grad_var"]
             key = (p.device, state["exp_avg"].dtype, state["exp_avg_sq"].dtype, p.dtype, grad.dtype)
-            part = parts.setdefault(key, _Part(hyper, group["foreach"], p.device))
+            if key not in parts:
+                parts[key] = _Part(hyper, group["foreach"], p.device)
+            part = parts[key]
             part.counters.append(state["step"])
             numbers, lists = self._slices(p, tensors, split)
             part.extend(numbers, lists | self._locator.slices(p, {"grads": grad}, split)[1], state["step"])
