@@ -12,6 +12,7 @@ are finished are not repeated, and those of one model and kind are also a compar
 """
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -317,6 +318,8 @@ def run_all(specs: list[RunSpec], args: Arguments) -> Iterator[tuple[RunSpec, di
 
 
 def main(arguments: list[str]) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("Each run has a process of its own: start one with `python`, and set `--workers`.")
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
     specs = specify(args)
     if {"sft", "dpo"} & set(args.models):

@@ -140,6 +140,12 @@ def test_the_extra_is_named_before_anything_is_trained(monkeypatch, tmp_path):
     randomization.Arguments(models=["sft"])  # needs no digits
 
 
+def test_several_processes_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="start one with `python`, and set `--workers`"):
+        run(tmp_path, *QUICK)
+
+
 @pytest.mark.slow
 def test_random_labels_are_learnt_by_heart(tmp_path):
     """The known results, of a small classifier with two workers: 100 % of random labels, held-out rows at chance."""
