@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers.utils.logging import get_verbosity, set_verbosity
 
 from prm_hf.compare import compare_runs, load_runs
 
@@ -22,11 +24,14 @@ import randomization_report  # noqa: E402
 LABELS = ("true_labels", "partial_labels", "random_labels")
 
 
-@pytest.fixture(autouse=True)
-def logs_as_before():
-    level = logging.getLogger("prm_hf").level
+@pytest.fixture(scope="module", autouse=True)
+def process_as_before():
+    """With one worker the runs are made in this process, whose settings are then the worker's."""
+    level, verbosity, threads = logging.getLogger("prm_hf").level, get_verbosity(), torch.get_num_threads()
     yield
     logging.getLogger("prm_hf").setLevel(level)
+    set_verbosity(verbosity)
+    torch.set_num_threads(threads)
 
 
 def run(output_dir, *arguments):
