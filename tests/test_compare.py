@@ -16,12 +16,24 @@ from prm_hf.compare import (
     format_comparison,
     interpolate_at_kl,
     load_runs,
+    mean_over_log_kl,
     noise_floor,
     plots,
+    rate_at_kl,
     statistics,
     write_report,
 )
-from prm_hf.compare.comparison import BEST_LR, CONTROLLED, EQUAL_KL, EQUAL_KL_MEAN, SAME_LR, format_rate, method_group
+from prm_hf.compare.comparison import (
+    BEST_LR,
+    CONTROLLED,
+    EQUAL_KL,
+    EQUAL_KL_MEAN,
+    FRONTIER,
+    SAME_LR,
+    display_name,
+    format_rate,
+    method_group,
+)
 
 
 PAIRS = 400
@@ -106,10 +118,32 @@ def test_mean_and_standard_error():
     assert statistics.proportion_standard_error(0.7, 600) == pytest.approx(0.0187, abs=1e-4)
 
 
-@pytest.mark.parametrize("df", [1, 1.5, 2, 3.5, 9, 10, 10.5, 12, 30, 1000, np.inf])
-def test_t_quantile_is_scipys(df):
-    exact = df >= 10 or df == int(df)  # elsewhere the table is interpolated
-    assert statistics._t_975(df) == pytest.approx(stats.t.ppf(0.975, df), rel=1e-4 if exact else 0.03)
+@pytest.mark.parametrize("df", [1, 1.5, 2, 3.5, 9, 10, 10.5, 12, 30, 1000, 1e5, np.inf])
+def test_student_is_scipys(df):
+    assert statistics.t_quantile_975(df) == pytest.approx(stats.t.ppf(0.975, df), rel=1e-6)
+    for t in (0.0, 0.3, 2.0, 5.0, 9.0):
+        assert statistics.t_tails(t, df) == pytest.approx(2 * stats.t.sf(t, df), rel=1e-4)
+
+
+def test_p_value_agrees_with_the_interval():
+    rng = np.random.default_rng(1)
+    verdicts = set()
+    for shift in np.linspace(0, 0.12, 25):
+        interval = bootstrap_interval(shift + rng.normal(0, 0.5, (4, 100)), resamples=300)
+        assert (interval.p_value < 0.05) == (interval.verdict != "within noise")
+        verdicts.add(interval.verdict)
+    assert verdicts == {"within noise", "higher"}
+    values = np.array([[0.01], [0.03], [0.05]])
+    assert bootstrap_interval(values).p_value == pytest.approx(stats.ttest_1samp(values[:, 0], 0).pvalue, rel=1e-5)
+    assert bootstrap_interval(-values).p_value == bootstrap_interval(values).p_value
+    assert bootstrap_interval(np.zeros((2, 50))).p_value == 1 and np.isnan(bootstrap_interval([[0.1]]).p_value)
+
+
+def test_holm():
+    adjusted = statistics.holm([0.01, np.nan, 0.04, 0.03, 0.005, 0.9])
+    # ascending: .005·5, .01·4, .03·3, .04·2 raised to the one before, .9
+    assert adjusted == pytest.approx([0.04, np.nan, 0.09, 0.09, 0.025, 0.9], nan_ok=True)
+    assert statistics.holm([]) == [] and statistics.holm([0.7, 0.8]) == [1.0, 1.0]
 
 
 def test_interval_of_one_seed_is_that_of_the_paired_examples():
@@ -183,6 +217,57 @@ def test_interpolation_is_linear_in_log_kl():
         interpolate_at_kl(kl, values[:2], 0.1)
     assert statistics.bracket_ratio(kl, 0.03) == pytest.approx(10)
     assert statistics.bracket_ratio(kl, 0.1) == 1
+
+
+def test_area_over_log_kl():
+    kl = np.array([1.0, 0.01, 0.1])
+    values = np.array([[0.6, 0.0], [0.7, 1.0], [0.8, 0.5]])
+    # .7 to .8 to .6 over two decades: means .75 and .7 of equal width
+    assert mean_over_log_kl(kl, values, 0.01, 1.0) == pytest.approx([0.725, 0.5])
+    assert mean_over_log_kl(kl, values, 0.1, 1.0)[0] == pytest.approx(0.7)
+    # from half-way up the first slope to half-way down the second
+    assert mean_over_log_kl(kl, values, 10**-1.5, 10**-0.5)[0] == pytest.approx((0.775 + 0.75) / 2)
+    fine = np.geomspace(0.02, 0.7, 20001)
+    heights = [interpolate_at_kl(kl, values, at)[0] for at in fine]
+    assert mean_over_log_kl(kl, values, 0.02, 0.7)[0] == pytest.approx(np.trapezoid(heights) / 20000, abs=1e-6)
+    for low, high in ((0.009, 1.0), (0.01, 1.1), (0.1, 0.1)):
+        assert mean_over_log_kl(kl, values, low, high) is None
+    assert statistics.shared_range([kl, [0.02, 3.0], [np.nan, 0.001, 0.5]]) == (0.02, 0.5)
+    assert statistics.shared_range([kl, [2.0, 3.0]]) is None and statistics.shared_range([kl, [np.nan]]) is None
+
+
+def test_rate_at_kl_is_linear_in_the_logarithms():
+    rates, kl = [1e-3, 1e-5, 1e-4], [1.0, 0.01, 0.25]
+    assert rate_at_kl(rates, kl, 0.25) == pytest.approx(1e-4)
+    assert rate_at_kl(rates, kl, 0.05) == pytest.approx(10**-4.5)
+    assert rate_at_kl(rates, kl, 2.0) is None and rate_at_kl(rates, kl, 0.009) is None
+    assert rate_at_kl([1e-4, 1e-3], [np.nan, 0.1], 0.1) is None
+    assert rate_at_kl([1, 2, 3], [0.1, 0.3, 0.2], 0.3) == pytest.approx(2)  # the smallest rate that drifts so far
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.03])
+def test_area_difference_is_covered(gain):
+    """Simulated runs of two methods at other learning rates each, whose curves differ by `gain` at every KL."""
+    rng = np.random.default_rng(5)
+    seeds, examples, hits, found, repeats = 4, 120, 0, [], 200
+    kl_a, kl_b = np.geomspace(0.02, 1, 4), np.geomspace(0.05, 2, 3)
+    for repeat in range(repeats):
+        ease = rng.normal(0, 0.25, examples)  # of an example, in all runs; and of each seed's data
+        differences = []
+        for _ in range(seeds):
+            data = rng.normal(0, 0.15, examples)
+
+            def run(kl, gain, data=data, ease=ease):
+                height = 0.7 + 0.05 * np.log(kl)[:, None] + gain  # a straight line in log KL
+                return height + ease + data + rng.normal(0, 0.2, (len(kl), examples))
+
+            a, b = run(kl_a, gain), run(kl_b, 0.0)
+            differences.append(mean_over_log_kl(kl_a, a, 0.05, 1) - mean_over_log_kl(kl_b, b, 0.05, 1))
+        interval = bootstrap_interval(np.stack(differences), resamples=300, seed=repeat)
+        hits += interval.low <= gain <= interval.high
+        found.append(interval.mean)
+    assert 0.90 <= hits / repeats <= 0.99
+    assert np.mean(found) == pytest.approx(gain, abs=0.002)
 
 
 def test_noise_floor_is_where_pure_noise_settles():
@@ -363,6 +448,53 @@ def test_differences_have_their_known_values(tmp_path):
     assert all(c.interval.seeds == 2 and c.interval.examples == PAIRS for c in comparison.contrasts)
 
 
+def test_frontier_area_has_its_known_value(tmp_path):
+    write_grid(tmp_path, seeds=(0, 1), prm_gain=0.05)
+    (area,) = [c for c in compare_runs(tmp_path).contrasts if c.kind == FRONTIER]
+    assert area.left.method == "prm_per_tensor" and area.against == "AdamW, frontier area, KL 0.2-0.8"
+    # both at .725 + .05, .75 + .05, .70 + .05 and, on the straight lines, .725, .75, .70
+    assert area.interval.mean == pytest.approx(0.05) and (area.interval.seeds, area.interval.examples) == (2, PAIRS)
+    text = format_comparison(compare_runs(tmp_path))
+    assert "The frontier's area" in text and "+0.050" in text
+
+
+def test_frontier_area_against_the_strongest_rival(tmp_path):
+    write_grid(tmp_path, seeds=(0, 1))
+    for method, gain in (("adamw_eps:0.1", 0.03), ("cdpo", -0.02)):
+        for seed in (0, 1):
+            for lr, kl, accuracy in ((1e-4, 0.1, 0.70), (1e-3, 0.4, 0.75), (1e-2, 1.6, 0.65)):
+                write_run(tmp_path, method, lr, seed, accuracy + gain, kl)
+    comparison = compare_runs(tmp_path)
+    assert [row.method for row in comparison.baseline] == ["adamw"] * 3
+    areas = {(c.left.method, c.against.split(",")[0]): c for c in comparison.contrasts if c.kind == FRONTIER}
+    means = {key: round(c.interval.mean, 6) for key, c in areas.items()}
+    assert means == {
+        ("prm_per_tensor", "AdamW"): 0,
+        ("adamw_eps:0.1", "AdamW"): 0.03,
+        ("cdpo", "AdamW"): -0.02,
+        ("prm_per_tensor", "AdamW eps 0.1"): -0.03,
+    }
+    # Holm's correction is over all contrasts, and the statements say how many differences are left
+    known = [c for c in comparison.contrasts if c.interval and c.interval.known]
+    adjusted = statistics.holm([c.interval.p_value for c in known])
+    assert [c.p_holm for c in known] == adjusted
+    kept = sum(p < 0.05 for p in adjusted)
+    assert any(f"and {kept} still after Holm's correction" in words for words in comparison.statements)
+    assert any(c.kind == BEST_LR and c.right.method == "adamw_eps:0.1" for c in comparison.contrasts)
+
+
+def test_frontier_area_that_cannot_be_had(tmp_path):
+    for lr, kl in ((1e-3, 0.4), (1e-2, 1.6)):
+        write_run(tmp_path, "adamw", lr, 0, 0.7, kl)
+        write_run(tmp_path, "prm_per_tensor", lr, 0, 0.7, kl / 100)
+        write_run(tmp_path, "cdpo", lr, 3, 0.7, kl)
+    areas = {c.left.method: c.missing for c in compare_runs(tmp_path).contrasts if c.kind == FRONTIER}
+    assert areas == {
+        "prm_per_tensor": "no drift/kl range that both cover",
+        "cdpo": "no seed with two runs of both",
+    }
+
+
 def test_kl_outside_the_range_is_not_extrapolated(tmp_path):
     write_run(tmp_path, "adamw", 1e-3, 0, 0.7, 0.4)
     write_run(tmp_path, "adamw", 1e-2, 0, 0.6, 1.6)
@@ -429,11 +561,15 @@ def test_names():
         "prm_debiased": "PRM",
         "constant_q": "control",
         "shuffled_q": "control",
+        "fixed_q": "control",
+        "adamw_matched": "control",
+        "adamw_eps:0.1": "baseline",
         "cdpo": "loss-side",
         "early_stopping": "loss-side",
         "my thing": "other",
     }
     assert {method: method_group(method) for method in groups} == groups
+    assert display_name("adamw_eps:0.1") == "AdamW eps 0.1" and display_name("my thing") == "my thing"
 
 
 # words
@@ -472,6 +608,14 @@ def test_words_for_a_gain_beyond_the_control(tmp_path):
         "ahead here by more than a smaller step explains" in words and "does not show that it holds elsewhere" in words
     )
     assert "seed" not in words
+
+
+def test_words_for_a_gain_that_another_method_has_too(tmp_path):
+    for seed in (0, 1, 2):
+        for lr, kl, accuracy in ((1e-4, 0.1, 0.80), (1e-3, 0.4, 0.85), (1e-2, 1.6, 0.75)):
+            write_run(tmp_path, "adamw_eps:0.1", lr, seed, accuracy, kl)
+    words = headline(tmp_path, seeds=(0, 1, 2), prm_gain=0.1, constant=0.75)
+    assert "but AdamW eps 0.1 is not known to do worse at equal KL" in words
 
 
 def test_words_for_a_gain_from_more_tries(tmp_path):
@@ -569,7 +713,7 @@ def test_markdown_has_whole_rows(tmp_path):
     write_grid(tmp_path)
     text = format_comparison(compare_runs(tmp_path), "markdown")
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {11, 5}
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {11, 6}
     assert text.startswith("**PRM per_tensor") and "\\|reward\\|" in text
 
 

@@ -12,7 +12,7 @@ write_report(comparison, "runs/dpo_noisy")
 from .comparison import Comparison, Contrast, Row
 from .report import FORMATS, compare_runs, format_comparison, write_report
 from .runs import Run, load_runs
-from .statistics import Interval, bootstrap_interval, interpolate_at_kl, noise_floor
+from .statistics import Interval, bootstrap_interval, interpolate_at_kl, mean_over_log_kl, noise_floor, rate_at_kl
 
 
 __all__ = [
@@ -27,6 +27,8 @@ __all__ = [
     "format_comparison",
     "interpolate_at_kl",
     "load_runs",
+    "mean_over_log_kl",
     "noise_floor",
+    "rate_at_kl",
     "write_report",
 ]

@@ -1,7 +1,8 @@
 """What is compared with what: rows (method x learning rate) and contrasts (paired accuracy differences).
 
 At one learning rate a mask q < 1 always drifts less, because it shrinks the step. So a PRM row is also set against
-AdamW at its best learning rate, AdamW interpolated at the same KL, and AdamW with PRM's mean step (constant q).
+AdamW at its best learning rate, AdamW interpolated at the same KL, and AdamW with PRM's mean step (constant q); and a
+method's whole curve against AdamW's, by the area under accuracy over log KL.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from .statistics import (
     Interval,
     bootstrap_interval,
     bracket_ratio,
+    holm,
     interpolate_at_kl,
     mean_and_standard_error,
+    mean_over_log_kl,
     proportion_standard_error,
+    shared_range,
 )
 
 
@@ -30,32 +34,43 @@ SAME_LR = "same learning rate"
 BEST_LR = "best learning rates"
 EQUAL_KL = "equal KL"
 EQUAL_KL_MEAN = "equal KL, mean over learning rates"
+FRONTIER = "frontier area"
 CONTROLLED = "control"
 
 _DISPLAY = {
     "adamw": "AdamW",
+    "adamw_eps": "AdamW eps",
+    "adamw_embedding": "AdamW embedding lr ×",
+    "cautious": "Cautious AdamW",
+    "msvag": "M-SVAG",
     "prm_per_tensor": "PRM per_tensor",
     "prm_per_param": "PRM per_param",
     "prm_debiased": "PRM debiased",
+    "prm_debiased_per_param": "PRM debiased per_param",
+    "prm_stopping": "PRM stopping",
     "constant_q": "constant q",
     "shuffled_q": "shuffled q",
+    "fixed_q": "fixed q",
+    "adamw_matched": "AdamW matched in KL",
     "cdpo": "cDPO",
     "robust": "rDPO (robust)",
     "ipo": "IPO",
     "early_stopping": "early stopping",
 }
+_CONTROLS = {"constant", "shuffled", "fixed", "matched"}
 _LOSSES = ("cdpo", "robust", "rdpo", "ipo", "hinge")
 
 
 def display_name(method: str) -> str:
-    """Name of a method for people; an unknown method is called as it is."""
-    return _DISPLAY.get(method, method)
+    """Name of a method for people; an unknown method is called as it is, and a value after `:` stays behind it."""
+    base, _, value = method.partition(":")
+    return f"{_DISPLAY.get(base, base)} {value}".strip()
 
 
 def method_group(method: str) -> str:
     """One of `GROUPS`, from the words of the method's name; unknown methods are `"other"`."""
     words = re.split(r"[^a-z0-9]+", method.lower())
-    if "constant" in words or "shuffled" in words:
+    if _CONTROLS.intersection(words):
         return CONTROL
     if "prm" in words:
         return PRM
@@ -138,11 +153,12 @@ class Contrast:
     Attributes:
         kind: one of the constants of this module, e.g. `"equal KL"`.
         left: the row that is judged.
-        right: the row it is judged against, or None where that is AdamW's whole curve.
+        right: the row it is judged against, or None where that is AdamW's whole curve; of another curve its best row.
         against: what it is judged against, for people.
         interval: the difference with its 95 % interval, or None where it cannot be had.
         note: what limits it, a clause.
         missing: why there is no interval, in a few words.
+        p_holm: Holm's adjusted p-value among all contrasts of the comparison; NaN without an interval.
     """
 
     kind: str
@@ -152,6 +168,7 @@ class Contrast:
     interval: Interval | None
     note: str = ""
     missing: str = ""
+    p_holm: float = float("nan")
 
 
 @dataclass(eq=False)
@@ -184,6 +201,12 @@ class Comparison:
             return methods["adamw"]
         return next(iter(methods.values())) if len(methods) == 1 else []
 
+    @property
+    def rivals(self) -> dict[str, list[Row]]:
+        """Rows by method of all that is neither PRM nor AdamW nor a control of one run."""
+        others = self.methods(BASELINE, LOSS_SIDE, OTHER) if self.baseline else self.methods(LOSS_SIDE, OTHER)
+        return {method: rows for method, rows in others.items() if rows != self.baseline}
+
 
 def best(rows: Iterable[Row]) -> Row | None:
     """The row with the highest accuracy, of equal ones that with the smaller KL; None if no accuracy is known."""
@@ -206,7 +229,10 @@ def build_comparison(runs: list[Run]) -> Comparison:
     _check_comparable(finished)
     rows = _rows(finished)
     comparison = Comparison(rows, [], finished, unfinished)
-    comparison.contrasts = _contrasts(comparison)
+    comparison.contrasts = [*_contrasts(comparison), *_frontier_contrasts(comparison)]
+    adjusted = holm([c.interval.p_value if c.interval else float("nan") for c in comparison.contrasts])
+    for contrast, p in zip(comparison.contrasts, adjusted, strict=True):
+        contrast.p_holm = p
     return comparison
 
 
@@ -265,17 +291,18 @@ def _rows(runs: list[Run]) -> list[Row]:
     for row in rows.values():
         row.source = next((rows[names[of]] for run in row.runs if (of := _source(run)) in names), None)
     order = {method: index for index, method in enumerate(_DISPLAY)}
-    return sorted(
-        rows.values(),
-        key=lambda row: (GROUPS.index(row.group), order.get(row.method, len(order)), row.name, row.learning_rate or 0),
-    )
+
+    def place(row: Row) -> tuple:
+        base = row.method.partition(":")[0]
+        return GROUPS.index(row.group), order.get(base, len(order)), row.name, row.learning_rate or 0
+
+    return sorted(rows.values(), key=place)
 
 
 def _contrasts(comparison: Comparison) -> list[Contrast]:
     baseline, baseline_best = comparison.baseline, best(comparison.baseline)
-    curve = [*baseline, *comparison.methods(CONTROL).get("constant_q", [])]
-    prm = comparison.methods(PRM)
-    rivals = comparison.methods(LOSS_SIDE, OTHER)
+    curve = _curve(comparison)
+    prm, rivals = comparison.methods(PRM), comparison.rivals
     contrasts: list[Contrast] = []
     # Without PRM among the runs, the other methods are what AdamW is compared with.
     for rows in (prm or rivals).values() if baseline else ():
@@ -298,11 +325,64 @@ def _contrasts(comparison: Comparison) -> list[Contrast]:
     if lead is None and not baseline:
         lead = best(comparison.rows)
     if lead is not None:
-        for method, rows in comparison.methods(LOSS_SIDE, OTHER, *(() if baseline else (BASELINE,))).items():
+        for method, rows in (rivals if baseline else comparison.methods(LOSS_SIDE, OTHER, BASELINE)).items():
             rival = best(rows)
             if rival is not None and method != lead.method:
                 contrasts.append(_between(BEST_LR, lead, rival))
     return contrasts
+
+
+def _curve(comparison: Comparison) -> list[Row]:
+    """The rows whose runs are points of AdamW's curve: its own, and controls that are AdamW at another rate."""
+    controls = comparison.methods(CONTROL)
+    return [*comparison.baseline, *controls.get("constant_q", []), *controls.get("adamw_matched", [])]
+
+
+def _frontier_contrasts(comparison: Comparison) -> list[Contrast]:
+    """The area of each method's curve against AdamW's, and of each PRM method's against the best of the rivals'."""
+    if not comparison.baseline:
+        return []
+    rivals, prm = comparison.rivals, comparison.methods(PRM)
+    contrasts = [_areas(rows, comparison, None) for rows in (*prm.values(), *rivals.values()) if len(rows) > 1]
+    ranked = [(c.interval.mean, c.left.method) for c in contrasts if c.interval and c.left.method in rivals]
+    if ranked:
+        strongest = rivals[max(ranked)[1]]
+        contrasts += [_areas(rows, comparison, strongest) for rows in prm.values() if len(rows) > 1]
+    return contrasts
+
+
+def _areas(rows: list[Row], comparison: Comparison, rival: list[Row] | None) -> Contrast:
+    """Mean accuracy over log KL, of one method minus another (AdamW's whole curve if `rival` is None).
+
+    Over the range of KL that both curves cover in every seed that they share, so that all seeds measure one thing.
+    """
+    curve = _curve(comparison) if rival is None else rival
+    against = f"{display_name(curve[0].method)}, frontier area"
+    right = best(rival or ())
+
+    def points(rows: list[Row], seed: int | None) -> list[Run]:
+        runs = [run for row in rows for run in row.runs if run.seed == seed]
+        return [run for run in runs if finite(run.metrics.get(KL)) and _outcomes(run) is not None]
+
+    seeds = {run.seed: (points(rows, run.seed), points(curve, run.seed)) for row in rows for run in row.runs}
+    seeds = {seed: both for seed, both in seeds.items() if min(map(len, both)) > 1}
+    span = shared_range([np.array([run.metrics[KL] for run in runs]) for both in seeds.values() for runs in both])
+    if span is None:
+        why = f"no {KL} range that both cover" if seeds else "no seed with two runs of both"
+        return Contrast(FRONTIER, rows[0], right, against, None, why, why)
+    against += f", KL {span[0]:.2g}-{span[1]:.2g}"
+    differences = []
+    for mine, theirs in seeds.values():
+        outcomes = _stack([_outcomes(run) for run in (*mine, *theirs)])
+        kls = np.array([run.metrics[KL] for run in (*mine, *theirs)])
+        n = len(mine)
+        differences.append(
+            mean_over_log_kl(kls[:n], outcomes[:n], *span) - mean_over_log_kl(kls[n:], outcomes[n:], *span)
+        )
+    note = ""
+    if span[1] / span[0] < 2:
+        note = f"over a range of KL of a factor of {span[1] / span[0]:.1f} only"
+    return Contrast(FRONTIER, rows[0], right, against, bootstrap_interval(_stack(differences)), note)
 
 
 def _outcomes(run: Run) -> np.ndarray | None:

@@ -133,7 +133,7 @@ def _contrast_table(comparison: Comparison) -> str:
         previous = contrast.left.method
         rows.append((kind, [*cells, _interval_picture(contrast, reach), last]))
     heads = [*CONTRAST_HEADER[:-1], "", CONTRAST_HEADER[-1]]
-    table = _table(heads, {0, 1, 3, 4}, rows)
+    table = _table(heads, {0, 1, 4, 5}, rows)
     return table + '<p class="quiet">The line in the middle is a difference of 0; right of it the first is better.</p>'
 
 

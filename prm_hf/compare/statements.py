@@ -13,6 +13,7 @@ from .comparison import (
     CONTROLLED,
     EQUAL_KL,
     EQUAL_KL_MEAN,
+    FRONTIER,
     PRM,
     SAME_LR,
     Comparison,
@@ -122,6 +123,14 @@ def _conclusion(
                 f"so PRM is ahead of {name} here, but {why}, so the table does not show that the mask, rather than "
                 f"its mean step size, does it{only}"
             )
+        rival = next(
+            (c for c in comparison.contrasts if c.kind == FRONTIER and c.right and c.left.method == lead.method), None
+        )
+        if rival is not None and verdict(rival) != "more accurate":
+            return (
+                f"so PRM is ahead of {name} here by more than a smaller step explains, but "
+                f"{display_name(rival.right.method)} is not known to do worse at equal KL{only}"
+            )
         return (
             f"so PRM is ahead here by more than a smaller step explains, on {comparison.measures.examples} that also "
             f"chose its learning rate, and on one task: the table does not show that it holds elsewhere{only}"
@@ -146,6 +155,7 @@ def _contrast_words(comparison: Comparison) -> list[str]:
         by_method[contrast.left.method].append(contrast)
     for method, contrasts in by_method.items():
         lead = best(comparison.methods()[method])
+        contrasts = [c for c in contrasts if c.kind != FRONTIER]
         parts = []
         for contrast in contrasts:
             numbers = f"{format_interval(contrast)} ({verdict(contrast)}) against {contrast.against}"
@@ -153,7 +163,7 @@ def _contrast_words(comparison: Comparison) -> list[str]:
                 same_rate.append(
                     f"{contrast.left.label} {format_interval(contrast)} ({verdict(contrast)}{_drift_ratio(contrast)})"
                 )
-            elif contrast.kind == BEST_LR and contrast.right.group == BASELINE:
+            elif contrast.kind == BEST_LR and contrast.right.method not in comparison.rivals:
                 parts.append(numbers + _grid_words(comparison, contrast))
             elif contrast.kind == EQUAL_KL and contrast.left is lead:
                 parts.append(numbers + (f", for {contrast.note}" if contrast.missing else ""))
@@ -171,11 +181,25 @@ def _contrast_words(comparison: Comparison) -> list[str]:
             f"Against {name} at the same learning rate: {'; '.join(same_rate)}. "
             "This proves nothing about the mask: q < 1 shrinks the step, and so would a smaller learning rate.",
         )
-    others = [c for c in comparison.contrasts if c.kind == BEST_LR and c.right.group != BASELINE]
+    words += _frontier_words(comparison)
+    names = comparison.rivals
+    others = [c for c in comparison.contrasts if c.kind == BEST_LR and c.right.method in names]
     if others:
         rivals = [f"{c.right.label} {format_interval(c)} ({verdict(c)}){_grid_words(comparison, c)}" for c in others]
         words.append(f"{others[0].left.label} against the best of other methods: {'; '.join(rivals)}.")
     return words
+
+
+def _frontier_words(comparison: Comparison) -> list[str]:
+    areas = [c for c in comparison.contrasts if c.kind == FRONTIER]
+    if not areas:
+        return []
+    parts = []
+    for c in areas:
+        p = f", Holm's p {c.p_holm:.2g}" if finite(c.p_holm) else ""
+        parts.append(f"{c.left.name} minus {c.against}: {format_interval(c)} ({verdict(c)}{p})")
+    what = "The frontier's area, the accuracy averaged over log KL where both curves run"
+    return [f"{what}, so that neither a learning rate nor a drift is picked: {'; '.join(parts)}."]
 
 
 def _drift_ratio(contrast: Contrast) -> str:
@@ -221,9 +245,12 @@ def _limits(comparison: Comparison) -> list[str]:
     words.append(_seed_words(comparison))
     known = [c for c in comparison.contrasts if c.interval and c.interval.known]
     if len(known) > 1:
+        clear = [c for c in known if c.interval.verdict != "within noise"]
+        kept = [c for c in clear if c.p_holm < 0.05]
         words.append(
             f"There are {len(known)} intervals of 95 %, none corrected for their number: if nothing differed, about "
-            f"{0.05 * len(known):.1f} of them would miss 0 by chance."
+            f"{0.05 * len(known):.1f} of them would miss 0 by chance. {len(clear)} do, and {len(kept)} still after "
+            "Holm's correction for all of them."
         )
     return words
 

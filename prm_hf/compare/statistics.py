@@ -6,14 +6,16 @@ methods see the same pairs, and the same seeds give the same data order, so both
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 
 Z_95 = 1.959964
-# 97.5 % quantiles of Student's t for 1 to 10 degrees of freedom.
-_T_975 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139)
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Interval:
         high: upper end.
         seeds: number of seeds that went into it.
         examples: number of examples that went into it; 1 if only each run's mean was known.
+        p_value: two-sided, of the mean being 0: below 0.05 just where the interval leaves 0 out. NaN without interval.
     """
 
     mean: float
@@ -33,6 +36,7 @@ class Interval:
     high: float
     seeds: int
     examples: int
+    p_value: float = float("nan")
 
     @property
     def known(self) -> bool:
@@ -103,23 +107,28 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 4000, seed: int = 0)
     mean = float(values.mean())
     variance, df = _two_way_variance(values)
     if not variance > 0:
-        end = 0.0 if mean == 0 and values.size > 1 else float("nan")
-        return Interval(mean, end, end, seeds, examples)
-    if examples == 1:
-        half = _t_975(df) * np.sqrt(variance)
-        return Interval(mean, float(mean - half), float(mean + half), seeds, examples)
-
-    rng = np.random.default_rng(seed)
-    chunk = max(1, 4_000_000 // examples)  # at most 32 MB of weights at a time
-    deviations = np.concatenate(
-        [
-            np.sum((_bootstrap_weights(rng, count, seeds) @ values) * _bootstrap_weights(rng, count, examples), axis=1)
-            for count in (min(chunk, resamples - start) for start in range(0, resamples, chunk))
-        ]
-    )
-    deviations -= mean
-    low, high = np.quantile(deviations, [0.025, 0.975]) * np.sqrt(variance) / deviations.std() * _t_975(df) / Z_95
-    return Interval(mean, float(mean + low), float(mean + high), seeds, examples)
+        known = mean == 0 and values.size > 1
+        end, p_value = (0.0, 1.0) if known else (float("nan"),) * 2
+        return Interval(mean, end, end, seeds, examples, p_value)
+    half = t_quantile_975(df) * np.sqrt(variance)
+    low, high = -half, half
+    if examples > 1:
+        rng = np.random.default_rng(seed)
+        chunk = max(1, 4_000_000 // examples)  # at most 32 MB of weights at a time
+        deviations = np.concatenate(
+            [
+                np.sum(
+                    (_bootstrap_weights(rng, count, seeds) @ values) * _bootstrap_weights(rng, count, examples), axis=1
+                )
+                for count in (min(chunk, resamples - start) for start in range(0, resamples, chunk))
+            ]
+        )
+        deviations -= mean
+        low, high = np.quantile(deviations, [0.025, 0.975]) * half / deviations.std() / Z_95
+    # The side of the interval that is towards 0 says how far away 0 is.
+    towards_zero = abs(low if mean > 0 else high) or half
+    p_value = t_tails(abs(mean) / towards_zero * t_quantile_975(df), df)
+    return Interval(mean, float(mean + low), float(mean + high), seeds, examples, p_value)
 
 
 def _bootstrap_weights(rng: np.random.Generator, resamples: int, n: int) -> np.ndarray:
@@ -147,14 +156,47 @@ def _two_way_variance(values: np.ndarray) -> tuple[float, float]:
     return float(variance), float(variance**2 / uncertainty) if uncertainty > 0 else float("inf")
 
 
-def _t_975(df: float) -> float:
-    """97.5 % quantile of Student's t with `df` >= 1 degrees of freedom, not necessarily a whole number."""
-    if df <= len(_T_975):  # between whole numbers its logarithm is nearly straight in 1/df
-        return float(np.exp(np.interp(-1 / df, -1 / np.arange(1, len(_T_975) + 1), np.log(_T_975))))
-    # First terms of the Cornish-Fisher expansion in 1/df.
-    z = Z_95
-    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + sum(term / df**power for power, term in enumerate(terms, start=1))
+def t_tails(t: float, df: float) -> float:
+    """P(|T| > t) of Student's t with `df` >= 1 degrees of freedom, not necessarily a whole number; `t` >= 0.
+
+    With t = √df tan φ the density is proportional to cos(φ)^(df-1), which is integrated over the tail. (numpy has no
+    such function, and scipy for this alone would be much.)
+    """
+    if df > 1e6:
+        return math.erfc(t / math.sqrt(2))
+    start = math.atan(t / math.sqrt(df))
+    end = min(math.pi / 2, start + 12 / math.sqrt(df))  # beyond it there is nothing left
+    points, weights = _gauss_legendre()
+    angles = start + (end - start) * (points + 1) / 2
+    logs = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) + (df - 1) * np.log(np.cos(angles))
+    return min(1.0, float((end - start) * weights @ np.exp(logs)) / math.sqrt(math.pi))
+
+
+@functools.cache
+def _gauss_legendre() -> tuple[np.ndarray, np.ndarray]:
+    return np.polynomial.legendre.leggauss(64)
+
+
+@functools.cache
+def t_quantile_975(df: float) -> float:
+    """97.5 % quantile of Student's t with `df` >= 1 degrees of freedom: where `t_tails` is 0.05."""
+    low, high = 1.0, 13.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tails(middle, df) > 0.05 else (low, middle)
+    return middle
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values (1979, Scand. J. Stat. 6): those below 0.05 are differences that 5 % of such families
+    would show by chance, whatever their dependence. NaN, a comparison that was not made, stays and does not count.
+    """
+    known = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
+    adjusted, largest = [float("nan")] * len(p_values), 0.0
+    for rank, (p, i) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * p))
+        adjusted[i] = largest
+    return adjusted
 
 
 def interpolate_at_kl(kl: np.ndarray, values: np.ndarray, at: float) -> np.ndarray | None:
@@ -184,6 +226,60 @@ def interpolate_at_kl(kl: np.ndarray, values: np.ndarray, at: float) -> np.ndarr
         return values[kl == at].mean(axis=0)
     weight = np.log(at / kl[right - 1]) / np.log(kl[right] / kl[right - 1])
     return (1 - weight) * values[right - 1] + weight * values[right]
+
+
+def mean_over_log_kl(kl: np.ndarray, values: np.ndarray, low: float, high: float) -> np.ndarray | None:
+    """Area under a method's curve over log KL between `low` and `high`, divided by the width log(high/low).
+
+    That is the mean height of the curve of `interpolate_at_kl`, in the units of `values`: of two methods, the one with
+    the larger area is the more accurate at equal drift, over all drifts and with no learning rate picked.
+
+    Args:
+        kl: `[points]` and
+        values: `[points, examples]`, as in `interpolate_at_kl`. Linear in `values`, so areas can be paired by example.
+        low: lower end of the range, nats a token.
+        high: upper end, above `low`.
+
+    Returns:
+        `[examples]` float64, or None where the runs do not cover the range: nothing is extrapolated.
+    """
+    ends = [interpolate_at_kl(kl, values, at) for at in (low, high)]
+    if not low < high or any(end is None for end in ends):
+        return None
+    kl = np.asarray(kl, dtype=np.float64)
+    inside = sorted({at for at in kl[np.isfinite(kl)] if low < at < high})
+    heights = np.stack([ends[0], *(interpolate_at_kl(kl, values, at) for at in inside), ends[1]])
+    widths = np.diff(np.log([low, *inside, high]))
+    return (widths @ (heights[1:] + heights[:-1])) / 2 / widths.sum()
+
+
+def shared_range(curves: Sequence[np.ndarray]) -> tuple[float, float] | None:
+    """The range of KL that all curves cover, each a `[points]` array of KLs; None if there is none."""
+    usable = [np.asarray(kl, dtype=np.float64) for kl in curves]
+    usable = [kl[np.isfinite(kl) & (kl > 0)] for kl in usable]
+    if not usable or any(kl.size == 0 for kl in usable):
+        return None
+    low, high = max(float(kl.min()) for kl in usable), min(float(kl.max()) for kl in usable)
+    return (low, high) if low < high else None
+
+
+def rate_at_kl(learning_rates: np.ndarray, kl: np.ndarray, at: float) -> float | None:
+    """The learning rate at which a method drifts to `at`, linear in the logarithms between neighbouring rates.
+
+    Args:
+        learning_rates: `[points]` float > 0, in any order.
+        kl: `[points]` float: the drift at each of them. Points without a positive finite KL are left out.
+        at: the KL to be reached.
+
+    Returns:
+        The smallest such rate, or None where no neighbouring rates have `at` between them: nothing is extrapolated.
+    """
+    points = sorted((rate, x) for rate, x in zip(learning_rates, kl, strict=True) if 0 < x < float("inf"))
+    for (rate, x), (next_rate, next_x) in itertools.pairwise(points):
+        if min(x, next_x) <= at <= max(x, next_x):
+            weight = math.log(at / x) / math.log(next_x / x) if next_x != x else 0.0
+            return float(rate * (next_rate / rate) ** weight)
+    return None
 
 
 def bracket_ratio(kl: np.ndarray, at: float) -> float:

@@ -7,13 +7,13 @@ import math
 import textwrap
 from typing import Any
 
-from .comparison import EQUAL_KL_MEAN, Comparison, Contrast, Row, format_rate
+from .comparison import EQUAL_KL_MEAN, FRONTIER, Comparison, Contrast, Row, format_rate
 from .runs import CLEAN_FIT, KL, SCHEMA, finite
 from .statements import format_interval, verdict
 
 
 WIDTH = 120
-CONTRAST_HEADER = ["accuracy of", "minus that of", "difference [95 % interval]", "so the first is"]
+CONTRAST_HEADER = ["accuracy of", "minus that of", "difference [95 % interval]", "p (Holm)", "so the first is"]
 
 
 def header(comparison: Comparison) -> list[str]:
@@ -56,8 +56,10 @@ def row_cells(row: Row) -> list[str]:
 
 
 def contrast_cells(contrast: Contrast) -> list[str]:
-    left = contrast.left.name if contrast.kind == EQUAL_KL_MEAN else contrast.left.label
-    return [left, contrast.against, format_interval(contrast), verdict(contrast)]
+    left = contrast.left.name if contrast.kind in (EQUAL_KL_MEAN, FRONTIER) else contrast.left.label
+    p = contrast.p_holm
+    p = "-" if not finite(p) else f"{p:.3f}" if p >= 0.001 else "<0.001"
+    return [left, contrast.against, format_interval(contrast), p, verdict(contrast)]
 
 
 def footnote(comparison: Comparison) -> str:
@@ -100,7 +102,7 @@ def plain_text(comparison: Comparison) -> str:
     parts.append(_wrap(summary))
     if comparison.contrasts:
         cells = [contrast_cells(contrast) for contrast in comparison.contrasts]
-        parts.append("\n".join(_align(CONTRAST_HEADER, cells, left={0, 1, 3})))
+        parts.append("\n".join(_align(CONTRAST_HEADER, cells, left={0, 1, 4})))
     parts.append("\n".join(_wrap(statement, "- ", "  ") for statement in others))
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -116,7 +118,7 @@ def markdown(comparison: Comparison) -> str:
     parts.append(footnote(comparison).replace("*", "\\*").replace("|", "\\|"))
     if comparison.contrasts:
         cells = [contrast_cells(contrast) for contrast in comparison.contrasts]
-        parts.append(table(CONTRAST_HEADER, cells, {0, 1, 3}))
+        parts.append(table(CONTRAST_HEADER, cells, {0, 1, 4}))
     parts.append("\n".join(f"- {statement}" for statement in others))
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -159,6 +161,8 @@ def _as_dict(comparison: Comparison) -> dict[str, Any]:
             "low": interval.low if interval and interval.known else None,
             "high": interval.high if interval and interval.known else None,
             "seeds": interval.seeds if interval else 0,
+            "p_value": interval.p_value if interval and interval.known else None,
+            "p_holm": contrast.p_holm if finite(contrast.p_holm) else None,
             "verdict": verdict(contrast),
             "note": contrast.note,
         }
