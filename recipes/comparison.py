@@ -19,6 +19,22 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, disable_progress_bars, load_dataset, load_from_disk
+from methods import (
+    ADAMW_MATCHED,
+    CONSTANT_Q,
+    CONTROLS,
+    FIXED_Q,
+    OF_TENSORS,
+    SHUFFLED_Q,
+    MaskRecorder,
+    check_methods,
+    describe_optimizer,
+    has_tensor_masks,
+    is_prm,
+    mean_masks,
+    set_up_optimizer,
+    split_method,
+)
 from run_folder import final_metrics, hardware, history, read_json, show_progress, versions, write_json
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
@@ -26,7 +42,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 from trl import ModelConfig, TrlParser
 
-from prm_hf.compare import compare_runs, format_comparison, load_runs, write_report
+from prm_hf.compare import compare_runs, format_comparison, load_runs, rate_at_kl, write_report
 from prm_hf.compare.measures import measures_of
 
 
@@ -59,17 +75,6 @@ NOT_SETTINGS = {
     "learning_rate",  # named beside the settings
     "seed",
 }
-
-# What a method changes in the configuration. A recipe may know more methods, as losses.
-OPTIMIZERS = {
-    "adamw": {"optimizer_name": "adamw"},
-    "prm_per_tensor": {"prm_reduction": "per_tensor", "prm_estimator": "ema"},
-    "prm_per_param": {"prm_reduction": "per_param", "prm_estimator": "ema"},
-    "prm_debiased": {"prm_reduction": "per_tensor", "prm_estimator": "debiased"},
-    "prm_debiased_per_param": {"prm_reduction": "per_param", "prm_estimator": "debiased"},
-}
-# AdamW with the step that a PRM run took on average: whether it is the selection that helps, or the smaller step.
-CONSTANT_Q = "constant_q"
 
 
 @dataclass
@@ -137,7 +142,7 @@ class ComparisonArguments:
         default=None, metadata={"help": "Learning rates of the PRM methods, if they are others; of the same number."}
     )
 
-    def check(self, known_methods: list[str], learning_rate: float) -> None:
+    def check(self, known_methods: list[str], learning_rate: float, max_grad_norm: float) -> None:
         """Fills in what was left open, and raises ValueError for what cannot be run."""
         if self.methods is None:
             self.methods = ["adamw", "prm_per_tensor", "prm_debiased", "constant_q"]
@@ -159,15 +164,7 @@ class ComparisonArguments:
                 raise ValueError(f"`learning_rates` must be positive numbers, got {rate}.")
         if not 0 <= self.noise_rate < 1:
             raise ValueError(f"`noise_rate` must be in [0, 1), got {self.noise_rate}.")
-        unknown = sorted(set(self.methods) - set(known_methods))
-        if unknown:
-            raise ValueError(f"`methods`: {', '.join(unknown)} unknown. Known are {', '.join(known_methods)}.")
-        if CONSTANT_Q in self.methods and not any(is_prm(method) for method in self.methods):
-            raise ValueError("`constant_q` takes the mean mask of a PRM run: add a PRM method to `methods`.")
-
-
-def is_prm(method: str) -> bool:
-    return method.startswith("prm_")
+        check_methods(self.methods, known_methods, self.seeds, max_grad_norm)
 
 
 @dataclass(frozen=True)
@@ -214,7 +211,7 @@ def parse_arguments(
             )
         parser.set_defaults(**built_in.settings, per_device_train_batch_size=built_in.batch_size // world_size)
     script_args, training_args, model_args = parser.parse_args_and_config(arguments)
-    script_args.check([*methods, CONSTANT_Q], training_args.learning_rate)
+    script_args.check(methods, training_args.learning_rate, training_args.max_grad_norm)
     if script_args.dataset_name is None and model_args.model_name_or_path is not None:
         raise ValueError(
             "`--model_name_or_path` needs a `--dataset_name`: the built-in task has a vocabulary of its own, and a "
@@ -269,17 +266,22 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
 
 @dataclass
 class RunSpec:
-    """One run of a comparison: what makes it this run and no other."""
+    """One run of a comparison: what makes it this run and no other.
+
+    Attributes:
+        configured_as: the method whose configuration it has: its own, unless it is a control.
+    """
 
     method: str
     learning_rate: float
     seed: int
+    configured_as: str
     settings: dict[str, Any]
 
     @property
     def name(self) -> str:
         rate = f"{self.learning_rate:.3g}".replace("e-0", "e-")
-        return f"{self.method}_lr{rate}_seed{self.seed}"
+        return f"{self.method.replace(':', '')}_lr{rate}_seed{self.seed}"
 
     @property
     def hash(self) -> str:
@@ -384,6 +386,7 @@ class Comparison:
         metrics = final_metrics(trainer) | more
         metrics["wall_seconds"] = round(time.perf_counter() - clock, 3)
         if self.state.is_main_process:
+            info["optimizer"] = describe_optimizer(trainer.innermost_optimizer())
             info["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
             write_json(folder / "run.json", info)
             lines = (json.dumps(row) for row in history(trainer))
@@ -402,6 +405,12 @@ class Comparison:
         )
         shown = [f"{label} {metrics[key]:{form}}" for label, key, form in columns if key in metrics]
         return f"{spec.name:<36} {'  '.join(shown)}  ({note})"
+
+    def skip(self, why: str) -> None:
+        """Says that a run is not to be had."""
+        self.bar.update()
+        if self.state.is_main_process:
+            self.bar.write(why)
 
     def report(self) -> None:
         """Prints the table of these runs and writes the report. The main process does; the others have nothing to do.
@@ -426,32 +435,34 @@ def run_comparison(
     model_args: ModelConfig,
     data: Data,
     methods: dict[str, dict[str, Any]],
-    make_trainer: Callable[[TrainingArguments, int], Trainer],
+    make_trainer: Callable[[TrainingArguments, RunSpec], Trainer],
     outcomes: Callable[[Trainer], tuple[dict[str, float], dict[str, list]]],
     info: dict[str, Any],
     **settings: Any,
 ) -> None:
-    """Trains every method at each of its learning rates and seeds, then the control, and reports.
+    """Trains every method at each of its learning rates and seeds, then the controls of the best PRM row, and reports.
 
     Args:
         methods: what each method changes in the configuration.
-        make_trainer: from a run's configuration and seed.
+        make_trainer: from a run's configuration and specification.
         outcomes: as in `Comparison`.
         info: `task`, and `accuracy` where it is not the task's.
         **settings: settings of the recipe that make a run what it is.
     """
     built_in = script_args.dataset_name is None
+    output_dir = Path(training_args.output_dir)
 
     def configure(method: str, overrides: dict[str, Any]) -> TrainingArguments:
         config = copy.deepcopy(training_args)
         config.optimizer_name = "prm"
-        for key, value in (methods["adamw" if method == CONSTANT_Q else method] | overrides).items():
+        for key, value in (methods[split_method(method)[0]] | overrides).items():
             setattr(config, key, value)
         return config
 
-    def specify(method: str, learning_rate: float, seed: int, **extra: Any) -> RunSpec:
+    def specify(method: str, learning_rate: float, seed: int, source: str | None = None, **extra: Any) -> RunSpec:
+        configured_as = (source if method == SHUFFLED_Q else "adamw") if source else method
         described = settings_of(
-            configure(method, {}),
+            configure(configured_as, {}),
             noise_rate=script_args.noise_rate,
             model=data.model_name,
             dataset=data.dataset_name,
@@ -464,18 +475,22 @@ def run_comparison(
             **settings,
             **extra,
         )
-        return RunSpec(method, learning_rate, seed, described)
+        return RunSpec(method, learning_rate, seed, configured_as, described)
 
     def train_run(spec: RunSpec, folder: Path, resume: bool) -> Trainer:
         place = {"output_dir": str(folder), "learning_rate": spec.learning_rate, "seed": spec.seed}
-        config = configure(spec.method, place)
+        config = configure(spec.configured_as, place)
         config.model_init_kwargs = {
             "revision": model_args.model_revision,
             "attn_implementation": model_args.attn_implementation,
             "dtype": model_args.dtype,
             **(config.model_init_kwargs or {}),
         }
-        trainer = make_trainer(config, spec.seed)
+        trainer = make_trainer(config, spec)
+        multipliers = mean_masks(output_dir / spec.settings[FIXED_Q]["masks_of"]) if spec.method == FIXED_Q else None
+        set_up_optimizer(trainer, spec.method, spec.seed, multipliers)
+        if has_tensor_masks(spec.method):
+            trainer.add_callback(MaskRecorder(trainer, folder))
         show_progress(trainer, spec.name)
         trainer.train(resume_from_checkpoint=resume or None)
         if config.save_strategy != "no":
@@ -485,26 +500,52 @@ def run_comparison(
     grids = {
         method: script_args.prm_learning_rates if is_prm(method) else script_args.learning_rates
         for method in script_args.methods
-        if method != CONSTANT_Q
+        if method not in CONTROLS
     }
-    n_runs = (sum(map(len, grids.values())) + (CONSTANT_Q in script_args.methods)) * len(script_args.seeds)
+    controls = [method for method in script_args.methods if method in CONTROLS]
+    n_runs = (sum(map(len, grids.values())) + len(controls)) * len(script_args.seeds)
     info = {**info, "noise_rate": script_args.noise_rate, "model": data.model_name, "dataset": data.dataset_name}
     comparison = Comparison(training_args.output_dir, train_run, outcomes, info, n_runs)
 
-    accuracy: dict[tuple[str, float], list[float]] = {}
+    metrics: dict[tuple[str, float], dict[int, dict[str, float]]] = {}
     for method, grid in grids.items():
         for learning_rate in grid:
             for seed in script_args.seeds:
-                metrics = comparison.run(specify(method, learning_rate, seed))
-                accuracy.setdefault((method, learning_rate), []).append(metrics[comparison.measures.accuracy])
+                run = comparison.run(specify(method, learning_rate, seed))
+                metrics.setdefault((method, learning_rate), {})[seed] = run
 
-    if CONSTANT_Q in script_args.methods:
-        prm_rows = {row: sum(values) / len(values) for row, values in accuracy.items() if is_prm(row[0])}
-        method, learning_rate = max(prm_rows, key=prm_rows.get)
-        for seed in script_args.seeds:
-            source = specify(method, learning_rate, seed)
-            (run,) = load_runs(comparison.output_dir / source.name)
-            constant = {"of": source.name, "mean_q": run.mean_q}
-            comparison.run(specify(CONSTANT_Q, learning_rate * run.mean_q, seed, constant_q=constant))
+    def control_of(control: str, row: tuple[str, float], number: int) -> tuple[float, dict[str, Any]] | None:
+        """The learning rate of a control of a seed's run in a row, and what it takes from it."""
+        seed = script_args.seeds[number]
+        if control == CONSTANT_Q:
+            (run,) = load_runs(output_dir / specify(*row, seed).name)
+            return row[1] * run.mean_q, {"mean_q": run.mean_q}
+        if control == FIXED_Q:
+            other = specify(*row, script_args.seeds[(number + 1) % len(script_args.seeds)]).name
+            (run,) = load_runs(output_dir / other)
+            return row[1], {"masks_of": other, "mean_q": run.mean_q}
+        if control == ADAMW_MATCHED:
+            kl = metrics[row][seed].get("drift/kl", float("nan"))
+            kls = [metrics["adamw", rate][seed].get("drift/kl", float("nan")) for rate in grids["adamw"]]
+            rate = rate_at_kl(grids["adamw"], kls, kl)
+            if rate is None:
+                comparison.skip(
+                    f"{control} of {specify(*row, seed).name}: no two neighbouring rates of AdamW drift less "
+                    f"and more than {kl:.3g}; add learning rates"
+                )
+                return None
+            return rate, {"kl": kl}
+        return row[1], {}
+
+    for control in controls:
+        rows = [row for row in metrics if (has_tensor_masks if control in OF_TENSORS else is_prm)(row[0])]
+        means = {row: sum(m[comparison.measures.accuracy] for m in metrics[row].values()) for row in rows}
+        method, learning_rate = row = max(means, key=means.get)
+        for number, seed in enumerate(script_args.seeds):
+            found = control_of(control, row, number)
+            if found is not None:
+                rate, detail = found
+                extra = {control: {"of": specify(method, learning_rate, seed).name, **detail}}
+                comparison.run(specify(control, rate, seed, source=method, **extra))
 
     comparison.report()

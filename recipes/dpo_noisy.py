@@ -19,10 +19,15 @@ or with everything in a file: `--config recipes/qwen2.5-0.5b/dpo_noisy.yaml`. Al
 """
 
 import sys
+from pathlib import Path
 from typing import Any
 
-from comparison import OPTIMIZERS, BuiltIn, ComparisonArguments, load_data, parse_arguments, run_comparison
+import torch
+from comparison import BuiltIn, ComparisonArguments, RunSpec, load_data, parse_arguments, run_comparison
 from datasets import Dataset
+from methods import OPTIMIZERS
+from run_folder import evaluation_metrics, read_json, write_json
+from transformers import TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from prm_hf import PRMDPOConfig, PRMDPOTrainer, flip_preferences
@@ -40,7 +45,43 @@ def methods(noise_rate: float) -> dict[str, dict[str, Any]]:
         "cdpo": {**adamw, "loss_type": ["robust"], "label_smoothing": smoothing},
         "robust": {**adamw, "loss_type": ["robust"], "label_smoothing": noise_rate},
         "ipo": {**adamw, "loss_type": ["ipo"]},
+        EARLY_STOPPING: {**adamw, "eval_strategy": "steps", "eval_steps": 0.1},
     }
+
+
+# AdamW as it was at the evaluation at which validation pairs, as noisy as the training pairs, had the smallest loss.
+EARLY_STOPPING = "early_stopping"
+VALIDATION_EVERY = 10  # of so many training pairs one is kept for validation
+
+
+class NoisyValidation(TrainerCallback):
+    """Remembers the evaluation at which the DPO loss on `rows` was smallest: what keeping the best weights would give.
+
+    Args:
+        trainer: the trainer that it is added to.
+        rows: validation pairs, prepared or not.
+        folder: where `best.json` is kept, so that a resumed run knows it.
+    """
+
+    def __init__(self, trainer: PRMDPOTrainer, rows: Dataset, folder: Path) -> None:
+        self.trainer, self.rows = trainer, rows
+        self.file = folder / "best.json"
+        self.best: dict[str, Any] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step > 0:
+            self.best = read_json(self.file) or {}
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        margins = reward_margins(self.trainer.evaluate_pairs(self.rows), self.trainer.beta)
+        loss = -torch.nn.functional.logsigmoid(margins).mean().item()
+        accuracy = (margins > 0).double().mean().item()
+        self.trainer.log({"eval_validation/loss": loss, "eval_validation/accuracies": accuracy})
+        if loss < self.best.get("loss", float("inf")):
+            found = {**evaluation_metrics(metrics), "validation/accuracies": accuracy, "steps": state.global_step}
+            self.best = {"loss": loss, "metrics": found, "margins": margins_of(self.trainer)}
+            if state.is_world_process_zero:
+                write_json(self.file, self.best)
 
 
 def make_built_in() -> tuple[str, Dataset, Dataset]:
@@ -87,8 +128,8 @@ def parse(arguments: list[str]) -> tuple[ComparisonArguments, PRMDPOConfig, Mode
     return script_args, training_args, model_args
 
 
-def margins(trainer: PRMDPOTrainer) -> tuple[dict[str, float], dict[str, list]]:
-    """One number a pair, for paired statistics: beta times the difference of the log-ratios."""
+def margins_of(trainer: PRMDPOTrainer) -> dict[str, list]:
+    """Of the last evaluation one number a pair, for paired statistics: beta times the difference of the log-ratios."""
 
     def rounded(pairs: PairEvaluation) -> list[float]:
         return [round(x, 6) for x in reward_margins(pairs, trainer.beta).tolist()]
@@ -99,22 +140,36 @@ def margins(trainer: PRMDPOTrainer) -> tuple[dict[str, float], dict[str, list]]:
         rows = trainer.memorization_rows
         result["train"] = rounded(tables["train"])
         result["train_flipped"] = trainer.train_dataset.select(rows)["flipped"][:]
-    return {}, result
+    return result
+
+
+def outcomes(trainer: PRMDPOTrainer) -> tuple[dict[str, float], dict[str, list]]:
+    """The margins of the end, or with early stopping metrics and margins of the evaluation that it chooses."""
+    chosen = [c.best for c in trainer.callback_handler.callbacks if isinstance(c, NoisyValidation)]
+    return (chosen[0]["metrics"], chosen[0]["margins"]) if chosen else ({}, margins_of(trainer))
 
 
 def main(arguments: list[str]) -> None:
     script_args, training_args, model_args = parse(arguments)
     data = load_data(script_args, model_args, BUILT_IN)
 
-    def make_trainer(config: PRMDPOConfig, seed: int) -> PRMDPOTrainer:
-        return PRMDPOTrainer(
+    def make_trainer(config: PRMDPOConfig, spec: RunSpec) -> PRMDPOTrainer:
+        train, validation = flip_preferences(data.train, script_args.noise_rate, seed=spec.seed), None
+        if spec.method == EARLY_STOPPING:
+            kept = set(range(0, len(train), VALIDATION_EVERY))
+            validation = train.select(sorted(kept))
+            train = train.select([i for i in range(len(train)) if i not in kept])
+        trainer = PRMDPOTrainer(
             model=data.model,
             args=config,
-            train_dataset=flip_preferences(data.train, script_args.noise_rate, seed=seed),
+            train_dataset=train,
             eval_dataset=data.heldout,
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
+        if validation is not None:
+            trainer.add_callback(NoisyValidation(trainer, validation, Path(config.output_dir)))
+        return trainer
 
     run_comparison(
         script_args,
@@ -123,7 +178,7 @@ def main(arguments: list[str]) -> None:
         data,
         methods(script_args.noise_rate),
         make_trainer,
-        margins,
+        outcomes,
         {"task": "preferences"},
     )
 

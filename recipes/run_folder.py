@@ -14,7 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 
 def metric_name(key: str) -> str | None:
-    """The name in design.md's sense of a key of a trainer's log: evaluations plain, training batches under train/."""
+    """The name in a run's files of a key of a trainer's log: evaluations plain, training batches under train/."""
     if key.endswith(("_runtime", "_per_second", "_preparation_time")):
         return None
     if key in ("step", "epoch") or key.startswith("mask/"):
@@ -31,10 +31,15 @@ def history(trainer: Trainer) -> list[dict[str, float]]:
     return rows
 
 
+def evaluation_metrics(evaluation: dict[str, float]) -> dict[str, float]:
+    """What an evaluation of a trainer returned, by the names in a run's files."""
+    named = {metric_name(key): value for key, value in evaluation.items()}
+    return {key: value for key, value in named.items() if key not in (None, "epoch", "train/epoch")}
+
+
 def final_metrics(trainer: Trainer) -> dict[str, float]:
     """The last evaluation and the mask of the last step."""
-    evaluation = {metric_name(key): value for key, value in trainer.last_eval_metrics.items()}
-    metrics = {key: value for key, value in evaluation.items() if key not in (None, "epoch", "train/epoch")}
+    metrics = evaluation_metrics(trainer.last_eval_metrics)
     logged = [row for row in trainer.state.log_history if any(key.startswith("mask/") for key in row)]
     if logged:
         metrics |= {key: value for key, value in logged[-1].items() if key.startswith("mask/")}

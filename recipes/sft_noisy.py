@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from comparison import OPTIMIZERS, BuiltIn, ComparisonArguments, load_data, parse_arguments, run_comparison
+from comparison import BuiltIn, ComparisonArguments, RunSpec, load_data, parse_arguments, run_comparison
 from datasets import Dataset
+from methods import OPTIMIZERS
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.models.utils import unwrap_model_for_generation
@@ -76,8 +77,8 @@ class SFTArguments(ComparisonArguments):
         default=1024, metadata={"help": "Number of training rows on which memorization is measured."}
     )
 
-    def check(self, known_methods: list[str], learning_rate: float) -> None:
-        super().check(known_methods, learning_rate)
+    def check(self, known_methods: list[str], learning_rate: float, max_grad_norm: float) -> None:
+        super().check(known_methods, learning_rate, max_grad_norm)
         for name in ("max_new_tokens", "memorization_max_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -208,7 +209,7 @@ def main(arguments: list[str]) -> None:
     data = load_data(script_args, model_args, BUILT_IN)
     train, heldout = (prepare_rows(rows, script_args) for rows in (data.train, data.heldout))
 
-    def make_trainer(config: PRMSFTConfig, seed: int) -> PRMSFTTrainer:
+    def make_trainer(config: PRMSFTConfig, spec: RunSpec) -> PRMSFTTrainer:
         peft_config, reference = get_peft_config(model_args), None
         if peft_config is None and config.drift_metrics:  # with an adapter the model without it is the reference
             loading = {key: value for key, value in config.model_init_kwargs.items() if value is not None}
@@ -216,7 +217,7 @@ def main(arguments: list[str]) -> None:
         trainer = PRMSFTTrainer(
             model=data.model,
             args=config,
-            train_dataset=corrupt(train, "partial_labels", script_args.noise_rate, seed=seed),
+            train_dataset=corrupt(train, "partial_labels", script_args.noise_rate, seed=spec.seed),
             eval_dataset=heldout,
             quantization_config=get_quantization_config(model_args),
             peft_config=peft_config,

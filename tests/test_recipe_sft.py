@@ -162,7 +162,7 @@ def test_the_real_setting_parses():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--methods", "cdpo"], "`methods`: cdpo unknown. Known are adamw, prm_per_tensor"),
+        (["--methods", "cdpo"], "`methods`: cdpo unknown. Known are adamw, adamw_eps, adamw_embedding"),
         (["--answer_pattern", "####"], "`answer_pattern` must have one group"),
         (["--max_new_tokens", "0"], "`max_new_tokens` must be at least 1"),
         (["--memorization_max_rows", "0"], "`memorization_max_rows` must be at least 1"),

@@ -160,7 +160,7 @@ def test_the_published_setting_parses():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--methods", "adam"], "`methods`: adam unknown. Known are adamw, prm_per_tensor"),
+        (["--methods", "adam"], "`methods`: adam unknown. Known are adamw, adamw_eps, adamw_embedding"),
         (["--methods", "adamw", "constant_q"], "add a PRM method"),
         (["--learning_rates", "1e-3", "2e-3", "--prm_learning_rates", "1e-3"], "2 values and `prm_learning_rates` 1"),
         (["--learning_rates", "0", "--prm_learning_rates", "1"], "positive numbers, got 0"),
