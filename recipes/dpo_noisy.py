@@ -9,7 +9,7 @@ A model and a dataset of your own:
     accelerate launch recipes/dpo_noisy.py \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
         --dataset_name trl-lib/ultrafeedback_binarized \
-        --noise_rate 0.3 --seeds 0 1 2 \
+        --noise_rates 0.3 --seeds 0 1 2 \
         --methods adamw prm_per_tensor prm_debiased constant_q cdpo robust \
         --learning_rates 1e-7 2.5e-7 5e-7 --prm_learning_rates 1e-6 2.5e-6 5e-6 \
         --output_dir runs/ultrafeedback
@@ -18,13 +18,17 @@ or with everything in a file: `--config recipes/qwen2.5-0.5b/dpo_noisy.yaml`. Al
 `ModelConfig` work. Finished runs are not repeated; `prm-hf compare runs/…` prints the table again.
 """
 
+import copy
+import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from comparison import BuiltIn, ComparisonArguments, RunSpec, load_data, parse_arguments, run_comparison
+from comparison import Recipe, RunSpec, run_comparisons
 from datasets import Dataset
+from inputs import BuiltIn, ComparisonArguments, Data, parse_arguments
 from methods import OPTIMIZERS
 from run_folder import evaluation_metrics, read_json, write_json
 from transformers import TrainerCallback
@@ -38,12 +42,16 @@ def methods(noise_rate: float) -> dict[str, dict[str, Any]]:
     """What a method changes in the configuration. The losses that answer the same noise are told its true rate."""
     # TRL's "sigmoid" loss ignores `label_smoothing`. cDPO with noise rate e is its "robust" loss at -e/(1-2e): the
     # same weights on the two labels, up to no factor at all.
-    smoothing = -noise_rate / (1 - 2 * noise_rate) if noise_rate != 0.5 else None
-    adamw = OPTIMIZERS["adamw"]
+    adamw, noise_aware = OPTIMIZERS["adamw"], {}
+    if 0 < noise_rate < 0.5:
+        smoothing = -noise_rate / (1 - 2 * noise_rate)
+        noise_aware = {
+            "cdpo": {**adamw, "loss_type": ["robust"], "label_smoothing": smoothing},
+            "robust": {**adamw, "loss_type": ["robust"], "label_smoothing": noise_rate},
+        }
     return {
         **OPTIMIZERS,
-        "cdpo": {**adamw, "loss_type": ["robust"], "label_smoothing": smoothing},
-        "robust": {**adamw, "loss_type": ["robust"], "label_smoothing": noise_rate},
+        **noise_aware,
         "ipo": {**adamw, "loss_type": ["ipo"]},
         EARLY_STOPPING: {**adamw, "eval_strategy": "steps", "eval_steps": 0.1},
     }
@@ -120,10 +128,10 @@ def parse(arguments: list[str]) -> tuple[ComparisonArguments, PRMDPOConfig, Mode
     script_args, training_args, model_args = parse_arguments(
         arguments, ComparisonArguments, PRMDPOConfig, list(methods(0.3)), "runs/dpo_noisy", BUILT_IN
     )
-    if {"cdpo", "robust"} & set(script_args.methods) and not 0 < script_args.noise_rate < 0.5:
+    if {"cdpo", "robust"} & set(script_args.methods) and not any(0 < r < 0.5 for r in script_args.noise_rates):
         raise ValueError(
-            f"`cdpo` and `robust` need a `noise_rate` between 0 and 0.5, got {script_args.noise_rate}: leave them "
-            "out of `methods`."
+            f"`cdpo` and `robust` need a noise rate between 0 and 0.5, got `noise_rates` {script_args.noise_rates}: "
+            "leave them out of `methods`."
         )
     return script_args, training_args, model_args
 
@@ -143,45 +151,62 @@ def margins_of(trainer: PRMDPOTrainer) -> dict[str, list]:
     return result
 
 
-def outcomes(trainer: PRMDPOTrainer) -> tuple[dict[str, float], dict[str, list]]:
+def outcomes(trainer: PRMDPOTrainer, data: Data) -> tuple[dict[str, float], dict[str, list]]:
     """The margins of the end, or with early stopping metrics and margins of the evaluation that it chooses."""
     chosen = [c.best for c in trainer.callback_handler.callbacks if isinstance(c, NoisyValidation)]
     return (chosen[0]["metrics"], chosen[0]["margins"]) if chosen else ({}, margins_of(trainer))
 
 
-def main(arguments: list[str]) -> None:
-    script_args, training_args, model_args = parse(arguments)
-    data = load_data(script_args, model_args, BUILT_IN)
+def prepare(data: Data, config: PRMDPOConfig, model_args: ModelConfig) -> Data:
+    """The rows tokenized, with the reference's log-probabilities: they are the same in all runs of all seeds.
 
-    def make_trainer(config: PRMDPOConfig, spec: RunSpec) -> PRMDPOTrainer:
-        train, validation = flip_preferences(data.train, script_args.noise_rate, seed=spec.seed), None
+    TRL computes them, and keeps them in the datasets' cache. Sharded models go without: each run computes its own.
+    """
+    is_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or config.fsdp
+    if is_fsdp or config.deepspeed_plugin is not None or config.sync_ref_model:
+        return data
+    config = copy.deepcopy(config)
+    config.precompute_ref_log_probs, config.drift_metrics, config.optimizer_name = True, False, "adamw"
+    trainer = make_trainer(config, data, data.train, model_args)
+    return dataclasses.replace(data, train=trainer.train_dataset, heldout=trainer.eval_dataset)
+
+
+def make_trainer(config: PRMDPOConfig, data: Data, train: Dataset, model_args: ModelConfig) -> PRMDPOTrainer:
+    return PRMDPOTrainer(
+        model=data.model,
+        args=config,
+        train_dataset=train,
+        eval_dataset=data.heldout,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+
+def main(arguments: list[str]) -> int:
+    script_args, training_args, model_args = parse(arguments)
+
+    def trainer_of(config: PRMDPOConfig, spec: RunSpec, data: Data) -> PRMDPOTrainer:
+        train, validation = flip_preferences(data.train, spec.settings["noise_rate"], seed=spec.seed), None
         if spec.method == EARLY_STOPPING:
             kept = set(range(0, len(train), VALIDATION_EVERY))
             validation = train.select(sorted(kept))
             train = train.select([i for i in range(len(train)) if i not in kept])
-        trainer = PRMDPOTrainer(
-            model=data.model,
-            args=config,
-            train_dataset=train,
-            eval_dataset=data.heldout,
-            quantization_config=get_quantization_config(model_args),
-            peft_config=get_peft_config(model_args),
-        )
+        trainer = make_trainer(config, data, train, model_args)
         if validation is not None:
             trainer.add_callback(NoisyValidation(trainer, validation, Path(config.output_dir)))
         return trainer
 
-    run_comparison(
-        script_args,
-        training_args,
-        model_args,
-        data,
-        methods(script_args.noise_rate),
-        make_trainer,
-        outcomes,
-        {"task": "preferences"},
+    recipe = Recipe(
+        built_in=BUILT_IN,
+        methods=methods,
+        prepare=lambda data, config: prepare(data, config, model_args),
+        make_trainer=trainer_of,
+        outcomes=outcomes,
+        info={"task": "preferences"},
+        settings={},
     )
+    return run_comparisons(script_args, training_args, model_args, recipe)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

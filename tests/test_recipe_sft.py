@@ -84,7 +84,7 @@ def test_finished_runs_are_not_repeated_unless_their_settings_change(finished, c
     run(finished)
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert "finished before" in capsys.readouterr().out
-    run(finished, "--methods", "adamw", "--noise_rate", "0.2")
+    run(finished, "--methods", "adamw", "--noise_rates", "0.2")
     assert "trained again, since these settings changed: noise_rate" in capsys.readouterr().out
 
 
@@ -153,7 +153,7 @@ def test_answers_are_those_of_decoding_one_prompt_at_a_time(tmp_path):
 def test_the_real_setting_parses():
     path = ROOT / "recipes" / "qwen2.5-0.5b" / "sft_noisy.yaml"
     script_args, training_args, model_args = sft_noisy.parse(["--config", str(path), "--use_cpu", "--bf16", "False"])
-    assert script_args.noise_rate == 0.3 and script_args.seeds == [0, 1, 2] and script_args.as_messages
+    assert script_args.noise_rates == [0.3] and script_args.seeds == [0, 1, 2] and script_args.as_messages
     assert sft_noisy.answers(["so it is 5.\n#### 5"], script_args.answer_pattern) == ["5"]
     assert len(script_args.learning_rates) == len(script_args.prm_learning_rates)
     assert model_args.model_name_or_path == "Qwen/Qwen2.5-0.5B-Instruct" and training_args.max_length == 512

@@ -26,6 +26,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, TrlParser
 
 from prm_hf.metrics import drift_metrics, evaluate_pairs, memorization_metrics, reward_metrics
+from prm_hf.noise import flip_preferences
 from prm_hf.optim import PRM
 from prm_hf.trainers import PRMArguments, PRMDPOConfig, PRMDPOTrainer, PRMSFTConfig, PRMSFTTrainer
 
@@ -579,6 +580,45 @@ def test_precomputed_reference(tmp_path, caplog):
     assert len(names) == 4 + 4 + 2
     for key in names - {"eval_drift/kl"}:
         assert trainer.last_eval_metrics[key] == pytest.approx(usual.last_eval_metrics[key], rel=1e-3, abs=1e-6)
+
+
+def test_rows_with_a_reference_are_taken_as_they_are(tmp_path, monkeypatch):
+    """Rows that another trainer prepared spare tokenizing and the reference in training, and nothing else changes."""
+    first = dpo_trainer(tmp_path, eval_dataset=HELDOUT, precompute_ref_log_probs=True)
+    train, heldout = first.train_dataset, first.eval_dataset
+    usual = dpo_trainer(tmp_path, eval_dataset=HELDOUT)
+    usual.train()
+
+    monkeypatch.setattr(DPOTrainer, "_prepare_dataset", None)
+    ref_model, calls = make_model(), []
+    ref_model.model.register_forward_pre_hook(lambda module, args: calls.append(trainer.model.training))
+    trainer = dpo_trainer(tmp_path, model=make_model(), ref_model=ref_model, train=train, eval_dataset=heldout)
+    trainer.train()
+    assert calls and not any(calls)  # in evaluation alone, for the KL
+    torch.testing.assert_close(weights(trainer.model), weights(usual.model), rtol=1e-4, atol=1e-6)
+    for key, value in usual.last_eval_metrics.items():
+        if "drift/" in key or "memorization/" in key or "rewards/" in key:
+            assert trainer.last_eval_metrics[key] == pytest.approx(value, rel=1e-3, abs=1e-6)
+
+    monkeypatch.undo()
+    expected = usual.evaluate(OTHER)["eval_drift/kl"]
+    assert trainer.evaluate(OTHER)["eval_drift/kl"] == pytest.approx(expected, rel=1e-3)
+    # Where one of the datasets comes without, the reference is run as usual
+    mixed = dpo_trainer(tmp_path, train=train, eval_dataset=HELDOUT)
+    assert not mixed.precompute_ref_logps and mixed.evaluate()["eval_drift/kl"] == 0
+
+
+def test_flipping_takes_the_reference_along(tmp_path):
+    rows = dpo_trainer(tmp_path, train=TRAIN.remove_columns("flipped"), precompute_ref_log_probs=True).train_dataset
+    flipped = flip_preferences(rows, 0.5)
+    expected = dpo_trainer(
+        tmp_path, train=flip_preferences(TRAIN.remove_columns("flipped"), 0.5), precompute_ref_log_probs=True
+    ).train_dataset
+    assert any(flipped["flipped"])
+    for name in ("chosen_ids", "rejected_ids", "flipped"):
+        assert flipped[name][:] == expected[name][:]
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        assert flipped[name][:] == pytest.approx(expected[name][:], rel=1e-5)
 
 
 @pytest.mark.parametrize("precompute", [False, True])
