@@ -27,8 +27,10 @@ from methods import (
     FIXED_Q,
     OF_TENSORS,
     SHUFFLED_Q,
+    STOPPING,
     MaskRecorder,
     describe_optimizer,
+    has_controls,
     has_tensor_masks,
     is_prm,
     mean_masks,
@@ -41,6 +43,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig
 
+from prm_hf import PopulationRiskStopping
 from prm_hf.compare import compare_runs, format_comparison, load_runs, rate_at_kl, write_report
 from prm_hf.compare.measures import measures_of
 
@@ -394,7 +397,7 @@ class Grid:
         accuracy = self.comparison.measures.accuracy
         specs = []
         for control in self.controls:
-            rows = [row for row in metrics if (has_tensor_masks if control in OF_TENSORS else is_prm)(row[0])]
+            rows = [row for row in metrics if (has_tensor_masks if control in OF_TENSORS else has_controls)(row[0])]
             row = max(rows, key=lambda row: sum(run[accuracy] for run in metrics[row].values()))
             found = [self._control(control, row, seed, metrics) for seed in self.seeds]
             specs += [spec for spec in found if spec is not None]
@@ -449,6 +452,8 @@ class Grid:
         set_up_optimizer(trainer, spec.method, spec.seed, mean_masks(masks_of) if masks_of else None)
         if has_tensor_masks(spec.method):
             trainer.add_callback(MaskRecorder(trainer, folder))
+        if spec.method == STOPPING:
+            trainer.add_callback(PopulationRiskStopping())
         show_progress(trainer, spec.name)
         trainer.train(resume_from_checkpoint=resume or None)
         if config.save_strategy != "no":

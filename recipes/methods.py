@@ -27,7 +27,10 @@ OPTIMIZERS = {
     "prm_per_param": {"prm_reduction": "per_param", "prm_estimator": "ema"},
     "prm_debiased": {"prm_reduction": "per_tensor", "prm_estimator": "debiased"},
     "prm_debiased_per_param": {"prm_reduction": "per_param", "prm_estimator": "debiased"},
+    "prm_stopping": {"prm_reduction": "per_tensor", "prm_estimator": "debiased"},
 }
+# prm_debiased that ends when an epoch's gradients were mostly noise: no run of it has controls, which would end later.
+STOPPING = "prm_stopping"
 # Methods whose name ends in a value, and what the value is.
 VALUES = {
     "adamw_eps": "eps, relative to the gradient's scale, as in `adamw_eps:0.3`",
@@ -45,6 +48,10 @@ MASKS_FILE = "masks.jsonl"
 
 def is_prm(method: str) -> bool:
     return method.startswith("prm_")
+
+
+def has_controls(method: str) -> bool:
+    return is_prm(method) and method != STOPPING
 
 
 def split_method(method: str) -> tuple[str, float | None]:
@@ -76,7 +83,7 @@ def check_methods(methods: list[str], known: list[str], seeds: list[int], max_gr
     if unknown:
         raise ValueError(f"`methods`: {', '.join(unknown)} unknown. Known are {', '.join([*known, *CONTROLS])}.")
     for control in (name for name in names if name in CONTROLS):
-        if not any(is_prm(name) for name in names):
+        if not any(has_controls(name) for name in names):
             raise ValueError(f"`{control}` takes something from a PRM run: add a PRM method to `methods`.")
         if control in OF_TENSORS and not any(has_tensor_masks(name) for name in names):
             raise ValueError(
@@ -92,7 +99,7 @@ def check_methods(methods: list[str], known: list[str], seeds: list[int], max_gr
 
 
 def has_tensor_masks(method: str) -> bool:
-    return is_prm(method) and OPTIMIZERS.get(method, {}).get("prm_reduction") == "per_tensor"
+    return has_controls(method) and OPTIMIZERS.get(method, {}).get("prm_reduction") == "per_tensor"
 
 
 class ShuffledPRM(PRM):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from prm_hf import PRM
+from prm_hf import PRM, PopulationRiskStopping
 from prm_hf.compare import compare_runs
 from prm_hf.demo import build_demo
 
@@ -17,6 +17,7 @@ from prm_hf.demo import build_demo
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 
+import comparison  # noqa: E402
 import dpo_noisy  # noqa: E402
 import methods  # noqa: E402
 
@@ -126,7 +127,7 @@ def test_cautious_is_adamw_where_update_and_gradient_agree(steps):
         assert torch.allclose(old - p.detach(), 0.1 * update, rtol=1e-3, atol=1e-6)
 
 
-ALONE = ["adamw_eps:0.3", "adamw_embedding:3", "cautious", "msvag", "early_stopping"]
+ALONE = ["adamw_eps:0.3", "adamw_embedding:3", "cautious", "msvag", "early_stopping", "prm_stopping"]
 TOGETHER = ["adamw", "prm_debiased", *methods.CONTROLS]
 COMPARED = [
     *["--methods", *TOGETHER, "--seeds", "0", "1"],
@@ -153,7 +154,7 @@ def finished(tmp_path_factory):
     demo = build_demo()
     for name, n in (("train", 40), ("test", 24)):
         getattr(demo, name).select(range(n)).to_json(folder / f"{name}.jsonl")
-    run(folder, folder / "runs", "--methods", *ALONE, "--learning_rates", "1e-2")
+    run(folder, folder / "runs", "--methods", *ALONE, "--learning_rates", "1e-2", "--prm_learning_rates", "3e-3")
     run(folder, folder / "runs", *COMPARED)
     return folder
 
@@ -211,6 +212,15 @@ def test_controls_take_from_their_run(finished):
             assert largest > smallest
 
 
+def test_stopping_by_the_ratio_is_a_method(finished, tmp_path, monkeypatch):
+    """40 pairs, 4 a step and a threshold that every ratio is below: one epoch of 10 steps and no more."""
+    monkeypatch.setattr(comparison, "PopulationRiskStopping", lambda: PopulationRiskStopping(1e9))
+    longer = ["--max_steps", "-1", "--num_train_epochs", "3", "--prm_learning_rates", "3e-3"]
+    run(finished, tmp_path, "--methods", "prm_stopping", "prm_debiased", "--learning_rates", "1e-2", *longer)
+    steps = {path.parent.name.split("_lr")[0]: read(path)["steps"] for path in tmp_path.glob("*/metrics.json")}
+    assert steps == {"prm_stopping": 10, "prm_debiased": 30}
+
+
 def test_early_stopping_keeps_the_best_evaluation(finished):
     runs = finished / "runs"
     folder = runs / "early_stopping_lr0.01_seed0"
@@ -235,9 +245,9 @@ def test_interrupted_runs_go_on(finished, tmp_path):
             expected[name] = (read(runs / name / "metrics.json"), read(runs / name / "margins.json"))
             (runs / name / "metrics.json").unlink()
             shutil.rmtree(runs / name / "checkpoint-4")
-    assert len(expected) == 9  # two of prm_debiased
+    assert len(expected) == 10  # two of prm_debiased
     checkpoints = {name: (runs / name / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns for name in expected}
-    run(finished, runs, "--methods", *ALONE, "--learning_rates", "1e-2")
+    run(finished, runs, "--methods", *ALONE, "--learning_rates", "1e-2", "--prm_learning_rates", "3e-3")
     run(finished, runs, *COMPARED)
     for name, (metrics, margins) in expected.items():
         # written before, so the run did not start anew
@@ -257,6 +267,7 @@ def test_interrupted_runs_go_on(finished, tmp_path):
         (["adamw", "shuffled_q"], "`shuffled_q` takes something from a PRM run"),
         (["adamw", "prm_per_param", "fixed_q"], "`fixed_q` is about the masks of tensors"),
         (["prm_debiased", "fixed_q"], r"takes the masks of another seed: give two `seeds` or more, got \[0\]"),
+        (["prm_stopping", "constant_q"], "`constant_q` takes something from a PRM run"),
         (["prm_debiased", "adamw_matched"], "lies between runs of AdamW"),
         (["msvag", "--max_grad_norm", "0"], "`msvag` is scaled by the clipped gradient: set `max_grad_norm`"),
     ],
