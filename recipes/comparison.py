@@ -33,6 +33,7 @@ from methods import (
     has_controls,
     has_tensor_masks,
     is_prm,
+    is_sharded,
     mean_masks,
     set_up_optimizer,
     split_method,
@@ -450,7 +451,7 @@ class Grid:
         trainer = self.recipe.make_trainer(config, spec, self.data)
         masks_of = self.output_dir / spec.settings[FIXED_Q]["masks_of"] if spec.method == FIXED_Q else None
         set_up_optimizer(trainer, spec.method, spec.seed, mean_masks(masks_of) if masks_of else None)
-        if has_tensor_masks(spec.method):
+        if has_tensor_masks(spec.method) and not is_sharded(trainer):
             trainer.add_callback(MaskRecorder(trainer, folder))
         if spec.method == STOPPING:
             trainer.add_callback(PopulationRiskStopping())

@@ -129,6 +129,10 @@ class ShuffledPRM(PRM):
         return [None if q is None else next(shuffled) for q in masks]
 
 
+def is_sharded(trainer: Trainer) -> bool:
+    return trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+
+
 def set_up_optimizer(trainer: Trainer, method: str, seed: int, multipliers: dict[str, float] | None = None) -> None:
     """Gives the trainer the optimizer of a method that the configuration alone cannot express.
 
@@ -147,7 +151,7 @@ def set_up_optimizer(trainer: Trainer, method: str, seed: int, multipliers: dict
     name, value = split_method(method)
     if name not in (*VALUES, "cautious", "msvag", *OF_TENSORS):
         return
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+    if is_sharded(trainer):
         raise ValueError(f"`{method}` runs on whole tensors: launch it on one GPU, or several without sharding.")
     optimizer = trainer.create_optimizer()
     args, named = trainer.args, dict(trainer.model.named_parameters())
@@ -216,7 +220,8 @@ def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 class MaskRecorder(TrainerCallback):
     """Writes the mask of each tensor at each log into `masks.jsonl`, for `fixed_q`.
 
-    A line is `{"step": …, "q": {name: …}}`. A resumed run writes lines again that an interrupted one had written.
+    For whole tensors. A line is `{"step": …, "q": {name: …}}`; a resumed run writes those again that an earlier one
+    wrote after its checkpoint.
     """
 
     def __init__(self, trainer: Trainer, folder: Path) -> None:
