@@ -20,7 +20,6 @@ or with everything in a file: `--config recipes/qwen2.5-0.5b/dpo_noisy.yaml`. Al
 
 import copy
 import dataclasses
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -160,10 +159,10 @@ def outcomes(trainer: PRMDPOTrainer, data: Data) -> tuple[dict[str, float], dict
 def prepare(data: Data, config: PRMDPOConfig, model_args: ModelConfig) -> Data:
     """The rows tokenized, with the reference's log-probabilities: they are the same in all runs of all seeds.
 
-    TRL computes them, and keeps them in the datasets' cache. Sharded models go without: each run computes its own.
+    TRL computes them, and keeps them in the datasets' cache. Where several processes train one run, each run computes
+    its own: TRL's processes find each other's cache only for datasets that are files on a disk that they share.
     """
-    is_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or config.fsdp
-    if is_fsdp or config.deepspeed_plugin is not None or config.sync_ref_model:
+    if config.world_size > 1 or config.deepspeed_plugin is not None or config.sync_ref_model:
         return data
     config = copy.deepcopy(config)
     config.precompute_ref_log_probs, config.drift_metrics, config.optimizer_name = True, False, "adamw"
