@@ -15,6 +15,7 @@ __all__ = [
     "PRMDPOTrainer",
     "PRMSFTConfig",
     "PRMSFTTrainer",
+    "PopulationRiskStopping",
     "flip_preferences",
 ]
 
@@ -24,13 +25,14 @@ _LAZY = {
     "PRMDPOTrainer": "trainers",
     "PRMSFTConfig": "trainers",
     "PRMSFTTrainer": "trainers",
+    "PopulationRiskStopping": "trainers",
     "flip_preferences": "noise",
 }
 
 if TYPE_CHECKING:
     from .noise import flip_preferences
     from .optim import PRM
-    from .trainers import PRMDPOConfig, PRMDPOTrainer, PRMSFTConfig, PRMSFTTrainer
+    from .trainers import PopulationRiskStopping, PRMDPOConfig, PRMDPOTrainer, PRMSFTConfig, PRMSFTTrainer
 
 
 def __getattr__(name: str):

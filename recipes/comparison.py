@@ -6,25 +6,46 @@ there are, leaves out those that are finished, writes what `prm-hf compare` read
 
 import copy
 import json
-import os
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset, disable_progress_bars, load_dataset, load_from_disk
-from run_folder import RunSpec, finish_run, show_progress
+from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import clear_device_cache
+from filelock import FileLock, Timeout
+from inputs import BuiltIn, ComparisonArguments, Data, load_data
+from methods import (
+    ADAMW_MATCHED,
+    CONSTANT_Q,
+    CONTROLS,
+    FIXED_Q,
+    OF_TENSORS,
+    SHUFFLED_Q,
+    STOPPING,
+    MaskRecorder,
+    has_controls,
+    has_tensor_masks,
+    is_prm,
+    is_sharded,
+    mean_masks,
+    set_up_optimizer,
+    split_method,
+)
+from run_folder import RunSpec, find_run, make_run, show_progress
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
-from transformers.utils import logging
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
-from prm_hf.compare import compare_runs, format_comparison, load_runs, write_report
+from prm_hf import PopulationRiskStopping
+from prm_hf.compare import compare_runs, format_comparison, load_runs, rate_at_kl, write_report
 from prm_hf.compare.measures import measures_of
 
 
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+STARTED = time.monotonic()
+OUT_OF_TIME = 75  # the exit code by which programs say "not now, try again"
 # Where a run is written and how it is shown do not make it another run.
 NOT_SETTINGS = {
     "output_dir",
@@ -54,212 +75,6 @@ NOT_SETTINGS = {
     "seed",
 }
 
-# What a method changes in the configuration. A recipe may know more methods, as losses.
-OPTIMIZERS = {
-    "adamw": {"optimizer_name": "adamw"},
-    "prm_per_tensor": {"prm_reduction": "per_tensor", "prm_estimator": "ema"},
-    "prm_per_param": {"prm_reduction": "per_param", "prm_estimator": "ema"},
-    "prm_debiased": {"prm_reduction": "per_tensor", "prm_estimator": "debiased"},
-    "prm_debiased_per_param": {"prm_reduction": "per_param", "prm_estimator": "debiased"},
-}
-# AdamW with the step that a PRM run took on average: whether it is the selection that helps, or the smaller step.
-CONSTANT_Q = "constant_q"
-
-
-@dataclass
-class ComparisonArguments:
-    """
-    Arguments of a comparison of methods, learning rates and seeds on one noisy dataset.
-
-    Parameters:
-        dataset_name (`str`, *optional*):
-            Dataset on the hub, local folder, or local .json, .jsonl, .csv or .parquet file. `None` for the built-in
-            task, whose clean labels are known.
-        dataset_config (`str`, *optional*):
-            Configuration of the dataset, if it has several.
-        dataset_train_split (`str`, *optional*, defaults to `"train"`):
-            Split to train on, slices included (`train[:2000]`).
-        dataset_test_split (`str`, *optional*, defaults to `"test"`):
-            Held-out split, whose labels stay as they are.
-        eval_dataset_name (`str`, *optional*):
-            Dataset that the held-out split is read from, if it is another one than `dataset_name`.
-        noise_rate (`float`, *optional*, defaults to `0.3`):
-            Probability with which a training label is corrupted.
-        seeds (`list[int]`, *optional*, defaults to `[0]`):
-            Seeds; each has its own noise and its own order of the data.
-        methods (`list[str]`, *optional*):
-            Methods to compare.
-        learning_rates (`list[float]`, *optional*):
-            Learning rates of each method. Defaults to `learning_rate` alone, for the built-in task to a grid.
-        prm_learning_rates (`list[float]`, *optional*):
-            Learning rates of the PRM methods, if they are others than `learning_rates`; of the same number, so that
-            every method gets a grid of one size.
-    """
-
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Dataset on the hub, local folder, or local .json, .jsonl, .csv or .parquet file. None: the "
-            "built-in task."
-        },
-    )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of the dataset, if it has several."}
-    )
-    dataset_train_split: str = field(
-        default="train", metadata={"help": "Split to train on, slices included (`train[:2000]`)."}
-    )
-    dataset_test_split: str = field(
-        default="test", metadata={"help": "Held-out split, whose labels stay as they are."}
-    )
-    eval_dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Dataset that the held-out split is read from, if it is not in `dataset_name`."},
-    )
-    noise_rate: float = field(default=0.3, metadata={"help": "Probability with which a training label is corrupted."})
-    seeds: list[int] = field(
-        default_factory=lambda: [0],
-        metadata={"help": "Seeds; each has its own noise and its own order of the data."},
-    )
-    methods: list[str] | None = field(
-        default=None, metadata={"help": "Methods to compare. Default: AdamW, PRM per_tensor and debiased, constant_q."}
-    )
-    learning_rates: list[float] | None = field(
-        default=None, metadata={"help": "Learning rates of each method. Default: `learning_rate` alone."}
-    )
-    prm_learning_rates: list[float] | None = field(
-        default=None, metadata={"help": "Learning rates of the PRM methods, if they are others; of the same number."}
-    )
-
-    def check(self, known_methods: list[str], learning_rate: float) -> None:
-        """Fills in what was left open, and raises ValueError for what cannot be run."""
-        if self.methods is None:
-            self.methods = ["adamw", "prm_per_tensor", "prm_debiased", "constant_q"]
-        if self.learning_rates is None:
-            self.learning_rates = [learning_rate]
-        if self.prm_learning_rates is None:
-            self.prm_learning_rates = list(self.learning_rates)
-        for name in ("methods", "seeds", "learning_rates", "prm_learning_rates"):
-            values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
-                raise ValueError(f"`{name}` must name at least one value and none of them twice, got {values}.")
-        if len(self.learning_rates) != len(self.prm_learning_rates):
-            raise ValueError(
-                f"`learning_rates` has {len(self.learning_rates)} values and `prm_learning_rates` "
-                f"{len(self.prm_learning_rates)}: give both as many, or the method with the larger grid wins by it."
-            )
-        for rate in (*self.learning_rates, *self.prm_learning_rates):
-            if not 0 < rate < float("inf"):
-                raise ValueError(f"`learning_rates` must be positive numbers, got {rate}.")
-        if not 0 <= self.noise_rate < 1:
-            raise ValueError(f"`noise_rate` must be in [0, 1), got {self.noise_rate}.")
-        unknown = sorted(set(self.methods) - set(known_methods))
-        if unknown:
-            raise ValueError(f"`methods`: {', '.join(unknown)} unknown. Known are {', '.join(known_methods)}.")
-        if CONSTANT_Q in self.methods and not any(is_prm(method) for method in self.methods):
-            raise ValueError("`constant_q` takes the mean mask of a PRM run: add a PRM method to `methods`.")
-
-
-def is_prm(method: str) -> bool:
-    return method.startswith("prm_")
-
-
-@dataclass(frozen=True)
-class BuiltIn:
-    """The built-in task of a recipe: settings, examples a step, and what makes its model and its rows."""
-
-    settings: dict[str, Any]
-    batch_size: int
-    make: Callable[[], tuple[str, Dataset, Dataset]]
-
-
-@dataclass(frozen=True)
-class Data:
-    """Name or path of the model, what model and dataset are called, and the rows to train on and to hold out."""
-
-    model: str
-    model_name: str
-    dataset_name: str
-    train: Dataset
-    heldout: Dataset
-
-
-def parse_arguments(
-    arguments: list[str],
-    arguments_class: type[ComparisonArguments],
-    config_class: type[TrainingArguments],
-    methods: list[str],
-    output_dir: str,
-    built_in: BuiltIn,
-) -> tuple[ComparisonArguments, TrainingArguments, ModelConfig]:
-    """The three groups of arguments, from the command line and a YAML file, with the defaults of the built-in task.
-
-    Raises:
-        ValueError: for what cannot be run.
-    """
-    parser = TrlParser((arguments_class, config_class, ModelConfig))
-    parser.set_defaults(output_dir=output_dir, report_to="none")
-    if not any(argument.split("=")[0] in ("--dataset_name", "--config") for argument in arguments):
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if built_in.batch_size % world_size:
-            raise ValueError(
-                f"The built-in task has {built_in.batch_size} examples a step, which {world_size} processes cannot "
-                "share evenly. Launch 1, 2, 4, 8 or 16."
-            )
-        parser.set_defaults(**built_in.settings, per_device_train_batch_size=built_in.batch_size // world_size)
-    script_args, training_args, model_args = parser.parse_args_and_config(arguments)
-    script_args.check([*methods, CONSTANT_Q], training_args.learning_rate)
-    if script_args.dataset_name is None and model_args.model_name_or_path is not None:
-        raise ValueError(
-            "`--model_name_or_path` needs a `--dataset_name`: the built-in task has a vocabulary of its own, and a "
-            "model that comes with it."
-        )
-    if script_args.dataset_name is not None and model_args.model_name_or_path is None:
-        raise ValueError("`--dataset_name` needs a `--model_name_or_path`: the model to train.")
-    return script_args, training_args, model_args
-
-
-def load_data(script_args: ComparisonArguments, model_args: ModelConfig, built_in: BuiltIn) -> Data:
-    logging.set_verbosity_error()
-    if script_args.dataset_name is None:
-        logging.disable_progress_bar()  # many short bars for a tiny model and a tiny dataset
-        disable_progress_bars()
-        if PartialState().is_main_process:
-            print(
-                "Built-in task: the reference policy is trained now, for about 30 s, unless it is cached.", flush=True
-            )
-        model, train, heldout = built_in.make()
-        return Data(model, "built-in", "built-in", train, heldout)
-    name, config = script_args.dataset_name, script_args.dataset_config
-    other = script_args.eval_dataset_name
-    return Data(
-        model=model_args.model_name_or_path,
-        model_name=model_args.model_name_or_path,
-        dataset_name=name,
-        train=load_split(name, config, script_args.dataset_train_split),
-        heldout=load_split(other or name, None if other else config, script_args.dataset_test_split),
-    )
-
-
-def load_split(name: str, config: str | None, split: str) -> Dataset:
-    """A split of a dataset on the hub, in a local folder (also of `save_to_disk`), or in a local file.
-
-    Raises:
-        ValueError: the split is not there, or the file's format is not known.
-    """
-    path = Path(name)
-    if path.is_file():
-        if path.suffix not in FILE_FORMATS:
-            raise ValueError(f"`{name}` must end in one of {', '.join(FILE_FORMATS)}.")
-        base = split.split("[")[0]
-        return load_dataset(FILE_FORMATS[path.suffix], data_files={base: str(path)}, split=split)
-    if (path / "dataset_dict.json").is_file():
-        splits = load_from_disk(name)
-        if split not in splits:
-            raise ValueError(f"`{name}` has the splits {', '.join(splits)} and not {split!r}: name one of them.")
-        return splits[split]
-    return load_dataset(name, config, split=split)
-
 
 def settings_of(config: TrainingArguments, **others: Any) -> dict[str, Any]:
     """The settings of a training configuration that make a run what it is, and `others`."""
@@ -270,8 +85,14 @@ def settings_of(config: TrainingArguments, **others: Any) -> dict[str, Any]:
     return json.loads(json.dumps({**values, "effective_batch_size": per_step, **others}, sort_keys=True, default=str))
 
 
+class OutOfTime(Exception):
+    """The minutes that the command was given are over."""
+
+
 class Comparison:
     """Runs specifications one after the other, each into its folder of `output_dir`, and reports on all of them.
+
+    Several processes may run the same comparison at a time, one a GPU: each takes the next run that no other is at.
 
     Args:
         output_dir: the comparison's folder.
@@ -280,6 +101,7 @@ class Comparison:
         outcomes: what a trained run gives besides its last evaluation: more metrics, and `margins.json`. Collective.
         info: what `run.json` says of every run: `task`, `noise_rate`, `model`, `dataset`.
         total: number of runs, for the progress bar.
+        deadline: on the clock of `time.monotonic`, after which no run is started; None for never.
     """
 
     def __init__(
@@ -289,7 +111,9 @@ class Comparison:
         outcomes: Callable[[Trainer], tuple[dict[str, float], dict[str, list]]],
         info: dict[str, Any],
         total: int,
+        deadline: float | None = None,
     ) -> None:
+        self.deadline = deadline
         self.output_dir = Path(output_dir)
         self.train_run = train_run
         self.outcomes = outcomes
@@ -299,15 +123,55 @@ class Comparison:
         self.state = PartialState()
         self.bar = tqdm(total=total, desc="runs", unit="run", disable=not self.state.is_main_process)
 
-    def run(self, spec: RunSpec) -> dict[str, float]:
-        """The final metrics of a run, trained now unless its folder has them already. Collective."""
+    def run(self, specs: list[RunSpec]) -> list[dict[str, float]]:
+        """The final metrics of runs, each trained now unless its folder has them already. Collective.
+
+        What another process is training meanwhile comes last, and is waited for.
+
+        Raises:
+            OutOfTime: the deadline has passed, and a run is left.
+        """
+        found = [self._run(spec, wait=False) for spec in specs]
+        return [self._run(spec, wait=True) if run is None else run for spec, run in zip(specs, found, strict=True)]
+
+    def _run(self, spec: RunSpec, wait: bool) -> dict[str, float] | None:
+        """As `run`; None for a run that another process is training, unless it is to be waited for."""
         folder = self.output_dir / spec.name
-        self.folders.append(folder)
-        metrics, note = finish_run(spec, folder, self.train_run, self.outcomes, self.info, self.bar.write)
+        lock = FileLock(self.output_dir / ".locks" / f"{spec.name}.lock")
+        # One process looks, so that all go the same way.
+        decision = [self._decide(spec, folder, lock, wait) if self.state.is_main_process else None]
+        broadcast_object_list(decision)
+        what, metrics, resume = decision[0]
+        try:
+            if what == "late":
+                raise OutOfTime
+            if what == "busy":
+                return None
+            self.folders.append(folder)
+            note = "finished before"
+            if metrics is None:
+                metrics = make_run(spec, folder, resume, self.train_run, self.outcomes, self.info)
+                note = f"{metrics['wall_seconds']:.0f} s"
+                clear_device_cache(garbage_collection=True)  # a trainer is in circles with its callbacks
+        finally:
+            lock.release()  # the main process'; the others never had it
         self.bar.update()
         if self.state.is_main_process:
             self.bar.write(self._line(spec, metrics, note))
         return metrics
+
+    def _decide(
+        self, spec: RunSpec, folder: Path, lock: FileLock, wait: bool
+    ) -> tuple[str, dict[str, float] | None, bool]:
+        """`"busy"` and `"late"`, or that the run is ours: with its metrics, or whether there is a checkpoint of it."""
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        left = -1.0 if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+        try:
+            lock.acquire(timeout=left if wait else 0)
+        except Timeout:
+            return "late" if wait else "busy", None, False
+        metrics, resume = find_run(spec, folder, self.bar.write)
+        return "late" if metrics is None and left == 0 else "mine", metrics, resume
 
     def _line(self, spec: RunSpec, metrics: dict[str, float], note: str) -> str:
         columns = (
@@ -319,114 +183,199 @@ class Comparison:
         shown = [f"{label} {metrics[key]:{form}}" for label, key, form in columns if key in metrics]
         return f"{spec.name:<36} {'  '.join(shown)}  ({note})"
 
+    def skip(self, why: str) -> None:
+        """Says that a run is not to be had."""
+        self.bar.update()
+        if self.state.is_main_process:
+            self.bar.write(why)
+
     def report(self) -> None:
         """Prints the table of these runs and writes the report. The main process does; the others have nothing to do.
 
         Folders that an earlier comparison left beside them do not belong to it.
         """
         self.bar.close()
-        if not self.state.is_main_process:
+        if not self.state.is_main_process or not any((folder / "metrics.json").is_file() for folder in self.folders):
             return
         result = compare_runs(self.folders)
         print("\n" + format_comparison(result))
-        try:
-            write_report(result, self.output_dir)
-            print(f"\nReport: {self.output_dir / 'report.html'}")
-        except ImportError as error:
-            print(f"\nNo report was written: {error}")
+        with FileLock(self.output_dir / ".locks" / "report.lock"):
+            try:
+                write_report(result, self.output_dir)
+                print(f"\nReport: {self.output_dir / 'report.html'}")
+            except ImportError as error:
+                print(f"\nNo report was written: {error}")
 
 
-def run_comparison(
-    script_args: ComparisonArguments,
-    training_args: TrainingArguments,
-    model_args: ModelConfig,
-    data: Data,
-    methods: dict[str, dict[str, Any]],
-    make_trainer: Callable[[TrainingArguments, int], Trainer],
-    outcomes: Callable[[Trainer], tuple[dict[str, float], dict[str, list]]],
-    info: dict[str, Any],
-    **settings: Any,
-) -> None:
-    """Trains every method at each of its learning rates and seeds, then the control, and reports.
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe knows of its task.
 
-    Args:
-        methods: what each method changes in the configuration.
-        make_trainer: from a run's configuration and seed.
-        outcomes: as in `Comparison`.
+    Attributes:
+        built_in: the built-in task.
+        methods: by the noise rate, what each method changes in the configuration.
+        prepare: makes of the data what all runs can share.
+        make_trainer: from a run's configuration, its specification, and the data.
+        outcomes: of a trained run, what `Comparison` takes.
         info: `task`, and `accuracy` where it is not the task's.
-        **settings: settings of the recipe that make a run what it is.
+        settings: settings of the recipe that make a run what it is.
     """
-    built_in = script_args.dataset_name is None
 
-    def configure(method: str, overrides: dict[str, Any]) -> TrainingArguments:
-        config = copy.deepcopy(training_args)
+    built_in: BuiltIn
+    methods: Callable[[float], dict[str, dict[str, Any]]]
+    prepare: Callable[[Data, TrainingArguments], Data]
+    make_trainer: Callable[[TrainingArguments, RunSpec, Data], Trainer]
+    outcomes: Callable[[Trainer, Data], tuple[dict[str, float], dict[str, list]]]
+    info: dict[str, str]
+    settings: dict[str, Any]
+
+
+def run_comparisons(
+    script_args: ComparisonArguments, training_args: TrainingArguments, model_args: ModelConfig, recipe: Recipe
+) -> int:
+    """One comparison for each dataset and noise rate; returns the exit code, `OUT_OF_TIME` if runs are left."""
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    for data in load_data(script_args, model_args, recipe.built_in):
+        data = recipe.prepare(data, training_args)
+        for noise_rate in script_args.noise_rate:
+            output_dir = Path(training_args.output_dir)
+            if len(script_args.dataset_name or ()) > 1:
+                output_dir /= Path(data.dataset_name).stem
+            if len(script_args.noise_rate) > 1:
+                output_dir /= f"noise{noise_rate:g}"
+            grid = Grid(script_args, training_args, model_args, recipe, data, noise_rate, output_dir)
+            try:
+                grid.run()
+            except OutOfTime:
+                grid.comparison.report()
+                if PartialState().is_main_process:
+                    print(f"\nThe {script_args.max_minutes:g} minutes are over. The same command goes on from here.")
+                return OUT_OF_TIME
+            grid.comparison.report()
+    return 0
+
+
+class Grid:
+    """Every method at each learning rate and seed on one noisy dataset, then the controls of the best PRM row."""
+
+    def __init__(
+        self,
+        script_args: ComparisonArguments,
+        training_args: TrainingArguments,
+        model_args: ModelConfig,
+        recipe: Recipe,
+        data: Data,
+        noise_rate: float,
+        output_dir: Path,
+    ) -> None:
+        self.training_args, self.recipe, self.data = training_args, recipe, data
+        self.seeds, self.output_dir = script_args.seeds, output_dir
+        self.changes = recipe.methods(noise_rate)
+        known = [m for m in script_args.methods if m in CONTROLS or split_method(m)[0] in self.changes]
+        if len(known) < len(script_args.methods) and PartialState().is_main_process:
+            left_out = ", ".join(sorted({*script_args.methods} - {*known}))
+            print(f"Without {left_out}, which are not for the noise rate {noise_rate:g}.")
+        self.rates = {
+            method: script_args.prm_learning_rates if is_prm(method) else script_args.learning_rates
+            for method in known
+            if method not in CONTROLS
+        }
+        self.controls = [method for method in known if method in CONTROLS]
+        self.settings = {
+            "noise_rate": noise_rate,
+            "model": data.model_name,
+            "dataset": data.dataset_name,
+            **data.source,
+            "train_rows": len(data.train),
+            "heldout_rows": len(data.heldout),
+            **{f"model_{key}": value for key, value in vars(model_args).items() if key != "model_name_or_path"},
+            **recipe.settings,
+        }
+        info = {**recipe.info, **{key: self.settings[key] for key in ("noise_rate", "model", "dataset")}}
+        n_runs = (sum(map(len, self.rates.values())) + len(self.controls)) * len(self.seeds)
+        deadline = None if script_args.max_minutes is None else STARTED + 60 * script_args.max_minutes
+        self.comparison = Comparison(
+            output_dir, self._train, lambda trainer: recipe.outcomes(trainer, data), info, n_runs, deadline
+        )
+
+    def run(self) -> None:
+        # Seed by seed, so that what is there when time is up can be compared.
+        specs = [
+            self._specify(method, rate, seed)
+            for seed in self.seeds
+            for method, rates in self.rates.items()
+            for rate in rates
+        ]
+        metrics: dict[tuple[str, float], dict[int, dict[str, float]]] = {}
+        for spec, run in zip(specs, self.comparison.run(specs), strict=True):
+            metrics.setdefault((spec.method, spec.learning_rate), {})[spec.seed] = run
+        accuracy = self.comparison.measures.accuracy
+        specs = []
+        for control in self.controls:
+            rows = [row for row in metrics if (has_tensor_masks if control in OF_TENSORS else has_controls)(row[0])]
+            row = max(rows, key=lambda row: sum(run[accuracy] for run in metrics[row].values()))
+            found = [self._control(control, row, seed, metrics) for seed in self.seeds]
+            specs += [spec for spec in found if spec is not None]
+        self.comparison.run(specs)
+
+    def _configure(self, method: str, overrides: dict[str, Any]) -> TrainingArguments:
+        config = copy.deepcopy(self.training_args)
         config.optimizer_name = "prm"
-        for key, value in (methods["adamw" if method == CONSTANT_Q else method] | overrides).items():
+        for key, value in (self.changes[split_method(method)[0]] | overrides).items():
             setattr(config, key, value)
         return config
 
-    def specify(method: str, learning_rate: float, seed: int, **extra: Any) -> RunSpec:
-        described = settings_of(
-            configure(method, {}),
-            noise_rate=script_args.noise_rate,
-            model=data.model_name,
-            dataset=data.dataset_name,
-            train_split=None if built_in else script_args.dataset_train_split,
-            test_split=None if built_in else script_args.dataset_test_split,
-            eval_dataset=script_args.eval_dataset_name,
-            train_rows=len(data.train),
-            heldout_rows=len(data.heldout),
-            **{f"model_{key}": value for key, value in vars(model_args).items() if key != "model_name_or_path"},
-            **settings,
-            **extra,
-        )
-        return RunSpec(method, learning_rate, seed, described)
+    def _specify(self, method: str, learning_rate: float, seed: int, source: str | None = None, **extra) -> RunSpec:
+        """`source`: of a control the method of the run that it is the control of."""
+        configured_as = (source if method == SHUFFLED_Q else "adamw") if source else method
+        described = settings_of(self._configure(configured_as, {}), **self.settings, **extra)
+        return RunSpec(method, learning_rate, seed, described, configured_as)
 
-    def train_run(spec: RunSpec, folder: Path, resume: bool) -> Trainer:
+    def _control(self, control: str, row: tuple[str, float], seed: int, metrics: dict) -> RunSpec | None:
+        """The control of a seed's run in a row, with what it takes from it; None if it is not to be had."""
+        of, rate, detail = self._specify(*row, seed).name, row[1], {}
+        if control == CONSTANT_Q:
+            detail["mean_q"] = self._mean_q(of)
+            rate *= detail["mean_q"]
+        elif control == FIXED_Q:
+            other = self.seeds[(self.seeds.index(seed) + 1) % len(self.seeds)]
+            name = self._specify(*row, other).name
+            detail = {"masks_of": name, "mean_q": self._mean_q(name)}
+        elif control == ADAMW_MATCHED:
+            kl, *kls = (
+                metrics[key][seed].get("drift/kl", float("nan"))
+                for key in (row, *(("adamw", rate) for rate in self.rates["adamw"]))
+            )
+            rate, detail = rate_at_kl(self.rates["adamw"], kls, kl), {"kl": kl}
+            if rate is None:
+                self.comparison.skip(
+                    f"{control} of {of}: no two neighbouring rates of AdamW drift less and more than {kl:.3g}; add "
+                    "learning rates"
+                )
+                return None
+        return self._specify(control, rate, seed, source=row[0], **{control: {"of": of, **detail}})
+
+    def _mean_q(self, name: str) -> float:
+        (run,) = load_runs(self.output_dir / name)
+        return run.mean_q
+
+    def _train(self, spec: RunSpec, folder: Path, resume: bool) -> Trainer:
         place = {"output_dir": str(folder), "learning_rate": spec.learning_rate, "seed": spec.seed}
-        config = configure(spec.method, place)
-        config.model_init_kwargs = {
-            "revision": model_args.model_revision,
-            "attn_implementation": model_args.attn_implementation,
-            "dtype": model_args.dtype,
-            **(config.model_init_kwargs or {}),
-        }
-        trainer = make_trainer(config, spec.seed)
+        config = self._configure(spec.configured_as, place)
+        trainer = self.recipe.make_trainer(config, spec, self.data)
+        masks_of = self.output_dir / spec.settings[FIXED_Q]["masks_of"] if spec.method == FIXED_Q else None
+        set_up_optimizer(trainer, spec.method, spec.seed, mean_masks(masks_of) if masks_of else None)
+        if has_tensor_masks(spec.method) and not is_sharded(trainer):
+            trainer.add_callback(MaskRecorder(trainer, folder))
+        if spec.method == STOPPING:
+            trainer.add_callback(PopulationRiskStopping())
         show_progress(trainer, spec.name)
         trainer.train(resume_from_checkpoint=resume or None)
         if config.save_strategy != "no":
             trainer.save_model(str(folder))
         return trainer
-
-    def all_outcomes(trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
-        more, margins = outcomes(trainer)
-        prm = trainer.find_prm()  # a run of fewer steps than `logging_steps` has logged no mask
-        mask = {} if prm is None else {f"mask/{name}": value for name, value in prm.get_mask_stats().items()}
-        return {**more, **mask}, margins
-
-    grids = {
-        method: script_args.prm_learning_rates if is_prm(method) else script_args.learning_rates
-        for method in script_args.methods
-        if method != CONSTANT_Q
-    }
-    n_runs = (sum(map(len, grids.values())) + (CONSTANT_Q in script_args.methods)) * len(script_args.seeds)
-    info = {**info, "noise_rate": script_args.noise_rate, "model": data.model_name, "dataset": data.dataset_name}
-    comparison = Comparison(training_args.output_dir, train_run, all_outcomes, info, n_runs)
-
-    accuracy: dict[tuple[str, float], list[float]] = {}
-    for method, grid in grids.items():
-        for learning_rate in grid:
-            for seed in script_args.seeds:
-                metrics = comparison.run(specify(method, learning_rate, seed))
-                accuracy.setdefault((method, learning_rate), []).append(metrics[comparison.measures.accuracy])
-
-    if CONSTANT_Q in script_args.methods:
-        prm_rows = {row: sum(values) / len(values) for row, values in accuracy.items() if is_prm(row[0])}
-        method, learning_rate = max(prm_rows, key=prm_rows.get)
-        for seed in script_args.seeds:
-            source = specify(method, learning_rate, seed)
-            (run,) = load_runs(comparison.output_dir / source.name)
-            constant = {"of": source.name, "mean_q": run.mean_q}
-            comparison.run(specify(CONSTANT_Q, learning_rate * run.mean_q, seed, constant_q=constant))
-
-    comparison.report()

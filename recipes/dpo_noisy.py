@@ -18,11 +18,19 @@ or with everything in a file: `--config recipes/qwen2.5-0.5b/dpo_noisy.yaml`. Al
 `ModelConfig` work. Finished runs are not repeated; `prm-hf compare runs/…` prints the table again.
 """
 
+import copy
+import dataclasses
 import sys
+from pathlib import Path
 from typing import Any
 
-from comparison import OPTIMIZERS, BuiltIn, ComparisonArguments, load_data, parse_arguments, run_comparison
+import torch
+from comparison import Recipe, RunSpec, run_comparisons
 from datasets import Dataset
+from inputs import BuiltIn, ComparisonArguments, Data, parse_arguments
+from methods import OPTIMIZERS
+from run_folder import evaluation_metrics, read_json, write_json
+from transformers import TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from prm_hf import PRMDPOConfig, PRMDPOTrainer, flip_preferences
@@ -33,14 +41,54 @@ def methods(noise_rate: float) -> dict[str, dict[str, Any]]:
     """What a method changes in the configuration. The losses that answer the same noise are told its true rate."""
     # TRL's "sigmoid" loss ignores `label_smoothing`. cDPO with noise rate e is its "robust" loss at -e/(1-2e): the
     # same weights on the two labels, up to no factor at all.
-    smoothing = -noise_rate / (1 - 2 * noise_rate) if noise_rate != 0.5 else None
-    adamw = OPTIMIZERS["adamw"]
+    adamw, noise_aware = OPTIMIZERS["adamw"], {}
+    if 0 < noise_rate < 0.5:
+        smoothing = -noise_rate / (1 - 2 * noise_rate)
+        noise_aware = {
+            "cdpo": {**adamw, "loss_type": ["robust"], "label_smoothing": smoothing},
+            "robust": {**adamw, "loss_type": ["robust"], "label_smoothing": noise_rate},
+        }
     return {
         **OPTIMIZERS,
-        "cdpo": {**adamw, "loss_type": ["robust"], "label_smoothing": smoothing},
-        "robust": {**adamw, "loss_type": ["robust"], "label_smoothing": noise_rate},
+        **noise_aware,
         "ipo": {**adamw, "loss_type": ["ipo"]},
+        EARLY_STOPPING: {**adamw, "eval_strategy": "steps", "eval_steps": 0.1},
     }
+
+
+# AdamW as it was at the evaluation at which validation pairs, as noisy as the training pairs, had the smallest loss.
+EARLY_STOPPING = "early_stopping"
+VALIDATION_EVERY = 10  # of so many training pairs one is kept for validation
+
+
+class NoisyValidation(TrainerCallback):
+    """Remembers the evaluation at which the DPO loss on `rows` was smallest: what keeping the best weights would give.
+
+    Args:
+        trainer: the trainer that it is added to.
+        rows: validation pairs, prepared or not.
+        folder: where `best.json` is kept, so that a resumed run knows it.
+    """
+
+    def __init__(self, trainer: PRMDPOTrainer, rows: Dataset, folder: Path) -> None:
+        self.trainer, self.rows = trainer, rows
+        self.file = folder / "best.json"
+        self.best: dict[str, Any] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step > 0:
+            self.best = read_json(self.file) or {}
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        margins = reward_margins(self.trainer.evaluate_pairs(self.rows), self.trainer.beta)
+        loss = -torch.nn.functional.logsigmoid(margins).mean().item()
+        accuracy = (margins > 0).double().mean().item()
+        self.trainer.log({"eval_validation/loss": loss, "eval_validation/accuracies": accuracy})
+        if loss < self.best.get("loss", float("inf")):
+            found = {**evaluation_metrics(metrics), "validation/accuracies": accuracy, "steps": state.global_step}
+            self.best = {"loss": loss, "metrics": found, "margins": margins_of(self.trainer)}
+            if state.is_world_process_zero:
+                write_json(self.file, self.best)
 
 
 def make_built_in() -> tuple[str, Dataset, Dataset]:
@@ -79,16 +127,16 @@ def parse(arguments: list[str]) -> tuple[ComparisonArguments, PRMDPOConfig, Mode
     script_args, training_args, model_args = parse_arguments(
         arguments, ComparisonArguments, PRMDPOConfig, list(methods(0.3)), "runs/dpo_noisy", BUILT_IN
     )
-    if {"cdpo", "robust"} & set(script_args.methods) and not 0 < script_args.noise_rate < 0.5:
+    if {"cdpo", "robust"} & set(script_args.methods) and not any(0 < r < 0.5 for r in script_args.noise_rate):
         raise ValueError(
-            f"`cdpo` and `robust` need a `noise_rate` between 0 and 0.5, got {script_args.noise_rate}: leave them "
-            "out of `methods`."
+            f"`cdpo` and `robust` need a noise rate between 0 and 0.5, got `noise_rate` {script_args.noise_rate}: "
+            "leave them out of `methods`."
         )
     return script_args, training_args, model_args
 
 
-def margins(trainer: PRMDPOTrainer) -> tuple[dict[str, float], dict[str, list]]:
-    """One number a pair, for paired statistics: beta times the difference of the log-ratios."""
+def margins_of(trainer: PRMDPOTrainer) -> dict[str, list]:
+    """Of the last evaluation one number a pair, for paired statistics: beta times the difference of the log-ratios."""
 
     def rounded(pairs: PairEvaluation) -> list[float]:
         return [round(x, 6) for x in reward_margins(pairs, trainer.beta).tolist()]
@@ -99,34 +147,65 @@ def margins(trainer: PRMDPOTrainer) -> tuple[dict[str, float], dict[str, list]]:
         rows = trainer.memorization_rows
         result["train"] = rounded(tables["train"])
         result["train_flipped"] = trainer.train_dataset.select(rows)["flipped"][:]
-    return {}, result
+    return result
 
 
-def main(arguments: list[str]) -> None:
-    script_args, training_args, model_args = parse(arguments)
-    data = load_data(script_args, model_args, BUILT_IN)
+def outcomes(trainer: PRMDPOTrainer, data: Data) -> tuple[dict[str, float], dict[str, list]]:
+    """The margins of the end, or with early stopping metrics and margins of the evaluation that it chooses."""
+    chosen = [c.best for c in trainer.callback_handler.callbacks if isinstance(c, NoisyValidation)]
+    return (chosen[0]["metrics"], chosen[0]["margins"]) if chosen else ({}, margins_of(trainer))
 
-    def make_trainer(config: PRMDPOConfig, seed: int) -> PRMDPOTrainer:
-        return PRMDPOTrainer(
-            model=data.model,
-            args=config,
-            train_dataset=flip_preferences(data.train, script_args.noise_rate, seed=seed),
-            eval_dataset=data.heldout,
-            quantization_config=get_quantization_config(model_args),
-            peft_config=get_peft_config(model_args),
-        )
 
-    run_comparison(
-        script_args,
-        training_args,
-        model_args,
-        data,
-        methods(script_args.noise_rate),
-        make_trainer,
-        margins,
-        {"task": "preferences"},
+def prepare(data: Data, config: PRMDPOConfig, model_args: ModelConfig) -> Data:
+    """The rows tokenized, with the reference's log-probabilities: they are the same in all runs of all seeds.
+
+    TRL computes them, and keeps them in the datasets' cache. Where several processes train one run, each run computes
+    its own: TRL's processes find each other's cache only for datasets that are files on a disk that they share.
+    """
+    if config.world_size > 1 or config.deepspeed_plugin is not None or config.sync_ref_model:
+        return data
+    config = copy.deepcopy(config)
+    config.precompute_ref_log_probs, config.drift_metrics, config.optimizer_name = True, False, "adamw"
+    trainer = make_trainer(config, data, data.train, model_args)
+    return dataclasses.replace(data, train=trainer.train_dataset, heldout=trainer.eval_dataset)
+
+
+def make_trainer(config: PRMDPOConfig, data: Data, train: Dataset, model_args: ModelConfig) -> PRMDPOTrainer:
+    return PRMDPOTrainer(
+        model=data.model,
+        args=config,
+        train_dataset=train,
+        eval_dataset=data.heldout,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
     )
 
 
+def main(arguments: list[str]) -> int:
+    script_args, training_args, model_args = parse(arguments)
+
+    def trainer_of(config: PRMDPOConfig, spec: RunSpec, data: Data) -> PRMDPOTrainer:
+        train, validation = flip_preferences(data.train, spec.settings["noise_rate"], seed=spec.seed), None
+        if spec.method == EARLY_STOPPING:
+            kept = set(range(0, len(train), VALIDATION_EVERY))
+            validation = train.select(sorted(kept))
+            train = train.select([i for i in range(len(train)) if i not in kept])
+        trainer = make_trainer(config, data, train, model_args)
+        if validation is not None:
+            trainer.add_callback(NoisyValidation(trainer, validation, Path(config.output_dir)))
+        return trainer
+
+    recipe = Recipe(
+        built_in=BUILT_IN,
+        methods=methods,
+        prepare=lambda data, config: prepare(data, config, model_args),
+        make_trainer=trainer_of,
+        outcomes=outcomes,
+        info={"task": "preferences"},
+        settings={},
+    )
+    return run_comparisons(script_args, training_args, model_args, recipe)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

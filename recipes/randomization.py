@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from comparison import OPTIMIZERS
 from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, disable_progress_bars
+from methods import OPTIMIZERS
 from randomization_report import FITTED, HELDOUT_FIT, TRAIN_FIT, report, steps_to
-from run_folder import RunSpec, finish_run, history
+from run_folder import RunSpec, find_run, history, make_run
 from tqdm.auto import tqdm
 from transformers import (
     AutoTokenizer,
@@ -50,6 +50,7 @@ from prm_hf.trainers import MemorizationCallback
 
 
 CLASSES = 10
+METHODS = ("adamw", "prm_per_tensor", "prm_per_param", "prm_debiased", "prm_debiased_per_param")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Model:
 
 
 def rates(*values: float) -> dict[str, float]:
-    return dict(zip(OPTIMIZERS, values, strict=True))
+    return dict(zip(METHODS, values, strict=True))
 
 
 MODELS = {
@@ -95,7 +96,7 @@ class Arguments:
     models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": f"Among {', '.join(MODELS)}."})
     kinds: list[str] = field(default_factory=lambda: list(KINDS), metadata={"help": f"Among {', '.join(KINDS)}."})
     methods: list[str] = field(
-        default_factory=lambda: list(OPTIMIZERS), metadata={"help": f"Among {', '.join(OPTIMIZERS)}."}
+        default_factory=lambda: list(METHODS), metadata={"help": f"Among {', '.join(METHODS)}."}
     )
     seeds: list[int] = field(
         default_factory=lambda: [0], metadata={"help": "Seeds of noise, weights and order of the data."}
@@ -105,7 +106,7 @@ class Arguments:
     workers: int = field(default=2, metadata={"help": "Runs at a time, each on one core."})
 
     def __post_init__(self):
-        for name, known in (("models", MODELS), ("kinds", KINDS), ("methods", OPTIMIZERS), ("seeds", None)):
+        for name, known in (("models", MODELS), ("kinds", KINDS), ("methods", METHODS), ("seeds", None)):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values) or (known and not set(values) <= set(known)):
                 among = f" of {', '.join(known)}" if known else ""
@@ -297,7 +298,12 @@ def prepare_worker() -> None:
 
 def run(spec: RunSpec, output_dir: str) -> tuple[dict[str, float], str]:
     info = {"task": "randomization", "noise_rate": spec.settings["p"], "model": spec.settings["model"]}
-    return finish_run(spec, folder_of(spec, output_dir), train_run, outcomes, info, print)
+    folder = folder_of(spec, output_dir)
+    metrics, resume = find_run(spec, folder, print)
+    if metrics is not None:
+        return metrics, "finished before"
+    metrics = make_run(spec, folder, resume, train_run, outcomes, info)
+    return metrics, f"{metrics['wall_seconds']:.0f} s"
 
 
 def run_all(specs: list[RunSpec], args: Arguments) -> Iterator[tuple[RunSpec, dict[str, float], str]]:

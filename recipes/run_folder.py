@@ -15,25 +15,31 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from prm_hf.trainers.callbacks import find_prm, innermost_optimizer
+
 
 @dataclass
 class RunSpec:
-    """One run of a comparison: what makes it this run and no other."""
+    """One run of a comparison: what makes it this run and no other.
+
+    Attributes:
+        configured_as: of a control, the method whose configuration it has.
+    """
 
     method: str
     learning_rate: float
     seed: int
     settings: dict[str, Any]
+    configured_as: str | None = None
 
     @property
     def name(self) -> str:
         rate = f"{self.learning_rate:.3g}".replace("e-0", "e-")
-        return f"{self.method}_lr{rate}_seed{self.seed}"
+        return f"{self.method.replace(':', '')}_lr{rate}_seed{self.seed}"
 
     @property
     def hash(self) -> str:
@@ -41,35 +47,41 @@ class RunSpec:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def finish_run(
+def find_run(spec: RunSpec, folder: Path, tell: Callable[[str], None]) -> tuple[dict[str, float] | None, bool]:
+    """The metrics of a finished run of just this specification, and whether there is a checkpoint to go on from.
+
+    A folder of other settings is emptied; `tell` is given a line that says why.
+    """
+    info = read_json(folder / "run.json")
+    if info is not None and info.get("settings_hash") == spec.hash:
+        return read_json(folder / "metrics.json"), get_last_checkpoint(folder) is not None
+    if folder.exists():
+        changed = sorted(
+            key
+            for key in {*spec.settings, *(info or {}).get("settings", {})}
+            if spec.settings.get(key) != (info or {}).get("settings", {}).get(key)
+        )
+        tell(f"{spec.name}: trained again, since these settings changed: {', '.join(changed) or 'all'}")
+        shutil.rmtree(folder)
+    return None, False
+
+
+def make_run(
     spec: RunSpec,
     folder: Path,
+    resume: bool,
     train_run: Callable[[RunSpec, Path, bool], Trainer],
     outcomes: Callable[[Trainer], tuple[dict[str, float], dict[str, list]]],
     info: dict[str, Any],
-    tell: Callable[[str], None],
-) -> tuple[dict[str, float], str]:
-    """The final metrics of a run, trained now unless its folder has them already. Collective.
+) -> dict[str, float]:
+    """Trains a run, fills its folder and returns its final metrics. Collective.
 
     Args:
-        spec: the run.
-        folder: its folder.
-        train_run: trains it. It is given `spec`, `folder`, and whether a checkpoint in it is to be resumed; it returns
-            the trainer.
+        train_run: trains it. It is given `spec`, `folder` and `resume`; it returns the trainer.
         outcomes: what a trained run gives besides its last evaluation: more metrics, and `margins.json`. Collective.
         info: what `run.json` says besides: `task`, `noise_rate`, `model`, `dataset`.
-        tell: prints why a run is trained again.
-
-    Returns:
-        The metrics, and how they came about, for people.
     """
     state = PartialState()
-    # One process looks, so that all go the same way.
-    found = [_look(spec, folder, tell) if state.is_main_process else None]
-    broadcast_object_list(found)
-    metrics, resume = found[0]
-    if metrics is not None:
-        return metrics, "finished before"
     started, clock = datetime.now(timezone.utc), time.perf_counter()
     info = {
         "schema": 1,
@@ -92,6 +104,7 @@ def finish_run(
     metrics = final_metrics(trainer) | more
     metrics["wall_seconds"] = round(time.perf_counter() - clock, 3)
     if state.is_main_process:
+        info["optimizer"] = describe_optimizer(innermost_optimizer(trainer.optimizer))
         info["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         write_json(folder / "run.json", info)
         lines = (json.dumps(row) for row in history(trainer))
@@ -99,26 +112,7 @@ def finish_run(
         write_json(folder / "margins.json", margins)
         write_json(folder / "metrics.json", metrics)  # last: a folder with it is finished
     state.wait_for_everyone()
-    return metrics, f"{metrics['wall_seconds']:.0f} s"
-
-
-def _look(spec: RunSpec, folder: Path, tell: Callable[[str], None]) -> tuple[dict[str, float] | None, bool]:
-    """The metrics of a finished run of just this specification, and whether there is a checkpoint to go on from.
-
-    A folder of other settings is emptied.
-    """
-    info = read_json(folder / "run.json")
-    if info is not None and info.get("settings_hash") == spec.hash:
-        return read_json(folder / "metrics.json"), get_last_checkpoint(folder) is not None
-    if folder.exists():
-        changed = sorted(
-            key
-            for key in {*spec.settings, *(info or {}).get("settings", {})}
-            if spec.settings.get(key) != (info or {}).get("settings", {}).get(key)
-        )
-        tell(f"{spec.name}: trained again, since these settings changed: {', '.join(changed) or 'all'}")
-        shutil.rmtree(folder)
-    return None, False
+    return metrics
 
 
 def metric_name(key: str) -> str | None:
@@ -139,13 +133,33 @@ def history(trainer: Trainer) -> list[dict[str, float]]:
     return rows
 
 
+def evaluation_metrics(evaluation: dict[str, float]) -> dict[str, float]:
+    """What an evaluation of a trainer returned, by the names in a run's files."""
+    named = {metric_name(key): value for key, value in evaluation.items()}
+    return {key: value for key, value in named.items() if key not in (None, "epoch", "train/epoch")}
+
+
 def final_metrics(trainer: Trainer) -> dict[str, float]:
-    """The last evaluation and the mask of the last step."""
+    """The last evaluation and the mask of the last step. Collective."""
     metrics = {}
     for row in history(trainer):
         metrics |= {key: value for key, value in row.items() if not key.startswith("train/")}
     metrics = {key: value for key, value in metrics.items() if key not in ("step", "epoch")}
+    prm = find_prm(trainer.optimizer)
+    if prm is not None:  # a run of fewer steps than `logging_steps` has logged no mask
+        metrics |= {f"mask/{name}": value for name, value in prm.get_mask_stats().items()}
     return {**metrics, "steps": trainer.state.global_step}
+
+
+def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Class, largest and smallest learning rate that a schedule starts from, and eps, of the optimizer in effect."""
+    rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    found = {"class": type(optimizer).__name__, "learning_rate": max(map(float, rates))}
+    if min(rates) != max(rates):
+        found["smallest_learning_rate"] = min(map(float, rates))
+    if "eps" in optimizer.param_groups[0]:
+        found["eps"] = optimizer.param_groups[0]["eps"]
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -17,15 +17,17 @@ or with everything in a file: `--config recipes/qwen2.5-0.5b/sft_noisy.yaml`. Al
 `ModelConfig` work. Finished runs are not repeated; `prm-hf compare runs/…` prints the table again.
 """
 
+import dataclasses
 import re
 import sys
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from comparison import OPTIMIZERS, BuiltIn, ComparisonArguments, load_data, parse_arguments, run_comparison
+from comparison import Recipe, RunSpec, run_comparisons
 from datasets import Dataset
+from inputs import BuiltIn, ComparisonArguments, Data, parse_arguments
+from methods import OPTIMIZERS
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.models.utils import unwrap_model_for_generation
@@ -76,8 +78,8 @@ class SFTArguments(ComparisonArguments):
         default=1024, metadata={"help": "Number of training rows on which memorization is measured."}
     )
 
-    def check(self, known_methods: list[str], learning_rate: float) -> None:
-        super().check(known_methods, learning_rate)
+    def check(self, known_methods: list[str], learning_rate: float, max_grad_norm: float) -> None:
+        super().check(known_methods, learning_rate, max_grad_norm)
         for name in ("max_new_tokens", "memorization_max_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -204,12 +206,14 @@ def matches_answers(trainer: PRMSFTTrainer, rows: Dataset, pattern: str, max_new
     return [generated[i] == answer for i, answer in enumerate(expected)]
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
     script_args, training_args, model_args = parse(arguments)
-    data = load_data(script_args, model_args, BUILT_IN)
-    train, heldout = (prepare_rows(rows, script_args) for rows in (data.train, data.heldout))
 
-    def make_trainer(config: PRMSFTConfig, seed: int) -> PRMSFTTrainer:
+    def prepare(data: Data, _: PRMSFTConfig) -> Data:
+        train, heldout = (prepare_rows(rows, script_args) for rows in (data.train, data.heldout))
+        return dataclasses.replace(data, train=train, heldout=heldout)
+
+    def make_trainer(config: PRMSFTConfig, spec: RunSpec, data: Data) -> PRMSFTTrainer:
         peft_config, reference = get_peft_config(model_args), None
         if peft_config is None and config.drift_metrics:  # with an adapter the model without it is the reference
             loading = {key: value for key, value in config.model_init_kwargs.items() if value is not None}
@@ -217,8 +221,8 @@ def main(arguments: list[str]) -> None:
         trainer = PRMSFTTrainer(
             model=data.model,
             args=config,
-            train_dataset=corrupt(train, "partial_labels", script_args.noise_rate, seed=seed),
-            eval_dataset=heldout,
+            train_dataset=corrupt(data.train, "partial_labels", spec.settings["noise_rate"], seed=spec.seed),
+            eval_dataset=data.heldout,
             quantization_config=get_quantization_config(model_args),
             peft_config=peft_config,
             ref_model=reference,
@@ -226,31 +230,28 @@ def main(arguments: list[str]) -> None:
         trainer.add_callback(MemorizationCallback(trainer, max_rows=script_args.memorization_max_rows))
         return trainer
 
-    def outcomes(trainer: PRMSFTTrainer) -> tuple[dict[str, float], dict[str, list]]:
+    def outcomes(trainer: PRMSFTTrainer, data: Data) -> tuple[dict[str, float], dict[str, list]]:
         """Of each held-out row, 1 if it is right and -1 if not."""
         if script_args.answer_pattern is None:
             table = trainer.sequence_evaluations["eval"]
             right, more = ((table.correct == table.tokens) & (table.tokens > 0)).tolist(), {}
         else:
-            right = matches_answers(trainer, heldout, script_args.answer_pattern, script_args.max_new_tokens)
+            right = matches_answers(trainer, data.heldout, script_args.answer_pattern, script_args.max_new_tokens)
             more = {"answer_match": sum(right) / len(right)}
         return more, {"heldout": [1 if x else -1 for x in right]}
 
     own = ("prompt_column", "completion_column", "as_messages", "answer_pattern", "max_new_tokens")
-    settings: dict[str, Any] = {name: getattr(script_args, name) for name in own}
-    run_comparison(
-        script_args,
-        training_args,
-        model_args,
-        data,
-        OPTIMIZERS,
-        make_trainer,
-        outcomes,
-        {"task": "sft"} if script_args.answer_pattern is None else {"task": "sft", "accuracy": "answer_match"},
-        **settings,
-        memorization_max_rows=script_args.memorization_max_rows,
+    recipe = Recipe(
+        built_in=BUILT_IN,
+        methods=lambda noise_rate: OPTIMIZERS,
+        prepare=prepare,
+        make_trainer=make_trainer,
+        outcomes=outcomes,
+        info={"task": "sft"} if script_args.answer_pattern is None else {"task": "sft", "accuracy": "answer_match"},
+        settings={name: getattr(script_args, name) for name in (*own, "memorization_max_rows")},
     )
+    return run_comparisons(script_args, training_args, model_args, recipe)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -154,7 +154,7 @@ def test_answers_are_those_of_decoding_one_prompt_at_a_time(tmp_path):
 def test_the_real_setting_parses():
     path = ROOT / "recipes" / "qwen2.5-0.5b" / "sft_noisy.yaml"
     script_args, training_args, model_args = sft_noisy.parse(["--config", str(path), "--use_cpu", "--bf16", "False"])
-    assert script_args.noise_rate == 0.3 and script_args.seeds == [0, 1, 2] and script_args.as_messages
+    assert script_args.noise_rate == [0.3] and script_args.seeds == [0, 1, 2] and script_args.as_messages
     assert sft_noisy.answers(["so it is 5.\n#### 5"], script_args.answer_pattern) == ["5"]
     assert len(script_args.learning_rates) == len(script_args.prm_learning_rates)
     assert model_args.model_name_or_path == "Qwen/Qwen2.5-0.5B-Instruct" and training_args.max_length == 512
@@ -163,7 +163,7 @@ def test_the_real_setting_parses():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--methods", "cdpo"], "`methods`: cdpo unknown. Known are adamw, prm_per_tensor"),
+        (["--methods", "cdpo"], "`methods`: cdpo unknown. Known are adamw, adamw_eps, adamw_embedding"),
         (["--answer_pattern", "####"], "`answer_pattern` must have one group"),
         (["--max_new_tokens", "0"], "`max_new_tokens` must be at least 1"),
         (["--memorization_max_rows", "0"], "`memorization_max_rows` must be at least 1"),

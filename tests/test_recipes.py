@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
+from filelock import FileLock
 
 from prm_hf.demo import build_demo
 
@@ -18,9 +19,11 @@ sys.path.insert(0, str(ROOT / "recipes"))
 
 import comparison  # noqa: E402
 import dpo_noisy  # noqa: E402
+import inputs  # noqa: E402
 
 
 SHORT = ["--max_steps", "3", "--logging_steps", "1", "--eval_steps", "3", "--warmup_steps", "1"]
+ON_CPU = ["--use_cpu", "--bf16", "False"]
 ONE_RATE = ["--learning_rates", "1e-3", "--prm_learning_rates", "3e-3"]
 
 
@@ -111,13 +114,13 @@ def test_local_datasets(kind, tmp_path):
     data = Dataset.from_dict(rows)
     if kind == "folder":
         DatasetDict(train=data, test=data.select(range(2))).save_to_disk(tmp_path / "data")
-        assert len(comparison.load_split(str(tmp_path / "data"), None, "test")) == 2
+        assert len(inputs.load_split(str(tmp_path / "data"), None, "test")) == 2
         with pytest.raises(ValueError, match="has the splits train, test and not 'dev'"):
-            comparison.load_split(str(tmp_path / "data"), None, "dev")
+            inputs.load_split(str(tmp_path / "data"), None, "dev")
         return
     path = tmp_path / f"data.{kind}"
     {"jsonl": data.to_json, "csv": data.to_csv, "parquet": data.to_parquet}[kind](path)
-    loaded = comparison.load_split(str(path), None, "train[:4]")
+    loaded = inputs.load_split(str(path), None, "train[:4]")
     assert loaded["prompt"][:] == ["p0", "p1", "p2", "p3"] and loaded["chosen"][0] == "a"
 
 
@@ -136,7 +139,7 @@ def test_a_model_and_files_of_ones_own_with_lora_and_other_losses(tmp_path):
     )
     assert len(stamps(tmp_path / "runs")) == 8
     info = read(tmp_path / "runs" / "cdpo_lr0.001_seed1" / "run.json")
-    assert info["model"] == demo.model_path and info["settings"]["label_smoothing"] == pytest.approx(-0.75)
+    assert info["model"] == Path(demo.model_path).name and info["settings"]["label_smoothing"] == pytest.approx(-0.75)
     metrics = read(tmp_path / "runs" / "prm_per_param_lr0.003_seed0" / "metrics.json")
     assert metrics["mask/parameter_count"] == 2 * (2 * (64 + 64) + 2 * (64 + 32))
 
@@ -148,11 +151,24 @@ def test_cdpo_by_way_of_the_robust_loss():
         assert (1 - s) / (1 - 2 * s) == pytest.approx(1 - rate) and -s / (1 - 2 * s) == pytest.approx(rate)
 
 
+@pytest.mark.parametrize("name", ["gsm8k_pairs", "gsm8k_pairs_lora", "pandalm", "pandalm_lora"])
+def test_the_frontier_settings_parse(name):
+    path = ROOT / "recipes" / "qwen2.5-0.5b" / f"{name}.yaml"
+    files = ["--dataset_name", "a.train.jsonl", "--eval_dataset_name", "a.test.jsonl"]
+    script_args, training_args, model_args = dpo_noisy.parse(["--config", str(path), *files, *ON_CPU])
+    assert script_args.dataset_name == ["a.train.jsonl"] and len(script_args.seeds) == 5
+    assert {"adamw_eps:1", "shuffled_q", "fixed_q", "adamw_matched"} <= set(script_args.methods)
+    assert training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps == 32
+    assert training_args.output_dir.endswith(name) and model_args.use_peft == name.endswith("_lora")
+    with pytest.raises(ValueError, match="needs a `--dataset_name`"):
+        dpo_noisy.parse(["--config", str(path), *ON_CPU])
+
+
 def test_the_published_setting_parses():
     path = ROOT / "recipes" / "qwen2.5-0.5b" / "dpo_noisy.yaml"
     overrides = ["--use_cpu", "--bf16", "False"]
     script_args, training_args, model_args = dpo_noisy.parse(["--config", str(path), *overrides])
-    assert script_args.noise_rate == 0.3 and script_args.seeds == [0, 1, 2]
+    assert script_args.noise_rate == [0.3] and script_args.seeds == [0, 1, 2]
     assert model_args.model_name_or_path == "Qwen/Qwen2.5-0.5B-Instruct"
     assert training_args.beta == 0.1 and len(script_args.learning_rates) == len(script_args.prm_learning_rates)
 
@@ -160,21 +176,119 @@ def test_the_published_setting_parses():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--methods", "adam"], "`methods`: adam unknown. Known are adamw, prm_per_tensor"),
+        (["--methods", "adam"], "`methods`: adam unknown. Known are adamw, adamw_eps, adamw_embedding"),
         (["--methods", "adamw", "constant_q"], "add a PRM method"),
         (["--learning_rates", "1e-3", "2e-3", "--prm_learning_rates", "1e-3"], "2 values and `prm_learning_rates` 1"),
         (["--learning_rates", "0", "--prm_learning_rates", "1"], "positive numbers, got 0"),
         (["--seeds", "1", "1"], "`seeds` must name .* none of them twice"),
-        (["--noise_rate", "1.5"], r"`noise_rate` must be in \[0, 1\), got 1.5"),
-        (["--noise_rate", "0", "--methods", "cdpo"], "`cdpo` and `robust` need a `noise_rate` between 0 and 0.5"),
+        (["--noise_rate", "0.1", "1.5"], r"`noise_rate` must be in \[0, 1\), got 1.5"),
+        (["--noise_rate", "0", "--methods", "cdpo"], "`cdpo` and `robust` need a noise rate between 0 and 0.5"),
         (["--model_name_or_path", "somewhere"], "needs a `--dataset_name`"),
-        (["--dataset_name", "somewhere", "--use_cpu", "--bf16", "False"], "needs a `--model_name_or_path`"),
+        (["--dataset_name", "somewhere", *ON_CPU], "needs a `--model_name_or_path`"),
         (["--prm_rho", "1.5"], "prm_rho"),
+        (["--max_minutes", "0"], "`max_minutes` must be above 0, got 0"),
+        (["--dataset_name", "a", "b", "--eval_dataset_name", "c", *ON_CPU], "has 1 values and `dataset_name` 2"),
+        (["--dataset_name", "x/a", "y/a", *ON_CPU], "two datasets of one name"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         dpo_noisy.parse(arguments)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two datasets in files and what a run on them needs; `files(…)` runs, and returns the exit code."""
+    demo = build_demo()
+    for i in (0, 1):
+        demo.train.select(range(24 * i, 24 * i + 24)).to_json(tmp_path / f"data{i}.jsonl")
+        demo.test.select(range(16)).to_json(tmp_path / f"held{i}.jsonl")
+
+    def start(n, *arguments):
+        return dpo_noisy.main(
+            [
+                *["--output_dir", str(tmp_path / "runs"), *SHORT, *ONE_RATE, "--dataset_test_split", "train"],
+                *["--dataset_name", *(str(tmp_path / f"data{i}.jsonl") for i in range(n))],
+                *["--eval_dataset_name", *(str(tmp_path / f"held{i}.jsonl") for i in range(n))],
+                *["--model_name_or_path", demo.model_path, "--use_cpu", "--bf16", "False", "--save_strategy", "no"],
+                *["--gradient_checkpointing", "False", "--per_device_train_batch_size", "4", *arguments],
+            ]
+        )
+
+    return start
+
+
+def test_datasets_and_noise_rates_have_comparisons_of_their_own(files, tmp_path, capsys):
+    assert files(2, "--noise_rate", "0", "0.4", "--methods", "adamw", "cdpo") == 0
+    found = {str(path.relative_to(tmp_path / "runs")) for path in (tmp_path / "runs").glob("*/*/*/metrics.json")}
+    expected = {f"data{i}/noise0.4/{method}_lr0.001_seed0" for i in (0, 1) for method in ("adamw", "cdpo")}
+    expected |= {f"data{i}/noise0/adamw_lr0.001_seed0" for i in (0, 1)}
+    assert found == {f"{name}/metrics.json" for name in expected}
+    assert "Without cdpo, which are not for the noise rate 0." in capsys.readouterr().out
+    for name in expected:
+        info = read(tmp_path / "runs" / name / "run.json")
+        assert info["dataset"] == f"{name[:5]}.jsonl" and info["noise_rate"] == float(name.split("/")[1][5:])
+        flipped = read(tmp_path / "runs" / name / "margins.json")["train_flipped"]
+        assert any(flipped) == (info["noise_rate"] > 0)
+    assert (tmp_path / "runs" / "data1" / "noise0.4" / "report.html").is_file()
+
+
+def test_a_run_is_the_same_wherever_its_files_lie(files, tmp_path):
+    files(1, "--methods", "adamw")
+    before = stamps(tmp_path / "runs")
+    for name in ("data0", "held0"):
+        os.utime(tmp_path / f"{name}.jsonl")  # as after another download
+    files(1, "--methods", "adamw")
+    assert stamps(tmp_path / "runs") == before
+    lines = (tmp_path / "data0.jsonl").read_text().splitlines()
+    (tmp_path / "data0.jsonl").write_text("\n".join(reversed(lines)))
+    files(1, "--methods", "adamw")
+    assert stamps(tmp_path / "runs") != before
+
+
+def test_time_that_is_over_ends_between_runs(files, tmp_path, monkeypatch, capsys):
+    train = comparison.Grid._train
+
+    def last(self, *args):
+        self.comparison.deadline = 0.0
+        return train(self, *args)
+
+    monkeypatch.setattr(comparison.Grid, "_train", last)
+    arguments = ("--methods", "adamw", "prm_debiased", "constant_q", "--max_minutes", "60")
+    done = []
+    for code in (75, 75, 0):
+        assert files(1, *arguments) == code
+        out = capsys.readouterr().out
+        assert ("The 60 minutes are over" in out) == (code == 75) and "Report:" in out
+        done.append(len(stamps(tmp_path / "runs")))
+    assert done == [1, 2, 3]
+    assert read(tmp_path / "runs" / "comparison.json")["unfinished"] == []
+
+
+def test_processes_share_the_runs(files, tmp_path):
+    """What another process is training is left to it, and waited for at the end."""
+    lock, other = (
+        tmp_path / "runs" / name
+        for name in (".locks/adamw_lr0.001_seed0.lock", "prm_debiased_lr0.003_seed0/metrics.json")
+    )
+    lock.parent.mkdir(parents=True)
+    code = f"""
+import filelock, pathlib, time
+with filelock.FileLock({str(lock)!r}):
+    print("held", flush=True)
+    while not pathlib.Path({str(other)!r}).is_file():
+        time.sleep(0.05)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        # With no time left the run is not waited for
+        assert files(1, "--methods", "adamw", "prm_debiased", "--max_minutes", "1e-9") == 75
+        assert files(1, "--methods", "adamw", "prm_debiased") == 0
+        assert holder.wait(timeout=60) == 0
+    found = stamps(tmp_path / "runs")
+    assert found["prm_debiased_lr0.003_seed0"] < found["adamw_lr0.001_seed0"]
+    with FileLock(lock, timeout=0):  # and was given back
+        pass
 
 
 def launch(flags, output_dir, *arguments, timeout=240):
@@ -207,3 +321,30 @@ def test_accelerate_launch_with_two_processes(tmp_path):
         for key, value in read(one / "metrics.json").items():
             if key.startswith(("drift/", "mask/", "memorization/", "rewards/accuracies")):
                 assert read(two / "metrics.json")[key] == pytest.approx(value, rel=2e-2, abs=1e-4), key
+
+
+@pytest.mark.slow
+def test_a_sweep_spreads_the_runs_over_processes(tmp_path):
+    """As many processes as there are devices (here only in name) share the runs of one comparison."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "0,1"}
+    command = [sys.executable, str(ROOT / "recipes" / "sweep.py"), str(ROOT / "recipes" / "dpo_noisy.py")]
+    command += ["--output_dir", str(tmp_path / "runs"), *SHORT, *ONE_RATE, "--methods", "adamw", "prm_debiased"]
+    command += ["--seeds", "0", "1", "2"]
+
+    def start(*more):
+        return subprocess.run(
+            [*command, *more], env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path, check=False
+        )
+
+    assert start("--max_minutes", "1e-9").returncode == 75 and not stamps(tmp_path / "runs")
+    result = start()
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    other = (tmp_path / "worker1.log").read_text()
+    assert len(stamps(tmp_path / "runs")) == 6
+    trained = [
+        sum(" s)" in line and "accuracy" in line for line in out.splitlines()) for out in (result.stdout, other)
+    ]
+    assert sum(trained) == 6 and min(trained) > 0
+    assert "Report:" in result.stdout and "Report:" in other
+    failed = start("--seeds", "0", "0")
+    assert failed.returncode == 1 and "none of them twice" in failed.stderr

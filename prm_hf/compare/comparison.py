@@ -51,7 +51,7 @@ _DISPLAY = {
     "constant_q": "constant q",
     "shuffled_q": "shuffled q",
     "fixed_q": "fixed q",
-    "adamw_matched": "AdamW matched in KL",
+    "adamw_matched": "AdamW at the KL",
     "cdpo": "cDPO",
     "robust": "rDPO (robust)",
     "ipo": "IPO",
@@ -410,7 +410,7 @@ def _between(kind: str, left: Row, right: Row) -> Contrast:
         if outcomes[0][seed] is not None and outcomes[1][seed] is not None
     ]
     against = right.label
-    if right.method == "constant_q":
+    if right.method in ("constant_q", "adamw_matched"):
         against = f"{display_name(right.method)} (AdamW at {format_rate(right.learning_rate)})"
     elif kind == SAME_LR:
         against += " (same rate: a larger step)"

@@ -316,7 +316,7 @@ def _missing(comparison: Comparison) -> list[str]:
 
 def _unequal_settings(comparison: Comparison) -> dict[str, list[str]]:
     """Settings that vary within a method and should not: leftovers of an earlier experiment in the same folder."""
-    expected = ("seed", "learning_rate", "constant_q", "name", "dir")
+    expected = ("seed", "learning_rate", "constant_q", "adamw_matched", "shuffled_q", "fixed_q", "name", "dir")
     found = {}
     for method, rows in comparison.methods().items():
         settings = [run.settings for row in rows for run in row.runs if run.settings]

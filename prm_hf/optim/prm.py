@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiab
 from ..sharding import Layout, Locator
 from . import masks
 from .quantized import is_quantized, quantized_zeros, read, write
-from .statistics import N_SUMS, add_rows, fill_per_tensor, mask_summary, slice_rows
+from .statistics import COLUMNS, N_SUMS, add_rows, fill_per_tensor, mask_summary, slice_rows
 from .step import HYPERPARAMETERS, LOW_PRECISION, ListStep, tensor_masks
 from .validation import check_reduction, check_state_dtype, validate_group
 
@@ -588,6 +588,18 @@ class PRM(Optimizer):
         self._locate()
         tables = [self._group_stats(group) for group in self.param_groups]
         return [mask_summary([table]) for table in tables] if per_group else mask_summary(tables)
+
+    @torch.no_grad()
+    def get_tensor_masks(self) -> list[list[float]]:
+        """The mask of each tensor in the last step, its mean over the tensor; one list for each parameter group.
+
+        Recomputed from the state and collective, as `get_mask_stats`. In the order of the group's tensors, of which
+        those that were never stepped are left out.
+        """
+        self._locate()
+        numel, q = COLUMNS.index("numel"), COLUMNS.index("q")
+        tables = [self._group_stats(group)[0] for group in self.param_groups]
+        return [(table[:, q] / table[:, numel].clamp(min=1)).tolist() if len(table) else [] for table in tables]
 
     def describe_sharding(self) -> str | None:
         """How many tensors are trained, with which masks, and how they are held; None before the first step.

@@ -1,7 +1,7 @@
 """TRL's trainers with PRM as their optimizer."""
 
 from .arguments import PRMArguments, PRMDPOConfig, PRMSFTConfig
-from .callbacks import PRMCallback
+from .callbacks import PopulationRiskStopping, PRMCallback
 from .dpo import PRMDPOTrainer
 from .memorization import MemorizationCallback
 from .mixin import PRMTrainerMixin
@@ -17,4 +17,5 @@ __all__ = [
     "PRMSFTConfig",
     "PRMSFTTrainer",
     "PRMTrainerMixin",
+    "PopulationRiskStopping",
 ]

@@ -1,6 +1,7 @@
-"""What any Trainer can be given to be sure of PRM: a check when training begins, and a line on what is stepped."""
+"""What a Trainer can be given to be sure of PRM when training begins, and to end when it has nothing left to learn."""
 
 import logging
+import math
 
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -70,3 +71,77 @@ class PRMCallback(TrainerCallback):
             if state.is_world_process_zero:
                 processes = "1 process" if args.world_size == 1 else f"{args.world_size} processes"
                 logger.warning("PRM trains %s on %s.", path, processes)  # a level that is shown by default
+
+
+class PopulationRiskStopping(TrainerCallback):
+    """
+    Ends training when what is left in the gradients is mostly noise: a criterion that needs no labels.
+
+    For the trainers of this package, with PRM as their optimizer. When an epoch ends in which the mean of the logged
+    `mask/snr`, the signal-to-noise ratio pooled over all masked parameters, is below `threshold`, training stops. An
+    epoch without a logged value decides nothing. It is meant for `prm_estimator="debiased"`, whose ratio goes to 0
+    where no signal is left; with `"ema"` pure noise keeps it at about 1/20.
+
+    All that it knows is in the logs, which checkpoints carry, so a resumed run stops where it would have.
+
+    Args:
+        threshold (`float`, *optional*, defaults to `0.4`):
+            Signal-to-noise ratio, above 0. The default is what served best on the built-in task.
+
+    Raises:
+        ValueError: `threshold` is not a positive number; when training begins, PRM is not the optimizer, masks
+            nothing, or nothing is logged within an epoch (`logging_strategy`); at the end of an epoch, `mask/snr` is
+            not among what is logged.
+
+    Example:
+
+    ```python
+    >>> trainer = PRMDPOTrainer(model, args=args, train_dataset=train, callbacks=[PopulationRiskStopping()])
+    ```
+    """
+
+    def __init__(self, threshold: float = 0.4):
+        if isinstance(threshold, bool) or not 0 < threshold < math.inf:
+            raise ValueError(f"`threshold` is a signal-to-noise ratio and must be above 0, got {threshold!r}.")
+        self.threshold = threshold
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        **kwargs,
+    ) -> None:
+        prm = find_prm(optimizer)
+        if prm is None:
+            raise ValueError(
+                "`PopulationRiskStopping` goes by the statistics of PRM's mask, and the optimizer is "
+                f"{type(innermost_optimizer(optimizer)).__name__}: train with `optimizer_name='prm'`, or drop the "
+                "callback."
+            )
+        if all(group["mask"] == "none" for group in prm.param_groups):
+            raise ValueError("`PopulationRiskStopping` goes by PRM's mask, and `mask` is 'none': choose another.")
+        if args.logging_strategy != "steps":
+            raise ValueError(
+                f"`PopulationRiskStopping` goes by what is logged within an epoch, and `logging_strategy` is "
+                f"{args.logging_strategy!r}: set it to 'steps', and `logging_steps` to several an epoch."
+            )
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        entries = [entry for entry in state.log_history if state.epoch - 1 < entry["epoch"] <= state.epoch]
+        logged = [entry["mask/snr"] for entry in entries if "mask/snr" in entry]
+        if not logged and any("loss" in entry for entry in entries):
+            raise ValueError(
+                "`PopulationRiskStopping` goes by `mask/snr` in the logs, and this trainer does not log it: use "
+                "`PRMDPOTrainer`, `PRMSFTTrainer`, or `PRMTrainerMixin` in a class of your own."
+            )
+        # In the first step of the debiased estimator there is neither signal nor noise
+        logged = [ratio for ratio in logged if math.isfinite(ratio)]
+        if logged and sum(logged) / len(logged) < self.threshold:
+            logger.warning(
+                "Training stops after %.3g epochs: the gradients' signal-to-noise ratio was %.3g in the last one.",
+                state.epoch,
+                sum(logged) / len(logged),
+            )
+            control.should_training_stop = True

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from trl import DPOTrainer
-from trl.trainer.utils import get_config_model_id
+from trl.trainer.utils import get_config_model_id, hash_module
 
 from ..metrics import (
     PairEvaluation,
@@ -44,6 +44,10 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
     - `drift/params_rel`;
     - `memorization/flipped_fit` and `memorization/clean_fit`, if `train_dataset` is a [`~datasets.Dataset`] with a
       bool column `flipped`, on `args.memorization_max_pairs` of its rows.
+
+    Rows that are tokenized, as the trainer's own `train_dataset` is, are not tokenized again; where all datasets have
+    the columns `ref_chosen_logps` and `ref_rejected_logps` of `precompute_ref_log_probs=True`, training takes the
+    reference's log-probabilities from there, and `drift/kl` is measured still. So runs can share both.
 
     The reference is the trainer's: `ref_model`, or for a PEFT model the model with its adapter disabled (or TRL's
     copy of an adapter that training started from).
@@ -98,6 +102,9 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
         super().__init__(
             model, ref_model, args, *positional, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs, **kwargs
         )
+        datasets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        datasets = [self.train_dataset, *(dataset for dataset in datasets if dataset is not None)]
+        self.precompute_ref_logps |= all(map(_has_reference_logps, datasets))
         self.pair_evaluations: dict[str, PairEvaluation] = {}
         self.memorization_rows: list[int] = []
         self._memorization_loader: DataLoader | None = None
@@ -108,6 +115,18 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
                     "`drift/kl` is not measured: with `precompute_ref_log_probs=True` the reference model is not "
                     "kept. To measure it, set `precompute_ref_log_probs=False` or pass `ref_model`."
                 )
+
+    def _prepare_dataset(self, dataset: Any, *args, **kwargs) -> Any:
+        if "prompt_ids" in next(iter(dataset)):
+            return dataset
+        return super()._prepare_dataset(dataset, *args, **kwargs)
+
+    def _precompute_ref_logps(self, dataset: Dataset, *args, **kwargs) -> Dataset:
+        if _has_reference_logps(dataset):
+            return dataset
+        if self._precompute_model_hash is None:  # the log-probabilities so far came with the datasets
+            self._precompute_model_hash = hash_module(self.ref_model or self.model)
+        return super()._precompute_ref_logps(dataset, *args, **kwargs)
 
     def _prepare_memorization(self) -> None:
         if isinstance(self.train_dataset, IterableDataset):
@@ -157,7 +176,7 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
             )
         if self.is_deepspeed_enabled and self.deepspeed is None:
             raise ValueError("DeepSpeed sets the model up in `train` or `evaluate`: call one before `evaluate_pairs`.")
-        if not self._is_vision_dataset and "prompt_ids" not in next(iter(dataset)):
+        if not self._is_vision_dataset:
             dataset = self._prepare_dataset(dataset, self.processing_class, self.args, "evaluate_pairs")
         return self._evaluate_rows(self.get_test_dataloader(dataset))
 
@@ -186,3 +205,7 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
             self.pair_evaluations["train"] = pairs
             metrics |= memorization_metrics(pairs, self._flipped, self.beta)
         return metrics
+
+
+def _has_reference_logps(dataset: Dataset | IterableDataset) -> bool:
+    return {"ref_chosen_logps", "ref_rejected_logps"} <= set(dataset.column_names or ())
