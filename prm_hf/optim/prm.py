@@ -316,8 +316,10 @@ class PRM(Optimizer):
         It then hands over `grad_scale` and `found_inf`, and need not wait for the device. Not where a step counts on
         the host, which would have to wait to know whether it was one; and not for tensors that are held in parts.
         """
-        flags = [bool(group["fused"] and group["capturable"]) for group in self.param_groups]
-        return all(flags) and self._locator.layout is None
+        if not all(group["fused"] and group["capturable"] for group in self.param_groups):
+            return False
+        self._locate()  # GradScaler asks before the first step
+        return self._locator.layout is None
 
     # Traced into one graph, the step would be compiled anew whenever one of its scalars changes.
     @torch._disable_dynamo
