@@ -172,10 +172,10 @@ def test_halves_write_all_that_is_read():
     """The sums and the update by themselves, as under FSDP and DeepSpeed, with poisoned buffers between them."""
     shapes = [(7, 5), (8,), (1,), (40,)]
     hyper = PRM([torch.zeros(1, requires_grad=True)], reduction="per_tensor").param_groups[0]
-    from prm_hf.optim.prm import _hyperparameters
+    from prm_hf.optim.parts import hyperparameters
     from prm_hf.optim.step import ListStep, tensor_masks
 
-    hyper = _hyperparameters(hyper)
+    hyper = hyperparameters(hyper)
     lists = {}
     for kind in ("fused", "definition"):
         generator = torch.Generator().manual_seed(0)

@@ -4,10 +4,7 @@ The class validates, holds the state and dispatches. The mathematics is in `mask
 a tensor live, in `prm_hf.sharding`.
 """
 
-import functools
-import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,9 +13,10 @@ from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiab
 
 from ..sharding import Layout, Locator
 from . import masks
+from .parts import Part, hyperparameters, use_fused
 from .quantized import is_quantized, quantized_zeros, read, write
 from .statistics import COLUMNS, N_SUMS, add_rows, fill_per_tensor, mask_summary, slice_rows
-from .step import HYPERPARAMETERS, LOW_PRECISION, ListStep, tensor_masks
+from .step import LOW_PRECISION, ListStep, tensor_masks
 from .validation import check_reduction, check_state_dtype, validate_group
 
 
@@ -325,7 +323,7 @@ class PRM(Optimizer):
     @torch._disable_dynamo
     def _step(self) -> None:
         if self._plan is not None:
-            if self._plan.step(self.param_groups, [_hyperparameters(group) for group in self.param_groups]):
+            if self._plan.step(self.param_groups, [hyperparameters(group) for group in self.param_groups]):
                 return
             self._plan = None
         self._locate()
@@ -351,7 +349,7 @@ class PRM(Optimizer):
             if step:
                 step.update(q)
 
-    def _list_step(self, part: "_Part") -> Any:
+    def _list_step(self, part: Part) -> Any:
         if part.fused:
             from .fused import FusedStep
 
@@ -361,7 +359,7 @@ class PRM(Optimizer):
             return FusedStep(lists, part.hyper, self._fused_tables, getattr(self, "grad_scale", None))
         return ListStep(**part.lists, hyper=part.hyper, foreach=part.foreach)
 
-    def _make_plan(self, parts: list["_Part"]) -> None:
+    def _make_plan(self, parts: list[Part]) -> None:
         """Prepares the next steps, if they can be expected to be just like this one."""
         if not parts or not all(part.fused and not part.hyper["capturable"] for part in parts):
             return
@@ -373,10 +371,10 @@ class PRM(Optimizer):
         from .fused import FusedPlan
 
         if len(groups) == len(self.param_groups):
-            self._plan = FusedPlan([(group, _hyperparameters(group)) for group in groups], self.state)
+            self._plan = FusedPlan([(group, hyperparameters(group)) for group in groups], self.state)
             self._fused_tables.clear()
 
-    def _tensor_masks(self, parts: list["_Part"], sums: list[Tensor | None]) -> list[Tensor | None]:
+    def _tensor_masks(self, parts: list[Part], sums: list[Tensor | None]) -> list[Tensor | None]:
         """q of each slice of each part, None for parts that are not `per_tensor`. One all-reduce for all of them."""
         if self._locator.layout is not None:
             sums = self._total(parts, sums)
@@ -391,7 +389,7 @@ class PRM(Optimizer):
             qs.append(q if rows == list(range(len(row))) else q[self._index(rows, q.device)])
         return qs
 
-    def _total(self, parts: list["_Part"], sums: list[Tensor | None]) -> list[Tensor | None]:
+    def _total(self, parts: list[Part], sums: list[Tensor | None]) -> list[Tensor | None]:
         """From sums over slices to sums over the original tensors of each part, over all processes."""
         numbers = sorted({number for part in parts for number in part.tensors})
         if not numbers:
@@ -473,7 +471,7 @@ class PRM(Optimizer):
                 state["step"] = state["step"].clone()
             seen.add(id(state["step"]))
 
-    def _is_initialization(self, parts: list["_Part"]) -> bool:
+    def _is_initialization(self, parts: list[Part]) -> bool:
         """Whether this step is DeepSpeed's stage 0 in half precision allocating the state with zero gradients.
 
         It steps on clones of the parameters, which is how it is told from a user's step.
@@ -483,12 +481,12 @@ class PRM(Optimizer):
         self._started = any(grad.any() for part in parts for grad in part.lists["grads"])
         return not self._started
 
-    def _parts(self, group: dict[str, Any]) -> list["_Part"]:
+    def _parts(self, group: dict[str, Any]) -> list[Part]:
         """The tensors of a group that have a gradient, in slices that each lie in one original tensor."""
-        hyper = _hyperparameters(group)
+        hyper = hyperparameters(group)
         per_tensor = group["mask"] != "none" and group["reduction"] == "per_tensor"
         split = per_tensor and self._locator.flat
-        parts: dict[tuple, _Part] = {}
+        parts: dict[tuple, Part] = {}
         for p in group["params"]:
             grad = p.grad
             if grad is None:
@@ -509,7 +507,7 @@ class PRM(Optimizer):
                 tensors["grad_vars"] = state["grad_var"]
             key = (p.device, state["exp_avg"].dtype, state["exp_avg_sq"].dtype, p.dtype, grad.dtype)
             if key not in parts:
-                parts[key] = _Part(hyper, group["foreach"], p.device)
+                parts[key] = Part(hyper, group["foreach"], p.device)
             part = parts[key]
             part.counters.append(state["step"])
             numbers, lists = self._slices(p, tensors, split)
@@ -517,7 +515,7 @@ class PRM(Optimizer):
             if per_tensor:
                 part.tensors |= self._advancing(p, number=part.owners[-1] if part.owners else None)
         for part in parts.values():
-            part.fused = bool(part) and _use_fused(group, part.lists)
+            part.fused = bool(part) and use_fused(group, part.lists)
         return list(parts.values())
 
     def _slices(
@@ -621,7 +619,7 @@ class PRM(Optimizer):
 
     def _group_stats(self, group: dict[str, Any]) -> tuple[Tensor, bool]:
         """A row of `statistics.COLUMNS` for each trained tensor of a group, and whether the group is masked."""
-        hyper = _hyperparameters(group)
+        hyper = hyperparameters(group)
         masked = group["mask"] != "none"
         per_tensor = masked and group["reduction"] == "per_tensor"
         numbers: list[int] = []
@@ -663,73 +661,6 @@ class PRM(Optimizer):
             numels, grad_vars, steps = map(list, zip(*(tensors[number] for number in rows), strict=True))
             table = fill_per_tensor(table, numels, [var.to(table.device) for var in grad_vars], steps, hyper)
         return table, masked
-
-
-@dataclass
-class _Part:
-    """The tensors of a parameter group of one device and state dtype.
-
-    Attributes:
-        lists: by name in [`ListStep`], slices that each lie in one original tensor.
-        owners: of each slice, the number of its original tensor.
-        tensors: for `per_tensor`, by number of each original tensor that advances: elements, `grad_var`, `step`.
-        counters: the `step` of each local tensor.
-    """
-
-    hyper: dict[str, Any]
-    foreach: bool | None
-    device: torch.device
-    fused: bool = False
-    lists: dict[str, list[Tensor]] = field(default_factory=lambda: {name: [] for name in _LISTS})
-    owners: list[int] = field(default_factory=list)
-    tensors: dict[int, tuple[int, Tensor, Tensor]] = field(default_factory=dict)
-    counters: list[Tensor] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.owners)
-
-    def extend(self, numbers: list[int | None], lists: dict[str, list[Tensor]], step: Tensor) -> None:
-        """Adds slices of one local tensor; a whole tensor, whose number is None, gets its place among the slices."""
-        self.owners += [len(self.owners)] if numbers == [None] else numbers
-        for name, tensors in lists.items():
-            self.lists[name] += tensors
-        self.lists["state_steps"] += [step] * len(numbers)
-
-
-_LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "grad_vars", "state_steps")
-
-
-def _use_fused(group: dict[str, Any], lists: dict[str, list[Tensor]]) -> bool:
-    """Whether a part is stepped by the kernel: if asked for, and by default on CUDA where Triton is installed."""
-    if group["fused"] is False or group["foreach"] or group["differentiable"]:
-        return False
-    if group["fused"] is None and (not lists["params"][0].is_cuda or not _triton_is_available()):
-        return False
-    from .fused import supports
-
-    if not supports(lists):
-        if group["fused"]:
-            raise ValueError(
-                "Invalid fused=True: the kernel takes contiguous float32, bfloat16 and float16 tensors on a CUDA "
-                f"device; there are {lists['params'][0].dtype} ones on {lists['params'][0].device}. Leave fused=None."
-            )
-        return False
-    return True
-
-
-@functools.cache
-def _triton_is_available() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of [`prm`] that a parameter group stands for."""
-    validate_group(group)  # schedulers and users change groups while training
-    hyper = {key: group[key] for key in HYPERPARAMETERS if key in group}
-    hyper["beta1"], hyper["beta2"] = group["betas"]
-    hyper["alpha"] = masks.boundary_alpha(group["boundary"], group["alpha"], group["batch_size"], group["n_dataset"])
-    hyper["mask_eps"] = masks.SCALE_FREE_EPS if group["mask_eps"] is None else group["mask_eps"]
-    return hyper
 
 
 def _state_dtype(param: Tensor) -> torch.dtype:

@@ -29,7 +29,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback
 
 from prm_hf import PRM
 from prm_hf.optim import masks
-from prm_hf.optim.prm import _hyperparameters
+from prm_hf.optim.parts import hyperparameters
 from prm_hf.optim.step import mask_arguments, scalars_of
 from prm_hf.trainers.checkpoints import CheckpointMixin
 
@@ -102,7 +102,7 @@ class RecordingPRM(PRM):
     def _elementwise_masks(self, group, p):
         if group["reduction"] != "per_param" or p.numel() == 0:
             return None
-        hyper, state = _hyperparameters(group), self.state[p]
+        hyper, state = hyperparameters(group), self.state[p]
         c = scalars_of(state["step"].double(), hyper)
         m, s = (_local(state[name]).flatten().double() for name in ("exp_avg", "grad_var"))
         return masks.compute_mask(m.square(), s, c, **mask_arguments(hyper))[0]
