@@ -22,6 +22,7 @@ from ..metrics import (
 )
 from .arguments import PRMDPOConfig, check_deepspeed_config
 from .mixin import PRMTrainerMixin, rows_of
+from .packing import add_packing
 
 
 logger = get_logger(__name__)
@@ -51,6 +52,9 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
 
     The reference is the trainer's: `ref_model`, or for a PEFT model the model with its adapter disabled (or TRL's
     copy of an adapter that training started from).
+
+    `args.padding_free=True` runs all forward passes of training on packed sequences, for any kernel of attention: as
+    many rows as the tokens fit in, with masks that keep the sequences apart. The losses are those of padded batches.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -99,9 +103,15 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
         if not isinstance(args, PRMDPOConfig):
             raise TypeError(f"`args` is a `{type(args).__name__}`: pass a `PRMDPOConfig`, which has all its fields.")
         check_deepspeed_config(args)
-        super().__init__(
-            model, ref_model, args, *positional, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs, **kwargs
-        )
+        # TRL has none for DPO at present, and says so
+        self._packing_is_due, args.padding_free = args.padding_free, False
+        try:
+            super().__init__(
+                model, ref_model, args, *positional, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs, **kwargs
+            )
+            self._add_packing()
+        finally:
+            args.padding_free = self.padding_free
         datasets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         datasets = [self.train_dataset, *(dataset for dataset in datasets if dataset is not None)]
         self.precompute_ref_logps |= all(map(_has_reference_logps, datasets))
@@ -121,9 +131,26 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
             return dataset
         return super()._prepare_dataset(dataset, *args, **kwargs)
 
+    def _add_packing(self) -> None:
+        """`padding_free=True`, as soon as the models have TRL's fused head."""
+        if not self._packing_is_due:
+            return
+        model = self.model
+        learns_prompts = is_peft_model(model) and model.active_peft_config.is_prompt_learning
+        if self._is_vision_dataset or self.aux_loss_enabled or learns_prompts:
+            raise ValueError(
+                "`padding_free=True` is for texts, without prompt learning and without the load-balancing loss of "
+                "experts: set `padding_free=False`."
+            )
+        add_packing(model.get_base_model() if is_peft_model(model) else model)
+        if self.ref_model is not None:
+            add_packing(self.accelerator.unwrap_model(self.ref_model))
+        self._packing_is_due, self.padding_free = False, True
+
     def _precompute_ref_logps(self, dataset: Dataset, *args, **kwargs) -> Dataset:
         if _has_reference_logps(dataset):
             return dataset
+        self._add_packing()
         if self._precompute_model_hash is None:  # the log-probabilities so far came with the datasets
             self._precompute_model_hash = hash_module(self.ref_model or self.model)
         return super()._precompute_ref_logps(dataset, *args, **kwargs)
@@ -181,14 +208,23 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
         return self._evaluate_rows(self.get_test_dataloader(dataset))
 
     def _evaluate_rows(self, dataloader: DataLoader) -> PairEvaluation:
-        return evaluate_pairs(
+        rows = rows_of(dataloader)
+        order = range(len(rows))
+        if isinstance(rows, Dataset) and "prompt_ids" in rows.column_names:
+            # Batches of pairs of one length are hardly padded
+            texts = zip(*(rows[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")), strict=True)
+            lengths = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in texts]
+            order = sorted(order, key=lengths.__getitem__)
+            rows = rows.select(order)
+        pairs = evaluate_pairs(
             self.model_wrapped,
-            rows_of(dataloader),
+            rows,
             dataloader.collate_fn,
             self.accelerator,
             ref_model=self.ref_model,
             batch_size=self.args.per_device_eval_batch_size,
         )
+        return pairs.select(torch.tensor(order).argsort())
 
     def _split_metrics(self, dataloader: DataLoader, prefix: str) -> dict[str, float]:
         pairs = self._evaluate_rows(dataloader)

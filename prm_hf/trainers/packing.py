@@ -1,0 +1,90 @@
+"""Forward passes without padding: the sequences of a batch are packed into as few rows as they fit in."""
+
+import dataclasses
+import functools
+import types
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def pack(lengths: list[int], capacity: int) -> list[tuple[int, int]]:
+    """Row and first column of each sequence, in rows of `capacity` tokens. First fit, the longest first."""
+    places, filled = [(0, 0)] * len(lengths), []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, n in enumerate(filled) if n + lengths[i] <= capacity), len(filled))
+        if row == len(filled):
+            filled.append(0)
+        places[i] = row, filled[row]
+        filled[row] += lengths[i]
+    return places
+
+
+def add_packing(model: PreTrainedModel) -> None:
+    """Lets calls `model(input_ids, attention_mask, labels=…, fused_lm_head=True)` run without padding.
+
+    For models patched with TRL's `add_fused_lm_head`; all other calls stay as they are. Inputs are of shape
+    `(sequences, length)`, padded on the right. They are run as rows in which several sequences follow one another,
+    each with positions from 0, from which transformers' masks know the borders. What comes back is what the padded
+    call returns for each token, up to the rounding of the attention kernel.
+
+    Raises:
+        ValueError: a layer of the model lets sequences of a row see each other whatever their positions are.
+    """
+    config = model.config.get_text_config()
+    kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
+    unsafe = kinds - {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+    if unsafe:
+        raise ValueError(
+            f"`padding_free=True` needs attention that keeps packed sequences apart, and {type(model).__name__} has "
+            f"layers of the kind {', '.join(sorted(unsafe))}: set `padding_free=False`."
+        )
+    forward = model.forward
+
+    @functools.wraps(type(model).forward)
+    def packed_forward(self, *args, **kwargs):
+        mask = kwargs.get("attention_mask")
+        if args or mask is None or mask.dim() != 2 or not kwargs.get("fused_lm_head") or "position_ids" in kwargs:
+            return forward(*args, **kwargs)
+        lengths = mask.sum(1).tolist()
+        # Flash attention takes packed sequences in one row
+        one_row = "flash" in (config._attn_implementation or "")
+        index = _indices(lengths, sum(lengths) if one_row else max(lengths)).to(mask.device)
+        filled, (sequence, position) = index[0] >= 0, index.clamp(min=0)
+        kwargs |= {
+            "attention_mask": None,
+            "input_ids": kwargs["input_ids"][sequence, position],
+            # What is left of a row is a sequence of its own, that nothing comes of
+            "position_ids": position,
+            "labels": kwargs["labels"][sequence, position].masked_fill(~filled | (position == 0), -100),
+        }
+        outputs = forward(**kwargs)
+        # Entry t - 1 of a row is about its token t
+        filled, sequence, position = (x[:, 1:] for x in (filled & (position > 0), sequence, position))
+        place = (sequence[filled], position[filled] - 1)
+
+        def unpack(x: Tensor | None) -> Tensor | None:
+            return x if x is None else x.new_zeros(len(lengths), mask.shape[1] - 1).index_put(place, x[filled])
+
+        per_token = [f.name for f in dataclasses.fields(outputs) if f.name not in ("loss", "aux_loss")]
+        return dataclasses.replace(outputs, **{name: unpack(getattr(outputs, name)) for name in per_token})
+
+    model.forward = types.MethodType(packed_forward, model)
+
+
+def _indices(lengths: list[int], capacity: int) -> Tensor:
+    """Of each place of the packed rows, the sequence and the position in it: int64, `(2, rows, capacity)`.
+
+    Where a row is not filled, the sequence is -1 and the position counts from 0 anew.
+    """
+    places = pack(lengths, capacity)
+    index = torch.full((2, max(row for row, _ in places) + 1, capacity), -1)
+    ends = [0] * index.shape[1]
+    for i, (row, start) in enumerate(places):
+        end = start + lengths[i]
+        index[0, row, start:end], index[1, row, start:end] = i, torch.arange(lengths[i])
+        ends[row] = max(ends[row], end)
+    for row, end in enumerate(ends):
+        index[1, row, end:] = torch.arange(capacity - end)
+    return index
