@@ -267,6 +267,26 @@ def test_early_stopping_keeps_the_best_evaluation(finished):
     assert len(read(folder / "margins.json")["train"]) == 36  # a tenth of the pairs is not trained on
 
 
+def test_early_stopping_on_clean_labels_holds_out_the_same_pairs(tmp_path, monkeypatch):
+    """Both keep the same rows from training; only the labels that the weights are chosen by differ."""
+    kept = {}
+
+    class KeepBest(dpo_noisy.KeepBest):
+        def __init__(self, trainer, rows, folder):
+            kept[folder.name.split("_lr")[0]] = rows, trainer.train_dataset
+            super().__init__(trainer, rows, folder)
+
+    monkeypatch.setattr(dpo_noisy, "KeepBest", KeepBest)
+    rates = ["--learning_rates", "1e-3", "--prm_learning_rates", "1e-3"]
+    short = ["--max_steps", "1", *rates, "--output_dir", str(tmp_path), "--noise_rate", "0.4"]
+    dpo_noisy.main(["--methods", *dpo_noisy.EARLY_STOPPING, *short])
+    (noisy, trained), (clean, trained_too) = (kept[name] for name in dpo_noisy.EARLY_STOPPING)
+    assert noisy["prompt_ids"][:] == clean["prompt_ids"][:] and trained[:] == trained_too[:]
+    assert len(clean) * 9 == pytest.approx(len(trained), abs=9)
+    flips = [a != b for a, b in zip(noisy["chosen_ids"][:], clean["chosen_ids"][:], strict=True)]
+    assert flips == noisy["flipped"][:] and 0 < sum(flips) < len(flips)
+
+
 def test_interrupted_runs_go_on(finished, tmp_path):
     """Each method from its checkpoint of step 2 ends where it had ended."""
     runs, expected = tmp_path / "runs", {}
