@@ -41,6 +41,7 @@ from trl import ModelConfig
 
 from prm_hf import PopulationRiskStopping
 from prm_hf.compare import compare_runs, format_comparison, load_runs, rate_at_kl, write_report
+from prm_hf.compare.comparison import baseline_of
 from prm_hf.compare.measures import measures_of
 
 
@@ -332,7 +333,7 @@ class Grid:
 
     def _specify(self, method: str, learning_rate: float, seed: int, source: str | None = None, **extra) -> RunSpec:
         """`source`: of a control the method of the run that it is the control of."""
-        configured_as = (source if method == SHUFFLED_Q else "adamw") if source else method
+        configured_as = (source if method == SHUFFLED_Q else baseline_of(source)) if source else method
         described = settings_of(self._configure(configured_as, {}), **self.settings, **extra)
         return RunSpec(method, learning_rate, seed, described, configured_as)
 
@@ -347,14 +348,15 @@ class Grid:
             name = self._specify(*row, other).name
             detail = {"masks_of": name, "mean_q": self._mean_q(name)}
         elif control == ADAMW_MATCHED:
+            adamw = baseline_of(row[0])
             kl, *kls = (
                 metrics[key][seed].get("drift/kl", float("nan"))
-                for key in (row, *(("adamw", rate) for rate in self.rates["adamw"]))
+                for key in (row, *((adamw, rate) for rate in self.rates[adamw]))
             )
-            rate, detail = rate_at_kl(self.rates["adamw"], kls, kl), {"kl": kl}
+            rate, detail = rate_at_kl(self.rates[adamw], kls, kl), {"kl": kl}
             if rate is None:
                 self.comparison.skip(
-                    f"{control} of {of}: no two neighbouring rates of AdamW drift less and more than {kl:.3g}; add "
+                    f"{control} of {of}: no two neighbouring rates of {adamw} drift less and more than {kl:.3g}; add "
                     "learning rates"
                 )
                 return None
@@ -369,7 +371,8 @@ class Grid:
         config = self._configure(spec.configured_as, place)
         trainer = self.recipe.make_trainer(config, spec, self.data)
         masks_of = self.output_dir / spec.settings[FIXED_Q]["masks_of"] if spec.method == FIXED_Q else None
-        set_up_optimizer(trainer, spec.method, spec.seed, mean_masks(masks_of) if masks_of else None)
+        multipliers = mean_masks(masks_of) if masks_of else None
+        set_up_optimizer(trainer, spec.method, spec.seed, multipliers, spec.configured_as)
         if has_tensor_masks(spec.method) and not is_sharded(trainer):
             trainer.add_callback(MaskRecorder(trainer, folder))
         if spec.method == STOPPING:

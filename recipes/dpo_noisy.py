@@ -52,16 +52,17 @@ def methods(noise_rate: float) -> dict[str, dict[str, Any]]:
         **OPTIMIZERS,
         **noise_aware,
         "ipo": {**adamw, "loss_type": ["ipo"]},
-        EARLY_STOPPING: {**adamw, "eval_strategy": "steps", "eval_steps": 0.1},
+        **{method: {**adamw, "eval_strategy": "steps", "eval_steps": 0.1} for method in EARLY_STOPPING},
     }
 
 
-# AdamW as it was at the evaluation at which validation pairs, as noisy as the training pairs, had the smallest loss.
-EARLY_STOPPING = "early_stopping"
+# AdamW as it was at the evaluation at which validation pairs had the smallest loss: pairs as noisy as those that are
+# trained on, and the same pairs with their clean labels, which shows what better labels would be worth.
+EARLY_STOPPING = ("early_stopping", CLEAN := "early_stopping_clean")
 VALIDATION_EVERY = 10  # of so many training pairs one is kept for validation
 
 
-class NoisyValidation(TrainerCallback):
+class KeepBest(TrainerCallback):
     """Remembers the evaluation at which the DPO loss on `rows` was smallest: what keeping the best weights would give.
 
     Args:
@@ -152,7 +153,7 @@ def margins_of(trainer: PRMDPOTrainer) -> dict[str, list]:
 
 def outcomes(trainer: PRMDPOTrainer, data: Data) -> tuple[dict[str, float], dict[str, list]]:
     """The margins of the end, or with early stopping metrics and margins of the evaluation that it chooses."""
-    chosen = [c.best for c in trainer.callback_handler.callbacks if isinstance(c, NoisyValidation)]
+    chosen = [c.best for c in trainer.callback_handler.callbacks if isinstance(c, KeepBest)]
     return (chosen[0]["metrics"], chosen[0]["margins"]) if chosen else ({}, margins_of(trainer))
 
 
@@ -186,13 +187,13 @@ def main(arguments: list[str]) -> int:
 
     def trainer_of(config: PRMDPOConfig, spec: RunSpec, data: Data) -> PRMDPOTrainer:
         train, validation = flip_preferences(data.train, spec.settings["noise_rate"], seed=spec.seed), None
-        if spec.method == EARLY_STOPPING:
-            kept = set(range(0, len(train), VALIDATION_EVERY))
-            validation = train.select(sorted(kept))
+        if spec.method in EARLY_STOPPING:
+            kept = range(0, len(train), VALIDATION_EVERY)
+            validation = (data.train if spec.method == CLEAN else train).select(kept)
             train = train.select([i for i in range(len(train)) if i not in kept])
         trainer = make_trainer(config, data, train, model_args)
         if validation is not None:
-            trainer.add_callback(NoisyValidation(trainer, validation, Path(config.output_dir)))
+            trainer.add_callback(KeepBest(trainer, validation, Path(config.output_dir)))
         return trainer
 
     recipe = Recipe(

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from prm_hf import PRM
+from prm_hf.compare.comparison import baseline_of
 
 
 # What a method changes in the configuration. A recipe may know more methods, as losses.
@@ -26,19 +27,24 @@ OPTIMIZERS = {
     "prm_per_tensor": {"prm_reduction": "per_tensor", "prm_estimator": "ema"},
     "prm_per_param": {"prm_reduction": "per_param", "prm_estimator": "ema"},
     "prm_debiased": {"prm_reduction": "per_tensor", "prm_estimator": "debiased"},
+    "prm_debiased_eps": {"prm_reduction": "per_tensor", "prm_estimator": "debiased"},
     "prm_debiased_per_param": {"prm_reduction": "per_param", "prm_estimator": "debiased"},
     "prm_stopping": {"prm_reduction": "per_tensor", "prm_estimator": "debiased"},
 }
 # prm_debiased that ends when an epoch's gradients were mostly noise: no run of it has controls, which would end later.
 STOPPING = "prm_stopping"
+# Methods with an eps that is large relative to the gradient.
+WITH_EPS = ("adamw_eps", "prm_debiased_eps")
 # Methods whose name ends in a value, and what the value is.
 VALUES = {
     "adamw_eps": "eps, relative to the gradient's scale, as in `adamw_eps:0.3`",
+    "prm_debiased_eps": "eps, relative to the gradient's scale, as in `prm_debiased_eps:10`",
     "adamw_embedding": "the factor of the embedding's learning rate, as in `adamw_embedding:3`",
 }
 # The controls of a PRM run. Is it the selection, or the smaller step: AdamW at η·q̄, q̄ the run's mean mask; AdamW at
 # the learning rate that drifts as far. Is it which tensor is slowed, and when: the run with its mask permuted over
-# tensors at each step; AdamW with each tensor slowed as in the run of another seed.
+# tensors at each step; AdamW with each tensor slowed as in the run of another seed. AdamW is here the one that the run
+# adds its mask to, `baseline_of` its method: with the same eps, or a control would measure the eps.
 CONSTANT_Q, ADAMW_MATCHED, SHUFFLED_Q, FIXED_Q = "constant_q", "adamw_matched", "shuffled_q", "fixed_q"
 CONTROLS = (CONSTANT_Q, ADAMW_MATCHED, SHUFFLED_Q, FIXED_Q)
 OF_TENSORS = (SHUFFLED_Q, FIXED_Q)
@@ -85,21 +91,26 @@ def check_methods(methods: list[str], known: list[str], seeds: list[int], max_gr
     for control in (name for name in names if name in CONTROLS):
         if not any(has_controls(name) for name in names):
             raise ValueError(f"`{control}` takes something from a PRM run: add a PRM method to `methods`.")
-        if control in OF_TENSORS and not any(has_tensor_masks(name) for name in names):
+        if control in OF_TENSORS and not any(map(has_tensor_masks, methods)):
             raise ValueError(
                 f"`{control}` is about the masks of tensors: add a method to `methods` that has them, as prm_debiased."
             )
-        if control == ADAMW_MATCHED and "adamw" not in names:
-            raise ValueError("`adamw_matched` lies between runs of AdamW: add `adamw` to `methods`.")
+        if control == ADAMW_MATCHED:
+            for method in filter(has_controls, methods):
+                if baseline_of(method) not in methods:
+                    raise ValueError(
+                        f"`adamw_matched` of `{method}` lies between runs of AdamW with the same eps: add "
+                        f"`{baseline_of(method)}` to `methods`."
+                    )
         if control == FIXED_Q and len(seeds) < 2:
             raise ValueError(f"`fixed_q` takes the masks of another seed: give two `seeds` or more, got {seeds}.")
-    for name in ("adamw_eps", "msvag"):
+    for name in (*WITH_EPS, "msvag"):
         if name in names and not max_grad_norm:
             raise ValueError(f"`{name}` is scaled by the clipped gradient: set `max_grad_norm` above 0.")
 
 
 def has_tensor_masks(method: str) -> bool:
-    return has_controls(method) and OPTIMIZERS.get(method, {}).get("prm_reduction") == "per_tensor"
+    return has_controls(method) and OPTIMIZERS.get(split_method(method)[0], {}).get("prm_reduction") == "per_tensor"
 
 
 class ShuffledPRM(PRM):
@@ -133,23 +144,33 @@ def is_sharded(trainer: Trainer) -> bool:
     return trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
 
 
-def set_up_optimizer(trainer: Trainer, method: str, seed: int, multipliers: dict[str, float] | None = None) -> None:
+def set_up_optimizer(
+    trainer: Trainer,
+    method: str,
+    seed: int,
+    multipliers: dict[str, float] | None = None,
+    configured_as: str | None = None,
+) -> None:
     """Gives the trainer the optimizer of a method that the configuration alone cannot express.
 
-    The learning rates of `adamw_eps` and `msvag` are scaled so that a step is about as long as AdamW's at the rate of
-    the configuration. With gradients clipped to the norm c, one of d parameters has the gradient c/√d: the scale that
-    eps is relative to. Adam's step is then η/(1+eps), M-SVAG's η·c/√d.
+    The learning rates of methods with an eps and of `msvag` are scaled so that a step is about as long as AdamW's at
+    the rate of the configuration. With gradients clipped to the norm c, one of d parameters has the gradient c/√d: the
+    scale that eps is relative to. Adam's step is then η/(1+eps), M-SVAG's η·c/√d.
 
     Args:
         trainer: before training.
         multipliers: of `fixed_q`, the factor of each tensor's learning rate by the tensor's name.
+        configured_as: of a control, the method that it has eps from.
 
     Raises:
         ValueError: the model is sharded, or what the method needs is not there.
         ImportError: pytorch-optimizer is not installed.
     """
     name, value = split_method(method)
-    if name not in (*VALUES, "cautious", "msvag", *OF_TENSORS):
+    based_on, eps = split_method(configured_as or method)
+    if based_on not in WITH_EPS:
+        eps = None
+    if eps is None and name not in ("adamw_embedding", "cautious", "msvag", *OF_TENSORS):
         return
     if is_sharded(trainer):
         raise ValueError(f"`{method}` runs on whole tensors: launch it on one GPU, or several without sharding.")
@@ -157,10 +178,10 @@ def set_up_optimizer(trainer: Trainer, method: str, seed: int, multipliers: dict
     args, named = trainer.args, dict(trainer.model.named_parameters())
     scale = args.max_grad_norm / sum(p.numel() for p in named.values() if p.requires_grad) ** 0.5
     groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in optimizer.param_groups]
-    if name == "adamw_eps":
+    if eps is not None:
         for group in optimizer.param_groups:
-            group["eps"], group["lr"] = value * scale, group["lr"] * (1 + value)
-    elif name == "adamw_embedding":
+            group["eps"], group["lr"] = eps * scale, group["lr"] * (1 + eps)
+    if name == "adamw_embedding":
         embedding = trainer.model.get_input_embeddings().weight
         if not embedding.requires_grad:
             raise ValueError(f"`{method}` changes the embedding's learning rate, and the embedding is not trained.")
@@ -178,7 +199,7 @@ def set_up_optimizer(trainer: Trainer, method: str, seed: int, multipliers: dict
         trainer.optimizer = _pytorch_optimizer(method).AdamP(
             groups, betas=betas, eps=args.adam_epsilon, delta=0.0, cautious=True, foreach=True
         )
-    else:
+    elif name == "msvag":
         if args.weight_decay:
             raise ValueError(f"`msvag` has no weight decay, and `weight_decay` is {args.weight_decay}: set it to 0.")
         groups = [{"params": group["params"], "lr": group["lr"] / scale} for group in groups]

@@ -483,6 +483,16 @@ def test_frontier_area_against_the_strongest_rival(tmp_path):
     assert any(c.kind == BEST_LR and c.right.method == "adamw_eps:0.1" for c in comparison.contrasts)
 
 
+def test_controls_with_an_eps_are_no_points_of_adamws_curve(tmp_path):
+    """constant q of PRM with a larger eps is AdamW with that eps: AdamW's curve stays as it is without it."""
+    write_grid(tmp_path, seeds=(0, 1), prm=("prm_debiased_eps:10",), constant=0.9)
+    comparison = compare_runs(tmp_path)
+    area = contrast(comparison, FRONTIER, "prm_debiased_eps:10")
+    assert area.interval.mean == pytest.approx(0.0, abs=0.004)
+    assert contrast(comparison, CONTROLLED, "prm_debiased_eps:10").against.startswith("constant q (AdamW eps 10 at ")
+    assert "against AdamW eps 10 with PRM's mean step" in comparison.statements[0]
+
+
 def test_frontier_area_that_cannot_be_had(tmp_path):
     for lr, kl in ((1e-3, 0.4), (1e-2, 1.6)):
         write_run(tmp_path, "adamw", lr, 0, 0.7, kl)
@@ -563,6 +573,8 @@ def test_names():
         "shuffled_q": "control",
         "fixed_q": "control",
         "adamw_matched": "control",
+        "prm_debiased_eps:10": "PRM",
+        "early_stopping_clean": "loss-side",
         "adamw_eps:0.1": "baseline",
         "cdpo": "loss-side",
         "early_stopping": "loss-side",

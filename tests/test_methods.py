@@ -212,6 +212,38 @@ def test_controls_take_from_their_run(finished):
             assert largest > smallest
 
 
+def test_an_eps_goes_with_the_controls(finished, tmp_path):
+    """The controls of PRM with a larger eps are AdamW and PRM with that eps; AdamW at the KL lies on its curve."""
+    methods_of = ["--methods", "adamw_eps:10", "prm_debiased_eps:10", *methods.CONTROLS, "--seeds", "0", "1"]
+    run(finished, tmp_path, *methods_of, "--learning_rates", "1e-6", "1e-2", "--prm_learning_rates", "1e-3", "3e-3")
+    found = {path.parent.name: read(path) for path in tmp_path.glob("*/run.json")}
+    of = {control: [i for i in found.values() if i["method"] == control] for control in methods.CONTROLS}
+    assert {control: len(infos) for control, infos in of.items()} == dict.fromkeys(methods.CONTROLS, 2)
+    source = found[of["constant_q"][0]["settings"]["constant_q"]["of"]]
+    assert source["method"] == "prm_debiased_eps:10" and source["optimizer"]["class"] == "PRM"
+    assert source["settings"]["prm_estimator"] == "debiased" and source["settings"]["prm_reduction"] == "per_tensor"
+    n = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(build_demo().model_path).parameters())
+    classes = {"ShuffledPRM": 2, "PRM": 4, "AdamW": 4 + 6}
+    for info in found.values():
+        optimizer = info["optimizer"]
+        classes[optimizer["class"]] -= 1
+        assert optimizer["eps"] == pytest.approx(10 / n**0.5), info["name"]
+        if info["method"] != "fixed_q":
+            assert optimizer["learning_rate"] == pytest.approx(11 * info["learning_rate"]), info["name"]
+    assert set(classes.values()) == {0}
+    for info in of["fixed_q"]:
+        masks = methods.mean_masks(tmp_path / info["settings"]["fixed_q"]["masks_of"])
+        assert info["optimizer"]["learning_rate"] == pytest.approx(11 * info["learning_rate"] * max(masks.values()))
+    for info in of["adamw_matched"]:
+        ends = sorted(
+            (i["learning_rate"], read(tmp_path / name / "metrics.json")["drift/kl"])
+            for name, i in found.items()
+            if i["method"] == "adamw_eps:10" and i["seed"] == info["seed"]
+        )
+        rate = comparison.rate_at_kl(*zip(*ends, strict=True), info["settings"]["adamw_matched"]["kl"])
+        assert info["learning_rate"] == pytest.approx(rate)
+
+
 def test_stopping_by_the_ratio_is_a_method(finished, tmp_path, monkeypatch):
     """40 pairs, 4 a step and a threshold that every ratio is below: one epoch of 10 steps and no more."""
     monkeypatch.setattr(comparison, "PopulationRiskStopping", lambda: PopulationRiskStopping(1e9))
@@ -233,6 +265,26 @@ def test_early_stopping_keeps_the_best_evaluation(finished):
     assert metrics["drift/kl"] == evaluated["drift/kl"]
     assert sum(x > 0 for x in read(folder / "margins.json")["heldout"]) == round(24 * metrics["rewards/accuracies"])
     assert len(read(folder / "margins.json")["train"]) == 36  # a tenth of the pairs is not trained on
+
+
+def test_early_stopping_on_clean_labels_holds_out_the_same_pairs(tmp_path, monkeypatch):
+    """Both keep the same rows from training; only the labels that the weights are chosen by differ."""
+    kept = {}
+
+    class KeepBest(dpo_noisy.KeepBest):
+        def __init__(self, trainer, rows, folder):
+            kept[folder.name.split("_lr")[0]] = rows, trainer.train_dataset
+            super().__init__(trainer, rows, folder)
+
+    monkeypatch.setattr(dpo_noisy, "KeepBest", KeepBest)
+    rates = ["--learning_rates", "1e-3", "--prm_learning_rates", "1e-3"]
+    short = ["--max_steps", "1", *rates, "--output_dir", str(tmp_path), "--noise_rate", "0.4"]
+    dpo_noisy.main(["--methods", *dpo_noisy.EARLY_STOPPING, *short])
+    (noisy, trained), (clean, trained_too) = (kept[name] for name in dpo_noisy.EARLY_STOPPING)
+    assert noisy["prompt_ids"][:] == clean["prompt_ids"][:] and trained[:] == trained_too[:]
+    assert len(clean) * 9 == pytest.approx(len(trained), abs=9)
+    flips = [a != b for a, b in zip(noisy["chosen_ids"][:], clean["chosen_ids"][:], strict=True)]
+    assert flips == noisy["flipped"][:] and 0 < sum(flips) < len(flips)
 
 
 def test_interrupted_runs_go_on(finished, tmp_path):
@@ -268,7 +320,10 @@ def test_interrupted_runs_go_on(finished, tmp_path):
         (["adamw", "prm_per_param", "fixed_q"], "`fixed_q` is about the masks of tensors"),
         (["prm_debiased", "fixed_q"], r"takes the masks of another seed: give two `seeds` or more, got \[0\]"),
         (["prm_stopping", "constant_q"], "`constant_q` takes something from a PRM run"),
-        (["prm_debiased", "adamw_matched"], "lies between runs of AdamW"),
+        (["prm_debiased", "adamw_matched"], "lies between runs of AdamW with the same eps: add `adamw` to"),
+        (["adamw", "prm_debiased_eps:3", "adamw_matched"], "of `prm_debiased_eps:3` lies .* add `adamw_eps:3` to"),
+        (["prm_debiased_eps"], "'prm_debiased_eps' needs a positive number behind a colon"),
+        (["prm_debiased_eps:3", "--max_grad_norm", "0"], "`prm_debiased_eps` is scaled by the clipped gradient"),
         (["msvag", "--max_grad_norm", "0"], "`msvag` is scaled by the clipped gradient: set `max_grad_norm`"),
     ],
 )

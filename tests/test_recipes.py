@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "recipes"))
 import comparison  # noqa: E402
 import dpo_noisy  # noqa: E402
 import inputs  # noqa: E402
+import methods  # noqa: E402
 
 
 SHORT = ["--max_steps", "3", "--logging_steps", "1", "--eval_steps", "3", "--warmup_steps", "1"]
@@ -151,13 +152,20 @@ def test_cdpo_by_way_of_the_robust_loss():
         assert (1 - s) / (1 - 2 * s) == pytest.approx(1 - rate) and -s / (1 - 2 * s) == pytest.approx(rate)
 
 
-@pytest.mark.parametrize("name", ["gsm8k_pairs", "gsm8k_pairs_lora", "pandalm", "pandalm_lora"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"qwen2.5-0.5b/{name}" for name in ("gsm8k_pairs", "gsm8k_pairs_lora", "pandalm", "pandalm_lora")),
+        "smollm2-135m/gsm8k_pairs",
+    ],
+)
 def test_the_frontier_settings_parse(name):
-    path = ROOT / "recipes" / "qwen2.5-0.5b" / f"{name}.yaml"
+    path = ROOT / "recipes" / f"{name}.yaml"
     files = ["--dataset_name", "a.train.jsonl", "--eval_dataset_name", "a.test.jsonl"]
     script_args, training_args, model_args = dpo_noisy.parse(["--config", str(path), *files, *ON_CPU])
     assert script_args.dataset_name == ["a.train.jsonl"] and len(script_args.seeds) == 5
-    assert {"adamw_eps:1", "shuffled_q", "fixed_q", "adamw_matched"} <= set(script_args.methods)
+    assert {"adamw_eps:10", "prm_debiased_eps:10", *methods.CONTROLS} <= set(script_args.methods)
+    assert ("early_stopping_clean" in script_args.methods) == ("gsm8k" in name)  # pandalm's labels are all there is
     assert training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps == 32
     assert training_args.output_dir.endswith(name) and model_args.use_peft == name.endswith("_lora")
     with pytest.raises(ValueError, match="needs a `--dataset_name`"):

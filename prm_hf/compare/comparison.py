@@ -46,6 +46,7 @@ _DISPLAY = {
     "prm_per_tensor": "PRM per_tensor",
     "prm_per_param": "PRM per_param",
     "prm_debiased": "PRM debiased",
+    "prm_debiased_eps": "PRM debiased eps",
     "prm_debiased_per_param": "PRM debiased per_param",
     "prm_stopping": "PRM stopping",
     "constant_q": "constant q",
@@ -56,6 +57,7 @@ _DISPLAY = {
     "robust": "rDPO (robust)",
     "ipo": "IPO",
     "early_stopping": "early stopping",
+    "early_stopping_clean": "early stopping, clean labels",
 }
 _CONTROLS = {"constant", "shuffled", "fixed", "matched"}
 _LOSSES = ("cdpo", "robust", "rdpo", "ipo", "hinge")
@@ -65,6 +67,12 @@ def display_name(method: str) -> str:
     """Name of a method for people; an unknown method is called as it is, and a value after `:` stays behind it."""
     base, _, value = method.partition(":")
     return f"{_DISPLAY.get(base, base)} {value}".strip()
+
+
+def baseline_of(method: str) -> str:
+    """The AdamW that a PRM method adds its mask to: `adamw`, of `prm_debiased_eps:10` `adamw_eps:10`."""
+    name, _, value = method.partition(":")
+    return f"adamw_eps:{value}" if name.endswith("_eps") else "adamw"
 
 
 def method_group(method: str) -> str:
@@ -335,7 +343,9 @@ def _contrasts(comparison: Comparison) -> list[Contrast]:
 def _curve(comparison: Comparison) -> list[Row]:
     """The rows whose runs are points of AdamW's curve: its own, and controls that are AdamW at another rate."""
     controls = comparison.methods(CONTROL)
-    return [*comparison.baseline, *controls.get("constant_q", []), *controls.get("adamw_matched", [])]
+    controls = [row for method in ("constant_q", "adamw_matched") for row in controls.get(method, [])]
+    with_eps = [row for row in controls if row.source and baseline_of(row.source.method) != "adamw"]
+    return [*comparison.baseline, *(row for row in controls if row not in with_eps)]
 
 
 def _frontier_contrasts(comparison: Comparison) -> list[Contrast]:
@@ -411,7 +421,8 @@ def _between(kind: str, left: Row, right: Row) -> Contrast:
     ]
     against = right.label
     if right.method in ("constant_q", "adamw_matched"):
-        against = f"{display_name(right.method)} (AdamW at {format_rate(right.learning_rate)})"
+        adamw = display_name(baseline_of(left.method))
+        against = f"{display_name(right.method)} ({adamw} at {format_rate(right.learning_rate)})"
     elif kind == SAME_LR:
         against += " (same rate: a larger step)"
     elif kind == BEST_LR:

@@ -19,6 +19,7 @@ from .comparison import (
     Comparison,
     Contrast,
     Row,
+    baseline_of,
     best,
     display_name,
     format_rate,
@@ -83,7 +84,8 @@ def _headline(comparison: Comparison) -> str:
     else:
         parts.append(f"unknown against {name} at the same KL ({at_kl.missing})")
     if same_step is not None:
-        parts.append(f"{format_interval(same_step)} against {name} with PRM's mean step ({verdict(same_step)})")
+        its = display_name(baseline_of(lead.method))
+        parts.append(f"{format_interval(same_step)} against {its} with PRM's mean step ({verdict(same_step)})")
     picked = f", the best of {len(prm)} PRM settings," if len(prm) > 1 else ""
     return (
         f"{lead.label}{picked} has {lead.accuracy:.3f} held-out accuracy: {', '.join(parts[:-1])} and {parts[-1]}; "
