@@ -27,7 +27,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(fused, "CHUNK", 16)
+    monkeypatch.setattr(fused, "CHUNK", 32)
+    monkeypatch.setattr(fused, "SMALL_CHUNK", 16)
+    monkeypatch.setattr(fused, "SMALL", 64)
     monkeypatch.setattr(fused, "LAG", 2)
 
 

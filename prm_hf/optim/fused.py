@@ -26,7 +26,8 @@ from .quantized import is_quantized
 from .step import scalars_of
 
 
-CHUNK = 4096  # elements an item
+CHUNK = 4096  # elements an item,
+SMALL_CHUNK, SMALL = 1024, 2**18  # and where no tensor has more than so many, as with LoRA
 LAG = 768  # statistics items between a tensor's last and its first update: about what all programs hold at a time
 PROGRAMS_PER_MULTIPROCESSOR = 6
 N_WARPS = 4
@@ -392,7 +393,8 @@ class FusedList:
         self._code = code
         self._dtypes = {"P": _DTYPES[params[0].dtype], "M": _DTYPES[exp_avgs[0].dtype]}
         numels = np.array([p.numel() for p in params], dtype=np.int64)
-        n_chunks = -(-numels // CHUNK)
+        self._chunk = CHUNK if numels.max(initial=0) > SMALL else SMALL_CHUNK
+        n_chunks = -(-numels // self._chunk)
         first = np.concatenate([[0], np.cumsum(n_chunks)]).astype(np.int32)
         chunk_tensors = np.repeat(np.arange(n, dtype=np.int32), n_chunks)
         statistics, updates = 2 * np.arange(first[-1], dtype=np.int32), 2 * np.arange(first[-1], dtype=np.int32) + 1
@@ -483,7 +485,7 @@ class FusedList:
             **self._dtypes,
             G=_DTYPES[grads[0].dtype],
             ALIGNED=self._aligned and self._grads_aligned,
-            CHUNK=CHUNK,
+            CHUNK=self._chunk,
             N_SCALARS=len(SCALARS),
             PHASE=phase,
             num_warps=N_WARPS,
