@@ -351,7 +351,7 @@ def picture(path: Path, rows: list[dict], title: str) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_title(f"{TITLES[shapes]}, {dtype}", fontsize=10, loc="left")
         axis.set_xlabel("ms a step (median)")
-    axes.flat[0].legend(frameon=False, fontsize=8, loc="lower right")
+    axes.flat[0].legend(frameon=False, fontsize=8, loc="upper right")
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)
