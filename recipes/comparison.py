@@ -241,8 +241,12 @@ def run_comparisons(
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
+    # What one process of a sweep computes, the others find in the datasets' cache.
+    preparing = FileLock(Path(training_args.output_dir) / ".locks" / "prepare.lock")
+    Path(preparing.lock_file).parent.mkdir(parents=True, exist_ok=True)
     for data in load_data(script_args, model_args, recipe.built_in):
-        data = recipe.prepare(data, training_args)
+        with preparing:
+            data = recipe.prepare(data, training_args)
         for noise_rate in script_args.noise_rate:
             output_dir = Path(training_args.output_dir)
             if len(script_args.dataset_name or ()) > 1:
