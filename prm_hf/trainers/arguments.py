@@ -38,9 +38,9 @@ class PRMArguments:
             `"per_param"` for one a scalar parameter, which costs half as much again.
         prm_softness (`float`, *optional*, defaults to `1.0`):
             λ, how strongly noise closes the mask.
-        prm_estimator (`str`, *optional*, defaults to `"ema"`):
-            How signal and noise are told apart: `"ema"` (the paper) or `"debiased"`, which takes the noise that is
-            left in the averaged gradient off the signal.
+        prm_estimator (`str`, *optional*, defaults to `"debiased"`):
+            How signal and noise are told apart: `"ema"` (the paper, and [`PRM`]'s default) or `"debiased"`, which
+            takes the noise that is left in the averaged gradient off the signal.
         prm_rho (`float`, *optional*, defaults to `0.99`):
             Decay rate of the gradient's running variance, in [0, 1).
         prm_boundary (`str`, *optional*, defaults to `"batch"`):
@@ -94,7 +94,7 @@ class PRMArguments:
         metadata={"help": "Softness (lambda) of the mask: how strongly noise closes it."},
     )
     prm_estimator: str = field(
-        default="ema",
+        default="debiased",
         metadata={
             "help": "How signal and noise are told apart: `'ema'` (the paper), or `'debiased'`, which takes the noise "
             "that is left in the averaged gradient off the signal.",
