@@ -81,7 +81,7 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
     ```python
     >>> from prm_hf import PRMDPOConfig, PRMDPOTrainer
 
-    >>> args = PRMDPOConfig("out", learning_rate=5e-6, prm_estimator="debiased", eval_strategy="epoch")
+    >>> args = PRMDPOConfig("out", learning_rate=5e-6, eval_strategy="epoch")
     >>> trainer = PRMDPOTrainer("Qwen/Qwen2.5-0.5B-Instruct", args=args, train_dataset=train, eval_dataset=heldout)
     >>> trainer.train()
     >>> trainer.last_eval_metrics["eval_drift/kl"]
