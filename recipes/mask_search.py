@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "search_prm_signal0.95": {"signal_beta": 0.95},
     "search_prm_signal0.98": {"signal_beta": 0.98},
     "search_prm_signal0.98_eps10": {"signal_beta": 0.98, "eps": 10},
+    "search_prm_rows_signal0.98_eps10": {"rows": True, "signal_beta": 0.98, "eps": 10},
     "search_prm_within": {"within_step": True},
     "search_prm_within_eps10": {"within_step": True, "eps": 10},
     # With the learning rates of AdamW, whose mean step they have.

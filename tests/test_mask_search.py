@@ -67,6 +67,10 @@ def test_rows_are_as_tensors_of_their_own():
     found = train(lambda params: SearchedPRM(params, **SETTINGS, rows=True))
     assert torch.allclose(found, train(lambda params: PRM(params, **SETTINGS, **DEBIASED), cut=cut), atol=1e-6)
     assert not torch.allclose(found, train(lambda params: SearchedPRM(params, **SETTINGS)), atol=1e-3)
+    wide = {**SETTINGS, "signal_beta": 0.98}
+    found_wide = train(lambda params: SearchedPRM(params, **wide, rows=True))
+    assert torch.allclose(found_wide, train(lambda params: SearchedPRM(params, **wide), cut=cut), atol=1e-6)
+    assert not torch.allclose(found_wide, found, atol=1e-3)
 
 
 def test_a_wider_signal_is_by_its_definition():
