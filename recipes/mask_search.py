@@ -42,6 +42,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "search_prm_signal0.98": {"signal_beta": 0.98},
     "search_prm_signal0.98_eps10": {"signal_beta": 0.98, "eps": 10},
     "search_prm_rows_signal0.98_eps10": {"rows": True, "signal_beta": 0.98, "eps": 10},
+    # The control of the one before: as many rows are as open, but others.
+    "search_prm_rows_signal0.98_eps10_shuffled": {"rows": True, "signal_beta": 0.98, "eps": 10, "shuffle": True},
     "search_prm_within": {"within_step": True},
     "search_prm_within_eps10": {"within_step": True, "eps": 10},
     # With the learning rates of AdamW, whose mean step they have.
@@ -65,6 +67,7 @@ class SearchedPRM(torch.optim.Optimizer):
         signal_beta: decay rate of a gradient average of its own, from which the signal is estimated; a slower one
             sees smaller signals. The mask weighs it against the noise of the average that is stepped with.
         keep_mean: q divided by its mean over all parameters, so that the mean step is AdamW's and selection remains.
+        shuffle: the masks of a step dealt out anew, at random, to the rows of each tensor.
         within_step: signal and noise from the gradients of the step's micro-batches, two or more. Of K such gradients,
             each divided by K, Σ|g|² gives the unbiased variance N of their sum; S is the sum's square less N.
 
@@ -84,6 +87,7 @@ class SearchedPRM(torch.optim.Optimizer):
         rows: bool = False,
         signal_beta: float | None = None,
         keep_mean: bool = False,
+        shuffle: bool = False,
         within_step: bool = False,
     ) -> None:
         if within_step and (rows or signal_beta is not None):
@@ -93,7 +97,7 @@ class SearchedPRM(torch.optim.Optimizer):
             )
         super().__init__(params, dict(lr=lr, betas=betas, rho=rho, eps=eps, weight_decay=weight_decay))
         self.softness, self.rows, self.signal_beta = softness, rows, signal_beta
-        self.keep_mean, self.within_step = keep_mean, within_step
+        self.keep_mean, self.shuffle, self.within_step = keep_mean, shuffle, within_step
         self.mean_qs: list[float] = []  # of each step, over all parameters, as it was before `keep_mean`
         self._micro: dict[Tensor, tuple[Tensor, float, int]] = {}  # gradient so far, sum of squares, micro-batches
         if within_step:
@@ -118,6 +122,9 @@ class SearchedPRM(torch.optim.Optimizer):
         self.mean_qs.append(mean)
         if self.keep_mean:
             qs = [q / mean if mean > 0 else q for q in qs]
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(len(self.mean_qs))
+            qs = [q[torch.randperm(len(q), generator=generator).to(q.device)] for q in qs]
         for (p, group), q in zip(tensors, qs, strict=True):
             state, (beta1, beta2) = self.state[p], group["betas"]
             t = state["step"].item()

@@ -73,6 +73,24 @@ def test_rows_are_as_tensors_of_their_own():
     assert not torch.allclose(found_wide, found, atol=1e-3)
 
 
+def test_shuffled_rows_are_the_same_masks_elsewhere():
+    """The gradients are given, so that both have the same masks; at the second step, the first that has any."""
+    found = []
+    for shuffle in (False, True):
+        p = torch.nn.Parameter(torch.zeros(16, 3))
+        optimizer = SearchedPRM([p], lr=0.1, rows=True, shuffle=shuffle)
+        for step in range(2):
+            p.grad = torch.randn(16, 3, generator=torch.Generator().manual_seed(step)) + 1
+            optimizer.step()
+        state = optimizer.state[p]
+        adam = state["exp_avg"] / (1 - 0.9**2) / ((state["exp_avg_sq"] / (1 - 0.999**2)).sqrt() + 1e-8)
+        q = -p.detach() / 0.1 / adam
+        assert torch.allclose(q, q[:, :1].expand_as(q), atol=1e-4)
+        found.append(q[:, 0])
+    assert torch.allclose(found[0].sort().values, found[1].sort().values, atol=1e-4)
+    assert found[0].std() > 0.1 and not torch.allclose(*found, atol=0.1)
+
+
 def test_a_wider_signal_is_by_its_definition():
     """S = mean of the squared wide average less its own noise; the mask weighs it against the noise of the step's."""
     beta, steps = 0.98, 6
