@@ -21,6 +21,7 @@ or with everything in a file: `--config recipes/qwen2.5-0.5b/dpo_noisy.yaml`. Al
 import copy
 import dataclasses
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +125,11 @@ BUILT_IN = BuiltIn(
 )
 
 
-def parse(arguments: list[str]) -> tuple[ComparisonArguments, PRMDPOConfig, ModelConfig]:
+def parse(
+    arguments: list[str], known: Iterable[str] = tuple(methods(0.3)), output_dir: str = "runs/dpo_noisy"
+) -> tuple[ComparisonArguments, PRMDPOConfig, ModelConfig]:
     script_args, training_args, model_args = parse_arguments(
-        arguments, ComparisonArguments, PRMDPOConfig, list(methods(0.3)), "runs/dpo_noisy", BUILT_IN
+        arguments, ComparisonArguments, PRMDPOConfig, list(known), output_dir, BUILT_IN
     )
     if {"cdpo", "robust"} & set(script_args.methods) and not any(0 < r < 0.5 for r in script_args.noise_rate):
         raise ValueError(
@@ -182,9 +185,7 @@ def make_trainer(config: PRMDPOConfig, data: Data, train: Dataset, model_args: M
     )
 
 
-def main(arguments: list[str]) -> int:
-    script_args, training_args, model_args = parse(arguments)
-
+def make_recipe(model_args: ModelConfig) -> Recipe:
     def trainer_of(config: PRMDPOConfig, spec: RunSpec, data: Data) -> PRMDPOTrainer:
         train, validation = flip_preferences(data.train, spec.settings["noise_rate"], seed=spec.seed), None
         if spec.method in EARLY_STOPPING:
@@ -196,7 +197,7 @@ def main(arguments: list[str]) -> int:
             trainer.add_callback(KeepBest(trainer, validation, Path(config.output_dir)))
         return trainer
 
-    recipe = Recipe(
+    return Recipe(
         built_in=BUILT_IN,
         methods=methods,
         prepare=lambda data, config: prepare(data, config, model_args),
@@ -205,7 +206,11 @@ def main(arguments: list[str]) -> int:
         info={"task": "preferences"},
         settings={},
     )
-    return run_comparisons(script_args, training_args, model_args, recipe)
+
+
+def main(arguments: list[str]) -> int:
+    script_args, training_args, model_args = parse(arguments)
+    return run_comparisons(script_args, training_args, model_args, make_recipe(model_args))
 
 
 if __name__ == "__main__":

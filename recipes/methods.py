@@ -53,11 +53,12 @@ MASKS_FILE = "masks.jsonl"
 
 
 def is_prm(method: str) -> bool:
-    return method.startswith("prm_")
+    """Whether a mask shrinks its step, so that it gets the grid of PRM; those of a search are `search_prm_…`."""
+    return method.startswith(("prm_", "search_prm_"))
 
 
 def has_controls(method: str) -> bool:
-    return is_prm(method) and method != STOPPING
+    return method.startswith("prm_") and method != STOPPING
 
 
 def split_method(method: str) -> tuple[str, float | None]:
@@ -144,6 +145,11 @@ def is_sharded(trainer: Trainer) -> bool:
     return trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
 
 
+def gradient_scale(trainer: Trainer) -> float:
+    """c/√d: the root mean square of the d trained parameters' gradients when they are clipped to the norm c."""
+    return trainer.args.max_grad_norm / sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) ** 0.5
+
+
 def set_up_optimizer(
     trainer: Trainer,
     method: str,
@@ -154,8 +160,8 @@ def set_up_optimizer(
     """Gives the trainer the optimizer of a method that the configuration alone cannot express.
 
     The learning rates of methods with an eps and of `msvag` are scaled so that a step is about as long as AdamW's at
-    the rate of the configuration. With gradients clipped to the norm c, one of d parameters has the gradient c/√d: the
-    scale that eps is relative to. Adam's step is then η/(1+eps), M-SVAG's η·c/√d.
+    the rate of the configuration. Eps is relative to c/√d, see `gradient_scale`: Adam's step is then η/(1+eps), and
+    M-SVAG's η·c/√d.
 
     Args:
         trainer: before training.
@@ -175,8 +181,7 @@ def set_up_optimizer(
     if is_sharded(trainer):
         raise ValueError(f"`{method}` runs on whole tensors: launch it on one GPU, or several without sharding.")
     optimizer = trainer.create_optimizer()
-    args, named = trainer.args, dict(trainer.model.named_parameters())
-    scale = args.max_grad_norm / sum(p.numel() for p in named.values() if p.requires_grad) ** 0.5
+    args, named, scale = trainer.args, dict(trainer.model.named_parameters()), gradient_scale(trainer)
     groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in optimizer.param_groups]
     if eps is not None:
         for group in optimizer.param_groups:

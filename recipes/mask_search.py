@@ -1,0 +1,344 @@
+"""Which mask is worth its place? Variants of PRM's debiased per_tensor mask, each with one thing changed, on DPO.
+
+    python recipes/mask_search.py --seeds 0 1 2 3 4     # the built-in task, hours on one core; resumable
+
+All flags, folders and statistics are those of `dpo_noisy.py`, whose methods may be named beside the variants. At the
+end it prints a table: of each method the area of accuracy over log KL, against AdamW and against the best baseline.
+
+`SearchedPRM` is for whole tensors in one process, and for variants that are thrown away again. What is worth keeping
+belongs into `prm_hf.PRM`.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dpo_noisy
+import numpy as np
+import torch
+from comparison import Data, RunSpec, run_comparisons
+from methods import gradient_scale, is_sharded
+from torch import Tensor
+from transformers import Trainer
+
+from prm_hf.compare import Comparison, Interval, Row, Run, bootstrap_interval, compare_runs, mean_over_log_kl
+from prm_hf.compare.comparison import BASELINE, display_name
+from prm_hf.compare.statistics import holm, shared_range
+from prm_hf.optim import masks
+from prm_hf.trainers.callbacks import innermost_optimizer
+
+
+# What each variant changes: `eps` as in `adamw_eps`, the rest are arguments of `SearchedPRM`.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "search_prm_rows": {"rows": True},
+    "search_prm_rows_eps10": {"rows": True, "eps": 10},
+    "search_prm_softness0.3": {"softness": 0.3},
+    "search_prm_softness3": {"softness": 3.0},
+    "search_prm_softness0.3_eps10": {"softness": 0.3, "eps": 10},
+    "search_prm_softness3_eps10": {"softness": 3.0, "eps": 10},
+    "search_prm_signal0.95": {"signal_beta": 0.95},
+    "search_prm_signal0.98": {"signal_beta": 0.98},
+    "search_prm_signal0.98_eps10": {"signal_beta": 0.98, "eps": 10},
+    "search_prm_rows_signal0.98_eps10": {"rows": True, "signal_beta": 0.98, "eps": 10},
+    # The control of the one before: as many rows are as open, but others.
+    "search_prm_rows_signal0.98_eps10_shuffled": {"rows": True, "signal_beta": 0.98, "eps": 10, "shuffle": True},
+    "search_prm_within": {"within_step": True},
+    "search_prm_within_eps10": {"within_step": True, "eps": 10},
+    # With the learning rates of AdamW, whose mean step they have.
+    "search_selection": {"keep_mean": True},
+    "search_selection_eps10": {"keep_mean": True, "eps": 10},
+}
+METHODS = ["adamw", "adamw_eps:3", "adamw_eps:10", "adamw_eps:30", "prm_debiased", "prm_debiased_eps:10", *VARIANTS]
+MICRO_BATCHES = 4  # a step's, for noise that is measured within it
+
+
+class SearchedPRM(torch.optim.Optimizer):
+    """PRM with the debiased estimator and one q a tensor, and options that PRM does not have.
+
+    State of a parameter: `step` (0-dim), `exp_avg`, `exp_avg_sq` (its shape), `grad_var` (`[rows]` or `[1]`), with
+    `signal_beta` `wide_avg` (its shape), with `within_step` `signal_avg` (`[1]`).
+
+    Args:
+        params: parameters or groups of them, whole tensors.
+        lr, betas, rho, eps, weight_decay, softness: as of `PRM`.
+        rows: one q an output row, dimension 0, for tensors that have rows.
+        signal_beta: decay rate of a gradient average of its own, from which the signal is estimated; a slower one
+            sees smaller signals. The mask weighs it against the noise of the average that is stepped with.
+        keep_mean: q divided by its mean over all parameters, so that the mean step is AdamW's and selection remains.
+        shuffle: the masks of a step dealt out anew, at random, to the rows of each tensor.
+        within_step: signal and noise from the gradients of the step's micro-batches, two or more. Of K such gradients,
+            each divided by K, Σ|g|² gives the unbiased variance N of their sum; S is the sum's square less N.
+
+    Raises:
+        ValueError: options that exclude each other, or at the first step a single micro-batch with `within_step`.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        rho: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        softness: float = 1.0,
+        rows: bool = False,
+        signal_beta: float | None = None,
+        keep_mean: bool = False,
+        shuffle: bool = False,
+        within_step: bool = False,
+    ) -> None:
+        if within_step and (rows or signal_beta is not None):
+            raise ValueError(
+                "`within_step` measures its own signal, one q a tensor: leave out `rows` and `signal_beta`, got "
+                f"{rows} and {signal_beta}."
+            )
+        super().__init__(params, dict(lr=lr, betas=betas, rho=rho, eps=eps, weight_decay=weight_decay))
+        self.softness, self.rows, self.signal_beta = softness, rows, signal_beta
+        self.keep_mean, self.shuffle, self.within_step = keep_mean, shuffle, within_step
+        self.mean_qs: list[float] = []  # of each step, over all parameters, as it was before `keep_mean`
+        self._micro: dict[Tensor, tuple[Tensor, float, int]] = {}  # gradient so far, sum of squares, micro-batches
+        if within_step:
+            for p in (p for group in self.param_groups for p in group["params"]):
+                p.register_post_accumulate_grad_hook(self._see)
+
+    def _see(self, p: Tensor) -> None:
+        before, squares, count = self._micro.get(p, (torch.zeros_like(p), 0.0, 0))
+        squares += (p.grad - before).double().square().sum().item()
+        self._micro[p] = p.grad.detach().clone(), squares, count + 1
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        tensors = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        qs = [self._mask(p, group) for p, group in tensors]
+        weighted = [q.mean().item() * p.numel() for (p, _), q in zip(tensors, qs, strict=True)]
+        mean = sum(weighted) / sum(p.numel() for p, _ in tensors)
+        self.mean_qs.append(mean)
+        if self.keep_mean:
+            qs = [q / mean if mean > 0 else q for q in qs]
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(len(self.mean_qs))
+            qs = [q[torch.randperm(len(q), generator=generator).to(q.device)] for q in qs]
+        for (p, group), q in zip(tensors, qs, strict=True):
+            state, (beta1, beta2) = self.state[p], group["betas"]
+            t = state["step"].item()
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            q = q.to(p.dtype).view(-1, *[1] * (p.dim() - 1)) if p.dim() else q.to(p.dtype)[0]
+            denom = (state["exp_avg_sq"] / (1 - beta2**t)).sqrt() + group["eps"]
+            p.sub_(group["lr"] * q * state["exp_avg"] / (1 - beta1**t) / denom)
+        self._micro.clear()
+        return loss
+
+    def _mean_sq(self, x: Tensor) -> Tensor:
+        """Mean square of each row, `[rows]`, or of the tensor, `[1]`; float64."""
+        return x.double().square().reshape(x.shape[0] if self.rows and x.dim() > 1 else 1, -1).mean(1)
+
+    def _mask(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """Advances the moments of a tensor and returns its mask, `[rows]` or `[1]`."""
+        g, (beta1, beta2), rho = p.grad, group["betas"], group["rho"]
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            state["grad_var"] = torch.zeros_like(self._mean_sq(p))
+            if self.signal_beta is not None:
+                state["wide_avg"] = torch.zeros_like(p)
+            if self.within_step:
+                state["signal_avg"] = torch.zeros_like(state["grad_var"])
+        state["step"] += 1
+        t, m, s = state["step"].item(), state["exp_avg"], state["grad_var"]
+        c = masks.step_scalars(
+            t, beta1=beta1, beta2=beta2, rho=rho, estimator="debiased", bias_correction=True, warmup_steps=0
+        )
+        deviation = self._mean_sq(g - m * c.center)
+        m.lerp_(g, 1 - beta1)
+        state["exp_avg_sq"].lerp_(g * g, 1 - beta2)
+        if self.within_step:
+            square, variance = self._of_micro_batches(p)
+            s.lerp_(torch.full_like(s, variance), 1 - rho)
+            state["signal_avg"].lerp_(torch.full_like(s, square - variance), 1 - beta1)
+            signal = (state["signal_avg"] / (1 - beta1**t)).clamp(min=0)
+            noise = masks.averaging_variance(beta1, t) * s / (1 - rho**t)
+        else:
+            s.mul_(rho).add_(deviation * c.weight)
+            signal, noise = masks.signal_and_noise(self._mean_sq(m), s, c, estimator="debiased", first_ratio=1.0)
+        if self.signal_beta is not None:
+            wide = state["wide_avg"].lerp_(g, 1 - self.signal_beta)
+            ratio = masks.averaging_variance(self.signal_beta, t) / masks.averaging_variance(beta1, t)
+            square = self._mean_sq(wide) / (1 - self.signal_beta**t) ** 2
+            signal = (square - ratio * noise).clamp(min=0) * (t > 1)  # nothing is known of the noise at t = 1
+        return masks.mask_values(
+            signal, noise, mask="snr", alpha=1.0, softness=self.softness, mask_eps=masks.SCALE_FREE_EPS
+        )
+
+    def _of_micro_batches(self, p: Tensor) -> tuple[float, float]:
+        """Mean square of the step's gradient over the tensor, and the mean of its unbiased variance."""
+        total, squares, count = self._micro[p]
+        if count < 2:
+            raise ValueError(
+                f"`within_step` needs two micro-batches a step or more, got {count}: raise "
+                "`gradient_accumulation_steps`."
+            )
+        whole, total = p.grad.double().square().sum().item(), total.double().square().sum().item()
+        clipped = whole / total if total > 0 else 0.0  # the square of the factor by which gradients were clipped
+        variance = count / (count - 1) * (clipped * squares - whole / count)
+        return whole / p.numel(), variance / p.numel()
+
+
+def set_up_variant(trainer: Trainer, variant: str) -> None:
+    """Gives the trainer the optimizer of a variant.
+
+    Raises:
+        ValueError: the model is sharded, or gradients are not clipped and the variant's eps is relative to the norm.
+    """
+    if is_sharded(trainer) or trainer.args.world_size > 1:
+        raise ValueError(f"`{variant}` runs on whole tensors in one process: launch it on one GPU, or on a CPU.")
+    options = dict(VARIANTS[variant])
+    eps = options.pop("eps", None)
+    groups = [
+        {key: group[key] for key in ("params", "lr", "eps", "betas", "weight_decay")}
+        for group in trainer.create_optimizer().param_groups
+    ]
+    if eps is not None:
+        if not trainer.args.max_grad_norm:
+            raise ValueError(f"`{variant}` is scaled by the clipped gradient: set `max_grad_norm` above 0.")
+        for group in groups:
+            group["eps"], group["lr"] = eps * gradient_scale(trainer), group["lr"] * (1 + eps)
+    trainer.optimizer = SearchedPRM(groups, **options)
+
+
+def methods(noise_rate: float, per_device: int, accumulation: int) -> dict[str, dict[str, Any]]:
+    """The methods of `dpo_noisy` and the variants; micro-batches split the batch of a step and do not enlarge it."""
+    known = dpo_noisy.methods(noise_rate)
+    micro = 1 if per_device % MICRO_BATCHES else per_device // MICRO_BATCHES
+    split = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation * per_device // micro}
+    for variant, options in VARIANTS.items():
+        known[variant] = known["adamw"] | (split if options.get("within_step") else {})
+    return known
+
+
+@dataclasses.dataclass(frozen=True)
+class Area:
+    """One method's mean over log KL minus another's, at equal drift: of accuracy, and of the fit of flipped pairs.
+
+    Attributes:
+        accuracy: over seeds and held-out pairs.
+        flipped_fit: over seeds.
+        kl: the range of KL, nats a token, that the curves of both cover in every seed.
+    """
+
+    accuracy: Interval
+    flipped_fit: Interval
+    kl: tuple[float, float]
+
+
+def area(mine: list[Row], theirs: list[Row]) -> Area | None:
+    """None without two seeds, or where the curves have no KL in common."""
+    curves: dict[int, tuple[list[Run], list[Run]]] = {}
+    for side, rows in enumerate((mine, theirs)):
+        for run in (run for row in rows for run in row.runs):
+            curves.setdefault(run.seed, ([], []))[side].append(run)
+    curves = {seed: both for seed, both in curves.items() if min(map(len, both)) > 1}
+
+    def kl(runs: list[Run]) -> np.ndarray:
+        return np.array([run.metrics["drift/kl"] for run in runs])
+
+    span = shared_range([kl(runs) for both in curves.values() for runs in both])
+    if len(curves) < 2 or span is None:
+        return None
+
+    def interval(values: Callable[[Run], np.ndarray]) -> Interval:
+        means = [
+            [mean_over_log_kl(kl(runs), np.stack([values(run) for run in runs]), *span) for runs in both]
+            for both in curves.values()
+        ]
+        return bootstrap_interval(np.stack([left - right for left, right in means]))
+
+    return Area(
+        interval(lambda run: (run.heldout > 0).astype(float)),
+        interval(lambda run: np.array([run.metrics["memorization/flipped_fit"]])),
+        span,
+    )
+
+
+def table(comparison: Comparison) -> str:
+    """Markdown: of each method its area against AdamW and against the best baseline, which is AdamW's eps of the
+    largest area. p-values are Holm's over all areas of accuracy in the table."""
+    rows = comparison.methods()
+    adamw = rows["adamw"]
+    areas = {(method, "adamw"): area(its, adamw) for method, its in rows.items() if method != "adamw"}
+    baselines = [method for method in comparison.methods(BASELINE) if areas.get((method, "adamw"))]
+    strongest = max(baselines, key=lambda method: areas[method, "adamw"].accuracy.mean, default=None)
+    if strongest:
+        others = [method for method in rows if method not in ("adamw", strongest)]
+        areas |= {(method, strongest): area(rows[method], rows[strongest]) for method in others}
+    areas = {key: found for key, found in areas.items() if found}
+    adjusted = dict(zip(areas, holm([found.accuracy.p_value for found in areas.values()]), strict=True))
+
+    def cells(key: tuple[str, str]) -> list[str]:
+        if key not in areas:
+            return ["", "", ""]
+        found, p = areas[key], adjusted[key]
+        x, y = found.accuracy, found.flipped_fit
+        return [
+            f"{x.mean:+.3f} [{x.low:+.3f}, {x.high:+.3f}]",
+            f"{p:.2g}" if p >= 0.001 else "<.001",
+            f"{y.mean:+.3f} [{y.low:+.3f}, {y.high:+.3f}]",
+        ]
+
+    heads = ["method", "seeds", "best accuracy"]
+    for name in ("AdamW", *([display_name(strongest)] if strongest else [])):
+        heads += [f"accuracy against {name}", "p (Holm)", "flipped fit"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for method, its in rows.items():
+        top = max(its, key=lambda row: row.accuracy)
+        start = [display_name(method), str(min(len(row.runs) for row in its))]
+        start.append(f"{top.accuracy:.3f} ± {top.accuracy_error()[0]:.3f}")
+        more = [cell for rival in ("adamw", *([strongest] if strongest else [])) for cell in cells((method, rival))]
+        lines.append("| " + " | ".join([*start, *more]) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    if "--methods" not in arguments:
+        arguments = [*arguments, "--methods", *METHODS]
+    known = [*dpo_noisy.methods(0.3), *VARIANTS]
+    script_args, training_args, model_args = dpo_noisy.parse(arguments, known, "runs/mask_search")
+    base = dpo_noisy.make_recipe(model_args)
+    per_device, accumulation = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
+
+    def make_trainer(config: Any, spec: RunSpec, data: Data) -> Trainer:
+        trainer = base.make_trainer(config, spec, data)
+        if spec.method in VARIANTS:
+            set_up_variant(trainer, spec.method)
+        return trainer
+
+    def outcomes(trainer: Trainer, data: Data) -> tuple[dict[str, float], dict[str, list]]:
+        metrics, margins = base.outcomes(trainer, data)
+        optimizer = innermost_optimizer(trainer.optimizer)
+        if isinstance(optimizer, SearchedPRM):
+            metrics = {**metrics, "mask/mean_q": float(np.mean(optimizer.mean_qs))}
+        return metrics, margins
+
+    recipe = dataclasses.replace(
+        base,
+        methods=lambda noise_rate: methods(noise_rate, per_device, accumulation),
+        make_trainer=make_trainer,
+        outcomes=outcomes,
+    )
+    code = run_comparisons(script_args, training_args, model_args, recipe)
+    for folder in sorted({path.parent.parent for path in Path(training_args.output_dir).rglob("metrics.json")}):
+        comparison = compare_runs(folder)
+        if "adamw" in comparison.methods():
+            print(f"\n{folder}, areas over log KL:\n\n{table(comparison)}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,213 @@
+"""The mask search: each variant against PRM or a definition of its own, and the table against known curves."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from prm_hf import PRM
+from prm_hf.compare import compare_runs
+
+from .test_compare import write_grid, write_run
+
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import mask_search  # noqa: E402
+from mask_search import SearchedPRM  # noqa: E402
+
+
+SETTINGS = {"lr": 0.05, "weight_decay": 0.1, "eps": 1e-3}
+DEBIASED = {"estimator": "debiased", "reduction": "per_tensor"}
+
+
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 4), (5,), (2, 3, 2), ())]
+
+
+def gradients(step):
+    generator = torch.Generator().manual_seed(1 + step)
+    return [torch.randn(shape, generator=generator) + 0.3 * i for i, shape in enumerate(((3, 4), (5,), (2, 3, 2), ()))]
+
+
+def train(optimizer_of, steps=12, cut=lambda x: [x]):
+    """The parameters after some steps; `cut` says which parts of each tensor are parameters of their own."""
+    parts = [[part.detach().clone().requires_grad_() for part in cut(p.detach())] for p in tensors()]
+    optimizer = optimizer_of([part for whole in parts for part in whole])
+    for step in range(steps):
+        for whole, g in zip(parts, gradients(step), strict=True):
+            for part, grad in zip(whole, cut(g), strict=True):
+                part.grad = grad.clone()
+        optimizer.step()
+    return torch.cat([part.detach().flatten() for whole in parts for part in whole])
+
+
+def start():
+    return torch.cat([p.detach().flatten() for p in tensors()])
+
+
+@pytest.mark.parametrize("options", [{}, {"softness": 0.3}, {"softness": 3.0}, {"signal_beta": 0.9}])
+def test_what_prm_can_do_is_as_prm_does_it(options):
+    """No option, and a signal average that is no wider than the step's, are PRM debiased per_tensor."""
+    found = train(lambda params: SearchedPRM(params, **SETTINGS, **options))
+    prm = {key: value for key, value in options.items() if key == "softness"}
+    expected = train(lambda params: PRM(params, **SETTINGS, **DEBIASED, **prm))
+    assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
+    assert (found - start()).abs().max() > 0.1
+
+
+def test_rows_are_as_tensors_of_their_own():
+    def cut(x):
+        return list(x) if x.dim() > 1 else [x]
+
+    found = train(lambda params: SearchedPRM(params, **SETTINGS, rows=True))
+    assert torch.allclose(found, train(lambda params: PRM(params, **SETTINGS, **DEBIASED), cut=cut), atol=1e-6)
+    assert not torch.allclose(found, train(lambda params: SearchedPRM(params, **SETTINGS)), atol=1e-3)
+    wide = {**SETTINGS, "signal_beta": 0.98}
+    found_wide = train(lambda params: SearchedPRM(params, **wide, rows=True))
+    assert torch.allclose(found_wide, train(lambda params: SearchedPRM(params, **wide), cut=cut), atol=1e-6)
+    assert not torch.allclose(found_wide, found, atol=1e-3)
+
+
+def test_shuffled_rows_are_the_same_masks_elsewhere():
+    """The gradients are given, so that both have the same masks; at the second step, the first that has any."""
+    found = []
+    for shuffle in (False, True):
+        p = torch.nn.Parameter(torch.zeros(16, 3))
+        optimizer = SearchedPRM([p], lr=0.1, rows=True, shuffle=shuffle)
+        for step in range(2):
+            p.grad = torch.randn(16, 3, generator=torch.Generator().manual_seed(step)) + 1
+            optimizer.step()
+        state = optimizer.state[p]
+        adam = state["exp_avg"] / (1 - 0.9**2) / ((state["exp_avg_sq"] / (1 - 0.999**2)).sqrt() + 1e-8)
+        q = -p.detach() / 0.1 / adam
+        assert torch.allclose(q, q[:, :1].expand_as(q), atol=1e-4)
+        found.append(q[:, 0])
+    assert torch.allclose(found[0].sort().values, found[1].sort().values, atol=1e-4)
+    assert found[0].std() > 0.1 and not torch.allclose(*found, atol=0.1)
+
+
+def test_a_wider_signal_is_by_its_definition():
+    """S = mean of the squared wide average less its own noise; the mask weighs it against the noise of the step's."""
+    beta, steps = 0.98, 6
+    (p,) = [torch.nn.Parameter(torch.zeros(4))]
+    optimizer = SearchedPRM([p], lr=0.1, signal_beta=beta)
+    m = wide = torch.zeros(4, dtype=torch.float64)
+    s = 0.0
+    for t in range(1, steps + 1):
+        g = torch.randn(4, generator=torch.Generator().manual_seed(t)) + 1
+        p.grad = g.clone()
+        optimizer.step()
+        g = g.double()
+        kappa = [(1 - b) / (1 + b) * (1 + b**t) / (1 - b**t) for b in (0.9, beta)]
+        if t > 1:
+            before = 0.1 / 1.9 * (1 + 0.9 ** (t - 1)) / (1 - 0.9 ** (t - 1))
+            s = 0.99 * s + 0.01 * ((g - m / (1 - 0.9 ** (t - 1))) ** 2).mean() / (1 + before)
+        m, wide = 0.9 * m + 0.1 * g, beta * wide + (1 - beta) * g
+        q = 0.0
+        if t > 1:
+            variance = s / (1 - 0.99 ** (t - 1))
+            signal = max(((wide / (1 - beta**t)) ** 2).mean() - kappa[1] * variance, 0)
+            q = float(signal / (signal + kappa[0] * variance))
+        assert optimizer.mean_qs[-1] == pytest.approx(q, rel=1e-5)
+    assert 0 < q < 1
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.2])
+def test_noise_within_a_step_is_that_of_its_micro_batches(clip):
+    """Each gradient is a quarter of the step's; clipping, which comes after all of them, scales them as their sum."""
+    p = torch.nn.Parameter(torch.zeros(6))
+    optimizer = SearchedPRM([p], lr=0.1, within_step=True)
+    signal = noise = 0.0
+    for t in range(1, 4):
+        g = torch.randn(4, 6, generator=torch.Generator().manual_seed(t)) + 0.2
+        for each in g:
+            (p @ each / 4).backward()
+        assert torch.allclose(p.grad, g.mean(0))
+        p.grad.mul_(clip)
+        variance = (clip * g).var(0).mean() / 4  # unbiased, of the mean of four
+        square = (clip * g.mean(0)).square().mean()
+        signal, noise = 0.9 * signal + 0.1 * (square - variance), 0.99 * noise + 0.01 * variance
+        optimizer.step()
+        optimizer.zero_grad()
+        kappa = 0.1 / 1.9 * (1 + 0.9**t) / (1 - 0.9**t)
+        s, n = max(signal / (1 - 0.9**t), 0), kappa * noise / (1 - 0.99**t)
+        assert optimizer.mean_qs[-1] == pytest.approx(float(s / (s + n)), rel=1e-4)
+    p.grad = None
+    p.sum().backward()
+    with pytest.raises(ValueError, match="needs two micro-batches a step or more, got 1: raise"):
+        optimizer.step()
+
+
+def test_selection_alone_keeps_the_mean_step():
+    """Update over Adam's update, averaged over all parameters, is 1 at each step that has a mask."""
+    params = tensors()
+    optimizer = SearchedPRM(params, lr=0.1, keep_mean=True)
+    after = start()
+    for t in range(1, 6):
+        before = after
+        for p, g in zip(params, gradients(t), strict=True):
+            p.grad = g
+        optimizer.step()
+        after = torch.cat([p.detach().flatten() for p in params])
+        states = [optimizer.state[p] for p in params]
+        m, v = (torch.cat([s[key].flatten() for s in states]) for key in ("exp_avg", "exp_avg_sq"))
+        q = (before - after) / 0.1 / (m / (1 - 0.9**t)) * ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        assert q.mean().item() == pytest.approx(0 if t == 1 else 1, abs=1e-4)
+    assert q.std() > 0.1
+
+
+def test_options_that_exclude_each_other_are_named():
+    with pytest.raises(ValueError, match="leave out `rows` and `signal_beta`, got True and None"):
+        SearchedPRM(tensors(), within_step=True, rows=True)
+
+
+def test_variants_run_and_are_compared(tmp_path, capsys):
+    short = ["--max_steps", "3", "--logging_steps", "1", "--eval_steps", "3", "--warmup_steps", "1"]
+    names = ["adamw", "adamw_eps:10", "search_prm_rows_eps10", "search_prm_within", "search_selection"]
+    rates = ["--learning_rates", "1e-3", "1e-2", "--prm_learning_rates", "3e-3", "3e-2", "--seeds", "0", "1"]
+    assert mask_search.main(["--output_dir", str(tmp_path), "--methods", *names, *short, *rates]) == 0
+    info = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*/run.json")}
+    assert len(info) == 20
+    eps = info["adamw_eps10_lr0.01_seed0"]["optimizer"]
+    rows = info["search_prm_rows_eps10_lr0.03_seed0"]["optimizer"]
+    assert rows["class"] == "SearchedPRM" and rows["eps"] == eps["eps"]
+    assert rows["learning_rate"] == pytest.approx(3 * eps["learning_rate"]) == pytest.approx(0.33)
+    assert {each["settings"]["effective_batch_size"] for each in info.values()} == {16}
+    metrics = json.loads((tmp_path / "search_prm_within_lr0.03_seed0" / "metrics.json").read_text())
+    assert 0 < metrics["mask/mean_q"] < 1
+    assert "search_selection_lr0.001_seed0" in info  # of the mean step, and so of the learning rates, of AdamW
+    lines = capsys.readouterr().out.split("areas over log KL:")[1].splitlines()
+    assert sum(line.startswith("| search_") for line in lines) == 3
+
+
+def test_the_table_has_known_areas(tmp_path):
+    """PRM lies .05 above AdamW and .02 above the larger eps at each KL."""
+    write_grid(tmp_path, seeds=(0, 1, 2), prm_gain=0.05)
+    for seed in (0, 1, 2):
+        for lr, kl, accuracy in ((1e-4, 0.1, 0.70), (1e-3, 0.4, 0.75), (1e-2, 1.6, 0.65)):
+            write_run(tmp_path, "adamw_eps:10", lr, seed, accuracy + 0.03, kl)
+    comparison = compare_runs(tmp_path)
+    rows = comparison.methods()
+    found = mask_search.area(rows["prm_per_tensor"], rows["adamw_eps:10"])
+    assert found.accuracy.mean == pytest.approx(0.02, abs=1e-6) and found.kl == (0.2, 0.8)
+    assert found.flipped_fit.mean == 0  # the same in all of these runs
+    (line,) = [line for line in mask_search.table(comparison).splitlines() if "PRM per_tensor" in line]
+    assert "+0.050 [" in line and "+0.020 [" in line
+    assert mask_search.area(rows["adamw"][:1], rows["adamw"]) is None
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--methods", "search_prm_row"], "`methods`: search_prm_row unknown. Known are .* search_prm_rows"),
+        (["--methods", "search_prm_rows", "constant_q"], "`constant_q` takes something from a PRM run"),
+    ],
+)
+def test_wrong_methods_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        mask_search.main(arguments)
