@@ -57,8 +57,8 @@ MICRO_BATCHES = 4  # a step's, for noise that is measured within it
 class SearchedPRM(torch.optim.Optimizer):
     """PRM with the debiased estimator and one q a tensor, and options that PRM does not have.
 
-    State of a parameter: `step` (0-dim), `exp_avg`, `exp_avg_sq` (its shape), `grad_var` (`[rows]` or `[1]`), with
-    `signal_beta` `wide_avg` (its shape), with `within_step` `signal_avg` (`[1]`).
+    State of a parameter: `step` (0-dim), `exp_avg`, `exp_avg_sq` (its shape), `grad_var` and
+    `signal_avg` (`[rows]` or `[1]`, the second for `within_step`), with `signal_beta` `wide_avg` (its shape).
 
     Args:
         params: parameters or groups of them, whole tensors.
@@ -98,7 +98,7 @@ class SearchedPRM(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, rho=rho, eps=eps, weight_decay=weight_decay))
         self.softness, self.rows, self.signal_beta = softness, rows, signal_beta
         self.keep_mean, self.shuffle, self.within_step = keep_mean, shuffle, within_step
-        self.mean_qs: list[float] = []  # of each step, over all parameters, as it was before `keep_mean`
+        self.mean_qs: list[Tensor] = []  # of each step, over all parameters, as it was before `keep_mean`
         self._micro: dict[Tensor, tuple[Tensor, float, int]] = {}  # gradient so far, sum of squares, micro-batches
         if within_step:
             for p in (p for group in self.param_groups for p in group["params"]):
@@ -115,67 +115,99 @@ class SearchedPRM(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        tensors = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        qs = [self._mask(p, group) for p, group in tensors]
-        weighted = [q.mean().item() * p.numel() for (p, _), q in zip(tensors, qs, strict=True)]
-        mean = sum(weighted) / sum(p.numel() for p, _ in tensors)
+        stepped = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        qs = [
+            self._masks(params, group) if params else []
+            for params, group in zip(stepped, self.param_groups, strict=True)
+        ]
+        sizes = [p.numel() for params in stepped for p in params]
+        mean = sum(q.mean() * n for q, n in zip((q for own in qs for q in own), sizes, strict=True)) / sum(sizes)
         self.mean_qs.append(mean)
-        if self.keep_mean:
-            qs = [q / mean if mean > 0 else q for q in qs]
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(len(self.mean_qs))
-            qs = [q[torch.randperm(len(q), generator=generator).to(q.device)] for q in qs]
-        for (p, group), q in zip(tensors, qs, strict=True):
-            state, (beta1, beta2) = self.state[p], group["betas"]
-            t = state["step"].item()
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            q = q.to(p.dtype).view(-1, *[1] * (p.dim() - 1)) if p.dim() else q.to(p.dtype)[0]
-            denom = (state["exp_avg_sq"] / (1 - beta2**t)).sqrt() + group["eps"]
-            p.sub_(group["lr"] * q * state["exp_avg"] / (1 - beta1**t) / denom)
+        generator = torch.Generator().manual_seed(len(self.mean_qs))
+        for params, group, own in zip(stepped, self.param_groups, qs, strict=True):
+            if self.keep_mean:
+                own = [q / torch.where(mean > 0, mean, 1) for q in own]
+            if self.shuffle:
+                own = [q[torch.randperm(len(q), generator=generator).to(q.device)] for q in own]
+            if params:
+                self._update(params, group, own)
         self._micro.clear()
         return loss
 
-    def _mean_sq(self, x: Tensor) -> Tensor:
-        """Mean square of each row, `[rows]`, or of the tensor, `[1]`; float64."""
-        return x.double().square().reshape(x.shape[0] if self.rows and x.dim() > 1 else 1, -1).mean(1)
+    def _update(self, params: list[Tensor], group: dict[str, Any], qs: list[Tensor]) -> None:
+        states, t = [self.state[p] for p in params], self.state[params[0]]["step"].item()
+        beta1, beta2 = group["betas"]
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        denominators = torch._foreach_div([state["exp_avg_sq"] for state in states], 1 - beta2**t)
+        torch._foreach_sqrt_(denominators)
+        torch._foreach_add_(denominators, group["eps"])
+        updates = [
+            state["exp_avg"] * (q.to(p.dtype).view(-1, *[1] * (p.dim() - 1)) if p.dim() else q.to(p.dtype)[0])
+            for p, state, q in zip(params, states, qs, strict=True)
+        ]
+        torch._foreach_addcdiv_(params, updates, denominators, value=-group["lr"] / (1 - beta1**t))
 
-    def _mask(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """Advances the moments of a tensor and returns its mask, `[rows]` or `[1]`."""
-        g, (beta1, beta2), rho = p.grad, group["betas"], group["rho"]
-        state = self.state[p]
-        if not state:
-            state["step"] = torch.zeros(())
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            state["grad_var"] = torch.zeros_like(self._mean_sq(p))
-            if self.signal_beta is not None:
-                state["wide_avg"] = torch.zeros_like(p)
-            if self.within_step:
-                state["signal_avg"] = torch.zeros_like(state["grad_var"])
-        state["step"] += 1
-        t, m, s = state["step"].item(), state["exp_avg"], state["grad_var"]
+    def _mean_sq(self, tensors: list[Tensor]) -> Tensor:
+        """Mean squares of all rows, or of all tensors, in one vector; float64."""
+        rows = [x.reshape(x.shape[0] if self.rows and x.dim() > 1 else 1, -1) for x in tensors]
+        norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) / x.shape[1] ** 0.5 for x in rows]
+        return torch.cat(norms).square()
+
+    def _masks(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """Advances the moments of tensors and returns their masks, `[rows]` or `[1]` each."""
+        grads, (beta1, beta2), rho = [p.grad for p in params], group["betas"], group["rho"]
+        for p in params:
+            if not self.state[p]:
+                rows = p.shape[0] if self.rows and p.dim() > 1 else 1
+                averages = ["exp_avg", "exp_avg_sq"] + ["wide_avg"] * (self.signal_beta is not None)
+                self.state[p] = {name: torch.zeros_like(p) for name in averages} | {
+                    "step": torch.zeros(()),
+                    "grad_var": torch.zeros(rows, dtype=torch.float64, device=p.device),
+                    "signal_avg": torch.zeros(rows, dtype=torch.float64, device=p.device),
+                }
+            self.state[p]["step"] += 1
+        states = [self.state[p] for p in params]
+        steps = {state["step"].item() for state in states}
+        if len(steps) > 1:
+            raise ValueError(
+                "`SearchedPRM` steps all tensors of a group equally often: give each a gradient, or none."
+            )
+        t = steps.pop()
+        m, v = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        s = torch.cat([state["grad_var"] for state in states])
         c = masks.step_scalars(
             t, beta1=beta1, beta2=beta2, rho=rho, estimator="debiased", bias_correction=True, warmup_steps=0
         )
-        deviation = self._mean_sq(g - m * c.center)
-        m.lerp_(g, 1 - beta1)
-        state["exp_avg_sq"].lerp_(g * g, 1 - beta2)
+        deviations = self._mean_sq(torch._foreach_sub(grads, torch._foreach_mul(m, c.center)))
+        torch._foreach_lerp_(m, grads, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
         if self.within_step:
-            square, variance = self._of_micro_batches(p)
-            s.lerp_(torch.full_like(s, variance), 1 - rho)
-            state["signal_avg"].lerp_(torch.full_like(s, square - variance), 1 - beta1)
-            signal = (state["signal_avg"] / (1 - beta1**t)).clamp(min=0)
+            pairs = torch.tensor([self._of_micro_batches(p) for p in params], dtype=s.dtype, device=s.device)
+            s.lerp_(pairs[:, 1], 1 - rho)
+            average = torch.cat([state["signal_avg"] for state in states]).lerp_(pairs[:, 0] - pairs[:, 1], 1 - beta1)
+            self._keep("signal_avg", states, average)
+            signal = (average / (1 - beta1**t)).clamp(min=0)
             noise = masks.averaging_variance(beta1, t) * s / (1 - rho**t)
         else:
-            s.mul_(rho).add_(deviation * c.weight)
+            s.mul_(rho).add_(deviations * c.weight)
             signal, noise = masks.signal_and_noise(self._mean_sq(m), s, c, estimator="debiased", first_ratio=1.0)
         if self.signal_beta is not None:
-            wide = state["wide_avg"].lerp_(g, 1 - self.signal_beta)
+            wide = [state["wide_avg"] for state in states]
+            torch._foreach_lerp_(wide, grads, 1 - self.signal_beta)
             ratio = masks.averaging_variance(self.signal_beta, t) / masks.averaging_variance(beta1, t)
             square = self._mean_sq(wide) / (1 - self.signal_beta**t) ** 2
             signal = (square - ratio * noise).clamp(min=0) * (t > 1)  # nothing is known of the noise at t = 1
-        return masks.mask_values(
+        self._keep("grad_var", states, s)
+        q = masks.mask_values(
             signal, noise, mask="snr", alpha=1.0, softness=self.softness, mask_eps=masks.SCALE_FREE_EPS
         )
+        return list(q.split([len(state["grad_var"]) for state in states]))
+
+    @staticmethod
+    def _keep(name: str, states: list[dict[str, Tensor]], values: Tensor) -> None:
+        kept = [state[name] for state in states]
+        torch._foreach_copy_(kept, list(values.split([len(x) for x in kept])))
 
     def _of_micro_batches(self, p: Tensor) -> tuple[float, float]:
         """Mean square of the step's gradient over the tensor, and the mean of its unbiased variance."""
@@ -323,7 +355,7 @@ def main(arguments: list[str]) -> int:
         metrics, margins = base.outcomes(trainer, data)
         optimizer = innermost_optimizer(trainer.optimizer)
         if isinstance(optimizer, SearchedPRM):
-            metrics = {**metrics, "mask/mean_q": float(np.mean(optimizer.mean_qs))}
+            metrics = {**metrics, "mask/mean_q": torch.stack(optimizer.mean_qs).mean().item()}
         return metrics, margins
 
     recipe = dataclasses.replace(
