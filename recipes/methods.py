@@ -29,7 +29,7 @@ OPTIMIZERS = {
     "prm_debiased": {"prm_reduction": "per_tensor", "prm_estimator": "debiased"},
     "prm_debiased_eps": {"prm_reduction": "per_tensor", "prm_estimator": "debiased"},
     "prm_debiased_per_param": {"prm_reduction": "per_param", "prm_estimator": "debiased"},
-    "prm_stopping": {"prm_reduction": "per_tensor", "prm_estimator": "debiased"},
+    "prm_stopping": {"prm_reduction": "per_tensor", "prm_estimator": "debiased", "logging_steps": 1},
 }
 # prm_debiased that ends when an epoch's gradients were mostly noise: no run of it has controls, which would end later.
 STOPPING = "prm_stopping"

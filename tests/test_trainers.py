@@ -620,6 +620,13 @@ def test_stops_after_an_epoch_of_noise(tmp_path, ratios, steps):
     assert trainer.state.global_step == steps
 
 
+def test_the_warm_up_does_not_decide(tmp_path):
+    """4 steps an epoch, of which 6 are the warm-up: the first epoch has no say, of the second only steps 7 and 8."""
+    trainer = stopping_trainer(tmp_path, [*[0.1] * 6, 0.5, 0.5, 0.1, *[0.4] * 3, *[9.0] * 4], warmup_steps=6)
+    trainer.train()
+    assert trainer.state.global_step == 12
+
+
 def test_stopping_goes_by_prms_own_statistics(tmp_path):
     trainer = stopping_trainer(tmp_path, threshold=1e-9, trainer_class=PRMDPOTrainer)
     trainer.train()

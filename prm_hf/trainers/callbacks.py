@@ -78,8 +78,9 @@ class PopulationRiskStopping(TrainerCallback):
     Ends training when what is left in the gradients is mostly noise: a criterion that needs no labels.
 
     For the trainers of this package, with PRM as their optimizer. When an epoch ends in which the mean of the logged
-    `mask/snr`, the signal-to-noise ratio pooled over all masked parameters, is below `threshold`, training stops. An
-    epoch without a logged value decides nothing. It is meant for `prm_estimator="debiased"`, whose ratio goes to 0
+    `mask/snr`, the signal-to-noise ratio pooled over all masked parameters, is below `threshold`, training stops. The
+    learning rate's warm-up does not count, and an epoch without another logged value decides nothing; a mean of few
+    values decides by chance, so let `logging_steps` be a tenth of an epoch or less. It is meant for `prm_estimator="debiased"`, whose ratio goes to 0
     where no signal is left; with `"ema"` pure noise keeps it at about 1/20.
 
     All that it knows is in the logs, which checkpoints carry, so a resumed run stops where it would have.
@@ -130,14 +131,16 @@ class PopulationRiskStopping(TrainerCallback):
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         entries = [entry for entry in state.log_history if state.epoch - 1 < entry["epoch"] <= state.epoch]
-        logged = [entry["mask/snr"] for entry in entries if "mask/snr" in entry]
+        logged = [(entry["step"], entry["mask/snr"]) for entry in entries if "mask/snr" in entry]
         if not logged and any("loss" in entry for entry in entries):
             raise ValueError(
                 "`PopulationRiskStopping` goes by `mask/snr` in the logs, and this trainer does not log it: use "
                 "`PRMDPOTrainer`, `PRMSFTTrainer`, or `PRMTrainerMixin` in a class of your own."
             )
-        # In the first step of the debiased estimator there is neither signal nor noise
-        logged = [ratio for ratio in logged if math.isfinite(ratio)]
+        # While the learning rate rises, the averages of signal and noise form; in the first step of the debiased
+        # estimator there is neither.
+        warmup = args.get_warmup_steps(state.max_steps)
+        logged = [ratio for step, ratio in logged if step > warmup and math.isfinite(ratio)]
         if logged and sum(logged) / len(logged) < self.threshold:
             logger.warning(
                 "Training stops after %.3g epochs: the gradients' signal-to-noise ratio was %.3g in the last one.",
