@@ -51,6 +51,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "search_selection_eps10": {"keep_mean": True, "eps": 10},
 }
 METHODS = ["adamw", "adamw_eps:3", "adamw_eps:10", "adamw_eps:30", "prm_debiased", "prm_debiased_eps:10", *VARIANTS]
+# Is it the measuring, or only the allocation? AdamW with the same eps and each row's learning rate multiplied by the
+# row's mean mask in the run of another seed, which has to be there. Not among `METHODS`, as it comes after them.
+FIXED, FIXED_FROM = "search_prm_rows_fixed_eps10", "search_prm_rows_signal0.98_eps10"
+VARIANTS[FIXED] = {"rows": True, "eps": 10}
+ROW_MASKS = "row_masks.pt"
 MICRO_BATCHES = 4  # a step's, for noise that is measured within it
 
 
@@ -68,6 +73,7 @@ class SearchedPRM(torch.optim.Optimizer):
             sees smaller signals. The mask weighs it against the noise of the average that is stepped with.
         keep_mean: q divided by its mean over all parameters, so that the mean step is AdamW's and selection remains.
         shuffle: the masks of a step dealt out anew, at random, to the rows of each tensor.
+        fixed: masks to step with instead of those that are measured, one vector for each of `params`.
         within_step: signal and noise from the gradients of the step's micro-batches, two or more. Of K such gradients,
             each divided by K, Σ|g|² gives the unbiased variance N of their sum; S is the sum's square less N.
 
@@ -88,6 +94,7 @@ class SearchedPRM(torch.optim.Optimizer):
         signal_beta: float | None = None,
         keep_mean: bool = False,
         shuffle: bool = False,
+        fixed: list[Tensor] | None = None,
         within_step: bool = False,
     ) -> None:
         if within_step and (rows or signal_beta is not None):
@@ -98,6 +105,8 @@ class SearchedPRM(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, rho=rho, eps=eps, weight_decay=weight_decay))
         self.softness, self.rows, self.signal_beta = softness, rows, signal_beta
         self.keep_mean, self.shuffle, self.within_step = keep_mean, shuffle, within_step
+        self.fixed = dict(zip((p for group in self.param_groups for p in group["params"]), fixed or [], strict=False))
+        self.sums: dict[Tensor, Tensor] = {}  # of the masks of all steps
         self.mean_qs: list[Tensor] = []  # of each step, over all parameters, as it was before `keep_mean`
         self._micro: dict[Tensor, tuple[Tensor, float, int]] = {}  # gradient so far, sum of squares, micro-batches
         if within_step:
@@ -123,6 +132,10 @@ class SearchedPRM(torch.optim.Optimizer):
         sizes = [p.numel() for params in stepped for p in params]
         mean = sum(q.mean() * n for q, n in zip((q for own in qs for q in own), sizes, strict=True)) / sum(sizes)
         self.mean_qs.append(mean)
+        for p, q in zip((p for ps in stepped for p in ps), (q for own in qs for q in own), strict=True):
+            self.sums[p] = self.sums.get(p, 0) + q
+        if self.fixed:
+            qs = [[self.fixed[p].to(p.device) for p in params] for params in stepped]
         generator = torch.Generator().manual_seed(len(self.mean_qs))
         for params, group, own in zip(stepped, self.param_groups, qs, strict=True):
             if self.keep_mean:
@@ -223,8 +236,8 @@ class SearchedPRM(torch.optim.Optimizer):
         return whole / p.numel(), variance / p.numel()
 
 
-def set_up_variant(trainer: Trainer, variant: str) -> None:
-    """Gives the trainer the optimizer of a variant.
+def set_up_variant(trainer: Trainer, variant: str, fixed: Path | None = None) -> None:
+    """Gives the trainer the optimizer of a variant; `fixed` is the file of the row masks of `FIXED`.
 
     Raises:
         ValueError: the model is sharded, or gradients are not clipped and the variant's eps is relative to the norm.
@@ -242,6 +255,13 @@ def set_up_variant(trainer: Trainer, variant: str) -> None:
             raise ValueError(f"`{variant}` is scaled by the clipped gradient: set `max_grad_norm` above 0.")
         for group in groups:
             group["eps"], group["lr"] = eps * gradient_scale(trainer), group["lr"] * (1 + eps)
+    if fixed is not None:
+        if not fixed.is_file():
+            raise ValueError(
+                f"`{variant}` takes the row masks of another seed, and {fixed} is not there: run {FIXED_FROM} with "
+                "all `seeds` and `prm_learning_rates` before it."
+            )
+        options["fixed"] = torch.load(fixed)
     trainer.optimizer = SearchedPRM(groups, **options)
 
 
@@ -348,7 +368,11 @@ def main(arguments: list[str]) -> int:
     def make_trainer(config: Any, spec: RunSpec, data: Data) -> Trainer:
         trainer = base.make_trainer(config, spec, data)
         if spec.method in VARIANTS:
-            set_up_variant(trainer, spec.method)
+            seeds, fixed = script_args.seeds, None
+            if spec.method == FIXED:
+                other = RunSpec(FIXED_FROM, spec.learning_rate, seeds[seeds.index(spec.seed) - 1], {})
+                fixed = Path(config.output_dir).parent / other.name / ROW_MASKS
+            set_up_variant(trainer, spec.method, fixed)
         return trainer
 
     def outcomes(trainer: Trainer, data: Data) -> tuple[dict[str, float], dict[str, list]]:
@@ -356,6 +380,8 @@ def main(arguments: list[str]) -> int:
         optimizer = innermost_optimizer(trainer.optimizer)
         if isinstance(optimizer, SearchedPRM):
             metrics = {**metrics, "mask/mean_q": torch.stack(optimizer.mean_qs).mean().item()}
+            means = [(total / len(optimizer.mean_qs)).cpu() for total in optimizer.sums.values()]
+            torch.save(means, Path(trainer.args.output_dir) / ROW_MASKS)
         return metrics, margins
 
     recipe = dataclasses.replace(

@@ -211,3 +211,35 @@ def test_the_table_has_known_areas(tmp_path):
 def test_wrong_methods_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         mask_search.main(arguments)
+
+
+def test_fixed_masks_are_those_of_another_run():
+    """Constant masks make AdamW with a learning rate for each row."""
+    fixed = [torch.tensor([0.5, 1.0, 0.0]), torch.tensor([0.25]), torch.tensor([1.0, 0.5]), torch.tensor([1.0])]
+    found = train(lambda params: SearchedPRM(params, **SETTINGS, rows=True, fixed=fixed))
+    start_of = [p.detach().clone() for p in tensors()]
+    rows = [list(p) if p.dim() > 1 else [p] for p in start_of]
+    rates = [SETTINGS["lr"] * q.item() for whole in fixed for q in whole]
+    groups = [
+        {"params": [row.clone().requires_grad_()], "lr": rate, "weight_decay": 0.005 / rate if rate else 0.0}
+        for row, rate in zip((row for whole in rows for row in whole), rates, strict=True)
+    ]
+    adamw = torch.optim.AdamW(groups, eps=SETTINGS["eps"])
+    for step in range(12):
+        grads = [row for g in gradients(step) for row in (g if g.dim() > 1 else [g])]
+        for group, g in zip(groups, grads, strict=True):
+            group["params"][0].grad = g.clone()
+        adamw.step()
+    expected = torch.cat([group["params"][0].detach().flatten() for group in groups])
+    closed = torch.zeros_like(expected, dtype=torch.bool)
+    closed[8:12] = True  # where the mask is 0 only the decay is left
+    assert torch.allclose(found[~closed], expected[~closed], rtol=1e-5, atol=1e-6)
+    assert torch.allclose(found[closed], start()[closed] * (1 - 0.05 * 0.1) ** 12, rtol=1e-5)
+
+
+def test_fixed_rows_need_the_run_of_another_seed(tmp_path):
+    with pytest.raises(ValueError, match="run search_prm_rows_signal0.98_eps10 with all `seeds`"):
+        mask_search.main(
+            ["--methods", "adamw", mask_search.FIXED, "--seeds", "0", "1", "--max_steps", "1"]
+            + ["--output_dir", str(tmp_path)]
+        )
