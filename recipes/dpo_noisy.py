@@ -185,7 +185,7 @@ def make_trainer(config: PRMDPOConfig, data: Data, train: Dataset, model_args: M
     )
 
 
-def make_recipe(model_args: ModelConfig) -> Recipe:
+def make_recipe(script_args: ComparisonArguments, model_args: ModelConfig) -> Recipe:
     def trainer_of(config: PRMDPOConfig, spec: RunSpec, data: Data) -> PRMDPOTrainer:
         train, validation = flip_preferences(data.train, spec.settings["noise_rate"], seed=spec.seed), None
         if spec.method in EARLY_STOPPING:
@@ -210,7 +210,7 @@ def make_recipe(model_args: ModelConfig) -> Recipe:
 
 def main(arguments: list[str]) -> int:
     script_args, training_args, model_args = parse(arguments)
-    return run_comparisons(script_args, training_args, model_args, make_recipe(model_args))
+    return run_comparisons(script_args, training_args, model_args, make_recipe(script_args, model_args))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Which mask is worth its place? Variants of PRM's debiased per_tensor mask, each with one thing changed, on DPO.
+"""Which mask is worth its place? Variants of PRM's debiased per_tensor mask, each with one thing changed.
 
-    python recipes/mask_search.py --seeds 0 1 2 3 4     # the built-in task, hours on one core; resumable
+    python recipes/mask_search.py --seeds 0 1 2 3 4     # DPO on the built-in task, hours on one core; resumable
+    python recipes/mask_search.py recipes/sft_noisy.py  # SFT
 
-All flags, folders and statistics are those of `dpo_noisy.py`, whose methods may be named beside the variants. At the
-end it prints a table: of each method the area of accuracy over log KL, against AdamW and against the best baseline.
+All flags, folders and statistics are those of `dpo_noisy.py`, or of the recipe that is named first; its methods may be
+named beside the variants. At the end it prints a table: of each method the area of accuracy over log KL, against AdamW
+and against the best baseline.
 
 `SearchedPRM` is for whole tensors in one process, and for variants that are thrown away again. What is worth keeping
 belongs into `prm_hf.PRM`.
@@ -17,9 +19,10 @@ from typing import Any
 
 import dpo_noisy
 import numpy as np
+import sft_noisy
 import torch
-from comparison import Data, RunSpec, run_comparisons
-from methods import gradient_scale, is_sharded
+from comparison import Data, Recipe, RunSpec, run_comparisons
+from methods import OPTIMIZERS, gradient_scale, is_sharded
 from torch import Tensor
 from transformers import Trainer
 
@@ -56,6 +59,7 @@ METHODS = ["adamw", "adamw_eps:3", "adamw_eps:10", "adamw_eps:30", "prm_debiased
 FIXED, FIXED_FROM = "search_prm_rows_fixed_eps10", "search_prm_rows_signal0.98_eps10"
 VARIANTS[FIXED] = {"rows": True, "eps": 10}
 ROW_MASKS = "row_masks.pt"
+RECIPES = {"dpo_noisy": dpo_noisy, "sft_noisy": sft_noisy}
 MICRO_BATCHES = 4  # a step's, for noise that is measured within it
 
 
@@ -265,9 +269,9 @@ def set_up_variant(trainer: Trainer, variant: str, fixed: Path | None = None) ->
     trainer.optimizer = SearchedPRM(groups, **options)
 
 
-def methods(noise_rate: float, per_device: int, accumulation: int) -> dict[str, dict[str, Any]]:
-    """The methods of `dpo_noisy` and the variants; micro-batches split the batch of a step and do not enlarge it."""
-    known = dpo_noisy.methods(noise_rate)
+def methods(base: Recipe, noise_rate: float, per_device: int, accumulation: int) -> dict[str, dict[str, Any]]:
+    """The methods of a recipe and the variants; micro-batches split the batch of a step and do not enlarge it."""
+    known = dict(base.methods(noise_rate))
     micro = 1 if per_device % MICRO_BATCHES else per_device // MICRO_BATCHES
     split = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation * per_device // micro}
     for variant, options in VARIANTS.items():
@@ -277,16 +281,16 @@ def methods(noise_rate: float, per_device: int, accumulation: int) -> dict[str, 
 
 @dataclasses.dataclass(frozen=True)
 class Area:
-    """One method's mean over log KL minus another's, at equal drift: of accuracy, and of the fit of flipped pairs.
+    """One method's mean over log KL minus another's, at equal drift: of accuracy, and of the fit of wrong labels.
 
     Attributes:
         accuracy: over seeds and held-out pairs.
-        flipped_fit: over seeds.
+        noise_fit: over seeds.
         kl: the range of KL, nats a token, that the curves of both cover in every seed.
     """
 
     accuracy: Interval
-    flipped_fit: Interval
+    noise_fit: Interval
     kl: tuple[float, float]
 
 
@@ -314,7 +318,7 @@ def area(mine: list[Row], theirs: list[Row]) -> Area | None:
 
     return Area(
         interval(lambda run: (run.heldout > 0).astype(float)),
-        interval(lambda run: np.array([run.metrics["memorization/flipped_fit"]])),
+        interval(lambda run: np.array([run.metrics[mine[0].measures.noise_fit]])),
         span,
     )
 
@@ -337,7 +341,7 @@ def table(comparison: Comparison) -> str:
         if key not in areas:
             return ["", "", ""]
         found, p = areas[key], adjusted[key]
-        x, y = found.accuracy, found.flipped_fit
+        x, y = found.accuracy, found.noise_fit
         return [
             f"{x.mean:+.3f} [{x.low:+.3f}, {x.high:+.3f}]",
             f"{p:.2g}" if p >= 0.001 else "<.001",
@@ -346,7 +350,7 @@ def table(comparison: Comparison) -> str:
 
     heads = ["method", "seeds", "best accuracy"]
     for name in ("AdamW", *([display_name(strongest)] if strongest else [])):
-        heads += [f"accuracy against {name}", "p (Holm)", "flipped fit"]
+        heads += [f"accuracy against {name}", "p (Holm)", adamw[0].measures.noise_label]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for method, its in rows.items():
         top = max(its, key=lambda row: row.accuracy)
@@ -358,11 +362,17 @@ def table(comparison: Comparison) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    module = dpo_noisy
+    if arguments and not arguments[0].startswith("-"):
+        name, arguments = Path(arguments[0]).stem, arguments[1:]
+        if name not in RECIPES:
+            raise ValueError(f"The first argument may name a recipe, {' or '.join(RECIPES)}, got {name!r}.")
+        module = RECIPES[name]
     if "--methods" not in arguments:
         arguments = [*arguments, "--methods", *METHODS]
-    known = [*dpo_noisy.methods(0.3), *VARIANTS]
-    script_args, training_args, model_args = dpo_noisy.parse(arguments, known, "runs/mask_search")
-    base = dpo_noisy.make_recipe(model_args)
+    known = [*(dpo_noisy.methods(0.3) if module is dpo_noisy else OPTIMIZERS), *VARIANTS]
+    script_args, training_args, model_args = module.parse(arguments, known, "runs/mask_search")
+    base = module.make_recipe(script_args, model_args)
     per_device, accumulation = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
 
     def make_trainer(config: Any, spec: RunSpec, data: Data) -> Trainer:
@@ -386,7 +396,7 @@ def main(arguments: list[str]) -> int:
 
     recipe = dataclasses.replace(
         base,
-        methods=lambda noise_rate: methods(noise_rate, per_device, accumulation),
+        methods=lambda noise_rate: methods(base, noise_rate, per_device, accumulation),
         make_trainer=make_trainer,
         outcomes=outcomes,
     )

@@ -20,6 +20,7 @@ or with everything in a file: `--config recipes/qwen2.5-0.5b/sft_noisy.yaml`. Al
 import dataclasses
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -119,8 +120,10 @@ BUILT_IN = BuiltIn(
 )
 
 
-def parse(arguments: list[str]) -> tuple[SFTArguments, PRMSFTConfig, ModelConfig]:
-    return parse_arguments(arguments, SFTArguments, PRMSFTConfig, list(OPTIMIZERS), "runs/sft_noisy", BUILT_IN)
+def parse(
+    arguments: list[str], known: Iterable[str] = tuple(OPTIMIZERS), output_dir: str = "runs/sft_noisy"
+) -> tuple[SFTArguments, PRMSFTConfig, ModelConfig]:
+    return parse_arguments(arguments, SFTArguments, PRMSFTConfig, list(known), output_dir, BUILT_IN)
 
 
 def prepare_rows(dataset: Dataset, args: SFTArguments) -> Dataset:
@@ -206,9 +209,7 @@ def matches_answers(trainer: PRMSFTTrainer, rows: Dataset, pattern: str, max_new
     return [generated[i] == answer for i, answer in enumerate(expected)]
 
 
-def main(arguments: list[str]) -> int:
-    script_args, training_args, model_args = parse(arguments)
-
+def make_recipe(script_args: SFTArguments, model_args: ModelConfig) -> Recipe:
     def prepare(data: Data, _: PRMSFTConfig) -> Data:
         train, heldout = (prepare_rows(rows, script_args) for rows in (data.train, data.heldout))
         return dataclasses.replace(data, train=train, heldout=heldout)
@@ -241,7 +242,7 @@ def main(arguments: list[str]) -> int:
         return more, {"heldout": [1 if x else -1 for x in right]}
 
     own = ("prompt_column", "completion_column", "as_messages", "answer_pattern", "max_new_tokens")
-    recipe = Recipe(
+    return Recipe(
         built_in=BUILT_IN,
         methods=lambda noise_rate: OPTIMIZERS,
         prepare=prepare,
@@ -250,7 +251,11 @@ def main(arguments: list[str]) -> int:
         info={"task": "sft"} if script_args.answer_pattern is None else {"task": "sft", "accuracy": "answer_match"},
         settings={name: getattr(script_args, name) for name in (*own, "memorization_max_rows")},
     )
-    return run_comparisons(script_args, training_args, model_args, recipe)
+
+
+def main(arguments: list[str]) -> int:
+    script_args, training_args, model_args = parse(arguments)
+    return run_comparisons(script_args, training_args, model_args, make_recipe(script_args, model_args))
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ def test_the_table_has_known_areas(tmp_path):
     rows = comparison.methods()
     found = mask_search.area(rows["prm_per_tensor"], rows["adamw_eps:10"])
     assert found.accuracy.mean == pytest.approx(0.02, abs=1e-6) and found.kl == (0.2, 0.8)
-    assert found.flipped_fit.mean == 0  # the same in all of these runs
+    assert found.noise_fit.mean == 0  # the same in all of these runs
     (line,) = [line for line in mask_search.table(comparison).splitlines() if "PRM per_tensor" in line]
     assert "+0.050 [" in line and "+0.020 [" in line
     assert mask_search.area(rows["adamw"][:1], rows["adamw"]) is None
@@ -243,3 +243,10 @@ def test_fixed_rows_need_the_run_of_another_seed(tmp_path):
             ["--methods", "adamw", mask_search.FIXED, "--seeds", "0", "1", "--max_steps", "1"]
             + ["--output_dir", str(tmp_path)]
         )
+
+
+def test_a_recipe_may_be_named_first():
+    with pytest.raises(ValueError, match="dpo_noisy or sft_noisy, got 'randomization'"):
+        mask_search.main(["recipes/randomization.py"])
+    with pytest.raises(ValueError, match="ipo"):  # a loss of DPO
+        mask_search.main(["recipes/sft_noisy.py", "--methods", "adamw", "ipo"])
