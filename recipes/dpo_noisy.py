@@ -93,10 +93,10 @@ class KeepBest(TrainerCallback):
                 write_json(self.file, self.best)
 
 
-def make_built_in() -> tuple[str, Dataset, Dataset]:
+def make_built_in(seed: int) -> tuple[str, Dataset, Dataset]:
     from prm_hf.demo import build_demo
 
-    demo = build_demo()
+    demo = build_demo(seed)
     return demo.model_path, demo.train, demo.test
 
 

@@ -35,6 +35,8 @@ class ComparisonArguments:
             Held-out split, whose labels stay as they are.
         eval_dataset_name (`list[str]`, *optional*):
             Datasets that the held-out splits are read from, if they are others than `dataset_name`; as many.
+        task_seed (`int`, *optional*, defaults to `0`):
+            Seed of the built-in task: of its prompts, its pairs and its reference policy.
         noise_rate (`list[float]`, *optional*, defaults to `[0.3]`):
             Probabilities with which a training label is corrupted, each with a comparison of its own.
         seeds (`list[int]`, *optional*, defaults to `[0]`):
@@ -70,6 +72,9 @@ class ComparisonArguments:
     eval_dataset_name: list[str] | None = field(
         default=None,
         metadata={"help": "Datasets that the held-out splits are read from, if not `dataset_name`; as many."},
+    )
+    task_seed: int = field(
+        default=0, metadata={"help": "Seed of the built-in task: of its prompts, its pairs and its reference policy."}
     )
     noise_rate: list[float] = field(
         default_factory=lambda: [0.3],
@@ -124,6 +129,11 @@ class ComparisonArguments:
         for rate in self.noise_rate:
             if not 0 <= rate < 1:
                 raise ValueError(f"`noise_rate` must be in [0, 1), got {rate}.")
+        if self.task_seed < 0 or (self.task_seed and self.dataset_name is not None):
+            raise ValueError(
+                f"`task_seed` is the built-in task's and at least 0, got {self.task_seed}: leave it out with a "
+                "`dataset_name`."
+            )
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise ValueError(f"`max_minutes` must be above 0, got {self.max_minutes}.")
         names, others = self.dataset_name or [None], self.eval_dataset_name
@@ -138,11 +148,11 @@ class ComparisonArguments:
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """The built-in task of a recipe: settings, examples a step, and what makes its model and its rows."""
+    """The built-in task of a recipe: settings, examples a step, and what makes its model and rows of a seed."""
 
     settings: dict[str, Any]
     batch_size: int
-    make: Callable[[], tuple[str, Dataset, Dataset]]
+    make: Callable[[int], tuple[str, Dataset, Dataset]]
 
 
 @dataclass(frozen=True)
@@ -207,8 +217,9 @@ def load_data(script_args: ComparisonArguments, model_args: ModelConfig, built_i
             print(
                 "Built-in task: the reference policy is trained now, for about 30 s, unless it is cached.", flush=True
             )
-        model, train, heldout = built_in.make()
-        yield Data(model, "built-in", "built-in", train, heldout, {})
+        seed = script_args.task_seed
+        model, train, heldout = built_in.make(seed)
+        yield Data(model, "built-in", "built-in", train, heldout, {"task_seed": seed} if seed else {})
         return
     config = script_args.dataset_config
     splits = {"train_split": script_args.dataset_train_split, "test_split": script_args.dataset_test_split}

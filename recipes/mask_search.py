@@ -44,6 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "search_prm_signal0.95": {"signal_beta": 0.95},
     "search_prm_signal0.98": {"signal_beta": 0.98},
     "search_prm_signal0.98_eps10": {"signal_beta": 0.98, "eps": 10},
+    "search_prm_rows_signal0.98": {"rows": True, "signal_beta": 0.98},
     "search_prm_rows_signal0.98_eps10": {"rows": True, "signal_beta": 0.98, "eps": 10},
     # The control of the one before: as many rows are as open, but others.
     "search_prm_rows_signal0.98_eps10_shuffled": {"rows": True, "signal_beta": 0.98, "eps": 10, "shuffle": True},

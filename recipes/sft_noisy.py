@@ -88,10 +88,10 @@ class SFTArguments(ComparisonArguments):
             raise ValueError(f"`answer_pattern` must have one group, the answer, got {self.answer_pattern!r}.")
 
 
-def make_built_in() -> tuple[str, Dataset, Dataset]:
+def make_built_in(seed: int) -> tuple[str, Dataset, Dataset]:
     from prm_hf.demo import build_demo, completion_rows
 
-    demo = build_demo()
+    demo = build_demo(seed)
     return demo.model_path, completion_rows(demo.train), completion_rows(demo.test)
 
 

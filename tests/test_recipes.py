@@ -1,5 +1,6 @@
 """The recipes as a user runs them: on the built-in task in short, on local files, interrupted, and wrongly."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -195,6 +196,7 @@ def test_the_published_setting_parses():
         (["--dataset_name", "somewhere", *ON_CPU], "needs a `--model_name_or_path`"),
         (["--prm_rho", "1.5"], "prm_rho"),
         (["--max_minutes", "0"], "`max_minutes` must be above 0, got 0"),
+        (["--task_seed", "-1"], "`task_seed` is the built-in task's and at least 0, got -1"),
         (["--dataset_name", "a", "b", "--eval_dataset_name", "c", *ON_CPU], "has 1 values and `dataset_name` 2"),
         (["--dataset_name", "x/a", "y/a", *ON_CPU], "two datasets of one name"),
     ],
@@ -202,6 +204,18 @@ def test_the_published_setting_parses():
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         dpo_noisy.parse(arguments)
+
+
+def test_another_seed_is_another_built_in_task():
+    rows = build_demo().test
+    for seed, source in ((0, {}), (3, {"task_seed": 3})):
+        made = []
+        built_in = dataclasses.replace(
+            dpo_noisy.BUILT_IN, make=lambda seed, made=made: made.append(seed) or ("", rows, rows)
+        )
+        script_args, _, model_args = dpo_noisy.parse(["--task_seed", str(seed)])
+        (data,) = inputs.load_data(script_args, model_args, built_in)
+        assert made == [seed] and data.source == source  # runs of before have no other settings than they had
 
 
 @pytest.fixture
