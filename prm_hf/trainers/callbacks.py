@@ -80,8 +80,9 @@ class PopulationRiskStopping(TrainerCallback):
     For the trainers of this package, with PRM as their optimizer. When an epoch ends in which the mean of the logged
     `mask/snr`, the signal-to-noise ratio pooled over all masked parameters, is below `threshold`, training stops. The
     learning rate's warm-up does not count, and an epoch without another logged value decides nothing; a mean of few
-    values decides by chance, so let `logging_steps` be a tenth of an epoch or less. It is meant for `prm_estimator="debiased"`, whose ratio goes to 0
-    where no signal is left; with `"ema"` pure noise keeps it at about 1/20.
+    values decides by chance, so let `logging_steps` be a tenth of an epoch or less. It is meant for
+    `prm_estimator="debiased"`, whose ratio goes to 0 where no signal is left; with `"ema"` pure noise keeps it at
+    about 1/20.
 
     All that it knows is in the logs, which checkpoints carry, so a resumed run stops where it would have.
 
