@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 from filelock import FileLock, Timeout
 from inputs import BuiltIn, ComparisonArguments, Data, load_data
@@ -154,6 +155,9 @@ class Comparison:
                 metrics = make_run(spec, folder, resume, self.train_run, self.outcomes, self.info)
                 note = f"{metrics['wall_seconds']:.0f} s"
                 clear_device_cache(garbage_collection=True)  # a trainer is in circles with its callbacks
+                if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
+                    # Each run has a DeepSpeed configuration, and accelerate takes one in the life of its state.
+                    AcceleratorState._reset_state()
         finally:
             lock.release()  # the main process'; the others never had it
         self.bar.update()

@@ -14,7 +14,17 @@ from .plans import PATHS
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SHORT = ["--max_steps", "2", "--logging_steps", "1", "--eval_steps", "2", "--warmup_steps", "1"]
-RATE = ["--methods", "prm_per_tensor", "--learning_rates", "3e-3", "--prm_learning_rates", "3e-3", "--seeds", "0"]
+RATE = [
+    "--methods",
+    "adamw",
+    "prm_per_tensor",
+    "--learning_rates",
+    "3e-3",
+    "--prm_learning_rates",
+    "3e-3",
+    "--seeds",
+    "0",
+]
 # By recipe, metrics that are means over many tokens, and shares, in which one decision may tip over
 MEANS = {
     "dpo_noisy": ["drift/kl", "drift/reward_abs", "drift/logratio_abs", "drift/params_rel", "mask/mean_q"],
@@ -35,7 +45,8 @@ def launch(recipe: str, path: str, folder: Path) -> dict[str, float]:
     log = folder.with_suffix(".log")
     module = ["tests.distributed.recipe", recipe, "--output_dir", str(folder), *SHORT, *RATE]
     accelerate_launch(path, module, log, PATHS[path], timeout=600)
-    (run,) = (p.parent for p in folder.glob("*/metrics.json"))
+    assert len(list(folder.glob("*/metrics.json"))) == 2  # one run after the other in the same processes
+    run = folder / "prm_per_tensor_lr0.003_seed0"
     assert json.loads((run / "run.json").read_text())["hardware"]["world_size"] == PATHS[path]
     assert log.read_text().count("PRM trains ") == 1
     return json.loads((run / "metrics.json").read_text())
