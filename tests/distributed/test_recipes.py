@@ -14,17 +14,7 @@ from .plans import PATHS
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SHORT = ["--max_steps", "2", "--logging_steps", "1", "--eval_steps", "2", "--warmup_steps", "1"]
-RATE = [
-    "--methods",
-    "adamw",
-    "prm_per_tensor",
-    "--learning_rates",
-    "3e-3",
-    "--prm_learning_rates",
-    "3e-3",
-    "--seeds",
-    "0",
-]
+RATE = "--methods adamw prm_per_tensor --learning_rates 3e-3 --prm_learning_rates 3e-3 --seeds 0".split()
 # By recipe, metrics that are means over many tokens, and shares, in which one decision may tip over
 MEANS = {
     "dpo_noisy": ["drift/kl", "drift/reward_abs", "drift/logratio_abs", "drift/params_rel", "mask/mean_q"],
