@@ -155,8 +155,9 @@ class Comparison:
                 metrics = make_run(spec, folder, resume, self.train_run, self.outcomes, self.info)
                 note = f"{metrics['wall_seconds']:.0f} s"
                 clear_device_cache(garbage_collection=True)  # a trainer is in circles with its callbacks
-                if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
-                    # Each run has a DeepSpeed configuration, and accelerate takes one in the life of its state.
+                if self.state.distributed_type != DistributedType.NO:
+                    # accelerate takes one DeepSpeed configuration in the life of its state, and with a second
+                    # Accelerator it forgets that there is FSDP.
                     AcceleratorState._reset_state()
         finally:
             lock.release()  # the main process'; the others never had it
