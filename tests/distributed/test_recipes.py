@@ -14,7 +14,8 @@ from .plans import PATHS
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SHORT = ["--max_steps", "2", "--logging_steps", "1", "--eval_steps", "2", "--warmup_steps", "1"]
-RATE = "--methods adamw prm_per_tensor --learning_rates 3e-3 --prm_learning_rates 3e-3 --seeds 0".split()
+RATE = ["--learning_rates", "3e-3", "--prm_learning_rates", "3e-3", "--seeds", "0"]
+RUNS = ["--methods", "adamw", "prm_per_tensor", *RATE]
 # By recipe, metrics that are means over many tokens, and shares, in which one decision may tip over
 MEANS = {
     "dpo_noisy": ["drift/kl", "drift/reward_abs", "drift/logratio_abs", "drift/params_rel", "mask/mean_q"],
@@ -33,7 +34,7 @@ def test_every_configuration_is_named_here():
 def launch(recipe: str, path: str, folder: Path) -> dict[str, float]:
     build_demo()  # trains its model when it is first asked for, on one process sooner than on two
     log = folder.with_suffix(".log")
-    module = ["tests.distributed.recipe", recipe, "--output_dir", str(folder), *SHORT, *RATE]
+    module = ["tests.distributed.recipe", recipe, "--output_dir", str(folder), *SHORT, *RUNS]
     accelerate_launch(path, module, log, PATHS[path], timeout=600)
     assert len(list(folder.glob("*/metrics.json"))) == 2  # one run after the other in the same processes
     run = folder / "prm_per_tensor_lr0.003_seed0"
