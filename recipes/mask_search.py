@@ -22,13 +22,13 @@ import numpy as np
 import sft_noisy
 import torch
 from comparison import Data, Recipe, RunSpec, run_comparisons
-from methods import OPTIMIZERS, gradient_scale, is_sharded
+from methods import OPTIMIZERS, enlarge_eps, gradient_scale, is_sharded
 from torch import Tensor
 from transformers import Trainer
 
-from prm_hf.compare import Comparison, Interval, Row, Run, bootstrap_interval, compare_runs, mean_over_log_kl
-from prm_hf.compare.comparison import BASELINE, display_name
-from prm_hf.compare.statistics import holm, shared_range
+from prm_hf.compare import Comparison, Interval, Row, compare_runs
+from prm_hf.compare.comparison import BASELINE, display_name, frontier_difference
+from prm_hf.compare.statistics import holm
 from prm_hf.optim import masks
 from prm_hf.trainers.callbacks import innermost_optimizer
 
@@ -110,12 +110,13 @@ class SearchedPRM(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, rho=rho, eps=eps, weight_decay=weight_decay))
         self.softness, self.rows, self.signal_beta = softness, rows, signal_beta
         self.keep_mean, self.shuffle, self.within_step = keep_mean, shuffle, within_step
-        self.fixed = dict(zip((p for group in self.param_groups for p in group["params"]), fixed or [], strict=False))
+        every = [p for group in self.param_groups for p in group["params"]]
+        self.fixed = {} if fixed is None else dict(zip(every, fixed, strict=True))
         self.sums: dict[Tensor, Tensor] = {}  # of the masks of all steps
         self.mean_qs: list[Tensor] = []  # of each step, over all parameters, as it was before `keep_mean`
         self._micro: dict[Tensor, tuple[Tensor, float, int]] = {}  # gradient so far, sum of squares, micro-batches
         if within_step:
-            for p in (p for group in self.param_groups for p in group["params"]):
+            for p in every:
                 p.register_post_accumulate_grad_hook(self._see)
 
     def _see(self, p: Tensor) -> None:
@@ -134,13 +135,13 @@ class SearchedPRM(torch.optim.Optimizer):
             self._masks(params, group) if params else []
             for params, group in zip(stepped, self.param_groups, strict=True)
         ]
+        if self.fixed:
+            qs = [[self.fixed[p].to(p.device) for p in params] for params in stepped]
         sizes = [p.numel() for params in stepped for p in params]
         mean = sum(q.mean() * n for q, n in zip((q for own in qs for q in own), sizes, strict=True)) / sum(sizes)
         self.mean_qs.append(mean)
         for p, q in zip((p for ps in stepped for p in ps), (q for own in qs for q in own), strict=True):
             self.sums[p] = self.sums.get(p, 0) + q
-        if self.fixed:
-            qs = [[self.fixed[p].to(p.device) for p in params] for params in stepped]
         generator = torch.Generator().manual_seed(len(self.mean_qs))
         for params, group, own in zip(stepped, self.param_groups, qs, strict=True):
             if self.keep_mean:
@@ -258,8 +259,7 @@ def set_up_variant(trainer: Trainer, variant: str, fixed: Path | None = None) ->
     if eps is not None:
         if not trainer.args.max_grad_norm:
             raise ValueError(f"`{variant}` is scaled by the clipped gradient: set `max_grad_norm` above 0.")
-        for group in groups:
-            group["eps"], group["lr"] = eps * gradient_scale(trainer), group["lr"] * (1 + eps)
+        enlarge_eps(groups, eps, gradient_scale(trainer))
     if fixed is not None:
         if not fixed.is_file():
             raise ValueError(
@@ -297,31 +297,12 @@ class Area:
 
 def area(mine: list[Row], theirs: list[Row]) -> Area | None:
     """None without two seeds, or where the curves have no KL in common."""
-    curves: dict[int, tuple[list[Run], list[Run]]] = {}
-    for side, rows in enumerate((mine, theirs)):
-        for run in (run for row in rows for run in row.runs):
-            curves.setdefault(run.seed, ([], []))[side].append(run)
-    curves = {seed: both for seed, both in curves.items() if min(map(len, both)) > 1}
-
-    def kl(runs: list[Run]) -> np.ndarray:
-        return np.array([run.metrics["drift/kl"] for run in runs])
-
-    span = shared_range([kl(runs) for both in curves.values() for runs in both])
-    if len(curves) < 2 or span is None:
+    noise_fit = mine[0].measures.noise_fit
+    accuracy = frontier_difference(mine, theirs)
+    fit = frontier_difference(mine, theirs, lambda run: np.array([run.metrics[noise_fit]]))
+    if isinstance(accuracy, str) or accuracy[0].seeds < 2:
         return None
-
-    def interval(values: Callable[[Run], np.ndarray]) -> Interval:
-        means = [
-            [mean_over_log_kl(kl(runs), np.stack([values(run) for run in runs]), *span) for runs in both]
-            for both in curves.values()
-        ]
-        return bootstrap_interval(np.stack([left - right for left, right in means]))
-
-    return Area(
-        interval(lambda run: (run.heldout > 0).astype(float)),
-        interval(lambda run: np.array([run.metrics[mine[0].measures.noise_fit]])),
-        span,
-    )
+    return Area(accuracy[0], fit[0], accuracy[1])
 
 
 def table(comparison: Comparison) -> str:

@@ -150,6 +150,12 @@ def gradient_scale(trainer: Trainer) -> float:
     return trainer.args.max_grad_norm / sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) ** 0.5
 
 
+def enlarge_eps(groups: list[dict[str, Any]], eps: float, scale: float) -> None:
+    """Makes eps `eps` times `scale`, and the learning rate 1 + `eps` times what it was, so that a step is as long."""
+    for group in groups:
+        group["eps"], group["lr"] = eps * scale, group["lr"] * (1 + eps)
+
+
 def set_up_optimizer(
     trainer: Trainer,
     method: str,
@@ -184,8 +190,7 @@ def set_up_optimizer(
     args, named, scale = trainer.args, dict(trainer.model.named_parameters()), gradient_scale(trainer)
     groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in optimizer.param_groups]
     if eps is not None:
-        for group in optimizer.param_groups:
-            group["eps"], group["lr"] = eps * scale, group["lr"] * (1 + eps)
+        enlarge_eps(optimizer.param_groups, eps, scale)
     if name == "adamw_embedding":
         embedding = trainer.model.get_input_embeddings().weight
         if not embedding.requires_grad:

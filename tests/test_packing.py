@@ -31,12 +31,12 @@ def fused_model(attn_implementation: str = "sdpa", **config) -> torch.nn.Module:
 
 @pytest.mark.parametrize("capacity", [17, 20, 54])
 def test_pack(capacity):
-    places = pack(LENGTHS, capacity)
+    places, filled = pack(LENGTHS, capacity)
     cells = [(row, start + t) for (row, start), n in zip(places, LENGTHS, strict=True) for t in range(n)]
     assert len(set(cells)) == sum(LENGTHS)
     assert max(column for _, column in cells) < capacity
-    rows = max(row for row, _ in places) + 1
-    assert rows == -(-sum(LENGTHS) // capacity)  # these lengths leave no row that could have been saved
+    assert sum(filled) == sum(LENGTHS) and max(filled) <= capacity
+    assert len(filled) == -(-sum(LENGTHS) // capacity)  # these lengths leave no row that could have been saved
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])

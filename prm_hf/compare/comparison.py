@@ -8,7 +8,7 @@ method's whole curve against AdamW's, by the area under accuracy over log KL.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -344,8 +344,8 @@ def _curve(comparison: Comparison) -> list[Row]:
     """The rows whose runs are points of AdamW's curve: its own, and controls that are AdamW at another rate."""
     controls = comparison.methods(CONTROL)
     controls = [row for method in ("constant_q", "adamw_matched") for row in controls.get(method, [])]
-    with_eps = [row for row in controls if row.source and baseline_of(row.source.method) != "adamw"]
-    return [*comparison.baseline, *(row for row in controls if row not in with_eps)]
+    plain = [row for row in controls if row.source is None or baseline_of(row.source.method) == "adamw"]
+    return [*comparison.baseline, *plain]
 
 
 def _frontier_contrasts(comparison: Comparison) -> list[Contrast]:
@@ -369,30 +369,46 @@ def _areas(rows: list[Row], comparison: Comparison, rival: list[Row] | None) -> 
     curve = _curve(comparison) if rival is None else rival
     against = f"{display_name(curve[0].method)}, frontier area"
     right = best(rival or ())
-
-    def points(rows: list[Row], seed: int | None) -> list[Run]:
-        runs = [run for row in rows for run in row.runs if run.seed == seed]
-        return [run for run in runs if finite(run.metrics.get(KL)) and _outcomes(run) is not None]
-
-    seeds = {run.seed: (points(rows, run.seed), points(curve, run.seed)) for row in rows for run in row.runs}
-    seeds = {seed: both for seed, both in seeds.items() if min(map(len, both)) > 1}
-    span = shared_range([np.array([run.metrics[KL] for run in runs]) for both in seeds.values() for runs in both])
-    if span is None:
-        why = f"no {KL} range that both cover" if seeds else "no seed with two runs of both"
-        return Contrast(FRONTIER, rows[0], right, against, None, why, why)
-    against += f", KL {span[0]:.2g}-{span[1]:.2g}"
-    differences = []
-    for mine, theirs in seeds.values():
-        outcomes = _stack([_outcomes(run) for run in (*mine, *theirs)])
-        kls = np.array([run.metrics[KL] for run in (*mine, *theirs)])
-        n = len(mine)
-        differences.append(
-            mean_over_log_kl(kls[:n], outcomes[:n], *span) - mean_over_log_kl(kls[n:], outcomes[n:], *span)
-        )
+    found = frontier_difference(rows, curve)
+    if isinstance(found, str):
+        return Contrast(FRONTIER, rows[0], right, against, None, found, found)
+    interval, span = found
     note = ""
     if span[1] / span[0] < 2:
         note = f"over a range of KL of a factor of {span[1] / span[0]:.1f} only"
-    return Contrast(FRONTIER, rows[0], right, against, bootstrap_interval(_stack(differences)), note)
+    return Contrast(FRONTIER, rows[0], right, f"{against}, KL {span[0]:.2g}-{span[1]:.2g}", interval, note)
+
+
+def frontier_difference(
+    mine: list[Row], theirs: list[Row], outcomes: Callable[[Run], np.ndarray | None] | None = None
+) -> tuple[Interval, tuple[float, float]] | str:
+    """Mean over log KL of one curve minus another's, and the range of KL that both cover in every seed they share.
+
+    Args:
+        mine, theirs: the rows of each curve.
+        outcomes: of a run, one value an example, or one in all; by default whether each held-out example is right.
+
+    Returns:
+        The interval over seeds and examples, and the range, nats a token; or why there is none.
+    """
+    outcomes = outcomes or _outcomes
+
+    def points(rows: list[Row], seed: int | None) -> list[Run]:
+        runs = [run for row in rows for run in row.runs if run.seed == seed]
+        return [run for run in runs if finite(run.metrics.get(KL)) and outcomes(run) is not None]
+
+    seeds = {run.seed: (points(mine, run.seed), points(theirs, run.seed)) for row in mine for run in row.runs}
+    seeds = {seed: both for seed, both in seeds.items() if min(map(len, both)) > 1}
+    span = shared_range([np.array([run.metrics[KL] for run in runs]) for both in seeds.values() for runs in both])
+    if span is None:
+        return f"no {KL} range that both cover" if seeds else "no seed with two runs of both"
+    differences = []
+    for left, right in seeds.values():
+        values = _stack([outcomes(run) for run in (*left, *right)])
+        kls = np.array([run.metrics[KL] for run in (*left, *right)])
+        n = len(left)
+        differences.append(mean_over_log_kl(kls[:n], values[:n], *span) - mean_over_log_kl(kls[n:], values[n:], *span))
+    return bootstrap_interval(_stack(differences)), span
 
 
 def _outcomes(run: Run) -> np.ndarray | None:

@@ -9,8 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 
-def pack(lengths: list[int], capacity: int) -> list[tuple[int, int]]:
-    """Row and first column of each sequence, in rows of `capacity` tokens. First fit, the longest first."""
+def pack(lengths: list[int], capacity: int) -> tuple[list[tuple[int, int]], list[int]]:
+    """Row and first column of each sequence in rows of `capacity` tokens, and how far each row is filled.
+
+    First fit, the longest first.
+    """
     places, filled = [(0, 0)] * len(lengths), []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         row = next((r for r, n in enumerate(filled) if n + lengths[i] <= capacity), len(filled))
@@ -18,7 +21,7 @@ def pack(lengths: list[int], capacity: int) -> list[tuple[int, int]]:
             filled.append(0)
         places[i] = row, filled[row]
         filled[row] += lengths[i]
-    return places
+    return places, filled
 
 
 def add_packing(model: PreTrainedModel) -> None:
@@ -78,13 +81,11 @@ def _indices(lengths: list[int], capacity: int) -> Tensor:
 
     Where a row is not filled, the sequence is -1 and the position counts from 0 anew.
     """
-    places = pack(lengths, capacity)
-    index = torch.full((2, max(row for row, _ in places) + 1, capacity), -1)
-    ends = [0] * index.shape[1]
+    places, filled = pack(lengths, capacity)
+    index = torch.full((2, len(filled), capacity), -1)
     for i, (row, start) in enumerate(places):
         end = start + lengths[i]
         index[0, row, start:end], index[1, row, start:end] = i, torch.arange(lengths[i])
-        ends[row] = max(ends[row], end)
-    for row, end in enumerate(ends):
+    for row, end in enumerate(filled):
         index[1, row, end:] = torch.arange(capacity - end)
     return index
