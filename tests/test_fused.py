@@ -6,6 +6,7 @@ tested, with chunks so small that every tensor has whole and partial ones.
 
 import copy
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 fused = pytest.importorskip("prm_hf.optim.fused", reason="needs triton")
 
 from prm_hf.optim import PRM, masks  # noqa: E402
+from prm_hf.optim.parts import SETTINGS  # noqa: E402
 from prm_hf.sharding import Layout, Piece  # noqa: E402
 
 from .reference_prm import ReferenceTensor  # noqa: E402
@@ -78,6 +80,207 @@ def test_plan_is_used_and_follows_changes(reduction, monkeypatch):
             torch.testing.assert_close(p, shadow, rtol=1e-6, atol=1e-7)
             assert optimizers[0].state[p]["step"] == optimizers[1].state[shadow]["step"]
     assert planned == [True] * 4 + [False]  # then the tensors have taken different numbers of steps
+
+
+def replace_state(optimizer, params):
+    for p in params:
+        optimizer.state[p] |= {key: x.clone() for key, x in optimizer.state[p].items()}
+
+
+def replace_one_moment(optimizer, params):
+    optimizer.state[params[1]]["exp_avg"] = optimizer.state[params[1]]["exp_avg"].clone()
+
+
+def replace_first_step(optimizer, params):
+    optimizer.state[params[0]]["step"] = optimizer.state[params[0]]["step"] + 10
+
+
+def replace_list_of_parameters(optimizer, params):
+    optimizer.param_groups[1]["params"] = params[1:]
+
+
+def remove_a_parameter(optimizer, params):
+    optimizer.param_groups[1]["params"].pop()
+
+
+def replace_weights(optimizer, params):
+    params[1].data = params[1].data.clone()
+
+
+def lose_a_gradient(optimizer, params):
+    params[1].grad = None
+
+
+def transpose_a_gradient(optimizer, params):
+    params[0].grad = params[0].grad.t().contiguous().t()
+
+
+def transpose_a_gradient_in_place(optimizer, params):
+    grad = params[0].grad
+    grad.set_(grad.untyped_storage(), 0, grad.shape, (1, len(grad)))  # the same tensor at the same address
+
+
+def make_a_gradient_of_another_class(optimizer, params):
+    params[0].grad = params[0].grad.as_subclass(type("Marked", (torch.Tensor,), {}))
+
+
+def halve_a_gradient(optimizer, params):
+    halves = params[0].grad.half()
+    params[0].grad.data = halves if optimizer.param_groups[0]["fused"] else halves.float()
+
+
+def add_a_group(optimizer, params):
+    params.append(torch.ones(3, requires_grad=True))
+    params[-1].grad = torch.tensor([1.0, -1.0, 0.5])
+    optimizer.add_param_group({"params": params[-1:]})
+
+
+def set_to(**settings):
+    return lambda optimizer, params: optimizer.param_groups[1].update(settings)
+
+
+def change_betas_in_place(optimizer, params):
+    optimizer.param_groups[1]["betas"][0] = 0.5
+
+
+def change_lr_in_place(optimizer, params):
+    optimizer.param_groups[1]["lr"].fill_(0.02)
+
+
+# Whether the plan can take the step after the change by itself.
+CHANGES = {
+    "state": (replace_state, False),
+    "one_moment": (replace_one_moment, False),
+    "first_step": (replace_first_step, False),
+    "list_of_parameters": (replace_list_of_parameters, False),
+    "one_parameter_less": (remove_a_parameter, False),
+    "weights": (replace_weights, False),
+    "no_gradient": (lose_a_gradient, False),
+    "noncontiguous_gradient": (transpose_a_gradient, False),
+    "noncontiguous_gradient_in_place": (transpose_a_gradient_in_place, False),
+    "class_of_gradient": (make_a_gradient_of_another_class, False),
+    "dtype_of_gradient": (halve_a_gradient, False),
+    "new_group": (add_a_group, False),
+    "lr": (set_to(lr=0.02), True),
+    "lr_in_place": (change_lr_in_place, True),
+    "betas": (set_to(betas=(0.5, 0.9)), True),
+    "betas_in_place": (change_betas_in_place, True),
+    "softness": (set_to(softness=3.0), True),
+    "decoupled_weight_decay": (set_to(weight_decay=0.5), True),
+    "alpha": (set_to(alpha=0.1), True),
+    "warmup_steps": (set_to(warmup_steps=10), True),
+    "estimator": (set_to(estimator="debiased"), False),
+    "maximize": (set_to(maximize=True), False),
+    "coupled_weight_decay": (set_to(decoupled_weight_decay=False), False),
+}
+
+
+@pytest.mark.parametrize("new_gradients", [True, False], ids=["new_gradients", "kept_gradients"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_plan_sees_what_has_changed(name, new_gradients, monkeypatch):
+    change, planned_then = CHANGES[name]
+    planned = []
+    original = fused.FusedPlan.step
+    monkeypatch.setattr(fused.FusedPlan, "step", lambda *a: planned.append(original(*a)) or planned[-1])
+    results = []
+    for f in (True, False):
+        params = make_params()[:2]
+        lr = torch.tensor(0.01) if name == "lr_in_place" else 0.01
+        groups = [{"params": params[:1]}, {"params": params[1:], "betas": [0.9, 0.99], "lr": lr}]
+        optimizer = PRM(groups, lr=0.01, weight_decay=0.1, reduction="per_tensor", fused=f)
+        generator = torch.Generator().manual_seed(0)
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        for t in range(6):
+            for p in params:
+                g = torch.randn(p.shape, generator=generator)
+                if new_gradients or p.grad is None or p.grad.dtype != g.dtype:
+                    p.grad = None
+                    p.grad = g
+                else:
+                    p.grad.copy_(g)
+            if t == 3:
+                change(optimizer, params)
+            optimizer.step()
+        results.append(params + [optimizer.state[p][key] for p in params for key in ("step", "exp_avg", "grad_var")])
+    assert planned[:3] == [True, True, planned_then]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"lr": float("nan")}, "lr=nan"),
+        ({"softness": -1.0}, "softness=-1.0"),
+        ({"betas": [0.9, 1.0]}, r"betas\[1\]=1.0"),
+    ],
+    ids=["lr", "nan", "softness", "betas"],
+)
+def test_plan_refuses_what_is_invalid_until_it_is_valid(settings, message):
+    params = make_params()[:2]
+    optimizer = PRM(params, fused=True, reduction="per_tensor")
+    train(optimizer, params, steps=2)
+    (group,) = optimizer.param_groups
+    before, weights = dict(group), [p.detach().clone() for p in params]
+    group.update(settings)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+    assert all(map(torch.equal, params, weights))
+    group.update(before)
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in params] == [3.0, 3.0]
+
+
+def test_plan_refuses_sparse_gradients():
+    params = make_params()[:2]
+    optimizer = PRM(params, fused=True, reduction="per_tensor")
+    train(optimizer, params, steps=2)
+    params[0].grad = params[0].grad.to_sparse()
+    with pytest.raises(ValueError, match="sparse gradients"):
+        optimizer.step()
+
+
+def test_plan_gives_way_when_the_kernel_is_switched_off():
+    params = make_params()[:2]
+    optimizer = PRM(params, fused=True, reduction="per_tensor")
+    train(optimizer, params, steps=2)
+    optimizer.param_groups[0]["fused"] = False
+    train(optimizer, params, steps=2)
+    assert optimizer._plan is None
+
+
+def test_plan_knows_every_setting_and_holds_no_gradient():
+    params = make_params()[:2]
+    optimizer = PRM(params, fused=True, reduction="per_tensor")
+    assert SETTINGS == set(optimizer.defaults)
+    train(optimizer, params, steps=3)
+    assert optimizer._plan is not None
+    gradient = weakref.ref(params[0].grad)
+    optimizer.zero_grad()
+    assert gradient() is None
+
+
+@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+def test_counters_are_clear_after_every_launch(reduction, monkeypatch):
+    """Also with programs that find nothing to do: the interpreter runs one after the other."""
+    tables = []
+    original = fused.FusedList.__init__
+
+    def several_programs(self, *args):
+        original(self, *args)
+        self._programs = 3
+        tables.append(self)
+
+    monkeypatch.setattr(fused.FusedList, "__init__", several_programs)
+    ours, theirs = make_params(), make_params()
+    train(PRM(ours, reduction=reduction, fused=True), ours, steps=3)
+    train(PRM(theirs, reduction=reduction, fused=False), theirs, steps=3)
+    for p, q in zip(ours, theirs, strict=True):
+        assert_close(p, q.detach().double().numpy(), 1e-6)
+    assert tables and not any(table._counters.any() for table in tables)
 
 
 def test_no_mask_is_adamw():

@@ -22,8 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import masks
+from .parts import SETTINGS, hyperparameters
 from .quantized import is_quantized
 from .step import scalars_of
+from .validation import validate_lr
 
 
 CHUNK = 4096  # elements an item,
@@ -54,6 +56,8 @@ SCALARS = (
     "first_ratio",
     "unscale",
 )
+# A row of the table of tensors, int64: where each is (0 if there is none), its elements, the first of its chunks.
+TENSOR = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var", "numel", "first_chunk", "")
 # `TRITON_INTERPRET=1`: the kernel runs on a CPU, slowly, to be tested.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _MASKS = {name: number for number, name in enumerate(masks.MASKS)}
@@ -61,8 +65,8 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 
 @triton.jit
-def _pointer(table, i, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = tl.load(table + i).to(tl.pointer_type(dtype))
+def _pointer(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(address).to(tl.pointer_type(dtype))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
@@ -230,22 +234,15 @@ def _tensor_sums(partials, begin, end, BLOCK: tl.constexpr):
 def _step_kernel(
     items,
     n_items,
-    counters,
     chunk_tensors,
-    first_chunks,
-    numels,
+    tensors,
+    n_tensors,
+    grads,
+    scalars,
+    counters,
     partials,
     sums,
     qs,
-    scalars,
-    scalar_rows,
-    p_ptrs,
-    g_ptrs,
-    m_ptrs,
-    v_ptrs,
-    x_ptrs,
-    s_ptrs,
-    n_tensors,
     found_inf,
     P: tl.constexpr,
     G: tl.constexpr,
@@ -259,27 +256,33 @@ def _step_kernel(
     SCALED: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
+    N_ENTRIES: tl.constexpr,
     N_SCALARS: tl.constexpr,
     PHASE: tl.constexpr,
 ):
     # PHASE: 0 all, 1 the sums over tensors alone, 2 the update alone with the masks given in `qs`
-    # counters: [0] the next item; [1 + i] finished statistics items of tensor i; [1 + n + i] whether q is there
+    # tensors: a row a tensor, `TENSOR`; grads: likewise, where its gradient is, and which row of `scalars` is its own
+    # counters: [0] the next item; [1] finished programs; from 2 on, finished statistics items of each tensor; then
+    # whether its q is there. They are 0 before and after.
     if SCALED and tl.load(found_inf) != 0:
         n_items = 0  # GradScaler skips this step
+    statistics_done = counters + 2
+    q_there = statistics_done + n_tensors
     ticket = tl.atomic_add(counters, 1, sem="relaxed")
     while ticket < n_items:
         item = tl.load(items + ticket)
         chunk = item // 2
         tensor = tl.load(chunk_tensors + chunk)
-        begin = tl.load(first_chunks + tensor)
-        start = (chunk - begin).to(tl.int64) * CHUNK
-        numel = tl.load(numels + tensor)
+        entry = tensors + tensor * N_ENTRIES
+        numel = tl.load(entry + 5)
+        begin = tl.load(entry + 6)  # of its chunks
+        start = (chunk - begin) * CHUNK
         offsets = start + tl.arange(0, CHUNK)
         inside = offsets < numel
-        row = scalars + tl.load(scalar_rows + tensor) * N_SCALARS
-        p_ptr = _pointer(p_ptrs, tensor, P, ALIGNED)
-        g_ptr = _pointer(g_ptrs, tensor, G, ALIGNED)
-        m_ptr = _pointer(m_ptrs, tensor, M, ALIGNED)
+        row = scalars + tl.load(grads + 2 * tensor + 1) * N_SCALARS
+        p_ptr = _pointer(entry, P, ALIGNED)
+        g_ptr = _pointer(grads + 2 * tensor, G, ALIGNED)
+        m_ptr = _pointer(entry + 1, M, ALIGNED)
         if PER_TENSOR and item % 2 == 0:
             if start + CHUNK <= numel:
                 deviations, squares = _chunk_sums(
@@ -291,8 +294,8 @@ def _step_kernel(
                 )
             tl.store(partials + 2 * chunk, deviations)
             tl.store(partials + 2 * chunk + 1, squares)
-            end = tl.load(first_chunks + tensor + 1)
-            finished = tl.atomic_add(counters + 1 + tensor, 1, sem="acq_rel")
+            end = begin + tl.cdiv(numel, CHUNK)
+            finished = tl.atomic_add(statistics_done + tensor, 1, sem="acq_rel")
             if finished == end - begin - 1:
                 total_deviations, total_squares = _tensor_sums(partials, begin, end, 256)
                 if PHASE == 1:
@@ -300,28 +303,28 @@ def _step_kernel(
                     tl.store(sums + 2 * tensor + 1, total_squares)
                 else:
                     count = numel.to(tl.float64)
-                    s_ptr = _pointer(s_ptrs, tensor, tl.float64, False)
+                    s_ptr = _pointer(entry + 4, tl.float64, False)
                     s = _scalar(row, 12, tl.float64) * tl.load(s_ptr)
                     s += _scalar(row, 4, tl.float64) * (total_deviations / count)
                     tl.store(s_ptr, s)
                     q = _mask(total_squares / count, s, row, tl.float64, MASK, DEBIASED)
                     tl.store(qs + tensor, q.to(tl.float32))
-                    tl.atomic_add(counters + 1 + n_tensors + tensor, 1, sem="release")
+                    tl.atomic_add(q_there + tensor, 1, sem="release")
         else:
-            v_ptr = _pointer(v_ptrs, tensor, tl.float32, ALIGNED)
+            v_ptr = _pointer(entry + 2, tl.float32, ALIGNED)
             x_ptr = v_ptr
             if AMSGRAD:
-                x_ptr = _pointer(x_ptrs, tensor, tl.float32, ALIGNED)
+                x_ptr = _pointer(entry + 3, tl.float32, ALIGNED)
             s_ptr = v_ptr
             q = 1.0
             if PER_TENSOR:
                 if PHASE == 0:
-                    ready = tl.atomic_add(counters + 1 + n_tensors + tensor, 0, sem="acquire")
+                    ready = tl.atomic_add(q_there + tensor, 0, sem="acquire")
                     while ready == 0:
-                        ready = tl.atomic_add(counters + 1 + n_tensors + tensor, 0, sem="acquire")
+                        ready = tl.atomic_add(q_there + tensor, 0, sem="acquire")
                 q = tl.load(qs + tensor, cache_modifier=".cg")
             elif MASK != 3:
-                s_ptr = _pointer(s_ptrs, tensor, tl.float32, ALIGNED)
+                s_ptr = _pointer(entry + 4, tl.float32, ALIGNED)
             if start + CHUNK <= numel:
                 _update_chunk(
                     p_ptr,
@@ -365,6 +368,11 @@ def _step_kernel(
                     True,
                 )
         ticket = tl.atomic_add(counters, 1, sem="relaxed")
+    # Nobody looks at the counters any more once every program is here: a launch less than if the host cleared them.
+    if tl.atomic_add(counters + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        for first in range(0, 2 + 2 * n_tensors, 256):
+            positions = first + tl.arange(0, 256)
+            tl.store(counters + positions, 0, mask=positions < 2 + 2 * n_tensors)
 
 
 class FusedList:
@@ -401,14 +409,18 @@ class FusedList:
         items = {0: updates, 2: updates}
         if code["PER_TENSOR"]:
             items |= {0: _schedule(first, chunk_tensors), 1: statistics}
-        self._items = {phase: self._upload(array) for phase, array in items.items()}
-        self._first, self._chunk_tensors, self._numels = map(self._upload, (first, chunk_tensors, numels))
+        self._items = {phase: (self._upload(array), len(array)) for phase, array in items.items()}
+        self._chunk_tensors = self._upload(chunk_tensors)
         self.addresses = [_addresses(tensors) for tensors in self._tensors]
         # The scalar `grad_var` of a tensor is read by itself.
         elementwise = self.addresses[:4] if code["PER_TENSOR"] else self.addresses
-        self._aligned = all(bool((a % 16 == 0).all()) for a in elementwise)
-        self._pointers = [self._upload(a) if len(a) else self._numels for a in self.addresses]
-        self._counters = torch.zeros(1 + 2 * n, dtype=torch.int32, device=self.device)
+        self._aligned = all(map(_are_aligned, elementwise))
+        table = np.zeros((n, len(TENSOR)), dtype=np.int64)
+        for column, values in enumerate((*self.addresses, numels, first[:-1])):
+            if len(values):
+                table[:, column] = values
+        self._table = self._upload(table)
+        self._counters = torch.zeros(2 + 2 * n, dtype=torch.int32, device=self.device)
         self._partials = torch.empty(2 * max(int(first[-1]), 1), device=self.device)
         self.sums = torch.zeros(n, 2, dtype=torch.float64, device=self.device)
         self.q = torch.ones(n, device=self.device)
@@ -416,14 +428,25 @@ class FusedList:
         if self.device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
             self._programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
-        self._grad_addresses = self._grad_pointers = self._rows = self._rows_there = None
+        self._grads: list[int] = []
+        self._rows: np.ndarray | None = None
+        self._make_room(0)
+
+    def _make_room(self, n_rows: int) -> None:
+        """For what is sent at each step, in one piece: the table of the gradients and `n_rows` of scalars."""
+        n = len(self._tensors[0])
+        self._here = torch.zeros(2 * n + len(SCALARS) * n_rows, dtype=torch.int64)
+        self._there = self._upload(self._here.numpy())
+        grads, scalars = self._here[: 2 * n], self._here[2 * n :].view(torch.float64)
+        self._grads_here, self._scalars_here = grads.view(n, 2).numpy(), scalars.view(-1, len(SCALARS)).numpy()
+        self._grads_there, self._scalars_there = self._there[: 2 * n], self._there[2 * n :].view(torch.float64)
 
     def _upload(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        # The host need not wait for the device: CUDA takes up to 64 kB along with the command, and pinned memory.
-        if self.device.type == "cuda" and array.nbytes > 2**16:
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
+        return self._sendable(torch.from_numpy(np.ascontiguousarray(array))).to(self.device, non_blocking=True)
+
+    def _sendable(self, tensor: Tensor) -> Tensor:
+        """Such that the host need not wait for the device: CUDA takes up to 64 kB along with the command."""
+        return tensor.pin_memory() if self.device.type == "cuda" and tensor.nbytes > 2**16 else tensor
 
     def fits(self, *lists: list[Tensor]) -> bool:
         """Whether the tensors still have the storages that the tables were made of."""
@@ -446,46 +469,44 @@ class FusedList:
             phase: 0 all; 1 the sums over tensors, which are left in `sums`; 2 the update, with the masks in `q`.
             found_inf: GradScaler's, on the device: nothing is done unless it is 0. With it gradients are unscaled.
         """
-        items = self._items[phase]
-        if len(items) == 0:
+        items, n_items = self._items[phase]
+        if n_items == 0:
             return
         addresses = list(map(Tensor.data_ptr, grads))
-        if addresses != self._grad_addresses:
-            array = np.array(addresses, dtype=np.int64)
-            self._grad_addresses, self._grad_pointers = addresses, self._upload(array)
-            self._grads_aligned = bool((array % 16 == 0).all())
-        if self._rows is None or not np.array_equal(rows, self._rows):
-            self._rows, self._rows_there = rows, self._upload(rows)
-        if isinstance(scalars, np.ndarray):
-            scalars = self._upload(scalars)
-        programs = min(len(items), self._programs)
-        self._counters.zero_()
-        p, m, v, x, s = self._pointers
+        on_device = isinstance(scalars, Tensor)
+        if not on_device and scalars.shape != self._scalars_here.shape:
+            self._make_room(len(scalars))
+            self._rows = None
+        moved = addresses != self._grads or not (rows is self._rows or np.array_equal(rows, self._rows))
+        if moved:
+            self._grads, self._rows = addresses, rows
+            self._grads_here[:, 0], self._grads_here[:, 1] = addresses, rows
+            self._grads_aligned = _are_aligned(self._grads_here[:, 0])
+        if not on_device:
+            self._scalars_here[:] = scalars
+            scalars = self._scalars_there
+        if moved or not on_device:  # else nothing, so that it can be captured in a graph
+            self._there.copy_(self._sendable(self._here), non_blocking=True)
+        programs = min(n_items, self._programs)
         _step_kernel[(programs,)](
             items,
-            len(items),
-            self._counters,
+            n_items,
             self._chunk_tensors,
-            self._first,
-            self._numels,
+            self._table,
+            len(grads),
+            self._grads_there,
+            scalars,
+            self._counters,
             self._partials,
             self.sums,
             self.q,
-            scalars,
-            self._rows_there,
-            p,
-            self._grad_pointers,
-            m,
-            v,
-            x,
-            s,
-            len(grads),
             self._counters if found_inf is None else found_inf,
             SCALED=found_inf is not None,
             **self._dtypes,
             G=_DTYPES[grads[0].dtype],
             ALIGNED=self._aligned and self._grads_aligned,
             CHUNK=self._chunk,
+            N_ENTRIES=len(TENSOR),
             N_SCALARS=len(SCALARS),
             PHASE=phase,
             num_warps=N_WARPS,
@@ -548,60 +569,90 @@ class FusedPlan:
     anew costs more than the step itself where tensors are many and small, as with LoRA.
 
     Args:
-        groups: the parameter groups and the settings of each; all their parameters have gradients and have taken
-            equally many steps, group by group.
+        groups: the parameter groups; all their parameters have gradients and have taken equally many steps, group by
+            group.
         state: the optimizer's state. Each `step` in it becomes an element of one tensor.
     """
 
-    def __init__(self, groups: list[tuple[dict[str, Any], dict[str, Any]]], state: dict[Tensor, dict]) -> None:
+    def __init__(self, groups: list[dict[str, Any]], state: dict[Tensor, dict]) -> None:
         self._state = state
-        self._groups = [(group, group["params"], len(group["params"]), code_of(hyper)) for group, hyper in groups]
-        params = [p for group, _ in groups for p in group["params"]]
-        self._steps = torch.stack([state[p]["step"] for p in params])
-        for p, step in zip(params, self._steps.unbind(), strict=True):
+        self._groups = [_Settings(group) for group in groups]
+        params = [p for group in groups for p in group["params"]]
+        steps = torch.stack([state[p]["step"] for p in params])
+        for p, step in zip(params, steps.unbind(), strict=True):
             state[p]["step"] = step
+        self._steps = steps.numpy()  # of the same memory; counts in a tenth of the time
         self._first_step = state[params[0]]["step"]
-        self._counts = [int(state[group["params"][0]]["step"].item()) for group, _ in groups]
+        self._counts = [state[group["params"][0]]["step"].item() for group in groups]
         by_code = {}
-        for number, (group, hyper) in enumerate(groups):
+        for number, (group, settings) in enumerate(zip(groups, self._groups, strict=True)):
             for p in group["params"]:
-                key = (p.device, p.dtype, p.grad.dtype, state[p]["exp_avg"].dtype, *code_of(hyper).values())
+                key = (p.device, p.dtype, p.grad.dtype, state[p]["exp_avg"].dtype, *settings.code.values())
                 by_code.setdefault(key, []).append((p, number))
         self._lists = []
         for members in by_code.values():
             ps, rows = [p for p, _ in members], np.array([number for _, number in members], dtype=np.int32)
             states = [[state[p][name] for p in ps if name in state[p]] for name in _STATES]
-            fused = FusedList(ps, *states, self._groups[rows[0]][3])
+            fused = FusedList(ps, *states, self._groups[rows[0]].code)
             moments = [state[p] for p in ps], [state[p]["exp_avg"] for p in ps]
             self._lists.append((ps, [p.data_ptr() for p in ps], moments, ps[0].grad.dtype, rows, fused))
 
-    def step(self, groups: list[dict[str, Any]], hypers: list[dict[str, Any]]) -> bool:
+    def step(self, groups: list[dict[str, Any]]) -> bool:
         """Takes a step, or returns False without one if anything else has changed."""
         if len(groups) != len(self._groups) or self._state[self._lists[0][0][0]]["step"] is not self._first_step:
             return False
-        for group, hyper, (old, params, n, code) in zip(groups, hypers, self._groups, strict=True):
-            if group is not old or group["params"] is not params or len(params) != n or code_of(hyper) != code:
+        for group, settings in zip(groups, self._groups, strict=True):
+            if not settings.follow(group):
                 return False
         all_grads = []
         # What is asked of each tensor is asked in C: with LoRA this takes longer than the kernel.
         for params, addresses, (states, moments), dtype, _, _ in self._lists:
+            if list(map(Tensor.data_ptr, params)) != addresses:
+                return False
+            if not all(map(operator.is_, map(_EXP_AVG, states), moments)):
+                return False
             grads = list(map(_GRAD, params))
             if set(map(type, grads)) != {Tensor} or set(map(_DTYPE, grads)) != {dtype}:
                 return False
-            if not all(map(Tensor.is_contiguous, grads)) or list(map(Tensor.data_ptr, params)) != addresses:
-                return False
-            if not all(map(operator.is_, map(_EXP_AVG, states), moments)):
+            if not all(map(Tensor.is_contiguous, grads)):
                 return False
             all_grads.append(grads)
         self._steps += 1
         self._counts = [count + 1 for count in self._counts]
-        scalars = np.array([scalar_row(float(t), h) for t, h in zip(self._counts, hypers, strict=True)])
+        scalars = np.array([scalar_row(t, g.hyper) for t, g in zip(self._counts, self._groups, strict=True)])
         for grads, (*_, rows, fused) in zip(all_grads, self._lists, strict=True):
             fused.run(grads, scalars, rows)
         return True
 
 
+class _Settings:
+    """The settings of a parameter group as a plan knows them, read and validated anew only where they have changed."""
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        self._group, self._params, self._n = group, group["params"], len(group["params"])
+        self._read(group)
+        self.code, self._path = code_of(self.hyper), _PATH(group)
+
+    def _read(self, group: dict[str, Any]) -> None:
+        self.hyper = hyperparameters(group)
+        # A tuple, because a list can change in place: it is unlike this one, and so is read anew at each step.
+        self._betas, self._others = tuple(group["betas"]), _OTHERS(group)
+
+    def follow(self, group: dict[str, Any]) -> bool:
+        """Takes over changed numbers. False if `group` has other parameters or needs other code."""
+        if group is not self._group or group["params"] is not self._params or len(self._params) != self._n:
+            return False
+        if group["betas"] != self._betas or _OTHERS(group) != self._others:
+            self._read(group)
+            return code_of(self.hyper) == self.code and _PATH(group) == self._path
+        validate_lr(group)  # a schedule's, new at each step
+        self.hyper["lr"] = group["lr"]
+        return True
+
+
 _STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var")
+_OTHERS = operator.itemgetter(*sorted(SETTINGS - {"lr", "betas"}))
+_PATH = operator.itemgetter("foreach", "fused", "capturable", "differentiable", "state_dtype")
 _GRAD, _DTYPE, _EXP_AVG = operator.attrgetter("grad"), operator.attrgetter("dtype"), operator.itemgetter("exp_avg")
 
 
@@ -657,6 +708,10 @@ def supports(part: dict[str, list[Tensor]]) -> bool:
 
 def _addresses(tensors: list[Tensor]) -> np.ndarray:
     return np.array([x.data_ptr() for x in tensors], dtype=np.int64)
+
+
+def _are_aligned(addresses: np.ndarray) -> bool:
+    return bool((addresses % 16 == 0).all())
 
 
 def _schedule(first: np.ndarray, chunk_tensors: np.ndarray) -> np.ndarray:

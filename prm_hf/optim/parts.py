@@ -13,6 +13,16 @@ from .step import HYPERPARAMETERS
 from .validation import validate_group
 
 
+# What of a parameter group decides the step: all of `PRM`'s arguments.
+SETTINGS = HYPERPARAMETERS - {"beta1", "beta2"} | {
+    "betas",
+    "boundary",
+    "batch_size",
+    "n_dataset",
+    "foreach",
+    "fused",
+    "state_dtype",
+}
 _LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "grad_vars", "state_steps")
 
 

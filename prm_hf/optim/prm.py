@@ -323,7 +323,7 @@ class PRM(Optimizer):
     @torch._disable_dynamo
     def _step(self) -> None:
         if self._plan is not None:
-            if self._plan.step(self.param_groups, [hyperparameters(group) for group in self.param_groups]):
+            if self._plan.step(self.param_groups):
                 return
             self._plan = None
         self._locate()
@@ -371,7 +371,7 @@ class PRM(Optimizer):
         from .fused import FusedPlan
 
         if len(groups) == len(self.param_groups):
-            self._plan = FusedPlan([(group, hyperparameters(group)) for group in groups], self.state)
+            self._plan = FusedPlan(groups, self.state)
             self._fused_tables.clear()
 
     def _tensor_masks(self, parts: list[Part], sums: list[Tensor | None]) -> list[Tensor | None]:

@@ -14,27 +14,7 @@ STATE_DTYPES = ("float32", "bf16", "8bit")
 
 def validate_group(group: dict[str, Any]) -> None:
     """Raises ValueError for a group's first invalid setting, naming argument, value and what is allowed."""
-
-    def check(valid: bool, name: str, value: Any, allowed: str) -> None:
-        if not valid:
-            raise ValueError(f"Invalid {name}={value!r}: {allowed}.")
-
-    def number(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        check(lr.numel() == 1, "lr", lr, "a tensor learning rate must have one element")
-        check(
-            not group["foreach"] or group["capturable"],
-            "lr",
-            lr,
-            "a tensor learning rate with foreach=True needs capturable=True",
-        )
-        # On an accelerator looking at the value would stop the step for it.
-        check(lr.device.type != "cpu" or lr.item() >= 0, "lr", lr, "the learning rate must be at least 0")
-    else:
-        check(number(lr) and lr >= 0, "lr", lr, "the learning rate must be a finite number of at least 0")
+    validate_lr(group)
     betas = group["betas"]
     check(isinstance(betas, (tuple, list)) and len(betas) == 2, "betas", betas, "it must be a pair of numbers")
     for i, beta in enumerate(betas):
@@ -99,6 +79,32 @@ def validate_group(group: dict[str, Any]) -> None:
         )
     if group["foreach"]:
         check(not group["differentiable"], "foreach", True, "autograd cannot run through it; use foreach=False")
+
+
+def validate_lr(group: dict[str, Any]) -> None:
+    """[`validate_group`] for the learning rate alone, which a schedule changes at each step."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        check(lr.numel() == 1, "lr", lr, "a tensor learning rate must have one element")
+        check(
+            not group["foreach"] or group["capturable"],
+            "lr",
+            lr,
+            "a tensor learning rate with foreach=True needs capturable=True",
+        )
+        # On an accelerator looking at the value would stop the step for it.
+        check(lr.device.type != "cpu" or lr.item() >= 0, "lr", lr, "the learning rate must be at least 0")
+    else:
+        check(number(lr) and lr >= 0, "lr", lr, "the learning rate must be a finite number of at least 0")
+
+
+def check(valid: bool, name: str, value: Any, allowed: str) -> None:
+    if not valid:
+        raise ValueError(f"Invalid {name}={value!r}: {allowed}.")
+
+
+def number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_reduction(number: int, ours: str, theirs: str) -> None:
