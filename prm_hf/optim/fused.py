@@ -581,7 +581,7 @@ class FusedPlan:
         steps = torch.stack([state[p]["step"] for p in params])
         for p, step in zip(params, steps.unbind(), strict=True):
             state[p]["step"] = step
-        self._steps = steps.numpy()  # of the same memory; counts in a tenth of the time
+        self._steps = steps.numpy()  # the same memory, counted up in a third of the time
         self._first_step = state[params[0]]["step"]
         self._counts = [state[group["params"][0]]["step"].item() for group in groups]
         by_code = {}
