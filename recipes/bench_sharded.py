@@ -1,21 +1,28 @@
 """Per-tensor masks under data parallelism: do they agree with one GPU, and what does a step cost beside AdamW's?
 
-On one GPU, then on two under each way of sharding, from the repository's root:
+On one GPU, which takes the two GPUs' halves of a batch one after the other, then on two under each way of sharding,
+from the repository's root:
 
-    accelerate launch --config_file accelerate_configs/single.yaml recipes/bench_sharded.py --output single.json
-    for path in ddp fsdp2 zero2 zero3; do
-        accelerate launch --config_file accelerate_configs/$path.yaml recipes/bench_sharded.py \
-            --reference single.json --output $path.json
+    launch="accelerate launch --config_file accelerate_configs"
+    halves="--num_processes 1 recipes/bench_sharded.py --gradient_accumulation_steps 2"
+    $launch/single.yaml $halves --output single.json
+    for path in ddp fsdp2 zero2; do
+        $launch/$path.yaml recipes/bench_sharded.py --reference single.json --output $path.json
     done
+    $launch/zero3.yaml $halves --output zero3_1.json
+    $launch/zero3.yaml recipes/bench_sharded.py --reference zero3_1.json --output zero3.json
 
-and once more with `--precision bf16`. The model is a Qwen2 of random weights, by default of the size of Qwen2.5-0.5B,
-the batches are random tokens: nothing is downloaded. Each run prints, and writes, one JSON object:
+The reference has to round as the path does, and DeepSpeed's stage 3 has linear layers of its own. So with `--precision
+bf16` the reference of each path but `ddp` is the same path on one GPU. The model is a Qwen2 of random weights, by
+default of the size of Qwen2.5-0.5B, the batches are random tokens: nothing is downloaded. Each run prints, and writes,
+one JSON object:
 
 - `agreement`: of `steps` training steps. `mask_replay` is the largest relative difference between the masks that were
   used and those of PRM on whole tensors in one process, fed with the gradients that the processes saw; `weight_replay`
-  the largest difference of a weight. In these two is all that sharding could do wrong. `mask_reference` is the
-  difference to the masks of the `--reference` run, in which there is also the rounding of gradients that are added up
-  in another order: little in fp32, and in bf16 as much as bf16 gradients differ.
+  the largest difference of a weight. In these two is all that sharding could do wrong. `mask_reference` is, step by
+  step, the largest relative difference to the masks of the `--reference` run. Two halves add up to the same gradient
+  on one GPU and on two, bit for bit where kernels are deterministic, as they are made to be here; but not the norm for
+  `--max_grad_norm`, which each path adds up in another order.
 - `optimizer_step_ms`: median time of the optimizer's step under this wrapper (under DeepSpeed of the engine's, which
   clips and gathers parameters too), by optimizer; `relative_to_adamw` the ratio; `train_step_ms` of the whole step.
 """
@@ -24,6 +31,7 @@ import argparse
 import contextlib
 import gc
 import json
+import os
 import statistics
 import time
 
@@ -36,7 +44,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from prm_hf import PRM
 
 
-LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-3, 0.1, 1.0
+LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.1
 OPTIMIZERS = {
     "adamw": (torch.optim.AdamW, {}),
     "adamw_fused": (torch.optim.AdamW, {"fused": True}),
@@ -113,15 +121,16 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     accelerator = Accelerator(mixed_precision="bf16" if args.precision == "bf16" else "no")
-    if args.batch_size % accelerator.num_processes:
+    if args.batch_size % (accelerator.num_processes * args.gradient_accumulation_steps):
         raise ValueError(
-            f"`--batch_size {args.batch_size}` cannot be shared evenly by {accelerator.num_processes} processes."
+            f"`--batch_size {args.batch_size}` cannot be shared evenly by {accelerator.num_processes} processes in "
+            f"`--gradient_accumulation_steps {args.gradient_accumulation_steps}`."
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.state.deepspeed_plugin.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": args.batch_size // accelerator.num_processes,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": CLIP,
+            "train_micro_batch_size_per_gpu": share_of(args, accelerator),
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "gradient_clipping": args.max_grad_norm,
         }
     return accelerator
 
@@ -148,16 +157,27 @@ def build(args: argparse.Namespace, accelerator: Accelerator, optimizer_class: t
     return *accelerator.prepare(model, optimizer), optimizer
 
 
-def train_step(accelerator: Accelerator, model, optimizer, tokens: torch.Tensor) -> float:
-    """One training step; returns the milliseconds that the optimizer took."""
-    loss = model(input_ids=tokens, labels=tokens).loss
+def share_of(args: argparse.Namespace, accelerator: Accelerator) -> int:
+    """Sequences of one forward pass of one process."""
+    return args.batch_size // (accelerator.num_processes * args.gradient_accumulation_steps)
+
+
+def train_step(
+    args: argparse.Namespace, accelerator: Accelerator, model, optimizer, batch: list[torch.Tensor]
+) -> float:
+    """One training step on the accumulated gradients of a batch in parts; returns the optimizer's milliseconds."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        model.backward(loss)
-        begin = now()
-        model.step()
+        for tokens in batch:
+            model.backward(model(input_ids=tokens, labels=tokens).loss)
+            begin = now()
+            model.step()  # does nothing until the last part
         return now() - begin
-    accelerator.backward(loss)
-    accelerator.clip_grad_norm_(model.parameters(), CLIP)
+    for i, tokens in enumerate(batch):
+        last = i == len(batch) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            accelerator.backward(model(input_ids=tokens, labels=tokens).loss / len(batch))
+    if args.max_grad_norm:
+        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
     begin = now()
     optimizer.step()
     milliseconds = now() - begin
@@ -173,13 +193,12 @@ def now() -> float:
 
 
 def batches(args: argparse.Namespace, accelerator: Accelerator, steps: int):
-    """The same global batches whatever the number of processes."""
+    """The same global batches whatever the number of processes, of this one's share the parts."""
     generator = torch.Generator().manual_seed(1)
-    share = args.batch_size // accelerator.num_processes
-    begin = accelerator.process_index * share
     for _ in range(steps):
         tokens = torch.randint(args.vocab_size, (args.batch_size, args.length), generator=generator)
-        yield tokens[begin : begin + share].to(accelerator.device)
+        mine = tokens.chunk(accelerator.num_processes)[accelerator.process_index].to(accelerator.device)
+        yield mine.split(share_of(args, accelerator))
 
 
 def measure_agreement(args: argparse.Namespace, accelerator: Accelerator) -> dict:
@@ -187,9 +206,9 @@ def measure_agreement(args: argparse.Namespace, accelerator: Accelerator) -> dic
     model, wrapped, prm = build(args, accelerator, RecordingPRM, settings)
     prm.start_record()
     replayed, masks, mask_difference, weight_difference = None, [], 0.0, 0.0
-    for tokens in batches(args, accelerator, args.steps):
+    for batch in batches(args, accelerator, args.steps):
         prm.start_record()
-        train_step(accelerator, model, wrapped, tokens)
+        train_step(args, accelerator, model, wrapped, batch)
         tensors = prm.whole_tensors()
         decided = _all_masks(accelerator, prm)
         if replayed is None:
@@ -217,9 +236,12 @@ def measure_agreement(args: argparse.Namespace, accelerator: Accelerator) -> dic
     if args.reference:
         with open(args.reference, encoding="utf-8") as file:
             reference = json.load(file)
-        if reference["model"] != model_of(args) or len(reference["masks"]) < args.steps:
-            raise ValueError(f"`--reference {args.reference}` is of another model or of fewer steps.")
-        result["mask_reference"] = max(_relative(a, b) for a, b in zip(masks, reference["masks"], strict=False))
+        if reference["model"] != model_of(args, accelerator) or len(reference["masks"]) < args.steps:
+            raise ValueError(
+                f"`--reference {args.reference}` is of another model, of fewer steps or of forward passes of another "
+                f"size: write it with {model_of(args, accelerator)}."
+            )
+        result["mask_reference"] = [_relative(a, b) for a, b in zip(masks, reference["masks"], strict=False)]
     return {"agreement": result, "masks": masks}
 
 
@@ -251,9 +273,9 @@ def measure_time(args: argparse.Namespace, accelerator: Accelerator) -> dict:
         with released_memory(accelerator):
             model, wrapped, _ = build(args, accelerator, *OPTIMIZERS[name])
             times, wholes = [], []
-            for tokens in batches(args, accelerator, args.warmup + args.timed_steps):
+            for batch in batches(args, accelerator, args.warmup + args.timed_steps):
                 begin = now()
-                times.append(train_step(accelerator, model, wrapped, tokens))
+                times.append(train_step(args, accelerator, model, wrapped, batch))
                 wholes.append(now() - begin)
             optimizer_ms[name] = round(statistics.median(times[args.warmup :]), 3)
             train_ms[name] = round(statistics.median(wholes[args.warmup :]), 3)
@@ -273,9 +295,10 @@ def released_memory(accelerator: Accelerator):
         torch.cuda.empty_cache()
 
 
-def model_of(args: argparse.Namespace) -> dict:
+def model_of(args: argparse.Namespace, accelerator: Accelerator) -> dict:
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_key_value_heads")
-    return {name: getattr(args, name) for name in (*names, "batch_size", "length", "precision")}
+    settings = {name: getattr(args, name) for name in (*names, "batch_size", "length", "precision")}
+    return settings | {"sequences_a_pass": share_of(args, accelerator)}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -288,7 +311,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_heads", type=int, default=14)
     parser.add_argument("--num_key_value_heads", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=8, help="sequences in a global batch")
+    parser.add_argument("--gradient_accumulation_steps", type=int, default=1, help="forward passes a step and process")
     parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
+    parser.add_argument("--max_grad_norm", type=float, default=0.0, help="0 for no clipping: see above")
     parser.add_argument("--steps", type=int, default=5, help="steps of which masks are compared; 0 for none")
     parser.add_argument("--warmup", type=int, default=5, help="steps before the timed ones")
     parser.add_argument("--timed_steps", type=int, default=20)
@@ -301,18 +326,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     torch.backends.cuda.matmul.allow_tf32 = False
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to be deterministic
     accelerator = make_accelerator(args)
     result = {
         "distributed_type": accelerator.distributed_type.value,
         "processes": accelerator.num_processes,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
-        "model": model_of(args),
+        "model": model_of(args, accelerator),
     }
     masks = None
     if args.steps:
+        torch.use_deterministic_algorithms(True, warn_only=True)
         with released_memory(accelerator):
             measured = measure_agreement(args, accelerator)
+        torch.use_deterministic_algorithms(False)
         result["agreement"], masks = measured["agreement"], measured["masks"]
     if args.optimizers:
         result |= measure_time(args, accelerator)

@@ -15,7 +15,7 @@ import torch
 fused = pytest.importorskip("prm_hf.optim.fused", reason="needs triton")
 
 from prm_hf.optim import PRM, masks  # noqa: E402
-from prm_hf.optim.parts import SETTINGS  # noqa: E402
+from prm_hf.optim.parts import SETTINGS, hyperparameters  # noqa: E402
 from prm_hf.sharding import Layout, Piece  # noqa: E402
 
 from .reference_prm import ReferenceTensor  # noqa: E402
@@ -263,26 +263,6 @@ def test_plan_knows_every_setting_and_holds_no_gradient():
     assert gradient() is None
 
 
-@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
-def test_counters_are_clear_after_every_launch(reduction, monkeypatch):
-    """Also with programs that find nothing to do: the interpreter runs one after the other."""
-    tables = []
-    original = fused.FusedList.__init__
-
-    def several_programs(self, *args):
-        original(self, *args)
-        self._programs = 3
-        tables.append(self)
-
-    monkeypatch.setattr(fused.FusedList, "__init__", several_programs)
-    ours, theirs = make_params(), make_params()
-    train(PRM(ours, reduction=reduction, fused=True), ours, steps=3)
-    train(PRM(theirs, reduction=reduction, fused=False), theirs, steps=3)
-    for p, q in zip(ours, theirs, strict=True):
-        assert_close(p, q.detach().double().numpy(), 1e-6)
-    assert tables and not any(table._counters.any() for table in tables)
-
-
 def test_no_mask_is_adamw():
     ours, theirs = make_params(), make_params()
     train(PRM(ours, mask="none", fused=True), ours, steps=20)
@@ -444,6 +424,27 @@ def test_flat_partition_by_its_segments(reduction, estimator):
         assert torch.equal(flat[-3:], padding)
         variances = torch.stack([theirs.state[p]["grad_var"] for p in whole])
         torch.testing.assert_close(ours._tensor_vars, variances, rtol=1e-6, atol=0)
+
+
+def test_sums_do_not_depend_on_where_a_small_tensor_is_cut(monkeypatch):
+    monkeypatch.setattr(fused, "CHUNK", 1024)
+    torch.manual_seed(0)
+    gradient, m = torch.randn(896), torch.randn(896)
+    hyper = hyperparameters(PRM([torch.zeros(1)], reduction="per_tensor").param_groups[0])
+
+    def sums(*sizes: int) -> torch.Tensor:
+        lists = {
+            "params": [torch.zeros(n) for n in sizes],
+            "grads": list(gradient.split(sizes)),
+            "exp_avgs": list(m.split(sizes)),
+            "exp_avg_sqs": [torch.zeros(n) for n in sizes],
+            "max_exp_avg_sqs": [],
+            "grad_vars": [torch.zeros((), dtype=torch.float64) for _ in sizes],
+            "state_steps": [torch.ones(()) for _ in sizes],
+        }
+        return fused.FusedStep(lists, hyper, {}).moments().sum(0)
+
+    torch.testing.assert_close(sums(447, 449), sums(896), rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("reduction", masks.REDUCTIONS)

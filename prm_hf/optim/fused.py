@@ -204,7 +204,7 @@ def _chunk_sums(
     SCALED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Σ(g - center)² and Σm² of a chunk, m being what the update will make of it."""
+    """Σ(g - center)² and Σm² of a chunk, float64, m being what the update will make of it."""
     p = 0.0
     if COUPLED:
         p = _load(p_ptr, offsets, mask, MASKED, "evict_last")
@@ -213,7 +213,11 @@ def _chunk_sums(
     m = _load(m_ptr, offsets, mask, MASKED, "evict_last")
     deviation = g - m * _scalar(row, 3, tl.float32)
     m = m + _scalar(row, 9, tl.float32) * (g - m)
-    return tl.sum(deviation * deviation, 0), tl.sum(m * m, 0)
+    if MASKED:
+        # A tensor of one chunk has no other sums among which the rounding of this one would vanish, and would get
+        # another mask where it is cut into shards; a chunk a tensor costs no time, also where float64 is slow.
+        deviation, m = deviation.to(tl.float64), m.to(tl.float64)
+    return tl.sum(deviation * deviation, 0).to(tl.float64), tl.sum(m * m, 0).to(tl.float64)
 
 
 @triton.jit
@@ -225,8 +229,8 @@ def _tensor_sums(partials, begin, end, BLOCK: tl.constexpr):
         rows = start + tl.arange(0, BLOCK)
         inside = rows < end
         # From the L2 cache, where other programs have written them.
-        deviations += tl.load(partials + 2 * rows, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64)
-        squares += tl.load(partials + 2 * rows + 1, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64)
+        deviations += tl.load(partials + 2 * rows, mask=inside, other=0.0, cache_modifier=".cg")
+        squares += tl.load(partials + 2 * rows + 1, mask=inside, other=0.0, cache_modifier=".cg")
     return tl.sum(deviations, 0), tl.sum(squares, 0)
 
 
@@ -262,11 +266,11 @@ def _step_kernel(
 ):
     # PHASE: 0 all, 1 the sums over tensors alone, 2 the update alone with the masks given in `qs`
     # tensors: a row a tensor, `TENSOR`; grads: likewise, where its gradient is, and which row of `scalars` is its own
-    # counters: [0] the next item; [1] finished programs; from 2 on, finished statistics items of each tensor; then
-    # whether its q is there. They are 0 before and after.
+    # counters, 0 at first: [0] the next item; from 1 on, finished statistics items of each tensor; then whether its q
+    # is there
     if SCALED and tl.load(found_inf) != 0:
         n_items = 0  # GradScaler skips this step
-    statistics_done = counters + 2
+    statistics_done = counters + 1
     q_there = statistics_done + n_tensors
     ticket = tl.atomic_add(counters, 1, sem="relaxed")
     while ticket < n_items:
@@ -368,11 +372,6 @@ def _step_kernel(
                     True,
                 )
         ticket = tl.atomic_add(counters, 1, sem="relaxed")
-    # Nobody looks at the counters any more once every program is here: a launch less than if the host cleared them.
-    if tl.atomic_add(counters + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        for first in range(0, 2 + 2 * n_tensors, 256):
-            positions = first + tl.arange(0, 256)
-            tl.store(counters + positions, 0, mask=positions < 2 + 2 * n_tensors)
 
 
 class FusedList:
@@ -420,8 +419,8 @@ class FusedList:
             if len(values):
                 table[:, column] = values
         self._table = self._upload(table)
-        self._counters = torch.zeros(2 + 2 * n, dtype=torch.int32, device=self.device)
-        self._partials = torch.empty(2 * max(int(first[-1]), 1), device=self.device)
+        self._counters = torch.zeros(1 + 2 * n, dtype=torch.int32, device=self.device)
+        self._partials = torch.empty(2 * max(int(first[-1]), 1), dtype=torch.float64, device=self.device)
         self.sums = torch.zeros(n, 2, dtype=torch.float64, device=self.device)
         self.q = torch.ones(n, device=self.device)
         self._programs = 1
@@ -488,6 +487,7 @@ class FusedList:
         if moved or not on_device:  # else nothing, so that it can be captured in a graph
             self._there.copy_(self._sendable(self._here), non_blocking=True)
         programs = min(n_items, self._programs)
+        self._counters.zero_()
         _step_kernel[(programs,)](
             items,
             n_items,
