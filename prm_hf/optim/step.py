@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from . import masks
-from .foreach import _multi_tensor_moments, _multi_tensor_update, sum_of_squares
+from .foreach import _multi_tensor_moments, _multi_tensor_update, sums_of_squares
 from .quantized import flat_slice, is_quantized, read, write
 
 
@@ -273,7 +273,7 @@ def _single_tensor_moments(
         else:
             # Autograd keeps what it needs of m, which the next step changes in place.
             m = exp_avgs[i].clone() if differentiable else exp_avgs[i]
-            sums.append(torch.stack([sum_of_squares(deviation), sum_of_squares(m)]))
+            sums.append(sums_of_squares([deviation, m]))
     return torch.stack(sums) if sums else None
 
 
