@@ -1,7 +1,7 @@
 """One pass over held-out rows: a table with one entry a completion, from which every metric is computed.
 
 `evaluate_pairs` and `evaluate_sequences` run the policy and its reference once over a dataset, `evaluate_classes` a
-classifier. What they return is on the CPU, in dataset order, the same on every process, and free of the duplicates
+classifier; `score_rows` serves a trainer whose own forward passes can be shared. What they return is on the CPU, in dataset order, the same on every process, and free of the duplicates
 that fill uneven last batches, so that `rewards.py`, `drift.py` and `memorization.py` are pure functions of it.
 """
 
@@ -170,25 +170,72 @@ def _evaluate(
     batch_size: int,
     sequences_per_row: int,
 ) -> list[SequenceEvaluation]:
-    is_pairs = sequences_per_row == 2
-
     def score(batch: dict[str, Any], is_first: bool) -> torch.Tensor:
-        scores = _score_batch(model, ref_model, batch, accelerator, check=is_first, needs_reference=is_pairs)
-        return scores.view(5, sequences_per_row, -1).permute(2, 0, 1)
+        return score_rows(model, ref_model, batch, accelerator, sequences_per_row, check=is_first)
 
     models = [m for m in (model, ref_model) if m is not None]
-    logps, tokens, correct, logratio, kl = _table(models, dataset, collate, accelerator, batch_size, score).unbind(1)
-    has_kl = ref_model is not None or is_peft_model(accelerator.unwrap_model(model))
+    scores = _table(models, dataset, collate, accelerator, batch_size, score)
+    return evaluations_of(scores, has_kl=ref_model is not None or is_peft_model(accelerator.unwrap_model(model)))
+
+
+def evaluations_of(scores: torch.Tensor, has_kl: bool) -> list[SequenceEvaluation]:
+    """A table for each sequence of a row, from the scores of all rows; `has_kl` says if there was a reference."""
+    logps, tokens, correct, logratio, kl = scores.unbind(1)
+    sequences = scores.shape[2]
     return [
         SequenceEvaluation(
             logps=logps[:, i],
-            logratio=logratio[:, i] if has_kl or is_pairs else None,
+            logratio=logratio[:, i] if has_kl or sequences == 2 else None,
             tokens=tokens[:, i].long(),
             kl=kl[:, i] if has_kl else None,
             correct=correct[:, i].long(),
         )
-        for i in range(sequences_per_row)
+        for i in range(sequences)
     ]
+
+
+@contextlib.contextmanager
+def captured_hidden_states(models: Sequence[nn.Module], accelerator: Accelerator) -> Iterator[list[torch.Tensor]]:
+    """Yields a list that each forward pass of one of the models, made in the context, adds its last hidden states to.
+
+    The models are those of [`evaluate_pairs`], and in evaluation mode for the time of the context. A compiled forward
+    adds nothing.
+    """
+    captured: list[torch.Tensor] = []
+    decoders = {id(decoder): decoder for decoder in (_causal_model(m, accelerator).get_decoder() for m in models)}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_evaluation_mode(models))
+        for decoder in decoders.values():
+            handle = decoder.register_forward_hook(lambda _module, _args, output: captured.append(output[0]))
+            stack.callback(handle.remove)
+        yield captured
+
+
+@contextlib.contextmanager
+def _evaluation_mode(models: Sequence[nn.Module]) -> Iterator[None]:
+    training = [m for m in models if m.training]
+    for m in training:
+        m.eval()
+    try:
+        yield
+    finally:
+        for m in training:
+            m.train()
+
+
+def check_parallelism(model: nn.Module, accelerator: Accelerator) -> None:
+    """Raises an error where rows are not one process' each, or the weights can't be read."""
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            f"Drift can't be measured under tensor, context or sequence parallelism ({parallelism}): the processes of "
+            "one group would be handed different rows. Use data parallelism alone, or set `drift_metrics=False`."
+        )
+    if isinstance(model, FullyShardedDataParallel):
+        raise TypeError(
+            "Drift can't be measured under FSDP version 1, whose flat parameters are whole only inside its own "
+            "forward. Set `fsdp_version: 2`, or `drift_metrics=False`."
+        )
 
 
 def _table(
@@ -203,35 +250,19 @@ def _table(
     n = len(dataset)
     if n == 0:
         raise ValueError("`dataset` has no rows to evaluate: pass a dataset with at least one row.")
-    parallelism = accelerator.parallelism_config
-    if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
-        raise ValueError(
-            f"Drift can't be measured under tensor, context or sequence parallelism ({parallelism}): the processes of "
-            "one group would be handed different rows. Use data parallelism alone, or set `drift_metrics=False`."
-        )
-    if isinstance(models[0], FullyShardedDataParallel):
-        raise TypeError(
-            "Drift can't be measured under FSDP version 1, whose flat parameters are whole only inside its own "
-            "forward. Set `fsdp_version: 2`, or `drift_metrics=False`."
-        )
+    check_parallelism(models[0], accelerator)
     world, rank = accelerator.num_processes, accelerator.process_index
     batch_size = min(batch_size, math.ceil(n / world))
     steps = math.ceil(n / (batch_size * world))
 
-    was_training = [m.training for m in models]
-    for m in models:
-        m.eval()
     table = []
-    try:
+    with _evaluation_mode(models):
         for step in range(steps):
             start = (step * world + rank) * batch_size
             # Rows past the end are replaced by earlier ones, so that every process makes the same number of forward
             # passes (ZeRO-3 and FSDP gather weights in each); the surplus is cut off below.
             batch = collate([dict(dataset[i % n]) for i in range(start, start + batch_size)])
             table.append(score(batch, step == 0))
-    finally:
-        for m, training in zip(models, was_training, strict=True):
-            m.train(training)
 
     table = torch.stack(table)  # (steps, rows, …)
     if world > 1:
@@ -240,15 +271,28 @@ def _table(
     return table.view(world, steps, batch_size, *table.shape[2:]).transpose(0, 1).flatten(0, 2)[:n]
 
 
-def _score_batch(
+def score_rows(
     model: nn.Module,
     ref_model: nn.Module | None,
     batch: dict[str, Any],
     accelerator: Accelerator,
-    check: bool,
-    needs_reference: bool,
+    sequences_per_row: int,
+    hidden: Sequence[torch.Tensor] = (),
+    check: bool = False,
 ) -> torch.Tensor:
-    """Sums over the tokens of each sequence: logps, tokens, correct, logratio, kl. `(5, sequences)`, float64, CPU."""
+    """What [`evaluations_of`] makes tables of. Collective where parameters are sharded.
+
+    Args:
+        model, ref_model, batch, accelerator: As in [`evaluate_pairs`]; the batch as `collate` makes it.
+        sequences_per_row: 2 for pairs.
+        hidden: The last hidden states of policy and reference on this batch, `(sequences, length, hidden size)`, if
+            they have been run already (see [`captured_hidden_states`]). What is missing is run.
+        check: Whether to compare with the logits of what is run.
+
+    Returns:
+        Sums over the tokens of each sequence: logps, tokens, correct, logratio, kl. `(rows, 5, sequences_per_row)`,
+        float64, on the CPU.
+    """
     batch = {k: v.to(accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     ref_logps = [batch.pop(key, None) for key in ("ref_chosen_logps", "ref_rejected_logps")]
     labels, completion_mask = batch.pop("labels", None), batch.pop("completion_mask", None)
@@ -264,9 +308,10 @@ def _score_batch(
     rows = mask.nonzero()[:, 0].cpu()
 
     with torch.no_grad():
-        policy = _forward(model, batch, mask, accelerator)
+        known = iter(hidden)
+        policy = _forward(model, batch, mask, accelerator, next(known, None))
         with _reference(model, ref_model, accelerator) as reference:
-            ref = None if reference is None else _forward(reference, batch, mask, accelerator)
+            ref = None if reference is None else _forward(reference, batch, mask, accelerator, next(known, None))
         # Precomputed log-probabilities come from logits in autocast's precision, and only such compare with them. With
         # a reference both are float32: rounding to bf16 is by itself a KL of 1e-3, the size of a short run's drift.
         full_precision = torch.autocast(accelerator.device.type, enabled=False)
@@ -286,18 +331,19 @@ def _score_batch(
     def total(per_token: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(labels), dtype=torch.float64).index_add_(0, rows, per_token.cpu().double())
 
-    own = [total(logps), torch.bincount(rows, minlength=len(labels)).double(), total(correct)]
+    scores = [total(logps), torch.bincount(rows, minlength=len(labels)).double(), total(correct)]
     if ref is not None:
-        return torch.stack([*own, total(logratio), total(kl)])
-    unknown = torch.zeros_like(own[0])
-    if ref_logps[0] is not None:
-        return torch.stack([*own, own[0] - torch.cat(ref_logps).cpu().double(), unknown])
-    if needs_reference:
+        scores += [total(logratio), total(kl)]
+    elif ref_logps[0] is not None:
+        scores += [scores[0] - torch.cat(ref_logps).cpu().double(), torch.zeros_like(scores[0])]
+    elif sequences_per_row == 2:
         raise ValueError(
             "There is no reference to measure the drift from: `ref_model` is None, `model` is not a PEFT model, and "
             "the batch has no `ref_chosen_logps`. Pass `ref_model`, or precompute the reference log-probabilities."
         )
-    return torch.stack([*own, unknown, unknown])
+    else:
+        scores += [torch.zeros_like(scores[0])] * 2
+    return torch.stack(scores).view(5, sequences_per_row, -1).permute(2, 0, 1)
 
 
 @contextlib.contextmanager
@@ -372,7 +418,7 @@ class _Forward:
     name: str
     hidden: torch.Tensor  # (tokens, hidden size): the positions that predict a completion token
     last_hidden: torch.Tensor  # (hidden size,): the last position of the first sequence,
-    last_logits: torch.Tensor  # (vocabulary,): and the model's own logits there
+    last_logits: torch.Tensor | None  # (vocabulary,): and the model's own logits there, if it was run for them
     weight: torch.Tensor
     bias: torch.Tensor | None
     scale: float
@@ -382,7 +428,7 @@ class _Forward:
         """Logits in float32, computed in float32 unless under autocast."""
         bias = None if self.bias is None else self.bias.float()
         logits = nn.functional.linear(hidden.to(self.weight.device).float(), self.weight.float(), bias)
-        logits = logits.float() * self.scale
+        logits = logits.float() if self.scale == 1 else logits.float() * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     @contextlib.contextmanager
@@ -397,6 +443,8 @@ class _Forward:
 
     def check(self) -> None:
         """Compares with the model's own logits, so that an unknown step between hidden states and logits is seen."""
+        if self.last_logits is None:
+            return
         expected = self.last_logits.float()
         actual = self.logits(self.last_hidden).to(expected.device)
         # Wide enough for the rounding of bf16 logits; a missing scale or cap is off by far more
@@ -409,15 +457,26 @@ class _Forward:
             )
 
 
-def _forward(model: nn.Module, inputs: dict[str, Any], mask: torch.Tensor, accelerator: Accelerator) -> _Forward:
-    """Runs `model` without building the logits of more than the last position.
+def _causal_model(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The model inside all wrappers and adapters."""
+    causal = accelerator.unwrap_model(model, keep_torch_compile=False)
+    return causal.get_base_model() if is_peft_model(causal) else causal
+
+
+def _forward(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    mask: torch.Tensor,
+    accelerator: Accelerator,
+    hidden: torch.Tensor | None = None,
+) -> _Forward:
+    """Runs `model`, unless its last hidden states are known, without building the logits of more than one position.
 
     `mask`, shape `(sequences, length - 1)`, marks the positions whose next token is evaluated.
     """
     # A compiled forward does not see the hook
     model = model._orig_mod if is_compiled_module(model) else model
-    causal = accelerator.unwrap_model(model, keep_torch_compile=False)
-    causal = causal.get_base_model() if is_peft_model(causal) else causal
+    causal = _causal_model(model, accelerator)
     decoder, head, name = causal.get_decoder(), causal.get_output_embeddings(), type(causal).__name__
     if decoder is causal or head is None or "logits_to_keep" not in inspect.signature(type(causal).forward).parameters:
         raise ValueError(
@@ -431,22 +490,20 @@ def _forward(model: nn.Module, inputs: dict[str, Any], mask: torch.Tensor, accel
             "out of `target_modules`, or set `drift_metrics=False`."
         )
 
-    captured = []
-    handle = decoder.register_forward_hook(lambda _module, _args, output: captured.append(output[0]))
-    try:
-        with accelerator.autocast():
+    logits = None
+    if hidden is None:
+        with captured_hidden_states([model], accelerator) as captured, accelerator.autocast():
             logits = model(**inputs, use_cache=False, logits_to_keep=1).logits
-    finally:
-        handle.remove()
+        hidden = captured[-1]
     # Prompt-learning adapters put virtual tokens in front: keep the positions of the real ones
-    hidden = captured[-1][:, -mask.shape[1] - 1 :]
+    hidden = hidden[:, -mask.shape[1] - 1 :]
 
     config = causal.config.get_text_config()
     return _Forward(
         name=name,
         hidden=hidden[:, :-1][mask],
         last_hidden=hidden[0, -1],
-        last_logits=logits[0, -1],
+        last_logits=None if logits is None else logits[0, -1],
         weight=head.weight,
         bias=getattr(head, "bias", None),
         scale=_logit_scale(config),
