@@ -1,8 +1,10 @@
 """One pass over held-out rows: a table with one entry a completion, from which every metric is computed.
 
 `evaluate_pairs` and `evaluate_sequences` run the policy and its reference once over a dataset, `evaluate_classes` a
-classifier; `score_rows` serves a trainer whose own forward passes can be shared. What they return is on the CPU, in dataset order, the same on every process, and free of the duplicates
-that fill uneven last batches, so that `rewards.py`, `drift.py` and `memorization.py` are pure functions of it.
+classifier. What they return is on the CPU, in dataset order, the same on every process, and free of the duplicates
+that fill uneven last batches, so that `rewards.py`, `drift.py` and `memorization.py` are pure functions of it. Where a
+trainer runs both models anyway, `captured_hidden_states`, `score_rows` and `evaluations_of` make the same table of its
+passes.
 """
 
 import contextlib
