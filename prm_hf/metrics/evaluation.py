@@ -10,6 +10,7 @@ passes.
 import contextlib
 import inspect
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -177,7 +178,7 @@ def _evaluate(
 
     models = [m for m in (model, ref_model) if m is not None]
     scores = _table(models, dataset, collate, accelerator, batch_size, score)
-    return evaluations_of(scores, has_kl=ref_model is not None or is_peft_model(accelerator.unwrap_model(model)))
+    return evaluations_of(scores, has_kl=ref_model is not None or _unwrap(model, accelerator)[1])
 
 
 def evaluations_of(scores: torch.Tensor, has_kl: bool) -> list[SequenceEvaluation]:
@@ -393,10 +394,10 @@ def _score_tokens(policy: "_Forward", ref: "_Forward | None", targets: torch.Ten
 @contextlib.contextmanager
 def _reference(model: nn.Module, ref_model: nn.Module | None, accelerator: Accelerator) -> Iterator[nn.Module | None]:
     """The model to call as reference, with a PEFT model's adapters set accordingly for the time of the context."""
-    unwrapped = accelerator.unwrap_model(model)
+    unwrapped, is_peft = _unwrap(model, accelerator)
     if ref_model is not None:
         yield ref_model
-    elif not is_peft_model(unwrapped):
+    elif not is_peft:
         yield None
     elif "ref" in unwrapped.peft_config:  # TRL's copy of an adapter that training started from
         active = unwrapped.active_adapter
@@ -459,10 +460,25 @@ class _Forward:
             )
 
 
+_INNER: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref, bool]] = weakref.WeakKeyDictionary()
+
+
+def _unwrap(model: nn.Module, accelerator: Accelerator) -> tuple[nn.Module, bool]:
+    """The model inside its wrappers, and whether it is one of PEFT's.
+
+    accelerate is asked once a model: it takes milliseconds to answer, as it looks for installed packages each time.
+    """
+    if model not in _INNER:
+        inner = accelerator.unwrap_model(model, keep_torch_compile=False)
+        _INNER[model] = weakref.ref(inner), is_peft_model(inner)
+    inner, is_peft = _INNER[model]
+    return inner(), is_peft
+
+
 def _causal_model(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """The model inside all wrappers and adapters."""
-    causal = accelerator.unwrap_model(model, keep_torch_compile=False)
-    return causal.get_base_model() if is_peft_model(causal) else causal
+    inner, is_peft = _unwrap(model, accelerator)
+    return inner.get_base_model() if is_peft else inner
 
 
 def _forward(
