@@ -1005,6 +1005,28 @@ def test_sft_with_lora_and_named_splits(tmp_path):
     assert "eval_a_entropy" in metrics and "eval_entropy" not in metrics
 
 
+@pytest.mark.parametrize("kind", ["full", "ref_model", "lora", "padding_free"])
+@pytest.mark.filterwarnings("ignore:.*(padding|packing).*")
+def test_sft_evaluation_takes_the_policys_passes_from_trl(tmp_path, kind):
+    model = make_model() if kind != "lora" else lora(make_model())
+    reference = make_model() if kind == "ref_model" else None
+    flat = {"padding_free": True, "max_length": None} if kind == "padding_free" else {}
+    trainer = sft_trainer(tmp_path, model, trainer_kwargs={"ref_model": reference}, **flat)
+    trainer.train()
+    policy = count_passes(model.get_base_model() if kind == "lora" else model)
+    of_reference = [] if reference is None else count_passes(reference)
+    trainer.evaluate()
+    # 14 rows in batches of 4: TRL's passes, with LoRA the reference's; and flattened rows are taken one by one
+    assert len(policy) == {"lora": 4 + 4, "padding_free": 4 + 14}.get(kind, 4)
+    assert len(of_reference) == (0 if reference is None else 4)
+    expected = trainer.evaluate_sequences(trainer.get_eval_dataloader())
+    for column in dataclasses.fields(SequenceEvaluation):
+        values = [getattr(table, column.name) for table in (trainer.sequence_evaluations["eval"], expected)]
+        assert (values[0] is None) == (values[1] is None)
+        if values[0] is not None:
+            torch.testing.assert_close(*values, rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.filterwarnings("ignore:.*(padding|packing).*")
 def test_sft_with_packing(tmp_path):
     trainer = sft_trainer(

@@ -1,6 +1,5 @@
 """Direct preference optimization with PRM."""
 
-import contextlib
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
-from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOTrainer
 from trl.trainer.utils import get_config_model_id, hash_module
 
@@ -23,16 +21,16 @@ from ..metrics import (
     memorization_rows,
     reward_metrics,
 )
-from ..metrics.evaluation import captured_hidden_states, check_parallelism, evaluations_of, score_rows
 from .arguments import PRMDPOConfig, check_deepspeed_config
-from .mixin import PRMTrainerMixin, goes_through_all_rows, rows_of
+from .mixin import PRMTrainerMixin, rows_of
 from .packing import add_packing, unpack_hidden
+from .passes import SharedPassesMixin
 
 
 logger = get_logger(__name__)
 
 
-class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
+class PRMDPOTrainer(SharedPassesMixin, PRMTrainerMixin, DPOTrainer):
     """
     TRL's [`~trl.DPOTrainer`], trained with PRM. ("PRM" is the optimizer here, not a process reward model.)
 
@@ -95,6 +93,8 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
     ```
     """
 
+    _sequences_per_row = 2
+
     def __init__(
         self,
         model: "str | PreTrainedModel | Any",
@@ -125,9 +125,6 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
         self.pair_evaluations: dict[str, PairEvaluation] = {}
         self.memorization_rows: list[int] = []
         self._memorization_loader: DataLoader | None = None
-        # Of an evaluation under way that TRL's own forward passes serve: a tensor a batch, as `score_rows` gives it
-        self._scores: list[torch.Tensor] | None = None
-        self._logits_are_checked = False
         if args.drift_metrics and self.eval_dataset is not None:
             self._prepare_memorization()
             if not self._has_reference():
@@ -236,50 +233,22 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
         )
         return pairs.select(torch.tensor(order).argsort())
 
-    def evaluation_loop(self, dataloader: DataLoader, *args, **kwargs) -> EvalLoopOutput:
-        if self._is_evaluating and self.args.drift_metrics:
-            check_parallelism(self.model_wrapped, self.accelerator)
-            self._scores = [] if goes_through_all_rows(dataloader) and not self.args.torch_compile else None
-        try:
-            return super().evaluation_loop(dataloader, *args, **kwargs)
-        finally:
-            self._scores = None
+    @property
+    def _passes_of_trl(self) -> int:
+        return 1 if self.precompute_ref_logps else 2
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> tuple:
-        if self._scores is None:
-            return super().prediction_step(model, inputs, *args, **kwargs)
-        # TRL's forward passes give what the table of the rows is made of
-        inputs = self._prepare_inputs(inputs)
-        models = [m for m in (model, self.ref_model) if m is not None]
-        passes = 1 if self.precompute_ref_logps else 2
-        runs_reference = self.precompute_ref_logps and self._has_reference()
-        # Without `train` before it, an evaluation of TRL's runs the reference in mixed precision and the policy not
-        autocast = contextlib.nullcontext() if self.is_in_train else self.accelerator.autocast()
-        with captured_hidden_states(models, self.accelerator) as hidden:
-            with autocast:
-                outputs = super().prediction_step(model, inputs, *args, **kwargs)
-            del hidden[passes:]  # `compute_metrics` has the policy run once more
-            if runs_reference:
-                self.compute_ref_log_probs(self.ref_model or model, inputs)
-        if self.padding_free:
-            hidden = [unpack_hidden(states, inputs["attention_mask"]) for states in hidden]
-        is_first, self._logits_are_checked = not self._logits_are_checked, True
-        if is_first or len(hidden) < passes + runs_reference:
-            hidden = []  # passes of our own, which give logits to compare with, and also see a model that is compiled
-        scores = score_rows(model, self.ref_model, inputs, self.accelerator, 2, hidden, check=is_first)
-        if self.accelerator.num_processes > 1:
-            scores = scores.to(self.accelerator.device)
-        self._scores.append(self.accelerator.gather_for_metrics(scores).cpu())
-        return outputs
+    def _run_more(self, model: nn.Module, inputs: dict[str, Any]) -> int:
+        if not self.precompute_ref_logps or not self._has_reference():
+            return 0
+        self.compute_ref_log_probs(self.ref_model or model, inputs)
+        return 1
 
-    def _has_reference(self) -> bool:
-        return self.ref_model is not None or is_peft_model(self.model)
+    def _unpack(self, hidden: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        return unpack_hidden(hidden, inputs["attention_mask"]) if self.padding_free else hidden
 
     def _split_metrics(self, dataloader: DataLoader, prefix: str) -> dict[str, float]:
-        if self._scores is None:
-            pairs = self._evaluate_rows(dataloader)
-        else:
-            pairs = PairEvaluation(*evaluations_of(torch.cat(self._scores), self._has_reference()))
+        tables = self._shared_tables()
+        pairs = self._evaluate_rows(dataloader) if tables is None else PairEvaluation(*tables)
         self.pair_evaluations[prefix] = pairs
         return {**reward_metrics(pairs, self.beta), **drift_metrics(pairs, self.beta)}
 

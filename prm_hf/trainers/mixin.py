@@ -6,7 +6,7 @@ from typing import Any
 
 from accelerate.data_loader import IterableDatasetShard
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -267,14 +267,6 @@ def rows_of(dataloader: DataLoader) -> Sequence[dict[str, Any]]:
     if has_length(dataset):
         return dataset
     return list(dataset.dataset if isinstance(dataset, IterableDatasetShard) else dataset)
-
-
-def goes_through_all_rows(dataloader: DataLoader) -> bool:
-    """Whether a dataloader of a trainer yields all rows of its dataset, in their order."""
-    batches = dataloader.batch_sampler
-    while hasattr(batches, "batch_sampler"):  # one for each process is inside
-        batches = batches.batch_sampler
-    return isinstance(getattr(batches, "sampler", None), SequentialSampler) and not batches.drop_last
 
 
 def _decay(prm: PRM) -> dict[str, Any]:
