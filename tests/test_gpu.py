@@ -229,7 +229,7 @@ def test_drift_is_measured_on_tensor_cores_and_exact_enough():
     targets = torch.randint(50_000, (512,), device="cuda")
     forwards = []
     for w in (weight + 1e-3 * torch.randn_like(weight), weight):
-        forwards.append(evaluation._Forward("", hidden, hidden[0], hidden[0], w, None, 1.0, None))
+        forwards.append(evaluation.Forward("", hidden, hidden[0], hidden[0], w, None, 1.0, None))
     before = torch.backends.cuda.matmul.allow_tf32
     with evaluation._tensor_cores():
         logps, _, logratio, kl = evaluation._score_tokens(*forwards, targets)

@@ -8,20 +8,17 @@ passes.
 """
 
 import contextlib
-import inspect
 import math
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_compiled_module, is_peft_model
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from .sharded import whole
+from .forward import Forward, as_reference, evaluation_mode, forward, unwrap
 
 
 # Completion tokens whose logits exist at one time, per model. At a vocabulary of 150,000 a chunk is 150 MB in float32.
@@ -178,7 +175,7 @@ def _evaluate(
 
     models = [m for m in (model, ref_model) if m is not None]
     scores = _table(models, dataset, collate, accelerator, batch_size, score)
-    return evaluations_of(scores, has_kl=ref_model is not None or _unwrap(model, accelerator)[1])
+    return evaluations_of(scores, has_kl=ref_model is not None or unwrap(model, accelerator)[1])
 
 
 def evaluations_of(scores: torch.Tensor, has_kl: bool) -> list[SequenceEvaluation]:
@@ -195,35 +192,6 @@ def evaluations_of(scores: torch.Tensor, has_kl: bool) -> list[SequenceEvaluatio
         )
         for i in range(sequences)
     ]
-
-
-@contextlib.contextmanager
-def captured_hidden_states(models: Sequence[nn.Module], accelerator: Accelerator) -> Iterator[list[torch.Tensor]]:
-    """Yields a list that each forward pass of one of the models, made in the context, adds its last hidden states to.
-
-    The models are those of [`evaluate_pairs`], and in evaluation mode for the time of the context. A compiled forward
-    adds nothing.
-    """
-    captured: list[torch.Tensor] = []
-    decoders = {id(decoder): decoder for decoder in (_causal_model(m, accelerator).get_decoder() for m in models)}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_evaluation_mode(models))
-        for decoder in decoders.values():
-            handle = decoder.register_forward_hook(lambda _module, _args, output: captured.append(output[0]))
-            stack.callback(handle.remove)
-        yield captured
-
-
-@contextlib.contextmanager
-def _evaluation_mode(models: Sequence[nn.Module]) -> Iterator[None]:
-    training = [m for m in models if m.training]
-    for m in training:
-        m.eval()
-    try:
-        yield
-    finally:
-        for m in training:
-            m.train()
 
 
 def check_parallelism(model: nn.Module, accelerator: Accelerator) -> None:
@@ -259,7 +227,7 @@ def _table(
     steps = math.ceil(n / (batch_size * world))
 
     table = []
-    with _evaluation_mode(models):
+    with evaluation_mode(models):
         for step in range(steps):
             start = (step * world + rank) * batch_size
             # Rows past the end are replaced by earlier ones, so that every process makes the same number of forward
@@ -312,9 +280,9 @@ def score_rows(
 
     with torch.no_grad():
         known = iter(hidden)
-        policy = _forward(model, batch, mask, accelerator, next(known, None))
-        with _reference(model, ref_model, accelerator) as reference:
-            ref = None if reference is None else _forward(reference, batch, mask, accelerator, next(known, None))
+        policy = forward(model, batch, mask, accelerator, next(known, None))
+        with as_reference(model, ref_model, accelerator) as reference:
+            ref = None if reference is None else forward(reference, batch, mask, accelerator, next(known, None))
         # Precomputed log-probabilities come from logits in autocast's precision, and only such compare with them. With
         # a reference both are float32: rounding to bf16 is by itself a KL of 1e-3, the size of a short run's drift.
         full_precision = torch.autocast(accelerator.device.type, enabled=False)
@@ -367,7 +335,7 @@ def _tensor_cores() -> Iterator[None]:
         setattr(backend, name, before)
 
 
-def _score_tokens(policy: "_Forward", ref: "_Forward | None", targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _score_tokens(policy: Forward, ref: Forward | None, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Of each target: its log-probability, whether it is the most probable token, the difference to the reference's
     log-probability, and the KL there. Shapes `(tokens,)`."""
     logps, correct, logratio, kl = [], [], [], []
@@ -389,152 +357,3 @@ def _score_tokens(policy: "_Forward", ref: "_Forward | None", targets: torch.Ten
             kl.append(torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_r)).sum(-1))
     empty = targets.new_zeros(0, dtype=torch.float32)
     return tuple(torch.cat(chunks) if chunks else empty for chunks in (logps, correct, logratio, kl))
-
-
-@contextlib.contextmanager
-def _reference(model: nn.Module, ref_model: nn.Module | None, accelerator: Accelerator) -> Iterator[nn.Module | None]:
-    """The model to call as reference, with a PEFT model's adapters set accordingly for the time of the context."""
-    unwrapped, is_peft = _unwrap(model, accelerator)
-    if ref_model is not None:
-        yield ref_model
-    elif not is_peft:
-        yield None
-    elif "ref" in unwrapped.peft_config:  # TRL's copy of an adapter that training started from
-        active = unwrapped.active_adapter
-        unwrapped.set_adapter("ref")
-        try:
-            yield model
-        finally:
-            unwrapped.set_adapter(active)
-    else:
-        with unwrapped.disable_adapter():
-            yield model
-
-
-@dataclass
-class _Forward:
-    """The hidden states of one forward pass, and what makes logits of them.
-
-    The logits of whole sequences never exist: at a vocabulary of 150,000 they are what does not fit into memory.
-    """
-
-    name: str
-    hidden: torch.Tensor  # (tokens, hidden size): the positions that predict a completion token
-    last_hidden: torch.Tensor  # (hidden size,): the last position of the first sequence,
-    last_logits: torch.Tensor | None  # (vocabulary,): and the model's own logits there, if it was run for them
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    scale: float
-    softcap: float | None
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits in float32, computed in float32 unless under autocast."""
-        bias = None if self.bias is None else self.bias.float()
-        logits = nn.functional.linear(hidden.to(self.weight.device).float(), self.weight.float(), bias)
-        logits = logits.float() if self.scale == 1 else logits.float() * self.scale
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
-
-    @contextlib.contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Makes `weight` and `bias` whole for the time of the context, whatever shards them."""
-        sharded = self.weight, self.bias
-        with whole(*sharded) as (self.weight, self.bias):
-            try:
-                yield
-            finally:
-                self.weight, self.bias = sharded
-
-    def check(self) -> None:
-        """Compares with the model's own logits, so that an unknown step between hidden states and logits is seen."""
-        if self.last_logits is None:
-            return
-        expected = self.last_logits.float()
-        actual = self.logits(self.last_hidden).to(expected.device)
-        # Wide enough for the rounding of bf16 logits; a missing scale or cap is off by far more
-        tolerance = 0.05 * expected.abs().max().item()
-        if expected.isfinite().all() and not torch.allclose(actual, expected, rtol=0.05, atol=tolerance):
-            raise ValueError(
-                f"The logits of {self.name} are not its output embedding times its last hidden state (they differ by "
-                f"{(actual - expected).abs().max().item():.3g}), so its drift can't be measured in chunks. Set "
-                "`drift_metrics=False`."
-            )
-
-
-_INNER: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref, bool]] = weakref.WeakKeyDictionary()
-
-
-def _unwrap(model: nn.Module, accelerator: Accelerator) -> tuple[nn.Module, bool]:
-    """The model inside its wrappers, and whether it is one of PEFT's.
-
-    accelerate is asked once a model: it takes milliseconds to answer, as it looks for installed packages each time.
-    """
-    if model not in _INNER:
-        inner = accelerator.unwrap_model(model, keep_torch_compile=False)
-        _INNER[model] = weakref.ref(inner), is_peft_model(inner)
-    inner, is_peft = _INNER[model]
-    return inner(), is_peft
-
-
-def _causal_model(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The model inside all wrappers and adapters."""
-    inner, is_peft = _unwrap(model, accelerator)
-    return inner.get_base_model() if is_peft else inner
-
-
-def _forward(
-    model: nn.Module,
-    inputs: dict[str, Any],
-    mask: torch.Tensor,
-    accelerator: Accelerator,
-    hidden: torch.Tensor | None = None,
-) -> _Forward:
-    """Runs `model`, unless its last hidden states are known, without building the logits of more than one position.
-
-    `mask`, shape `(sequences, length - 1)`, marks the positions whose next token is evaluated.
-    """
-    # A compiled forward does not see the hook
-    model = model._orig_mod if is_compiled_module(model) else model
-    causal = _causal_model(model, accelerator)
-    decoder, head, name = causal.get_decoder(), causal.get_output_embeddings(), type(causal).__name__
-    if decoder is causal or head is None or "logits_to_keep" not in inspect.signature(type(causal).forward).parameters:
-        raise ValueError(
-            f"The drift of {name} can't be measured: it must be a causal language model with a decoder "
-            "(`get_decoder()`), an output embedding, and a `logits_to_keep` argument of `forward`. Set "
-            "`drift_metrics=False`."
-        )
-    if hasattr(head, "base_layer"):
-        raise ValueError(
-            f"The drift of {name} can't be measured with a PEFT adapter on its output embedding. Take `lm_head` "
-            "out of `target_modules`, or set `drift_metrics=False`."
-        )
-
-    logits = None
-    if hidden is None:
-        with captured_hidden_states([model], accelerator) as captured, accelerator.autocast():
-            logits = model(**inputs, use_cache=False, logits_to_keep=1).logits
-        hidden = captured[-1]
-    # Prompt-learning adapters put virtual tokens in front: keep the positions of the real ones
-    hidden = hidden[:, -mask.shape[1] - 1 :]
-
-    config = causal.config.get_text_config()
-    return _Forward(
-        name=name,
-        hidden=hidden[:, :-1][mask],
-        last_hidden=hidden[0, -1],
-        last_logits=None if logits is None else logits[0, -1],
-        weight=head.weight,
-        bias=getattr(head, "bias", None),
-        scale=_logit_scale(config),
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
-
-
-def _logit_scale(config: Any) -> float:
-    """The factor between head output and logits, by the names it has in configs (as TRL's `add_fused_lm_head`)."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
-        return 1.0
-    return scaling if config.model_type == "hyperclovax" else 1 / scaling

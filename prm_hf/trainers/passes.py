@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..metrics import SequenceEvaluation
-from ..metrics.evaluation import captured_hidden_states, check_parallelism, evaluations_of, score_rows
+from ..metrics.evaluation import check_parallelism, evaluations_of, score_rows
+from ..metrics.forward import captured_hidden_states
 
 
 class SharedPassesMixin:
