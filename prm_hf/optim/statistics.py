@@ -8,8 +8,8 @@ from torch import Tensor
 
 from . import masks
 from .foreach import sums_of_squares
-from .quantized import is_quantized, read
-from .step import buckets, mask_arguments, scalar_lists, scalars_of
+from .quantized import flat_slice, is_quantized, read
+from .step import CPU_BLOCK, QUANTIZED_BLOCK, buckets, divide, mask_arguments, scalars_of
 
 
 # Sums over the scalar parameters of a tensor, then the extremes. For `per_tensor` q is only known of the whole tensor:
@@ -50,12 +50,9 @@ def slice_table(slices: list[dict[str, Tensor]], steps: list[Tensor], hyper: dic
         elif hyper["reduction"] == "per_tensor":
             table[index, _AT["sum_sq"]] = _on_host(_by_list(sums_of_squares, [x["exp_avg"] for x in members]))
         elif masked := [i for i in index if slices[i]["exp_avg"].numel()]:
-            c = scalar_lists([steps[i] for i in masked], hyper)
-            rows = [
-                _masked_columns(slices[i]["exp_avg"], slices[i]["grad_var"], c.select(j), hyper)
-                for j, i in enumerate(masked)
-            ]
-            table[torch.tensor(masked).unsqueeze(1), [_AT[name] for name in _MASKED]] = _on_host(torch.stack(rows))
+            rows = _masked_rows([slices[i] for i in masked], [steps[i] for i in masked], hyper)
+            columns = [_AT[name] for name in _MASKED]
+            table[torch.tensor(masked).unsqueeze(1), columns] = rows[:, columns]
     return table
 
 
@@ -85,13 +82,32 @@ def _readable(x: Tensor) -> Tensor:
     return read(x, torch.promote_types(x.dtype, torch.float32))
 
 
-def _masked_columns(exp_avg: Tensor, grad_var: Tensor, c: masks.StepScalars, hyper: dict[str, Any]) -> Tensor:
-    """The columns `_MASKED` of a slice for `per_param`."""
-    m = _readable(exp_avg)
-    dtype = masks.statistics_dtype(m.device)
-    q, signal, noise = masks.compute_mask(m.square(), grad_var, c, **mask_arguments(hyper))
-    sums = [q.sum(dtype=dtype), (q > 0).sum(), signal.sum(dtype=dtype), noise.sum(dtype=dtype)]
-    return torch.stack([x.to(dtype) for x in (*sums, q.min(), q.max())])
+def _masked_rows(slices: list[dict[str, Tensor]], steps: list[Tensor], hyper: dict[str, Any]) -> Tensor:
+    """Rows of slices for `per_param`, with the columns `_MASKED` alone. None of the slices is empty.
+
+    One block of them at a time is copied together, so that their number does not count, nor the memory of a large one.
+    """
+    ages, device = torch.stack(steps).tolist(), slices[0]["exp_avg"].device
+    dtype, size = masks.statistics_dtype(device), CPU_BLOCK if device.type == "cpu" else QUANTIZED_BLOCK
+    owners, parts = [], []
+    for age in sorted(set(ages)):  # one, but for tensors that skipped steps
+        members = [i for i, other in enumerate(ages) if other == age]
+        lists = [[slices[i][name] for i in members] for name in ("exp_avg", "grad_var")]
+        for block in divide(lists, size):
+            owners += [members[j] for j, _ in block]
+            pieces = [[xs[j] if span is None else flat_slice(xs[j], span) for j, span in block] for xs in lists]
+            lengths = [x.numel() for x in pieces[0]]
+            m, s = (torch.cat([_readable(x).reshape(-1) for x in xs]) for xs in pieces)
+            q, signal, noise = masks.compute_mask(m.square_(), s, scalars_of(age, hyper), **mask_arguments(hyper))
+            # None is negative, so that a norm of order 1 is a sum
+            columns = [part for x in (q, (q > 0).to(q.dtype), signal, noise) for part in x.split(lengths)]
+            lowest = torch._foreach_neg(torch._foreach_max(q.neg().split(lengths)))
+            extremes = torch.stack([*lowest, *torch._foreach_max(q.split(lengths))]).to(dtype)
+            sums = torch.stack(torch._foreach_norm(columns, 1, dtype))
+            parts.append(torch.cat([sums, extremes]).view(len(_MASKED), -1))
+    rows = torch.zeros(len(owners), len(COLUMNS), dtype=torch.float64)
+    rows[:, [_AT[name] for name in _MASKED]] = _on_host(torch.cat(parts, dim=1).t())
+    return add_rows(rows, owners)[0]
 
 
 def add_rows(table: Tensor, numbers: list[int]) -> tuple[Tensor, list[int]]:
