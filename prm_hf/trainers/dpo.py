@@ -42,14 +42,14 @@ class PRMDPOTrainer(SharedPassesMixin, PRMTrainerMixin, DPOTrainer):
     - `drift/reward_abs`, `drift/logratio_abs`, and `drift/kl` unless the reference log-probabilities were precomputed
       and there is no reference model to run;
 
-    (of the hidden states of TRL's own forward passes, so that what they cost is a product with the output embedding a
-    model and completion token; a compiled model, and rows that TRL leaves out or permutes, take a second pass)
-
     and, once an evaluation, under `eval_`:
 
     - `drift/params_rel`;
     - `memorization/flipped_fit` and `memorization/clean_fit`, if `train_dataset` is a [`~datasets.Dataset`] with a
       bool column `flipped`, on `args.memorization_max_pairs` of its rows.
+
+    What is measured on a split comes of the hidden states of TRL's own forward passes; a compiled model takes passes
+    of our own, as do rows that TRL leaves out or permutes, and the rows for memorization.
 
     Rows that are tokenized, as the trainer's own `train_dataset` is, are not tokenized again; where all datasets have
     the columns `ref_chosen_logps` and `ref_rejected_logps` of `precompute_ref_log_probs=True`, training takes the
