@@ -23,8 +23,9 @@ from prm_hf.demo.model import make_tokenizer
 
 PAIRS = 32  # a step
 WARMUP_STEPS = 3  # of each optimizer
-EVALUATED_PAIRS = 64
-ULTRAFEEDBACK = (61_135, 2_000)  # its pairs to train on and to evaluate: a usual proportion
+EVALUATED_PAIRS = 128
+# The run whose share is printed: the pairs of UltraFeedback, the pairs of one evaluation, the pairs between two logs
+TRAINED, HELDOUT, LOGGED = 61_135, 2_000, 10 * 8
 # By name: the model's configuration, tokens of a prompt and of a completion, and pairs a device works on at a time
 MODELS = {
     "0.5b": (
@@ -92,11 +93,14 @@ class TakeTurns(TrainerCallback):
         return time.perf_counter()
 
     def seconds(self, function: Callable) -> float:
-        """The time of a second call, without what a first one loads."""
+        """The median time of three calls, after one that loads things."""
         function()
-        clock = self.now()
-        function()
-        return self.now() - clock
+        times = []
+        for _ in range(3):
+            clock = self.now()
+            function()
+            times.append(self.now() - clock)
+        return statistics.median(times)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         prm = self.trainer.find_prm()
@@ -140,7 +144,8 @@ def measure(model_name: str, steps: int, device: str) -> dict:
     Returns:
         By optimizer, medians in milliseconds of a step and of the optimizer's part in it and its share; `ratio`, of
         the two steps; `mask_stats_ms`, what a log of the mask's statistics costs; seconds of an evaluation with and
-        without `drift_metrics`; and how it was measured.
+        without `drift_metrics`, of `drift/params_rel` in it, and of a pass of our own over the same pairs, which
+        `evaluate_pairs` and memorization take; and how it was measured.
     """
     config, (prompt, completion), at_a_time = MODELS[model_name]
     tokenizer = make_tokenizer()
@@ -182,6 +187,8 @@ def measure(model_name: str, steps: int, device: str) -> dict:
         trainer.train()  # and evaluates at the end, which is the warm-up of what is measured now
         mask_stats = turns.seconds(turns.optimizers["PRM"].get_mask_stats)
         evaluation = turns.seconds(trainer.evaluate)
+        own_pass = turns.seconds(trainer.evaluate_pairs)
+        params_rel = turns.seconds(lambda: trainer._parameter_drift.relative(trainer.model_wrapped))
         trainer.args.drift_metrics = False
         evaluation_of_trl = turns.seconds(trainer.evaluate)
     row = {
@@ -194,6 +201,8 @@ def measure(model_name: str, steps: int, device: str) -> dict:
         "evaluated_pairs": EVALUATED_PAIRS,
         "evaluation_s": evaluation,
         "evaluation_of_trl_s": evaluation_of_trl,
+        "own_pass_s": own_pass,
+        "params_rel_s": params_rel,
     }
     for name in turns.steps:
         step, part = statistics.median(turns.steps[name]), statistics.median(turns.parts[name])
@@ -216,12 +225,23 @@ def print_row(row: dict) -> None:
     for name in ("AdamW", "PRM"):
         own = row[name]
         print(f"| {name} | {own['step_ms']:.1f} | {own['optimizer_ms']:.2f} | {own['share']:.2%} |")
-    extra = (row["evaluation_s"] - row["evaluation_of_trl_s"]) / row["evaluated_pairs"] * 1e3
-    of_trl = row["evaluation_of_trl_s"] / row["evaluated_pairs"] * 1e3
+    pairs = row["evaluated_pairs"]
     training = row["PRM"]["step_ms"] / row["pairs_a_step"]
-    share = extra * ULTRAFEEDBACK[1] / (training * ULTRAFEEDBACK[0])
+    of_trl, own_pass = row["evaluation_of_trl_s"] / pairs * 1e3, row["own_pass_s"] / pairs * 1e3
+    extra = (row["evaluation_s"] - row["evaluation_of_trl_s"] - row["params_rel_s"]) / pairs * 1e3
+    run = training * TRAINED
+    shares = {
+        "pairs": extra * HELDOUT / run,
+        "params_rel": row["params_rel_s"] * 1e3 / run,
+        "mask_stats": row["mask_stats_ms"] / (training * LOGGED),
+    }
     print(
-        f"\nPRM / AdamW: {row['ratio']:.4f}. A log of the mask's statistics: {row['mask_stats_ms']:.1f} ms. "
-        f"A pair takes {training:.2f} ms to train on, {of_trl:.2f} ms in TRL's evaluation, and `drift_metrics` adds "
-        f"{extra:.2f} ms: {share:.1%} of an epoch of UltraFeedback with one evaluation."
+        f"\nPRM / AdamW: {row['ratio']:.4f}. A pair takes {training:.2f} ms to train on and {of_trl:.2f} ms in TRL's "
+        f"evaluation.\n\n| what `drift_metrics` and the log of the mask add | ms | share of a run |\n|---|---|---|\n"
+        f"| a pair, to an evaluation | {extra:.2f} | {shares['pairs']:.2%} |\n"
+        f"| `drift/params_rel`, an evaluation | {row['params_rel_s'] * 1e3:.0f} | {shares['params_rel']:.2%} |\n"
+        f"| `get_mask_stats`, a log | {row['mask_stats_ms']:.1f} | {shares['mask_stats']:.2%} |\n"
+        f"| together | | {sum(shares.values()):.2%} |\n\n"
+        f"The run: {TRAINED} pairs, one evaluation of {HELDOUT}, a log every {LOGGED} pairs. A pair in a pass of our "
+        f"own (`evaluate_pairs`, memorization) takes {own_pass:.2f} ms."
     )

@@ -41,11 +41,16 @@ def main(output_dir: str) -> None:
         processing_class=make_tokenizer(),
     )
     trainer.train()
+    passes = []
+    reference = trainer.accelerator.unwrap_model(trainer.ref_model)
+    reference.model.register_forward_hook(lambda *_: passes.append(1))
+    trainer.evaluate()
     group = trainer.find_prm().param_groups[0]
     timings = ("_runtime", "_per_second")
     results = {
         "world_size": trainer.accelerator.num_processes,
         "sizes": (group["batch_size"], group["n_dataset"]),
+        "passes": len(passes),
         "metrics": {k: v for k, v in trainer.last_eval_metrics.items() if not k.endswith(timings)},
         "tables": {name: dataclasses.asdict(pairs) for name, pairs in trainer.pair_evaluations.items()},
         "weights": trainer.accelerator.get_state_dict(trainer.model),

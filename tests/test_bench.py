@@ -46,8 +46,10 @@ def test_bench_step_writes_what_it_says(tmp_path, capsys):
     for name in ("PRM", "AdamW"):
         assert len(dpo[name]["steps_ms"]) == 2 and 0 < dpo[name]["optimizer_ms"] < dpo[name]["step_ms"]
     assert dpo["ratio"] == dpo["PRM"]["step_ms"] / dpo["AdamW"]["step_ms"]
+    assert 0 < dpo["params_rel_s"] < dpo["evaluation_s"] and dpo["own_pass_s"] > 0 and dpo["mask_stats_ms"] > 0
     assert (tmp_path / "bench_step.png").stat().st_size > 10_000
-    assert "| PRM per_tensor foreach |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| PRM per_tensor foreach |" in printed and "| `get_mask_stats`, a log |" in printed
 
 
 def test_the_time_limit_and_another_package_that_fails(tmp_path, monkeypatch):

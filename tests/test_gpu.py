@@ -10,9 +10,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from prm_hf.metrics import evaluation
 from prm_hf.optim import PRM, masks
+from prm_hf.trainers import PRMDPOConfig, PRMDPOTrainer
 
 from .test_optim import SHAPES, schedule
-from .tiny import make_model
+from .tiny import make_model, make_tokenizer, preference_dataset
 
 
 pytestmark = pytest.mark.gpu
@@ -202,6 +203,57 @@ def test_exp_avg_in_bfloat16(implementation, reduction):
                 q.data.copy_(p.data)
 
 
+@pytest.mark.parametrize("state_dtype", ["float32", "bf16"])
+@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+def test_mask_stats_are_those_of_the_same_state_on_the_cpu(reduction, state_dtype):
+    """Also where one tensor is not finite; in few launches, though there are hundreds of tensors."""
+    params = make_params(extra=((5000, 33), (4097,), (300_003,), *[(7, 3)] * 300))
+    ours = PRM(params, reduction=reduction, state_dtype=state_dtype)
+    theirs = PRM([p.detach().cpu().requires_grad_() for p in params], reduction=reduction, state_dtype=state_dtype)
+    train(ours, params)
+    for poisoned in (False, True):
+        if poisoned:
+            ours.state[params[-1]]["exp_avg_sq"][2, 1] = torch.nan
+        theirs.load_state_dict(ours.state_dict())
+        ours.get_mask_stats()
+        with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
+            stats = ours.get_mask_stats()
+        assert stats == pytest.approx(theirs.get_mask_stats(), rel=1e-5) and stats["nonfinite_count"] == poisoned
+        if not poisoned:
+            assert sum(e.count for e in profile.key_averages() if "LaunchKernel" in e.key) < 200
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"padding_free": True}, {"precompute_ref_log_probs": True}], ids=str)
+def test_an_evaluation_from_trls_passes_is_that_of_our_own(kwargs, tmp_path):
+    """In mixed precision, in which packed rows and padded ones differ by the rounding of bfloat16."""
+    arguments = PRMDPOConfig(
+        tmp_path,
+        max_steps=10,
+        learning_rate=1e-2,
+        prm_mask="none",
+        bf16=True,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=3,
+        eval_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **kwargs,
+    )
+    rows = preference_dataset(16, flipped=False)
+    trainer = PRMDPOTrainer(
+        make_model(), make_model(), arguments, train_dataset=rows, eval_dataset=rows, processing_class=make_tokenizer()
+    )
+    assert trainer.evaluate()["eval_drift/kl"] == 0
+    trainer.train()
+    shared, own = trainer.pair_evaluations["eval"], trainer.evaluate_pairs()
+    assert own.chosen.kl.sum() > 1
+    for side in ("chosen", "rejected"):
+        for column in ("logps", "logratio", "kl"):
+            values = [getattr(getattr(pairs, side), column) for pairs in (shared, own)]
+            torch.testing.assert_close(*values, rtol=0.03, atol=0.05)
+
+
 @pytest.mark.parametrize("reduction", masks.REDUCTIONS)
 def test_8bit_state(reduction):
     """On the GPU as on the CPU."""
@@ -229,7 +281,7 @@ def test_drift_is_measured_on_tensor_cores_and_exact_enough():
     targets = torch.randint(50_000, (512,), device="cuda")
     forwards = []
     for w in (weight + 1e-3 * torch.randn_like(weight), weight):
-        forwards.append(evaluation._Forward("", hidden, hidden[0], hidden[0], w, None, 1.0, None))
+        forwards.append(evaluation.Forward("", hidden, hidden[0], hidden[0], w, None, 1.0, None))
     before = torch.backends.cuda.matmul.allow_tf32
     with evaluation._tensor_cores():
         logps, _, logratio, kl = evaluation._score_tokens(*forwards, targets)

@@ -7,8 +7,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from prm_hf.optim import PRM, masks, prm, step
+from prm_hf.optim import PRM, masks, prm, statistics, step
+from prm_hf.optim.foreach import sums_of_squares
 
 from .reference_prm import ReferenceTensor
 
@@ -334,6 +336,53 @@ def test_mask_stats_equal_the_reference(per_tensor):
             assert stats[key] == pytest.approx(value, rel=1e-5, abs=1e-12), key
         if mask == "none":
             assert np.isnan([stats[key] for key in ("noise_scale", "signal_sq", "snr")]).all()
+
+
+class CountCalls(TorchDispatchMode):
+    """Counts what is called on tensors: on a device a launch each, or as many as the elements take."""
+
+    calls = 0
+    free = (torch.ops.aten.view.default, torch.ops.aten.promote_types.default)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += function not in self.free
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [{"reduction": "per_tensor"}, {"reduction": "per_param"}, {"mask": "none"}])
+def test_mask_stats_of_many_tensors_take_no_more_calls(settings):
+    calls = []
+    for number in (3, 30):
+        params = [torch.ones(5, 3, requires_grad=True) for _ in range(number)]
+        optimizer = PRM(params, **settings)
+        for p in params:
+            p.grad = torch.ones(5, 3)
+        optimizer.step()
+        with CountCalls() as count:
+            assert optimizer.get_mask_stats()["parameter_count"] == 15 * number
+        calls.append(count.calls)
+    assert calls[0] == calls[1]
+
+
+def test_mask_stats_of_tensors_in_several_blocks_are_those_of_one(monkeypatch):
+    params = make_params()
+    optimizer = PRM(params)
+    train(optimizer, params, steps=12)  # one of them skips steps
+    whole, whole_masks = optimizer.get_mask_stats(), optimizer.get_tensor_masks()
+    for size in (5, 20):
+        monkeypatch.setattr(statistics, "CPU_BLOCK", size)
+        assert optimizer.get_mask_stats() == pytest.approx(whole, rel=1e-12)
+        assert optimizer.get_tensor_masks()[0] == pytest.approx(whole_masks[0], rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_sums_of_squares_are_exact_whatever_the_shapes(dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(300, 1024), (1000, 77), (77, 3), (0, 4), (1,), ()]
+    xs = [torch.randn(shape, generator=generator).mul(1e-6).add(1e-6).to(dtype) for shape in shapes]
+    xs.append(xs[0].t())
+    expected = torch.stack([x.double().square().sum() for x in xs])
+    torch.testing.assert_close(sums_of_squares(xs), expected, rtol=1e-7, atol=0)
 
 
 def test_mask_stats_per_group_and_before_the_first_step():

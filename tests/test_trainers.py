@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import inspect
 import json
 import logging
 import math
@@ -25,7 +26,14 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, TrlParser
 
-from prm_hf.metrics import drift_metrics, evaluate_pairs, memorization_metrics, reward_metrics
+from prm_hf.metrics import (
+    PairEvaluation,
+    SequenceEvaluation,
+    drift_metrics,
+    evaluate_pairs,
+    memorization_metrics,
+    reward_metrics,
+)
 from prm_hf.noise import flip_preferences
 from prm_hf.optim import PRM
 from prm_hf.trainers import (
@@ -427,6 +435,13 @@ def expected_pair_metrics(trainer, dataset) -> dict[str, float]:
     return {**reward_metrics(pairs, trainer.beta), **drift_metrics(pairs, trainer.beta)}
 
 
+def assert_same_pairs(actual: PairEvaluation, expected: PairEvaluation) -> None:
+    for side in ("chosen", "rejected"):
+        for column in dataclasses.fields(SequenceEvaluation):
+            values = [getattr(getattr(pairs, side), column.name) for pairs in (actual, expected)]
+            torch.testing.assert_close(*values, rtol=1e-4, atol=2e-5)
+
+
 def test_splits_are_kept_apart_by_name(tmp_path):
     splits = {"clean": HELDOUT, "other": OTHER}
     trainer = dpo_trainer(tmp_path, eval_dataset=splits, eval_strategy="steps", eval_steps=3, beta=0.3)
@@ -440,15 +455,86 @@ def test_splits_are_kept_apart_by_name(tmp_path):
         for key, value in expected.items():
             assert log[f"eval_{name}_{key}"] == returned[f"eval_{name}_{key}"] == pytest.approx(value, rel=1e-6)
         assert f"eval_{name}_entropy" in log and f"eval_{name}_loss" in log
-        assert torch.equal(
-            trainer.pair_evaluations[f"eval_{name}"].chosen.logratio,
-            trainer.evaluate_pairs(name).chosen.logratio,
-        )
+        assert_same_pairs(trainer.pair_evaluations[f"eval_{name}"], trainer.evaluate_pairs(name))
     run_keys = {"eval_drift/params_rel", "eval_memorization/flipped_fit", "eval_memorization/clean_fit"}
     assert run_keys <= returned.keys() and run_keys <= logs[0].keys() and not run_keys & logs[1].keys()
     # Nothing of a split is named as if it were all of the evaluation
     apart = ("eval_clean_", "eval_other_")
     assert {k for k in returned if k.startswith("eval_") and not k.startswith(apart)} == run_keys
+
+
+def count_passes(model: nn.Module) -> list[int]:
+    """Grows by the rows of a batch with each forward pass of a model's decoder."""
+    rows = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "precomputed", "precomputed_ref_model", "precomputed_lora", "ref"])
+@pytest.mark.parametrize("padding_free", [False, True], ids=["padded", "padding_free"])
+def test_evaluation_takes_no_passes_but_trls(tmp_path, kind, padding_free):
+    """What TRL's passes leave is what passes of our own give: 7 rows in batches of 3, so that the last is uneven."""
+    model, ref_model = make_model(), make_model()
+    if kind.endswith("lora"):
+        model, ref_model = lora(model), None
+    elif kind == "ref":  # the adapter that training started from
+        model, ref_model = lora(model), None
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_B" in name:
+                    p.add_(0.1)
+    trainer = dpo_trainer(
+        tmp_path,
+        model=model,
+        ref_model=ref_model,
+        train=TRAIN.remove_columns("flipped"),
+        eval_dataset=HELDOUT,
+        precompute_ref_log_probs=kind.startswith("precomputed"),
+        per_device_eval_batch_size=3,
+        padding_free=padding_free,
+    )
+    if kind == "precomputed":
+        trainer.ref_model = ref_model = None  # as for a model that TRL loads by name
+    trainer.train()
+    assert_same_pairs(trainer.pair_evaluations["eval"], trainer.evaluate_pairs())
+    assert (trainer.pair_evaluations["eval"].chosen.kl is None) == (kind == "precomputed")
+    assert trainer.pair_evaluations["eval"].chosen.logratio.abs().min() > 0
+
+    policy = trainer.model.get_base_model() if ref_model is None and kind != "precomputed" else trainer.model
+    rows, rows_of_reference = count_passes(policy), [] if ref_model is None else count_passes(ref_model)
+    trainer.evaluate()
+    assert len(rows) == (3 if ref_model is not None or kind == "precomputed" else 6)  # with the adapter and without
+    assert len(rows_of_reference) == (3 if ref_model is not None else 0)
+
+
+@pytest.mark.parametrize("kwargs", [{"dataloader_drop_last": True}, {"train_sampling_strategy": "group_by_length"}])
+def test_rows_that_trl_leaves_out_or_permutes_are_evaluated_in_order(tmp_path, kwargs):
+    prepared = dpo_trainer(tmp_path, eval_dataset=HELDOUT)
+    train, heldout = (
+        rows.map(lambda row: {"length": len(row["prompt_ids"] + row["chosen_ids"])})
+        for rows in (prepared.train_dataset, prepared.eval_dataset)
+    )
+    trainer = dpo_trainer(tmp_path, train=train, eval_dataset=heldout, remove_unused_columns=False, **kwargs)
+    trainer.train()
+    assert_same_pairs(trainer.pair_evaluations["eval"], trainer.evaluate_pairs())
+
+
+def test_logits_that_are_not_head_times_hidden_state_raise_in_evaluation(tmp_path):
+    trainer = dpo_trainer(tmp_path, eval_dataset=HELDOUT)
+    forward = trainer.model.forward
+
+    def cubed(*args, **kwargs):
+        outputs = forward(*args, **kwargs)
+        if "fused_lm_head" not in kwargs:
+            outputs.logits = outputs.logits**3 * 1000
+        return outputs
+
+    cubed.__signature__ = inspect.signature(forward)
+    trainer.model.forward = cubed
+    with pytest.raises(ValueError, match="drift_metrics=False"):
+        trainer.evaluate()
 
 
 def test_rewards_are_exact_over_uneven_batches(tmp_path):
@@ -919,6 +1005,28 @@ def test_sft_with_lora_and_named_splits(tmp_path):
     assert "eval_a_entropy" in metrics and "eval_entropy" not in metrics
 
 
+@pytest.mark.parametrize("kind", ["full", "ref_model", "lora", "padding_free"])
+@pytest.mark.filterwarnings("ignore:.*(padding|packing).*")
+def test_sft_evaluation_takes_the_policys_passes_from_trl(tmp_path, kind):
+    model = make_model() if kind != "lora" else lora(make_model())
+    reference = make_model() if kind == "ref_model" else None
+    flat = {"padding_free": True, "max_length": None} if kind == "padding_free" else {}
+    trainer = sft_trainer(tmp_path, model, trainer_kwargs={"ref_model": reference}, **flat)
+    trainer.train()
+    policy = count_passes(model.get_base_model() if kind == "lora" else model)
+    of_reference = [] if reference is None else count_passes(reference)
+    trainer.evaluate()
+    # 14 rows in batches of 4: TRL's passes, with LoRA the reference's; and flattened rows are taken one by one
+    assert len(policy) == {"lora": 4 + 4, "padding_free": 4 + 14}.get(kind, 4)
+    assert len(of_reference) == (0 if reference is None else 4)
+    expected = trainer.evaluate_sequences(trainer.get_eval_dataloader())
+    for column in dataclasses.fields(SequenceEvaluation):
+        values = [getattr(table, column.name) for table in (trainer.sequence_evaluations["eval"], expected)]
+        assert (values[0] is None) == (values[1] is None)
+        if values[0] is not None:
+            torch.testing.assert_close(*values, rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.filterwarnings("ignore:.*(padding|packing).*")
 def test_sft_with_packing(tmp_path):
     trainer = sft_trainer(
@@ -1020,6 +1128,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
 
     results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     assert [result["world_size"] for result in results] == [2, 2]
+    assert [result["passes"] for result in results] == [2 + 2 + 4] * 2  # of the splits TRL's own, and the train rows'
     assert results[0]["metrics"] == results[1]["metrics"]
     for name, table in results[0]["tables"].items():
         for side in table:

@@ -78,12 +78,13 @@ class ParameterDrift:
 
     def relative(self, model: nn.Module) -> float:
         """‖w - w₀‖ / ‖w₀‖ of the model's present weights; the same number on every process. Collective."""
-        squared_change = 0.0
+        norms = []  # of the changes, read when all are under way
         for name, value, _ in _trained_tensors(model, self.accelerator, with_frozen=False):
             initial = self._initial[name]
-            value = value.float()
-            squared_change += _squared_norm(value if initial is None else value - initial.to(value.device).float())
-        relative = squared_change**0.5 / self._norm if self._norm else float("nan")
+            change = value if initial is None else initial.to(value.device).float() - value
+            norms.append(torch.linalg.vector_norm(change, dtype=torch.float32).to(self.accelerator.device))
+        change = torch.stack(norms).cpu().double().square().sum().sqrt().item() if norms else 0.0
+        relative = change / self._norm if self._norm else float("nan")
         if self.accelerator.num_processes == 1:
             return relative
         # Only the main process has the number

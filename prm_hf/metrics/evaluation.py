@@ -2,11 +2,12 @@
 
 `evaluate_pairs` and `evaluate_sequences` run the policy and its reference once over a dataset, `evaluate_classes` a
 classifier. What they return is on the CPU, in dataset order, the same on every process, and free of the duplicates
-that fill uneven last batches, so that `rewards.py`, `drift.py` and `memorization.py` are pure functions of it.
+that fill uneven last batches, so that `rewards.py`, `drift.py` and `memorization.py` are pure functions of it. Where a
+trainer runs both models anyway, `captured_hidden_states`, `score_rows` and `evaluations_of` make the same table of its
+passes.
 """
 
 import contextlib
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -14,11 +15,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_compiled_module, is_peft_model
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from .sharded import whole
+from .forward import Forward, as_reference, evaluation_mode, forward, unwrap
 
 
 # Completion tokens whose logits exist at one time, per model. At a vocabulary of 150,000 a chunk is 150 MB in float32.
@@ -170,25 +170,43 @@ def _evaluate(
     batch_size: int,
     sequences_per_row: int,
 ) -> list[SequenceEvaluation]:
-    is_pairs = sequences_per_row == 2
-
     def score(batch: dict[str, Any], is_first: bool) -> torch.Tensor:
-        scores = _score_batch(model, ref_model, batch, accelerator, check=is_first, needs_reference=is_pairs)
-        return scores.view(5, sequences_per_row, -1).permute(2, 0, 1)
+        return score_rows(model, ref_model, batch, accelerator, sequences_per_row, check=is_first)
 
     models = [m for m in (model, ref_model) if m is not None]
-    logps, tokens, correct, logratio, kl = _table(models, dataset, collate, accelerator, batch_size, score).unbind(1)
-    has_kl = ref_model is not None or is_peft_model(accelerator.unwrap_model(model))
+    scores = _table(models, dataset, collate, accelerator, batch_size, score)
+    return evaluations_of(scores, has_kl=ref_model is not None or unwrap(model, accelerator)[1])
+
+
+def evaluations_of(scores: torch.Tensor, has_kl: bool) -> list[SequenceEvaluation]:
+    """A table for each sequence of a row, from the scores of all rows; `has_kl` says if there was a reference."""
+    logps, tokens, correct, logratio, kl = scores.unbind(1)
+    sequences = scores.shape[2]
     return [
         SequenceEvaluation(
             logps=logps[:, i],
-            logratio=logratio[:, i] if has_kl or is_pairs else None,
+            logratio=logratio[:, i] if has_kl or sequences == 2 else None,
             tokens=tokens[:, i].long(),
             kl=kl[:, i] if has_kl else None,
             correct=correct[:, i].long(),
         )
-        for i in range(sequences_per_row)
+        for i in range(sequences)
     ]
+
+
+def check_parallelism(model: nn.Module, accelerator: Accelerator) -> None:
+    """Raises an error where rows are not one process' each, or the weights can't be read."""
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            f"Drift can't be measured under tensor, context or sequence parallelism ({parallelism}): the processes of "
+            "one group would be handed different rows. Use data parallelism alone, or set `drift_metrics=False`."
+        )
+    if isinstance(model, FullyShardedDataParallel):
+        raise TypeError(
+            "Drift can't be measured under FSDP version 1, whose flat parameters are whole only inside its own "
+            "forward. Set `fsdp_version: 2`, or `drift_metrics=False`."
+        )
 
 
 def _table(
@@ -203,35 +221,19 @@ def _table(
     n = len(dataset)
     if n == 0:
         raise ValueError("`dataset` has no rows to evaluate: pass a dataset with at least one row.")
-    parallelism = accelerator.parallelism_config
-    if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
-        raise ValueError(
-            f"Drift can't be measured under tensor, context or sequence parallelism ({parallelism}): the processes of "
-            "one group would be handed different rows. Use data parallelism alone, or set `drift_metrics=False`."
-        )
-    if isinstance(models[0], FullyShardedDataParallel):
-        raise TypeError(
-            "Drift can't be measured under FSDP version 1, whose flat parameters are whole only inside its own "
-            "forward. Set `fsdp_version: 2`, or `drift_metrics=False`."
-        )
+    check_parallelism(models[0], accelerator)
     world, rank = accelerator.num_processes, accelerator.process_index
     batch_size = min(batch_size, math.ceil(n / world))
     steps = math.ceil(n / (batch_size * world))
 
-    was_training = [m.training for m in models]
-    for m in models:
-        m.eval()
     table = []
-    try:
+    with evaluation_mode(models):
         for step in range(steps):
             start = (step * world + rank) * batch_size
             # Rows past the end are replaced by earlier ones, so that every process makes the same number of forward
             # passes (ZeRO-3 and FSDP gather weights in each); the surplus is cut off below.
             batch = collate([dict(dataset[i % n]) for i in range(start, start + batch_size)])
             table.append(score(batch, step == 0))
-    finally:
-        for m, training in zip(models, was_training, strict=True):
-            m.train(training)
 
     table = torch.stack(table)  # (steps, rows, …)
     if world > 1:
@@ -240,15 +242,28 @@ def _table(
     return table.view(world, steps, batch_size, *table.shape[2:]).transpose(0, 1).flatten(0, 2)[:n]
 
 
-def _score_batch(
+def score_rows(
     model: nn.Module,
     ref_model: nn.Module | None,
     batch: dict[str, Any],
     accelerator: Accelerator,
-    check: bool,
-    needs_reference: bool,
+    sequences_per_row: int,
+    hidden: Sequence[torch.Tensor] = (),
+    check: bool = False,
 ) -> torch.Tensor:
-    """Sums over the tokens of each sequence: logps, tokens, correct, logratio, kl. `(5, sequences)`, float64, CPU."""
+    """What [`evaluations_of`] makes tables of. Collective where parameters are sharded.
+
+    Args:
+        model, ref_model, batch, accelerator: As in [`evaluate_pairs`]; the batch as `collate` makes it.
+        sequences_per_row: 2 for pairs.
+        hidden: The last hidden states of policy and reference on this batch, `(sequences, length, hidden size)`, if
+            they have been run already (see [`captured_hidden_states`]). What is missing is run.
+        check: Whether to compare with the logits of what is run.
+
+    Returns:
+        Sums over the tokens of each sequence: logps, tokens, correct, logratio, kl. `(rows, 5, sequences_per_row)`,
+        float64, on the CPU.
+    """
     batch = {k: v.to(accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     ref_logps = [batch.pop(key, None) for key in ("ref_chosen_logps", "ref_rejected_logps")]
     labels, completion_mask = batch.pop("labels", None), batch.pop("completion_mask", None)
@@ -264,9 +279,10 @@ def _score_batch(
     rows = mask.nonzero()[:, 0].cpu()
 
     with torch.no_grad():
-        policy = _forward(model, batch, mask, accelerator)
-        with _reference(model, ref_model, accelerator) as reference:
-            ref = None if reference is None else _forward(reference, batch, mask, accelerator)
+        known = iter(hidden)
+        policy = forward(model, batch, mask, accelerator, next(known, None))
+        with as_reference(model, ref_model, accelerator) as reference:
+            ref = None if reference is None else forward(reference, batch, mask, accelerator, next(known, None))
         # Precomputed log-probabilities come from logits in autocast's precision, and only such compare with them. With
         # a reference both are float32: rounding to bf16 is by itself a KL of 1e-3, the size of a short run's drift.
         full_precision = torch.autocast(accelerator.device.type, enabled=False)
@@ -286,18 +302,19 @@ def _score_batch(
     def total(per_token: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(labels), dtype=torch.float64).index_add_(0, rows, per_token.cpu().double())
 
-    own = [total(logps), torch.bincount(rows, minlength=len(labels)).double(), total(correct)]
+    scores = [total(logps), torch.bincount(rows, minlength=len(labels)).double(), total(correct)]
     if ref is not None:
-        return torch.stack([*own, total(logratio), total(kl)])
-    unknown = torch.zeros_like(own[0])
-    if ref_logps[0] is not None:
-        return torch.stack([*own, own[0] - torch.cat(ref_logps).cpu().double(), unknown])
-    if needs_reference:
+        scores += [total(logratio), total(kl)]
+    elif ref_logps[0] is not None:
+        scores += [scores[0] - torch.cat(ref_logps).cpu().double(), torch.zeros_like(scores[0])]
+    elif sequences_per_row == 2:
         raise ValueError(
             "There is no reference to measure the drift from: `ref_model` is None, `model` is not a PEFT model, and "
             "the batch has no `ref_chosen_logps`. Pass `ref_model`, or precompute the reference log-probabilities."
         )
-    return torch.stack([*own, unknown, unknown])
+    else:
+        scores += [torch.zeros_like(scores[0])] * 2
+    return torch.stack(scores).view(5, sequences_per_row, -1).permute(2, 0, 1)
 
 
 @contextlib.contextmanager
@@ -318,7 +335,7 @@ def _tensor_cores() -> Iterator[None]:
         setattr(backend, name, before)
 
 
-def _score_tokens(policy: "_Forward", ref: "_Forward | None", targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _score_tokens(policy: Forward, ref: Forward | None, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Of each target: its log-probability, whether it is the most probable token, the difference to the reference's
     log-probability, and the KL there. Shapes `(tokens,)`."""
     logps, correct, logratio, kl = [], [], [], []
@@ -340,126 +357,3 @@ def _score_tokens(policy: "_Forward", ref: "_Forward | None", targets: torch.Ten
             kl.append(torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_r)).sum(-1))
     empty = targets.new_zeros(0, dtype=torch.float32)
     return tuple(torch.cat(chunks) if chunks else empty for chunks in (logps, correct, logratio, kl))
-
-
-@contextlib.contextmanager
-def _reference(model: nn.Module, ref_model: nn.Module | None, accelerator: Accelerator) -> Iterator[nn.Module | None]:
-    """The model to call as reference, with a PEFT model's adapters set accordingly for the time of the context."""
-    unwrapped = accelerator.unwrap_model(model)
-    if ref_model is not None:
-        yield ref_model
-    elif not is_peft_model(unwrapped):
-        yield None
-    elif "ref" in unwrapped.peft_config:  # TRL's copy of an adapter that training started from
-        active = unwrapped.active_adapter
-        unwrapped.set_adapter("ref")
-        try:
-            yield model
-        finally:
-            unwrapped.set_adapter(active)
-    else:
-        with unwrapped.disable_adapter():
-            yield model
-
-
-@dataclass
-class _Forward:
-    """The hidden states of one forward pass, and what makes logits of them.
-
-    The logits of whole sequences never exist: at a vocabulary of 150,000 they are what does not fit into memory.
-    """
-
-    name: str
-    hidden: torch.Tensor  # (tokens, hidden size): the positions that predict a completion token
-    last_hidden: torch.Tensor  # (hidden size,): the last position of the first sequence,
-    last_logits: torch.Tensor  # (vocabulary,): and the model's own logits there
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    scale: float
-    softcap: float | None
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits in float32, computed in float32 unless under autocast."""
-        bias = None if self.bias is None else self.bias.float()
-        logits = nn.functional.linear(hidden.to(self.weight.device).float(), self.weight.float(), bias)
-        logits = logits.float() * self.scale
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
-
-    @contextlib.contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Makes `weight` and `bias` whole for the time of the context, whatever shards them."""
-        sharded = self.weight, self.bias
-        with whole(*sharded) as (self.weight, self.bias):
-            try:
-                yield
-            finally:
-                self.weight, self.bias = sharded
-
-    def check(self) -> None:
-        """Compares with the model's own logits, so that an unknown step between hidden states and logits is seen."""
-        expected = self.last_logits.float()
-        actual = self.logits(self.last_hidden).to(expected.device)
-        # Wide enough for the rounding of bf16 logits; a missing scale or cap is off by far more
-        tolerance = 0.05 * expected.abs().max().item()
-        if expected.isfinite().all() and not torch.allclose(actual, expected, rtol=0.05, atol=tolerance):
-            raise ValueError(
-                f"The logits of {self.name} are not its output embedding times its last hidden state (they differ by "
-                f"{(actual - expected).abs().max().item():.3g}), so its drift can't be measured in chunks. Set "
-                "`drift_metrics=False`."
-            )
-
-
-def _forward(model: nn.Module, inputs: dict[str, Any], mask: torch.Tensor, accelerator: Accelerator) -> _Forward:
-    """Runs `model` without building the logits of more than the last position.
-
-    `mask`, shape `(sequences, length - 1)`, marks the positions whose next token is evaluated.
-    """
-    # A compiled forward does not see the hook
-    model = model._orig_mod if is_compiled_module(model) else model
-    causal = accelerator.unwrap_model(model, keep_torch_compile=False)
-    causal = causal.get_base_model() if is_peft_model(causal) else causal
-    decoder, head, name = causal.get_decoder(), causal.get_output_embeddings(), type(causal).__name__
-    if decoder is causal or head is None or "logits_to_keep" not in inspect.signature(type(causal).forward).parameters:
-        raise ValueError(
-            f"The drift of {name} can't be measured: it must be a causal language model with a decoder "
-            "(`get_decoder()`), an output embedding, and a `logits_to_keep` argument of `forward`. Set "
-            "`drift_metrics=False`."
-        )
-    if hasattr(head, "base_layer"):
-        raise ValueError(
-            f"The drift of {name} can't be measured with a PEFT adapter on its output embedding. Take `lm_head` "
-            "out of `target_modules`, or set `drift_metrics=False`."
-        )
-
-    captured = []
-    handle = decoder.register_forward_hook(lambda _module, _args, output: captured.append(output[0]))
-    try:
-        with accelerator.autocast():
-            logits = model(**inputs, use_cache=False, logits_to_keep=1).logits
-    finally:
-        handle.remove()
-    # Prompt-learning adapters put virtual tokens in front: keep the positions of the real ones
-    hidden = captured[-1][:, -mask.shape[1] - 1 :]
-
-    config = causal.config.get_text_config()
-    return _Forward(
-        name=name,
-        hidden=hidden[:, :-1][mask],
-        last_hidden=hidden[0, -1],
-        last_logits=logits[0, -1],
-        weight=head.weight,
-        bias=getattr(head, "bias", None),
-        scale=_logit_scale(config),
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
-
-
-def _logit_scale(config: Any) -> float:
-    """The factor between head output and logits, by the names it has in configs (as TRL's `add_fused_lm_head`)."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
-        return 1.0
-    return scaling if config.model_type == "hyperclovax" else 1 / scaling

@@ -6,23 +6,23 @@ from torch import Tensor
 from . import masks
 
 
-def sum_of_squares(x: Tensor) -> Tensor:
-    """Σx² as a 0-dim tensor, accumulated in float64.
+def sums_of_squares(xs: list[Tensor]) -> Tensor:
+    """Σx² of each of the tensors of one device, accumulated in float64 (float32 on Apple's GPUs). Shape `(n,)`.
+
+    On a device the number of launches does not depend on n, but on the number of elements.
 
     Not in float32: the debiased estimator subtracts two such sums that are nearly equal where there is only noise, and
     a sum must not depend on how a tensor is split over processes. On a CPU, where float64 takes four times as long,
     the sums of 256 squares are float32, which leaves an error of about 1e-8 in the sum over a matrix.
     """
-    dtype = masks.statistics_dtype(x.device)
-    if (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and x.is_contiguous()
-        and x.numel()
-        and x.numel() % 256 == 0
-    ):
-        x = torch.linalg.vector_norm(x.view(-1, 256), dim=1)
-    return torch.linalg.vector_norm(x, dtype=dtype).square()
+    dtype = masks.statistics_dtype(xs[0].device)
+    if xs[0].device.type == "cpu":
+        xs = [torch.linalg.vector_norm(x.view(-1, 256), dim=1) if _has_rows_of_256(x) else x for x in xs]
+    return torch.stack(torch._foreach_norm(xs, 2, dtype)).square()
+
+
+def _has_rows_of_256(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.is_contiguous() and x.numel() > 0 and x.numel() % 256 == 0
 
 
 def _multi_tensor_moments(
@@ -71,11 +71,7 @@ def _multi_tensor_moments(
         else:
             torch._foreach_addcmul_(grad_vars, deviations, deviations, c.weight)
         return None
-    if params[0].device.type == "cpu":
-        return torch.stack([torch.stack([sum_of_squares(x) for x in xs]) for xs in (deviations, exp_avgs)], dim=1)
-    dtype = masks.statistics_dtype(params[0].device)
-    norms = [torch.stack(torch._foreach_norm(xs, 2, dtype)) for xs in (deviations, exp_avgs)]
-    return torch.stack(norms, dim=1).square()
+    return torch.stack([sums_of_squares(deviations), sums_of_squares(exp_avgs)], dim=1)
 
 
 def _multi_tensor_update(

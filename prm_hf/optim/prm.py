@@ -15,7 +15,7 @@ from ..sharding import Layout, Locator
 from . import masks
 from .parts import Part, hyperparameters, use_fused
 from .quantized import is_quantized, quantized_zeros, read, write
-from .statistics import COLUMNS, N_SUMS, add_rows, fill_per_tensor, mask_summary, slice_rows
+from .statistics import COLUMNS, N_SUMS, add_rows, fill_per_tensor, mask_summary, slice_table
 from .step import LOW_PRECISION, ListStep, tensor_masks
 from .validation import check_reduction, check_state_dtype, validate_group
 
@@ -646,20 +646,15 @@ class PRM(Optimizer):
                 tensors |= self._advancing(p, numbers[-1])
         if not numbers:
             return torch.zeros(0, 0), masked
-        rows: dict[int, Tensor] = {}
-        for number, row in zip(numbers, slice_rows(views, steps, hyper), strict=True):
-            rows[number] = add_rows(rows[number], row) if number in rows else row
-        rows = dict(sorted(rows.items()))
-        devices = {row.device for row in rows.values()}
-        table = torch.stack([row if len(devices) == 1 else row.cpu() for row in rows.values()])
+        table, numbers = add_rows(slice_table(views, steps, hyper), numbers)
         sums, lowest, highest = table[:, :N_SUMS].clone(), table[:, N_SUMS].clone(), table[:, N_SUMS + 1].clone()
-        self._locator.all_reduce(sums, list(rows))
-        self._locator.all_reduce(lowest, list(rows), torch.distributed.ReduceOp.MIN)
-        self._locator.all_reduce(highest, list(rows), torch.distributed.ReduceOp.MAX)
-        table = torch.cat([sums, lowest.unsqueeze(1), highest.unsqueeze(1)], dim=1)
+        self._locator.all_reduce(sums, numbers)
+        self._locator.all_reduce(lowest, numbers, torch.distributed.ReduceOp.MIN)
+        self._locator.all_reduce(highest, numbers, torch.distributed.ReduceOp.MAX)
+        table = torch.column_stack([sums, lowest, highest])
         if per_tensor:
-            numels, grad_vars, steps = map(list, zip(*(tensors[number] for number in rows), strict=True))
-            table = fill_per_tensor(table, numels, [var.to(table.device) for var in grad_vars], steps, hyper)
+            numels, grad_vars, steps = map(list, zip(*(tensors[number] for number in numbers), strict=True))
+            table = fill_per_tensor(table, numels, grad_vars, steps, hyper)
         return table, masked
 
 

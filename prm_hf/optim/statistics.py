@@ -1,20 +1,23 @@
 """What `PRM.get_mask_stats` reports: the mask of the last step, recomputed from the state, summed over tensors."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import masks
-from .foreach import sum_of_squares
-from .quantized import read
-from .step import buckets, mask_arguments, scalars_of
+from .foreach import sums_of_squares
+from .quantized import flat_slice, is_quantized, read
+from .step import CPU_BLOCK, QUANTIZED_BLOCK, buckets, divide, mask_arguments, scalars_of
 
 
 # Sums over the scalar parameters of a tensor, then the extremes. For `per_tensor` q is only known of the whole tensor:
 # until then a row has Σm² in place of what depends on q.
 COLUMNS = ("numel", "q", "active", "signal", "noise", "nonfinite", "sum_sq", "min_q", "max_q")
 N_SUMS = 7
+_AT = {name: i for i, name in enumerate(COLUMNS)}
+_MASKED = ("q", "active", "signal", "noise", "min_q", "max_q")  # what depends on the mask
 SUMMARY = (
     "mean_q",
     "active_fraction",
@@ -28,73 +31,111 @@ SUMMARY = (
 )
 
 
-def slice_rows(slices: list[dict[str, Tensor]], steps: list[Tensor], hyper: dict[str, Any]) -> list[Tensor]:
-    """The rows, float64 (9,), of slices of tensors, each with its `exp_avg`, `exp_avg_sq` and, if any, `grad_var`."""
-    if hyper["mask"] == "none" or hyper["reduction"] == "per_param":
-        return [_slice_row(**tensors, step=step, hyper=hyper) for tensors, step in zip(slices, steps, strict=True)]
-    rows = [None] * len(slices)
+def slice_table(slices: list[dict[str, Tensor]], steps: list[Tensor], hyper: dict[str, Any]) -> Tensor:
+    """The rows of slices of tensors, each with its `exp_avg`, `exp_avg_sq` and, for `per_param`, `grad_var`.
+
+    Returns:
+        float64, `(slices, 9)`, on the CPU, where a table of scalars is worked on without launches.
+    """
+    table = torch.zeros(len(slices), len(COLUMNS), dtype=torch.float64)
+    table[:, _AT["numel"]] = torch.tensor([tensors["exp_avg"].numel() for tensors in slices])
+    table[:, _AT["min_q"]], table[:, _AT["max_q"]] = torch.inf, -torch.inf
     for index in buckets([tensors["exp_avg"] for tensors in slices]):
-        for i, row in zip(index, _per_tensor_rows([slices[i] for i in index]).unbind(), strict=True):
-            rows[i] = row
-    return rows
+        members = [slices[i] for i in index]
+        table[index, _AT["nonfinite"]] = _nonfinite([tensors["exp_avg_sq"] for tensors in members])
+        if hyper["mask"] == "none":
+            whole = table[index, _AT["numel"]]
+            table[index, _AT["q"]], table[index, _AT["active"]] = whole, whole
+            table[index, N_SUMS:] = 1.0
+        elif hyper["reduction"] == "per_tensor":
+            table[index, _AT["sum_sq"]] = _on_host(_by_list(sums_of_squares, [x["exp_avg"] for x in members]))
+        elif masked := [i for i in index if slices[i]["exp_avg"].numel()]:
+            rows = _masked_rows([slices[i] for i in masked], [steps[i] for i in masked], hyper)
+            columns = [_AT[name] for name in _MASKED]
+            table[torch.tensor(masked).unsqueeze(1), columns] = rows[:, columns]
+    return table
 
 
-def _per_tensor_rows(slices: list[dict[str, Tensor]]) -> Tensor:
-    """For models of hundreds of tensors: a few launches a tensor, and as many again only if something overflowed."""
-    device = slices[0]["exp_avg"].device
-    dtype = masks.statistics_dtype(device)
-    numels = torch.tensor([tensors["exp_avg"].numel() for tensors in slices], dtype=dtype, device=device)
-    zeros = torch.zeros_like(numels)
-    columns = dict.fromkeys(COLUMNS, zeros) | {"numel": numels, "min_q": zeros + torch.inf, "max_q": zeros - torch.inf}
-    columns["sum_sq"] = torch.stack([sum_of_squares(_readable(tensors["exp_avg"])) for tensors in slices])
-    vs = [tensors["exp_avg_sq"] for tensors in slices]
-    largest = [torch.linalg.vector_norm(_readable(v), torch.inf).to(dtype) for v in vs if v.numel()]
-    if largest and not torch.stack(largest).isfinite().all():
-        columns["nonfinite"] = torch.stack([v.numel() - torch.isfinite(_readable(v)).sum() for v in vs])
-    return torch.stack([columns[name].to(dtype) for name in COLUMNS], dim=1)
+def _on_host(x: Tensor) -> Tensor:
+    return x.cpu().double()
+
+
+def _by_list(function: Callable[[list[Tensor]], Tensor], tensors: list[Tensor]) -> Tensor:
+    """`function` of the list; of 8-bit tensors one by one, as their values take four times the memory of the codes."""
+    if any(map(is_quantized, tensors)):
+        return torch.cat([function([_readable(x)]) for x in tensors])
+    return function(tensors)
+
+
+def _nonfinite(tensors: list[Tensor]) -> Tensor:
+    """How many elements of each are infinite or NaN; they are only counted if a sum says that there are any."""
+
+    def absolute_sums(xs: list[Tensor]) -> Tensor:
+        return torch.stack(torch._foreach_norm(xs, 1, masks.statistics_dtype(xs[0].device)))
+
+    if _on_host(_by_list(absolute_sums, tensors)).isfinite().all():
+        return torch.zeros(len(tensors), dtype=torch.float64)
+    return _on_host(torch.stack([x.numel() - torch.isfinite(_readable(x)).sum() for x in tensors]))
 
 
 def _readable(x: Tensor) -> Tensor:
     return read(x, torch.promote_types(x.dtype, torch.float32))
 
 
-def _slice_row(
-    exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, hyper: dict[str, Any], grad_var: Tensor | None = None
-) -> Tensor:
-    m, v = _readable(exp_avg), _readable(exp_avg_sq)
-    dtype, n = masks.statistics_dtype(m.device), m.numel()
-    zero = torch.zeros((), dtype=dtype, device=m.device)
-    row = dict.fromkeys(COLUMNS, zero) | {"numel": zero + n, "min_q": zero + torch.inf, "max_q": zero - torch.inf}
-    row["nonfinite"] = n - torch.isfinite(v).sum()
-    if hyper["mask"] == "none":
-        row |= dict.fromkeys(("q", "active"), zero + n) | dict.fromkeys(("min_q", "max_q"), zero + 1)
-    elif n > 0:
-        c = scalars_of(step.to(dtype=dtype, device=m.device), hyper)
-        q, signal, noise = masks.compute_mask(m.square(), grad_var, c, **mask_arguments(hyper))
-        row |= {"q": q.sum(dtype=dtype), "active": (q > 0).sum(), "min_q": q.min(), "max_q": q.max()}
-        row |= {"signal": signal.sum(dtype=dtype), "noise": noise.sum(dtype=dtype)}
-    return torch.stack([row[name].to(dtype) for name in COLUMNS])
+def _masked_rows(slices: list[dict[str, Tensor]], steps: list[Tensor], hyper: dict[str, Any]) -> Tensor:
+    """Rows of slices for `per_param`, with the columns `_MASKED` alone. None of the slices is empty.
+
+    One block of them at a time is copied together, so that their number does not count, nor the memory of a large one.
+    """
+    ages, device = torch.stack(steps).tolist(), slices[0]["exp_avg"].device
+    dtype, size = masks.statistics_dtype(device), CPU_BLOCK if device.type == "cpu" else QUANTIZED_BLOCK
+    owners, parts = [], []
+    for age in sorted(set(ages)):  # one, but for tensors that skipped steps
+        members = [i for i, other in enumerate(ages) if other == age]
+        lists = [[slices[i][name] for i in members] for name in ("exp_avg", "grad_var")]
+        for block in divide(lists, size):
+            owners += [members[j] for j, _ in block]
+            pieces = [[xs[j] if span is None else flat_slice(xs[j], span) for j, span in block] for xs in lists]
+            lengths = [x.numel() for x in pieces[0]]
+            m, s = (torch.cat([_readable(x).reshape(-1) for x in xs]) for xs in pieces)
+            q, signal, noise = masks.compute_mask(m.square_(), s, scalars_of(age, hyper), **mask_arguments(hyper))
+            # None is negative, so that a norm of order 1 is a sum
+            columns = [part for x in (q, (q > 0).to(q.dtype), signal, noise) for part in x.split(lengths)]
+            lowest = torch._foreach_neg(torch._foreach_max(q.neg().split(lengths)))
+            extremes = torch.stack([*lowest, *torch._foreach_max(q.split(lengths))]).to(dtype)
+            sums = torch.stack(torch._foreach_norm(columns, 1, dtype))
+            parts.append(torch.cat([sums, extremes]).view(len(_MASKED), -1))
+    rows = torch.zeros(len(owners), len(COLUMNS), dtype=torch.float64)
+    rows[:, [_AT[name] for name in _MASKED]] = _on_host(torch.cat(parts, dim=1).t())
+    return add_rows(rows, owners)[0]
 
 
-def add_rows(a: Tensor, b: Tensor) -> Tensor:
-    """The row of two slices together."""
-    low, high = N_SUMS, N_SUMS + 1
-    extremes = torch.stack([torch.minimum(a[low], b[low]), torch.maximum(a[high], b[high])])
-    return torch.cat([a[:low] + b[:low], extremes])
+def add_rows(table: Tensor, numbers: list[int]) -> tuple[Tensor, list[int]]:
+    """The rows that have the same number together, in the order of the numbers, and these."""
+    unique, index = torch.tensor(numbers).unique(return_inverse=True)
+    sums = table.new_zeros(len(unique), N_SUMS).index_add_(0, index, table[:, :N_SUMS])
+    lowest = table.new_full((len(unique),), torch.inf).scatter_reduce_(0, index, table[:, N_SUMS], "amin")
+    highest = table.new_full((len(unique),), -torch.inf).scatter_reduce_(0, index, table[:, N_SUMS + 1], "amax")
+    return torch.column_stack([sums, lowest, highest]), unique.tolist()
 
 
 def fill_per_tensor(
     table: Tensor, numels: list[int], grad_vars: list[Tensor], steps: list[Tensor], hyper: dict[str, Any]
 ) -> Tensor:
     """Completes the rows of whole tensors for `reduction="per_tensor"`: the single q stands for all parameters."""
-    device, dtype = table.device, table.dtype
-    n = torch.tensor(numels, dtype=dtype, device=device)
-    c = scalars_of(torch.stack(steps).to(dtype=dtype, device=device), hyper)
-    mean_sq = table[:, COLUMNS.index("sum_sq")] / n.clamp(min=1)
-    q, signal, noise = masks.compute_mask(mean_sq, torch.stack(grad_vars).to(dtype), c, **mask_arguments(hyper))
+
+    def vector(scalars: list[Tensor]) -> Tensor:
+        if len({x.device for x in scalars}) > 1:
+            scalars = [x.cpu() for x in scalars]
+        return _on_host(torch.stack(scalars))
+
+    n = torch.tensor(numels, dtype=table.dtype)
+    mean_sq = table[:, _AT["sum_sq"]] / n.clamp(min=1)
+    c = scalars_of(vector(steps), hyper)
+    q, signal, noise = masks.compute_mask(mean_sq, vector(grad_vars), c, **mask_arguments(hyper))
     columns = dict(zip(COLUMNS, table.unbind(1), strict=True))
     columns |= {"q": q * n, "active": (q > 0) * n, "signal": signal * n, "noise": noise * n, "min_q": q, "max_q": q}
-    return torch.stack([columns[name].to(dtype) for name in COLUMNS], dim=1)
+    return torch.stack([columns[name].to(table.dtype) for name in COLUMNS], dim=1)
 
 
 def mask_summary(tables: list[tuple[Tensor, bool]]) -> dict[str, float]:
@@ -102,8 +143,8 @@ def mask_summary(tables: list[tuple[Tensor, bool]]) -> dict[str, float]:
     tables = [(table, masked) for table, masked in tables if len(table)]
     if not tables or sum(table[:, 0].sum() for table, _ in tables) == 0:
         return {key: 0 if key.endswith("_count") else float("nan") for key in SUMMARY}
-    rows = torch.cat([table[table[:, 0] > 0].cpu().double() for table, _ in tables])
-    masked = torch.cat([table[table[:, 0] > 0, 0].cpu().double() * flag for table, flag in tables]).sum()
+    rows = torch.cat([table[table[:, 0] > 0] for table, _ in tables])
+    masked = sum(table[:, 0].sum() * flag for table, flag in tables)
     column = dict(zip(COLUMNS, rows.unbind(1), strict=True))
     n, signal, noise = column["numel"].sum(), column["signal"].sum(), column["noise"].sum()
     values = (

@@ -4,6 +4,7 @@ A step has two halves because of `reduction="per_tensor"`: between the moments a
 tensor, parts of which may live in other processes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from . import masks
-from .foreach import _multi_tensor_moments, _multi_tensor_update, sum_of_squares
+from .foreach import _multi_tensor_moments, _multi_tensor_update, sums_of_squares
 from .quantized import flat_slice, is_quantized, read, write
 
 
@@ -137,27 +138,10 @@ class ListStep:
         self._moments = _multi_tensor_moments if foreach else _single_tensor_moments
         self._update = _multi_tensor_update if foreach else _single_tensor_update
         self._scalars = scalar_lists(state_steps, hyper)
-        self._blocks = self._divide() if foreach or self._quantized else [[(i, None) for i in range(len(params))]]
-
-    def _divide(self) -> list[list[tuple[int, slice | None]]]:
-        """The tensors in blocks: each a list of positions, with the span of a tensor that is taken apart."""
-        params = self._lists[0]
         size = DEVICE_BLOCK if params[0].device.type != "cpu" else CPU_BLOCK
         size = min(size, QUANTIZED_BLOCK) if self._quantized else size
-        blocks, filled = [[]], 0
-        for i, param in enumerate(params):
-            n = param.numel()
-            spans = [None]
-            if n > size and all(tensors[i].is_contiguous() for tensors in self._lists if tensors):
-                spans = [slice(start, min(start + size, n)) for start in range(0, n, size)]
-            for span in spans:
-                part = n if span is None else span.stop - span.start
-                if blocks[-1] and filled + part > size:
-                    blocks.append([])
-                    filled = 0
-                blocks[-1].append((i, span))
-                filled += part
-        return blocks
+        whole = [[(i, None) for i in range(len(params))]]
+        self._blocks = divide(self._lists, size) if foreach or self._quantized else whole
 
     def _take(self, block: list[tuple[int, slice | None]]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
         """The parts of all lists in a block, as they are kept and as the step computes with them."""
@@ -209,6 +193,27 @@ class ListStep:
                 if olds is not kept[1]:  # gradients stay
                     for old, new in zip(olds, news, strict=True):
                         write(old, new)
+
+
+def divide(lists: Sequence[list[Tensor]], size: int) -> list[list[tuple[int, slice | None]]]:
+    """Tensors, of which several lists hold one each, in blocks of at most `size` elements where they can be cut.
+
+    A block is a list of positions in the lists, with the span of a tensor that is taken apart.
+    """
+    blocks, filled = [[]], 0
+    for i, tensor in enumerate(lists[0]):
+        n = tensor.numel()
+        spans = [None]
+        if n > size and all(tensors[i].is_contiguous() for tensors in lists if tensors):
+            spans = [slice(start, min(start + size, n)) for start in range(0, n, size)]
+        for span in spans:
+            part = n if span is None else span.stop - span.start
+            if blocks[-1] and filled + part > size:
+                blocks.append([])
+                filled = 0
+            blocks[-1].append((i, span))
+            filled += part
+    return blocks
 
 
 def tensor_masks(
@@ -273,7 +278,7 @@ def _single_tensor_moments(
         else:
             # Autograd keeps what it needs of m, which the next step changes in place.
             m = exp_avgs[i].clone() if differentiable else exp_avgs[i]
-            sums.append(torch.stack([sum_of_squares(deviation), sum_of_squares(m)]))
+            sums.append(sums_of_squares([deviation, m]))
     return torch.stack(sums) if sums else None
 
 

@@ -62,8 +62,9 @@ class PRMArguments:
 
         drift_metrics (`bool`, *optional*, defaults to `True`):
             Whether to measure how far the policy drifts (for preference pairs also rewards and memorization) at each
-            evaluation and at the end of training. Nothing is measured without an `eval_dataset`. It costs one more
-            pass over the evaluated rows, and a copy of the trained weights in the main process' host memory.
+            evaluation and at the end of training. Nothing is measured without an `eval_dataset`. It costs a product
+            of the hidden states, which TRL's evaluation has at hand, with the output embedding; a pass over a
+            reference that TRL does not run; and a copy of the trained weights in the main process' host memory.
     """
 
     optimizer_name: str = field(

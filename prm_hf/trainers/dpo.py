@@ -6,6 +6,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -22,13 +23,14 @@ from ..metrics import (
 )
 from .arguments import PRMDPOConfig, check_deepspeed_config
 from .mixin import PRMTrainerMixin, rows_of
-from .packing import add_packing
+from .packing import add_packing, unpack_hidden
+from .passes import SharedPassesMixin
 
 
 logger = get_logger(__name__)
 
 
-class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
+class PRMDPOTrainer(SharedPassesMixin, PRMTrainerMixin, DPOTrainer):
     """
     TRL's [`~trl.DPOTrainer`], trained with PRM. ("PRM" is the optimizer here, not a process reward model.)
 
@@ -45,6 +47,9 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
     - `drift/params_rel`;
     - `memorization/flipped_fit` and `memorization/clean_fit`, if `train_dataset` is a [`~datasets.Dataset`] with a
       bool column `flipped`, on `args.memorization_max_pairs` of its rows.
+
+    What is measured on a split comes of the hidden states of TRL's own forward passes; a compiled model takes passes
+    of our own, as do rows that TRL leaves out or permutes, and the rows for memorization.
 
     Rows that are tokenized, as the trainer's own `train_dataset` is, are not tokenized again; where all datasets have
     the columns `ref_chosen_logps` and `ref_rejected_logps` of `precompute_ref_log_probs=True`, training takes the
@@ -88,6 +93,8 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
     ```
     """
 
+    _sequences_per_row = 2
+
     def __init__(
         self,
         model: "str | PreTrainedModel | Any",
@@ -120,7 +127,7 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
         self._memorization_loader: DataLoader | None = None
         if args.drift_metrics and self.eval_dataset is not None:
             self._prepare_memorization()
-            if self.ref_model is None and not is_peft_model(self.model):
+            if not self._has_reference():
                 logger.warning(
                     "`drift/kl` is not measured: with `precompute_ref_log_probs=True` the reference model is not "
                     "kept. To measure it, set `precompute_ref_log_probs=False` or pass `ref_model`."
@@ -226,8 +233,22 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
         )
         return pairs.select(torch.tensor(order).argsort())
 
+    @property
+    def _passes_of_trl(self) -> int:
+        return 1 if self.precompute_ref_logps else 2
+
+    def _run_more(self, model: nn.Module, inputs: dict[str, Any]) -> int:
+        if not self.precompute_ref_logps or not self._has_reference():
+            return 0
+        self.compute_ref_log_probs(self.ref_model or model, inputs)
+        return 1
+
+    def _unpack(self, hidden: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        return unpack_hidden(hidden, inputs["attention_mask"]) if self.padding_free else hidden
+
     def _split_metrics(self, dataloader: DataLoader, prefix: str) -> dict[str, float]:
-        pairs = self._evaluate_rows(dataloader)
+        tables = self._shared_tables()
+        pairs = self._evaluate_rows(dataloader) if tables is None else PairEvaluation(*tables)
         self.pair_evaluations[prefix] = pairs
         return {**reward_metrics(pairs, self.beta), **drift_metrics(pairs, self.beta)}
 

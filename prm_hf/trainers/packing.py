@@ -76,6 +76,17 @@ def add_packing(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(packed_forward, model)
 
 
+def unpack_hidden(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Hidden states of the rows that a batch was packed into, `(rows, capacity, size)`, as those of the padded batch.
+
+    `attention_mask` is that of the batch, `(sequences, length)`. States of padding are 0.
+    """
+    sequence, position = _indices(attention_mask.sum(1).tolist(), hidden.shape[1]).to(hidden.device)
+    filled = sequence >= 0
+    unpacked = hidden.new_zeros(*attention_mask.shape, hidden.shape[2])
+    return unpacked.index_put((sequence[filled], position[filled]), hidden[filled])
+
+
 def _indices(lengths: list[int], capacity: int) -> Tensor:
     """Of each place of the packed rows, the sequence and the position in it: int64, `(2, rows, capacity)`.
 

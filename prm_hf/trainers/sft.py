@@ -3,7 +3,6 @@
 from typing import Any
 
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -14,12 +13,13 @@ from trl.trainer.utils import get_config_model_id
 from ..metrics import SequenceEvaluation, completion_metrics, drift_metrics, evaluate_sequences
 from .arguments import PRMSFTConfig, check_deepspeed_config
 from .mixin import PRMTrainerMixin, rows_of
+from .passes import SharedPassesMixin
 
 
 logger = get_logger(__name__)
 
 
-class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
+class PRMSFTTrainer(SharedPassesMixin, PRMTrainerMixin, SFTTrainer):
     """
     TRL's [`~trl.SFTTrainer`], trained with PRM. ("PRM" is the optimizer here, not a process reward model.)
 
@@ -92,31 +92,34 @@ class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
                 "no model to compare outputs with. To measure them, pass `ref_model`."
             )
 
-    def _has_reference(self) -> bool:
-        return self.ref_model is not None or is_peft_model(self.model)
+    @property
+    def _packs(self) -> bool:
+        return self.args.packing if self.args.eval_packing is None else self.args.eval_packing
+
+    @property
+    def _rows_are_apart(self) -> bool:
+        return not self.padding_free and not self._packs
 
     def evaluate_sequences(self, dataloader: DataLoader) -> SequenceEvaluation:
         """Evaluates the model, and the reference if there is one, on the rows of a dataloader. Collective."""
-        packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
-        # A padding-free batch is one long sequence: taken row by row, its sums are the row's
-        flat = self.padding_free or packing
         return evaluate_sequences(
             self.model_wrapped,
             rows_of(dataloader),
             dataloader.collate_fn,
             self.accelerator,
             ref_model=self.ref_model,
-            batch_size=1 if flat else self.args.per_device_eval_batch_size,
+            # A padding-free batch is one long sequence: taken row by row, its sums are the row's
+            batch_size=self.args.per_device_eval_batch_size if self._rows_are_apart else 1,
         )
 
     def _split_metrics(self, dataloader: DataLoader, prefix: str) -> dict[str, float]:
-        packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
-        if packing and not self._has_reference():
+        if self._packs and not self._has_reference():
             return {}
-        table = self.evaluate_sequences(dataloader)
+        tables = self._shared_tables()
+        table = self.evaluate_sequences(dataloader) if tables is None else tables[0]
         self.sequence_evaluations[prefix] = table
         metrics = drift_metrics(table) if self._has_reference() else {}
-        if packing:
+        if self._packs:
             del metrics["drift/logratio_abs"]
             return metrics
         return {**completion_metrics(table), **metrics}

@@ -1,0 +1,196 @@
+"""One forward pass whose result is hidden states, from which logits are made in chunks.
+
+The logits of whole sequences never exist: at a vocabulary of 150,000 they are what does not fit into memory. A pass is
+run here, or is one that a trainer makes anyway and that is captured.
+"""
+
+import contextlib
+import inspect
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import is_compiled_module, is_peft_model
+from torch import nn
+
+from .sharded import whole
+
+
+@dataclass
+class Forward:
+    """The hidden states of one forward pass, and what makes logits of them."""
+
+    name: str
+    hidden: torch.Tensor  # (tokens, hidden size): the positions that predict a completion token
+    last_hidden: torch.Tensor  # (hidden size,): the last position of the first sequence,
+    last_logits: torch.Tensor | None  # (vocabulary,): and the model's own logits there, if it was run for them
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: float
+    softcap: float | None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits in float32, computed in float32 unless under autocast. To be called in `gathered()`."""
+        logits = nn.functional.linear(hidden.to(self.weight.device).float(), self.weight, self.bias)
+        logits = logits.float() if self.scale == 1 else logits.float() * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Makes `weight` and `bias` whole and float32 for the time of the context, whatever shards them."""
+        sharded = self.weight, self.bias
+        with whole(*sharded) as (weight, bias):
+            self.weight, self.bias = weight.float(), None if bias is None else bias.float()
+            try:
+                yield
+            finally:
+                self.weight, self.bias = sharded
+
+    def check(self) -> None:
+        """Compares with the model's own logits, so that an unknown step between hidden states and logits is seen."""
+        if self.last_logits is None:
+            return
+        expected = self.last_logits.float()
+        actual = self.logits(self.last_hidden).to(expected.device)
+        # Wide enough for the rounding of bf16 logits; a missing scale or cap is off by far more
+        tolerance = 0.05 * expected.abs().max().item()
+        if expected.isfinite().all() and not torch.allclose(actual, expected, rtol=0.05, atol=tolerance):
+            raise ValueError(
+                f"The logits of {self.name} are not its output embedding times its last hidden state (they differ by "
+                f"{(actual - expected).abs().max().item():.3g}), so its drift can't be measured in chunks. Set "
+                "`drift_metrics=False`."
+            )
+
+
+def forward(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    mask: torch.Tensor,
+    accelerator: Accelerator,
+    hidden: torch.Tensor | None = None,
+) -> Forward:
+    """Runs `model`, unless its last hidden states are known, without building the logits of more than one position.
+
+    `mask`, shape `(sequences, length - 1)`, marks the positions whose next token is evaluated.
+    """
+    # A compiled forward does not see the hook
+    model = model._orig_mod if is_compiled_module(model) else model
+    causal = _causal_model(model, accelerator)
+    decoder, head, name = causal.get_decoder(), causal.get_output_embeddings(), type(causal).__name__
+    if decoder is causal or head is None or "logits_to_keep" not in inspect.signature(type(causal).forward).parameters:
+        raise ValueError(
+            f"The drift of {name} can't be measured: it must be a causal language model with a decoder "
+            "(`get_decoder()`), an output embedding, and a `logits_to_keep` argument of `forward`. Set "
+            "`drift_metrics=False`."
+        )
+    if hasattr(head, "base_layer"):
+        raise ValueError(
+            f"The drift of {name} can't be measured with a PEFT adapter on its output embedding. Take `lm_head` "
+            "out of `target_modules`, or set `drift_metrics=False`."
+        )
+
+    logits = None
+    if hidden is None:
+        with captured_hidden_states([model], accelerator) as captured, accelerator.autocast():
+            logits = model(**inputs, use_cache=False, logits_to_keep=1).logits
+        hidden = captured[-1]
+    # Prompt-learning adapters put virtual tokens in front: keep the positions of the real ones
+    hidden = hidden[:, -mask.shape[1] - 1 :]
+
+    config = causal.config.get_text_config()
+    return Forward(
+        name=name,
+        hidden=hidden[:, :-1][mask],
+        last_hidden=hidden[0, -1],
+        last_logits=None if logits is None else logits[0, -1],
+        weight=head.weight,
+        bias=getattr(head, "bias", None),
+        scale=_logit_scale(config),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+@contextlib.contextmanager
+def captured_hidden_states(models: Sequence[nn.Module], accelerator: Accelerator) -> Iterator[list[torch.Tensor]]:
+    """Yields a list that each forward pass of one of the models, made in the context, adds its last hidden states to.
+
+    The models are those of [`evaluate_pairs`], and in evaluation mode for the time of the context. A compiled forward
+    adds nothing.
+    """
+    captured: list[torch.Tensor] = []
+    decoders = {id(decoder): decoder for decoder in (_causal_model(m, accelerator).get_decoder() for m in models)}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluation_mode(models))
+        for decoder in decoders.values():
+            handle = decoder.register_forward_hook(lambda _module, _args, output: captured.append(output[0]))
+            stack.callback(handle.remove)
+        yield captured
+
+
+@contextlib.contextmanager
+def evaluation_mode(models: Sequence[nn.Module]) -> Iterator[None]:
+    training = [m for m in models if m.training]
+    for m in training:
+        m.eval()
+    try:
+        yield
+    finally:
+        for m in training:
+            m.train()
+
+
+@contextlib.contextmanager
+def as_reference(
+    model: nn.Module, ref_model: nn.Module | None, accelerator: Accelerator
+) -> Iterator[nn.Module | None]:
+    """The model to call as reference, with a PEFT model's adapters set accordingly for the time of the context."""
+    unwrapped, is_peft = unwrap(model, accelerator)
+    if ref_model is not None:
+        yield ref_model
+    elif not is_peft:
+        yield None
+    elif "ref" in unwrapped.peft_config:  # TRL's copy of an adapter that training started from
+        active = unwrapped.active_adapter
+        unwrapped.set_adapter("ref")
+        try:
+            yield model
+        finally:
+            unwrapped.set_adapter(active)
+    else:
+        with unwrapped.disable_adapter():
+            yield model
+
+
+_INNER: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref, bool]] = weakref.WeakKeyDictionary()
+
+
+def unwrap(model: nn.Module, accelerator: Accelerator) -> tuple[nn.Module, bool]:
+    """The model inside its wrappers, and whether it is one of PEFT's.
+
+    accelerate is asked once a model: it takes milliseconds to answer, as it looks for installed packages each time.
+    """
+    if model not in _INNER:
+        inner = accelerator.unwrap_model(model, keep_torch_compile=False)
+        _INNER[model] = weakref.ref(inner), is_peft_model(inner)
+    inner, is_peft = _INNER[model]
+    return inner(), is_peft
+
+
+def _causal_model(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The model inside all wrappers and adapters."""
+    inner, is_peft = unwrap(model, accelerator)
+    return inner.get_base_model() if is_peft else inner
+
+
+def _logit_scale(config: Any) -> float:
+    """The factor between head output and logits, by the names it has in configs (as TRL's `add_fused_lm_head`)."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return scaling if config.model_type == "hyperclovax" else 1 / scaling
