@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +45,7 @@ from prm_hf.trainers import (
     PRMSFTTrainer,
 )
 
+from .distributed.launch import kill_with_children
 from .tiny import make_model, make_tokenizer, preference_dataset
 
 
@@ -1112,18 +1112,13 @@ def test_two_processes_measure_what_one_does(tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
     with log.open("w") as stream:
         run = subprocess.Popen(
-            command,
-            cwd=Path(__file__).parents[1],
-            env=env,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command, cwd=Path(__file__).parents[1], env=env, stdout=stream, stderr=subprocess.STDOUT
         )
         try:
             code = run.wait(timeout=300)
         except subprocess.TimeoutExpired:
             code = "a timeout"
-            os.killpg(run.pid, signal.SIGKILL)  # the launcher and the processes that it started
+            kill_with_children(run)
     assert code == 0, f"exit with {code}:\n{log.read_text()[-5000:]}"
 
     results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]

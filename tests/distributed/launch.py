@@ -1,14 +1,15 @@
 """Starts `accelerate launch` for the tests in this folder. No launch can hang, and every failure prints its log."""
 
+import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -59,18 +60,23 @@ def accelerate_launch(
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
         )
         try:
             problem = _wait(run, timeout, kill_when)
         finally:
-            try:
-                os.killpg(run.pid, signal.SIGKILL)  # the launcher and the processes that it started
-            except ProcessLookupError:
-                pass
-            run.wait()
+            kill_with_children(run)
     if problem is not None:
         raise AssertionError(f"{config} with {num_processes} processes {problem}:\n{log.read_text()[-6000:]}")
+
+
+def kill_with_children(run: subprocess.Popen) -> None:
+    """SIGKILL for a launcher and the processes under it, each of which is in a session of its own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(run.pid)
+        for process in [launcher, *launcher.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    run.wait()
 
 
 def _wait(run: subprocess.Popen, timeout: float, kill_when: Path | None) -> str | None:
