@@ -85,6 +85,9 @@ class RecordingPRM(PRM):
             if p.grad is not None
         ]
         super()._step()
+        for plan in self._plans.values():  # which take steps without `_tensor_masks`
+            if plan.masks is not None and plan.masks.q is not None:
+                self.masks |= dict(zip(plan.masks.numbers, plan.masks.q.tolist(), strict=True))
         for group, i, p, grad, before in stepped:
             after = _whole(p).detach().clone().flatten()
             if self._locator.flat:

@@ -14,7 +14,7 @@ import torch
 
 fused = pytest.importorskip("prm_hf.optim.fused", reason="needs triton")
 
-from prm_hf.optim import PRM, masks  # noqa: E402
+from prm_hf.optim import PRM, masks, plan  # noqa: E402
 from prm_hf.optim.parts import SETTINGS, hyperparameters  # noqa: E402
 from prm_hf.sharding import Layout, Piece  # noqa: E402
 
@@ -59,8 +59,8 @@ def test_plan_is_used_and_follows_changes(reduction, monkeypatch):
         for ps, f in ((params, True), (shadows, False))
     ]
     planned = []
-    original = fused.FusedPlan.step
-    monkeypatch.setattr(fused.FusedPlan, "step", lambda *a: planned.append(original(*a)) or planned[-1])
+    original = plan.FusedPlan.step
+    monkeypatch.setattr(plan.FusedPlan, "step", lambda *a: planned.append(original(*a)) or planned[-1])
     generator = torch.Generator().manual_seed(0)
     for t in range(12):
         for p, shadow in zip(params, shadows, strict=True):
@@ -152,7 +152,7 @@ CHANGES = {
     "state": (replace_state, False),
     "one_moment": (replace_one_moment, False),
     "first_step": (replace_first_step, False),
-    "list_of_parameters": (replace_list_of_parameters, False),
+    "list_of_parameters": (replace_list_of_parameters, True),
     "one_parameter_less": (remove_a_parameter, False),
     "weights": (replace_weights, False),
     "no_gradient": (lose_a_gradient, False),
@@ -179,9 +179,9 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_plan_sees_what_has_changed(name, new_gradients, monkeypatch):
     change, planned_then = CHANGES[name]
-    planned = []
-    original = fused.FusedPlan.step
-    monkeypatch.setattr(fused.FusedPlan, "step", lambda *a: planned.append(original(*a)) or planned[-1])
+    taken, planned = [], []
+    original = plan.FusedPlan.step
+    monkeypatch.setattr(plan.FusedPlan, "step", lambda *a: taken.append(original(*a)) or taken[-1])
     results = []
     for f in (True, False):
         params = make_params()[:2]
@@ -201,9 +201,11 @@ def test_plan_sees_what_has_changed(name, new_gradients, monkeypatch):
                     p.grad.copy_(g)
             if t == 3:
                 change(optimizer, params)
+            taken.clear()
             optimizer.step()
+            planned.append(taken == [True])
         results.append(params + [optimizer.state[p][key] for p in params for key in ("step", "exp_avg", "grad_var")])
-    assert planned[:3] == [True, True, planned_then]
+    assert planned[:4] == [False, True, True, planned_then]
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
@@ -249,7 +251,7 @@ def test_plan_gives_way_when_the_kernel_is_switched_off():
     train(optimizer, params, steps=2)
     optimizer.param_groups[0]["fused"] = False
     train(optimizer, params, steps=2)
-    assert optimizer._plan is None
+    assert not optimizer._plans
 
 
 def test_plan_knows_every_setting_and_holds_no_gradient():
@@ -257,7 +259,7 @@ def test_plan_knows_every_setting_and_holds_no_gradient():
     optimizer = PRM(params, fused=True, reduction="per_tensor")
     assert SETTINGS == set(optimizer.defaults)
     train(optimizer, params, steps=3)
-    assert optimizer._plan is not None
+    assert optimizer._plans
     gradient = weakref.ref(params[0].grad)
     optimizer.zero_grad()
     assert gradient() is None

@@ -11,7 +11,7 @@ the list, and those are drawn by programs that run already. A tensor's updates f
 reverse order, so that what the statistics read last is still in the L2 cache.
 """
 
-import operator
+import functools
 import os
 from typing import Any
 
@@ -22,10 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import masks
-from .parts import SETTINGS, hyperparameters
 from .quantized import is_quantized
 from .step import scalars_of
-from .validation import validate_lr
 
 
 CHUNK = 4096  # elements an item,
@@ -453,7 +451,8 @@ class FusedList:
 
     def run(
         self,
-        grads: list[Tensor],
+        addresses: list[int],
+        dtype: torch.dtype,
         scalars: np.ndarray | Tensor,
         rows: np.ndarray,
         phase: int = 0,
@@ -462,7 +461,8 @@ class FusedList:
         """One step, or one half of it.
 
         Args:
-            grads: contiguous, of one dtype.
+            addresses: of the gradients, which are contiguous.
+            dtype: the gradients'.
             scalars: float64 (any number, len(SCALARS)).
             rows: int32 (n,), the row of `scalars` that is a tensor's.
             phase: 0 all; 1 the sums over tensors, which are left in `sums`; 2 the update, with the masks in `q`.
@@ -471,7 +471,6 @@ class FusedList:
         items, n_items = self._items[phase]
         if n_items == 0:
             return
-        addresses = list(map(Tensor.data_ptr, grads))
         on_device = isinstance(scalars, Tensor)
         if not on_device and scalars.shape != self._scalars_here.shape:
             self._make_room(len(scalars))
@@ -481,10 +480,12 @@ class FusedList:
             self._grads, self._rows = addresses, rows
             self._grads_here[:, 0], self._grads_here[:, 1] = addresses, rows
             self._grads_aligned = _are_aligned(self._grads_here[:, 0])
-        if not on_device:
+        changed = not on_device and not np.array_equal(scalars, self._scalars_here)
+        if changed:
             self._scalars_here[:] = scalars
+        if not on_device:
             scalars = self._scalars_there
-        if moved or not on_device:  # else nothing, so that it can be captured in a graph
+        if moved or changed:  # else nothing: the second half needs no upload, and a step can be captured in a graph
             self._there.copy_(self._sendable(self._here), non_blocking=True)
         programs = min(n_items, self._programs)
         self._counters.zero_()
@@ -493,7 +494,7 @@ class FusedList:
             n_items,
             self._chunk_tensors,
             self._table,
-            len(grads),
+            len(addresses),
             self._grads_there,
             scalars,
             self._counters,
@@ -503,7 +504,7 @@ class FusedList:
             self._counters if found_inf is None else found_inf,
             SCALED=found_inf is not None,
             **self._dtypes,
-            G=_DTYPES[grads[0].dtype],
+            G=_DTYPES[dtype],
             ALIGNED=self._aligned and self._grads_aligned,
             CHUNK=self._chunk,
             N_ENTRIES=len(TENSOR),
@@ -542,118 +543,26 @@ class FusedStep:
             while len(tables) > 8:  # of parameters that do not all have gradients at each step
                 tables.pop(next(iter(tables)))
             self._list = tables[key] = FusedList(*states, code)
-        self._grads = [g.contiguous() for g in lists["grads"]]
-        self._scalars, self._rows = scalar_table(self.state_steps, hyper)
+        self._grads = [g.contiguous() for g in lists["grads"]]  # holding them until the step is done
+        scalars, rows = scalar_table(self.state_steps, hyper)
         if grad_scale is not None:
-            self._scalars[:, SCALARS.index("unscale")] = 1 / grad_scale.double()
+            scalars[:, SCALARS.index("unscale")] = 1 / grad_scale.double()
+        addresses = list(map(Tensor.data_ptr, self._grads))
+        self._run = functools.partial(self._list.run, addresses, self._grads[0].dtype, scalars, rows)
 
     def whole(self, found_inf: Tensor | None = None) -> None:
-        self._list.run(self._grads, self._scalars, self._rows, found_inf=found_inf)
+        self._run(found_inf=found_inf)
 
     def moments(self) -> Tensor | None:
         if not self.per_tensor:
             return None
-        self._list.run(self._grads, self._scalars, self._rows, phase=1)
+        self._run(phase=1)
         return self._list.sums
 
     def update(self, q: Tensor | None = None) -> None:
         if q is not None:
             self._list.q.copy_(q)
-        self._list.run(self._grads, self._scalars, self._rows, phase=2)
-
-
-class FusedPlan:
-    """The step of all parameter groups, for as long as nothing changes but gradients and the settings' numbers.
-
-    It takes the tensors and tables of the last step, after a look at whether they are the same still. Collecting them
-    anew costs more than the step itself where tensors are many and small, as with LoRA.
-
-    Args:
-        groups: the parameter groups; all their parameters have gradients and have taken equally many steps, group by
-            group.
-        state: the optimizer's state. Each `step` in it becomes an element of one tensor.
-    """
-
-    def __init__(self, groups: list[dict[str, Any]], state: dict[Tensor, dict]) -> None:
-        self._state = state
-        self._groups = [_Settings(group) for group in groups]
-        params = [p for group in groups for p in group["params"]]
-        steps = torch.stack([state[p]["step"] for p in params])
-        for p, step in zip(params, steps.unbind(), strict=True):
-            state[p]["step"] = step
-        self._steps = steps.numpy()  # the same memory, counted up in a third of the time
-        self._first_step = state[params[0]]["step"]
-        self._counts = [state[group["params"][0]]["step"].item() for group in groups]
-        by_code = {}
-        for number, (group, settings) in enumerate(zip(groups, self._groups, strict=True)):
-            for p in group["params"]:
-                key = (p.device, p.dtype, p.grad.dtype, state[p]["exp_avg"].dtype, *settings.code.values())
-                by_code.setdefault(key, []).append((p, number))
-        self._lists = []
-        for members in by_code.values():
-            ps, rows = [p for p, _ in members], np.array([number for _, number in members], dtype=np.int32)
-            states = [[state[p][name] for p in ps if name in state[p]] for name in _STATES]
-            fused = FusedList(ps, *states, self._groups[rows[0]].code)
-            moments = [state[p] for p in ps], [state[p]["exp_avg"] for p in ps]
-            self._lists.append((ps, [p.data_ptr() for p in ps], moments, ps[0].grad.dtype, rows, fused))
-
-    def step(self, groups: list[dict[str, Any]]) -> bool:
-        """Takes a step, or returns False without one if anything else has changed."""
-        if len(groups) != len(self._groups) or self._state[self._lists[0][0][0]]["step"] is not self._first_step:
-            return False
-        for group, settings in zip(groups, self._groups, strict=True):
-            if not settings.follow(group):
-                return False
-        all_grads = []
-        # What is asked of each tensor is asked in C: with LoRA this takes longer than the kernel.
-        for params, addresses, (states, moments), dtype, _, _ in self._lists:
-            if list(map(Tensor.data_ptr, params)) != addresses:
-                return False
-            if not all(map(operator.is_, map(_EXP_AVG, states), moments)):
-                return False
-            grads = list(map(_GRAD, params))
-            if set(map(type, grads)) != {Tensor} or set(map(_DTYPE, grads)) != {dtype}:
-                return False
-            if not all(map(Tensor.is_contiguous, grads)):
-                return False
-            all_grads.append(grads)
-        self._steps += 1
-        self._counts = [count + 1 for count in self._counts]
-        scalars = np.array([scalar_row(t, g.hyper) for t, g in zip(self._counts, self._groups, strict=True)])
-        for grads, (*_, rows, fused) in zip(all_grads, self._lists, strict=True):
-            fused.run(grads, scalars, rows)
-        return True
-
-
-class _Settings:
-    """The settings of a parameter group as a plan knows them, read and validated anew only where they have changed."""
-
-    def __init__(self, group: dict[str, Any]) -> None:
-        self._group, self._params, self._n = group, group["params"], len(group["params"])
-        self._read(group)
-        self.code, self._path = code_of(self.hyper), _PATH(group)
-
-    def _read(self, group: dict[str, Any]) -> None:
-        self.hyper = hyperparameters(group)
-        # A tuple, because a list can change in place: it is unlike this one, and so is read anew at each step.
-        self._betas, self._others = tuple(group["betas"]), _OTHERS(group)
-
-    def follow(self, group: dict[str, Any]) -> bool:
-        """Takes over changed numbers. False if `group` has other parameters or needs other code."""
-        if group is not self._group or group["params"] is not self._params or len(self._params) != self._n:
-            return False
-        if group["betas"] != self._betas or _OTHERS(group) != self._others:
-            self._read(group)
-            return code_of(self.hyper) == self.code and _PATH(group) == self._path
-        validate_lr(group)  # a schedule's, new at each step
-        self.hyper["lr"] = group["lr"]
-        return True
-
-
-_STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var")
-_OTHERS = operator.itemgetter(*sorted(SETTINGS - {"lr", "betas"}))
-_PATH = operator.itemgetter("foreach", "fused", "capturable", "differentiable", "state_dtype")
-_GRAD, _DTYPE, _EXP_AVG = operator.attrgetter("grad"), operator.attrgetter("dtype"), operator.itemgetter("exp_avg")
+        self._run(phase=2)
 
 
 def code_of(hyper: dict[str, Any]) -> dict[str, Any]:

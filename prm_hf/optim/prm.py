@@ -202,10 +202,8 @@ class PRM(Optimizer):
         self._tensor_vars: Tensor | None = None  # `grad_var` of all tensors, where parameters are flat buffers
         self._started = False
         self._fused_tables: dict[tuple, Any] = {}  # of `fused.FusedStep`
-        self._plan: Any = None  # `fused.FusedPlan`
+        self._plans: dict[tuple[int, ...], Any] = {}  # `plan.FusedPlan`, of what groups show at a step
         self._indices: dict[tuple, Tensor] = {}
-        # By id of a flat buffer, what it and its state were when they were cut, and the slices, which hold them
-        self._cut: dict[int, tuple[dict[str, tuple[int, int]], tuple]] = {}
 
     def _register_group(self, group: dict[str, Any]) -> None:
         group[_NUMBER] = self._locator.register(group["params"])
@@ -229,7 +227,7 @@ class PRM(Optimizer):
             self._start_unlocated()
             for group in self.param_groups:
                 self._register_group(group)
-        self._plan, self._fused_tables = None, {}  # of state that is no more
+        self._plans, self._fused_tables = {}, {}  # of state that is no more
         for number, group in enumerate(self.param_groups):
             group.setdefault(_NUMBER, number)
             for key, value in _GROUP_DEFAULTS.items():
@@ -322,10 +320,13 @@ class PRM(Optimizer):
     # Traced into one graph, the step would be compiled anew whenever one of its scalars changes.
     @torch._disable_dynamo
     def _step(self) -> None:
-        if self._plan is not None:
-            if self._plan.step(self.param_groups):
+        self._absorb_loaded()  # which changes settings
+        # DeepSpeed shows one group, or one part of a group, at a time
+        shown = tuple(id(group["params"][0]) for group in self.param_groups if group["params"])
+        if shown in self._plans:
+            if self._plans[shown].step(self.param_groups, self.state, self._tensor_vars):
                 return
-            self._plan = None
+            del self._plans[shown]
         self._locate()
         parts = [part for group in self.param_groups for part in self._parts(group)]
         if self._is_initialization(parts):
@@ -333,21 +334,21 @@ class PRM(Optimizer):
         counters = {id(step): step for part in parts for step in part.counters}
         if counters:
             torch._foreach_add_(list(counters.values()), 1)
-        steps = [self._list_step(part) if part else None for part in parts]
+        halves = [(part, self._list_step(part) if part else None) for part in parts]
         if self._locator.layout is None:
             # No other process has a part of these tensors, so that a fused step needs no pause between its halves.
             found_inf = getattr(self, "found_inf", None)
-            for i, part in enumerate(parts):
+            for part, step in halves:
                 if part.fused:
-                    steps[i].whole(None if found_inf is None else found_inf.to(part.device, non_blocking=True))
+                    step.whole(None if found_inf is None else found_inf.to(part.device, non_blocking=True))
             if found_inf is not None:  # 1 where the step was skipped
                 torch._foreach_sub_(list(counters.values()), [found_inf] * len(counters))
-            self._make_plan(parts)
-            steps, parts = ([x for x, part in zip(xs, parts, strict=True) if not part.fused] for xs in (steps, parts))
-        sums = [step and step.moments() for step in steps]
-        for step, q in zip(steps, self._tensor_masks(parts, sums), strict=True):
+            halves = [(part, step) for part, step in halves if not part.fused]
+        sums = [step and step.moments() for _, step in halves]
+        for (_, step), q in zip(halves, self._tensor_masks([part for part, _ in halves], sums), strict=True):
             if step:
                 step.update(q)
+        self._make_plan(shown, parts)
 
     def _list_step(self, part: Part) -> Any:
         if part.fused:
@@ -359,20 +360,27 @@ class PRM(Optimizer):
             return FusedStep(lists, part.hyper, self._fused_tables, getattr(self, "grad_scale", None))
         return ListStep(**part.lists, hyper=part.hyper, foreach=part.foreach)
 
-    def _make_plan(self, parts: list[Part]) -> None:
-        """Prepares the next steps, if they can be expected to be just like this one."""
+    def _make_plan(self, shown: tuple[int, ...], parts: list[Part]) -> None:
+        """Prepares the next steps of the groups that are shown, if they can be expected to be just like this one."""
+        if not self._locator.flat:
+            self._plans.clear()
         if not parts or not all(part.fused and not part.hyper["capturable"] for part in parts):
             return
-        if sum(len(part.owners) for part in parts) != sum(len(group["params"]) for group in self.param_groups):
+        if any(step.device.type != "cpu" for part in parts for step in part.counters):
+            return
+        if self._locator.layout is not None and len({part.device for part in parts}) > 1:
             return
         groups = [group for group in self.param_groups if group["params"]]
+        if any(p.grad is None for group in groups for p in group["params"]):
+            return
+        if not all(type(grad) is Tensor and grad.is_contiguous() for part in parts for grad in part.lists["grads"]):
+            return
         if any(len({self.state[p]["step"].item() for p in group["params"]}) > 1 for group in groups):
             return
-        from .fused import FusedPlan
+        from .plan import FusedPlan
 
-        if len(groups) == len(self.param_groups):
-            self._plan = FusedPlan(groups, self.state)
-            self._fused_tables.clear()
+        self._plans[shown] = FusedPlan(groups, self.state, self._locator, self._tensor_vars)
+        self._fused_tables.clear()
 
     def _tensor_masks(self, parts: list[Part], sums: list[Tensor | None]) -> list[Tensor | None]:
         """q of each slice of each part, None for parts that are not `per_tensor`. One all-reduce for all of them."""
@@ -421,14 +429,15 @@ class PRM(Optimizer):
                 check_state_dtype(group["state_dtype"], self._locator.layout.path)
         if self._locator.flat:
             self._unshare_steps()
-        per_tensor = any(g["mask"] != "none" and g["reduction"] == "per_tensor" for g in self.param_groups)
-        if self._locator.flat and per_tensor:
-            self._place_tensor_vars(self._locator.layout)
+        masked = [g for g in self.param_groups if g["mask"] != "none" and g["reduction"] == "per_tensor"]
+        if self._locator.flat and masked:
+            self._place_tensor_vars(self._locator.layout, masked)
 
-    def _place_tensor_vars(self, layout: Layout) -> None:
+    def _place_tensor_vars(self, layout: Layout, groups: list[dict[str, Any]]) -> None:
         device = layout.locals[0].device
         if self._tensor_vars is None:
-            if any(self.state[p]["step"] > 0 for p in layout.locals if self.state.get(p)):
+            tensors = (p for group in groups for p in self._locator.local_tensors(group[_NUMBER], group["params"]))
+            if any(self.state[p]["step"] > 0 for p in tensors if self.state.get(p)):
                 raise ValueError(
                     "The checkpoint has no `grad_var` of reduction='per_tensor' for DeepSpeed ZeRO: it was not "
                     "written by PRM, or with another reduction. Start from the weights alone with a fresh optimizer."
@@ -510,24 +519,12 @@ class PRM(Optimizer):
                 parts[key] = Part(hyper, group["foreach"], p.device)
             part = parts[key]
             part.counters.append(state["step"])
-            numbers, lists = self._slices(p, tensors, split)
-            part.extend(numbers, lists | self._locator.slices(p, {"grads": grad}, split)[1], state["step"])
+            part.extend(*self._locator.slices(p, tensors | {"grads": grad}, split), state["step"])
             if per_tensor:
                 part.tensors |= self._advancing(p, number=part.owners[-1] if part.owners else None)
         for part in parts.values():
             part.fused = bool(part) and use_fused(group, part.lists)
         return list(parts.values())
-
-    def _slices(
-        self, p: Tensor, tensors: dict[str, Tensor], split: bool
-    ) -> tuple[list[int | None], dict[str, list[Tensor]]]:
-        """[`Locator.slices`]; of a flat buffer and its state kept from step to step, as cutting takes milliseconds."""
-        if not split:
-            return self._locator.slices(p, tensors, split)
-        found = {name: (id(tensor), tensor.data_ptr()) for name, tensor in tensors.items()}
-        if self._cut.get(id(p), (None,))[0] != found:
-            self._cut[id(p)] = found, self._locator.slices(p, tensors, split)
-        return self._cut[id(p)][1]
 
     def _advancing(self, p: Tensor, number: int | None) -> dict[int, tuple[int, Tensor, Tensor]]:
         """For `per_tensor`, by number of each original tensor that advances with `p`: elements, `grad_var`, `step`."""

@@ -234,13 +234,19 @@ def tensor_masks(
     c = masks.StepScalars(*(vector(values).to(device, non_blocking=True) for values in c))
     numels = torch.tensor(numels, dtype=sums.dtype).to(device, non_blocking=True)
     means = sums / numels.clamp(min=1).unsqueeze(1)
-    var = hyper["rho"] * torch.stack(grad_vars) + c.weight * means[:, 0]
+    q, var = masks_of_means(means, torch.stack(grad_vars), c, hyper)
     if hyper["differentiable"]:
         for grad_var, value in zip(grad_vars, var.unbind(), strict=True):
             grad_var.copy_(value)
     else:
         torch._foreach_copy_(grad_vars, list(var.unbind()))
-    return masks.compute_mask(means[:, 1], var, c, **mask_arguments(hyper))[0]
+    return q
+
+
+def masks_of_means(means: Tensor, var: Tensor, c: masks.StepScalars, hyper: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """q and the next `grad_var`, float64 (n,), from the means of (g - center)² and m², (n, 2), and the last one."""
+    var = hyper["rho"] * var + c.weight * means[:, 0]
+    return masks.compute_mask(means[:, 1], var, c, **mask_arguments(hyper))[0], var
 
 
 def _single_tensor_moments(

@@ -55,6 +55,8 @@ class Layout:
     pieces: dict[int, list[Piece]] = field(default_factory=dict)
     members: dict[int, list[int]] = field(default_factory=dict)
     locals: list[Tensor] = field(default_factory=list)
+    # By device of a table and tensors of its rows, the rows of each different set of groups
+    _rows: dict[tuple, dict[tuple, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def merge(self, other: "Layout") -> None:
         """Takes over the local tensors of another layout of the same original tensors."""
@@ -71,11 +73,14 @@ class Layout:
 
         Collective over the process groups of these tensors. One all-reduce for each different set of groups.
         """
-        by_groups = {}
-        for row, tensor in enumerate(tensors):
-            by_groups.setdefault(self.process_groups[tensor], []).append(row)
-        for groups, rows in by_groups.items():
-            part = table if len(by_groups) == 1 else table[rows]
+        key = (table.device, *tensors)
+        if key not in self._rows:
+            by_groups = {}
+            for row, tensor in enumerate(tensors):
+                by_groups.setdefault(self.process_groups[tensor], []).append(row)
+            self._rows[key] = {groups: torch.tensor(rows, device=table.device) for groups, rows in by_groups.items()}
+        for groups, rows in self._rows[key].items():
+            part = table if len(self._rows[key]) == 1 else table[rows]
             for group in groups:
                 _all_reduce(part, group, op)
             if part is not table:
@@ -144,6 +149,11 @@ def find_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[Tens
 def local_tensor(tensor: Tensor) -> Tensor:
     """This process' part of a DTensor, sharing its memory; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_tensors(tensors: list[Tensor]) -> list[Tensor]:
+    """[`local_tensor`] of each. Of a parameter `to_local` makes a new view, which takes longer than all else here."""
+    return [x._local_tensor if isinstance(x, DTensor) else x for x in tensors]
 
 
 def _dtensor_layout(groups: list[tuple[int, list[Tensor]]]) -> Layout:
