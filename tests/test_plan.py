@@ -1,11 +1,11 @@
 """The plan of a fused step where tensors are held in parts: the same to the last bit as collecting everything anew."""
 
 import copy
-import io
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -344,26 +344,28 @@ def test_invalid_settings_are_refused(way, settings, message):
     assert all(map(torch.equal, held.result(), before))
 
 
-def test_checkpoints_of_shards():
-    """State that lies in one tensor is saved and loaded as if each had its own."""
+@pytest.mark.parametrize("distributed", [False, True], ids=["torch_save", "distributed_checkpoint"])
+def test_checkpoints_of_shards(distributed, tmp_path):
+    """State that lies in one tensor is saved and loaded as if each had its own, also into an optimizer with a plan."""
     held, other = FSDP2(PRM, {}, {}), FSDP2(PRM, {}, {})
-    for _ in range(3):
-        held.set_gradients()
-        held.step()
-    assert held.optimizer._plans
-    file = io.BytesIO()
-    torch.save(held.optimizer.state_dict(), file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=False)
-    distributed = get_optimizer_state_dict(held.model, held.optimizer)
-    expected = held.result()
-    for p, q in zip(other.locals, held.locals, strict=True):
-        p._local_tensor.copy_(q._local_tensor)
-    other.optimizer.load_state_dict(saved)
-    assert all(map(torch.equal, other.result(), expected))
-    set_optimizer_state_dict(other.model, other.optimizer, distributed)
+    for each, steps in ((held, 3), (other, 2)):
+        for _ in range(steps):
+            each.set_gradients()
+            each.step()
+        assert each.optimizer._plans
+    if distributed:
+        dcp.save(get_optimizer_state_dict(held.model, held.optimizer), checkpoint_id=tmp_path)
+        state = get_optimizer_state_dict(other.model, other.optimizer)
+        dcp.load(state, checkpoint_id=tmp_path)  # in place
+        set_optimizer_state_dict(other.model, other.optimizer, state)
+    else:
+        torch.save(held.optimizer.state_dict(), tmp_path / "optimizer.pt")
+        other.optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=False))
+    for p, q in zip(local_tensors(other.locals), local_tensors(held.locals), strict=True):
+        p.copy_(q)
     other.generator.set_state(held.generator.get_state())
     for _ in range(3):
+        assert all(map(torch.equal, other.result(), held.result()))
         for each in (held, other):
             each.set_gradients()
             each.step()

@@ -118,3 +118,13 @@ def test_a_reduction_that_changes_on_the_way_is_refused():
     optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
     with pytest.raises(ValueError, match="trained with reduction='per_param'.*created with reduction='per_tensor'"):
         optimizer.step()
+
+
+def test_each_set_of_process_groups_reduces_its_own_rows(process_group, monkeypatch):
+    """Tensors that nobody shares, as FSDP2 leaves some, keep their rows; also where others are asked for later."""
+    monkeypatch.setattr("prm_hf.sharding.layout._all_reduce", lambda part, group, op: part.mul_(2))
+    layout = Layout("somewhere", flat=False, numels=[1] * 4, process_groups=[(process_group,), ()] * 2)
+    for tensors, expected in ([0, 1, 2], [2, 1, 2]), ([1, 2, 3], [1, 2, 1]), ([0, 1, 2], [2, 1, 2]), ([0, 2], [2, 2]):
+        table = torch.ones(len(tensors), 1)
+        layout.all_reduce(table, tensors)
+        assert table[:, 0].tolist() == expected
