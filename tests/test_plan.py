@@ -228,12 +228,12 @@ def move_shard(held):
 
 def exchange_parameters(held):
     params = held.optimizer.param_groups[0]["params"]
-    params[0], params[1] = params[1], params[0]
+    params[1], params[2] = params[2], params[1]
 
 
 def move_a_parameter(held):
     first, second = held.optimizer.param_groups
-    second["params"].append(first["params"].pop(0))
+    second["params"].append(first["params"].pop(1))
 
 
 def lose_a_gradient(held):
@@ -296,7 +296,7 @@ CHANGES = {
     "entry": (replace_entry, WAYS, False),
     "all_state": (replace_all_state, SOME, False),
     "shard": (move_shard, WAYS, False),
-    "order": (exchange_parameters, [FSDP2], None),
+    "order": (exchange_parameters, [FSDP2], False),
     "group": (move_a_parameter, [FSDP2], None),
     "no_gradient": (lose_a_gradient, WAYS, False),
     "noncontiguous_gradient": (transpose_a_gradient, [FSDP2], False),
