@@ -372,6 +372,7 @@ def test_halves_write_all_that_is_read():
             "exp_avg_sqs": [torch.rand(s, generator=generator) for s in shapes],
             "max_exp_avg_sqs": [],
             "grad_vars": [torch.rand((), dtype=torch.float64, generator=generator) for _ in shapes],
+            "exp_avg_signals": [],
             "state_steps": [torch.tensor(3.0) for _ in shapes],
         }
     tables = {}

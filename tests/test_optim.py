@@ -15,9 +15,18 @@ from .reference_prm import ReferenceTensor
 
 SHAPES = [(7, 5), (), (0,), (13,), (3, 4, 2)]
 SKIPS_STEPS = 3  # position of the parameter that has no gradient in some steps
-COMBINATIONS = list(
-    itertools.product(masks.MASKS, masks.REDUCTIONS, masks.ESTIMATORS, [{}, {"boundary": "empirical"}])
-)
+EMPIRICAL = {"boundary": "empirical", "batch_size": 8, "n_dataset": 100}
+SIGNAL = {"reduction": "per_row", "estimator": "debiased", "signal_beta": 0.98}
+# Settings of the mask that go with any others.
+COMBINATIONS = [
+    {"mask": mask, **measured, **boundary}
+    for mask in masks.MASKS
+    for measured in [
+        *({"reduction": r, "estimator": e} for r, e in itertools.product(masks.REDUCTIONS, masks.ESTIMATORS)),
+        SIGNAL,
+    ]
+    for boundary in [{}, EMPIRICAL]
+]
 VARIANTS = {
     "plain": {},
     "amsgrad": {"amsgrad": True},
@@ -78,11 +87,8 @@ def assert_close(p, expected, tolerance):
 @pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equals_float64_reference(variant, foreach):
-    for mask, reduction, estimator, boundary in COMBINATIONS:
-        settings = {"mask": mask, "reduction": reduction, "estimator": estimator, "weight_decay": 0.1}
-        settings |= VARIANTS[variant]
-        if boundary:
-            settings |= boundary | {"batch_size": 8, "n_dataset": 100}
+    for combination in COMBINATIONS:
+        settings = combination | {"weight_decay": 0.1} | VARIANTS[variant]
         params = make_params()
         references = [ReferenceTensor(p.detach().numpy()) for p in params]
         optimizer = PRM(params, foreach=foreach, **settings)
@@ -93,8 +99,7 @@ def test_equals_float64_reference(variant, foreach):
 
 @pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
 def test_float64_parameters_equal_reference_to_rounding(foreach):
-    for mask, reduction, estimator, _ in COMBINATIONS:
-        settings = {"mask": mask, "reduction": reduction, "estimator": estimator}
+    for settings in COMBINATIONS:
         params = make_params(torch.float64)
         references = [ReferenceTensor(p.detach().numpy()) for p in params]
         train(PRM(params, foreach=foreach, **settings), params, references=references, **settings)
@@ -119,8 +124,8 @@ def test_no_mask_is_adamw_bit_for_bit(settings, foreach):
 def test_blocks_of_tensors_change_nothing(monkeypatch):
     """On a CPU the multi-tensor implementation takes large tensors apart, so that temporaries stay in the cache."""
     monkeypatch.setattr(step, "CPU_BLOCK", 8)
-    for mask, reduction, estimator, _ in COMBINATIONS:
-        settings = {"mask": mask, "reduction": reduction, "estimator": estimator, "amsgrad": True}
+    for combination in COMBINATIONS:
+        settings = combination | {"amsgrad": True}
         params = make_params()
         params[-1].data = params[-1].data.transpose(0, 2).contiguous().transpose(0, 2)  # cannot be taken apart
         references = [ReferenceTensor(p.detach().numpy()) for p in params]

@@ -1,28 +1,33 @@
 """The multi-tensor implementation of PRM's step: the numbers of `_single_tensor_*` in `step.py`, in fewer launches."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from . import masks
 
 
-def sum_of_squares(x: Tensor) -> Tensor:
-    """Σx² as a 0-dim tensor, accumulated in float64.
+def sum_of_squares(x: Tensor, dim: int | None = None) -> Tensor:
+    """Σx² as a 0-dim tensor, or over the last dimension `dim` of a matrix, accumulated in float64.
 
     Not in float32: the debiased estimator subtracts two such sums that are nearly equal where there is only noise, and
     a sum must not depend on how a tensor is split over processes. On a CPU, where float64 takes four times as long,
-    the sums of 256 squares are float32, which leaves an error of about 1e-8 in the sum over a matrix.
+    the sums of 256 squares (of a row's also of 128 or 64, where its length has no larger divisor) are float32, which
+    leaves an error of about 1e-8 in the sum over a matrix.
     """
     dtype = masks.statistics_dtype(x.device)
-    if (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and x.is_contiguous()
-        and x.numel()
-        and x.numel() % 256 == 0
-    ):
-        x = torch.linalg.vector_norm(x.view(-1, 256), dim=1)
-    return torch.linalg.vector_norm(x, dtype=dtype).square()
+    if x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() and x.numel():
+        part = math.gcd(x.numel() if dim is None else x.shape[dim], 256)
+        if part >= (256 if dim is None else 64):
+            x = torch.linalg.vector_norm(x.view(-1, part) if dim is None else x.unflatten(dim, (-1, part)), dim=-1)
+    return torch.linalg.vector_norm(x, dim=dim, dtype=dtype).square()
+
+
+def row_mean_squares(x: Tensor) -> Tensor:
+    """The mean of x² over each row, [`masks.as_rows`], (rows,), accumulated as in [`sum_of_squares`]."""
+    rows = masks.as_rows(x)
+    return sum_of_squares(rows, dim=1) / max(rows.shape[1], 1)
 
 
 def _multi_tensor_moments(
@@ -31,6 +36,7 @@ def _multi_tensor_moments(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     grad_vars: list[Tensor],
+    exp_avg_signals: list[Tensor],
     c: masks.StepScalars,
     *,
     beta1: float,
@@ -40,11 +46,12 @@ def _multi_tensor_moments(
     mask: str,
     reduction: str,
     estimator: str,
+    signal_beta: float | None,
     decoupled_weight_decay: bool,
     maximize: bool,
     **_,
 ) -> Tensor | None:
-    """m, v and, for `per_param`, s. For `per_tensor` returns Σ(g - center)² and Σm², (tensors, 2)."""
+    """m, v, s and the signal's average. For `per_tensor` no s, but returns Σ(g - center)² and Σm², (tensors, 2)."""
     if maximize:
         grads = torch._foreach_neg(grads)
     if weight_decay != 0 and not decoupled_weight_decay:
@@ -61,6 +68,14 @@ def _multi_tensor_moments(
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
     if mask == "none":
+        return None
+    if exp_avg_signals:
+        torch._foreach_lerp_(exp_avg_signals, grads, 1 - signal_beta)
+    if reduction == "per_row":
+        variances = [row_mean_squares(x) for x in deviations]
+        torch._foreach_mul_(variances, c.weight)
+        torch._foreach_mul_(grad_vars, rho)
+        torch._foreach_add_(grad_vars, variances)
         return None
     if reduction == "per_param":
         torch._foreach_mul_(grad_vars, rho)
@@ -84,6 +99,7 @@ def _multi_tensor_update(
     exp_avg_sqs: list[Tensor],
     max_exp_avg_sqs: list[Tensor],
     grad_vars: list[Tensor],
+    exp_avg_signals: list[Tensor],
     q: Tensor | None,
     c: masks.StepScalars,
     *,
@@ -91,11 +107,12 @@ def _multi_tensor_update(
     eps: float,
     weight_decay: float,
     mask: str,
+    reduction: str,
     amsgrad: bool,
     decoupled_weight_decay: bool,
     **hyper,
 ) -> None:
-    """w ← (1 - lr·λ) w - lr · q · m̂ / (√v̂ + eps), with `q` one a tensor, or from `grad_vars` one a parameter."""
+    """w ← (1 - lr·λ) w - lr · q · m̂ / (√v̂ + eps), `q` one a tensor, or from `grad_vars` one a parameter or a row."""
     if weight_decay != 0 and decoupled_weight_decay:
         torch._foreach_mul_(params, 1 - lr * weight_decay)
     if amsgrad:
@@ -106,8 +123,12 @@ def _multi_tensor_update(
         step_sizes = [x * y for x, y in zip(step_sizes, q.tolist(), strict=True)]  # spares a pass
     elif q is not None:
         updates = torch._foreach_mul(exp_avgs, list(q.to(exp_avgs[0].dtype).unbind()))
+    elif mask != "none" and reduction == "per_row":
+        squares = [row_mean_squares(x) for x in exp_avg_signals or exp_avgs]
+        qs = _multi_tensor_masks(squares, grad_vars, c, mask=mask, **hyper)
+        updates = torch._foreach_mul(exp_avgs, [masks.over_rows(*pair) for pair in zip(qs, exp_avgs, strict=True)])
     elif mask != "none":
-        updates = _multi_tensor_masks(exp_avgs, grad_vars, c, mask=mask, **hyper)
+        updates = _multi_tensor_masks(torch._foreach_mul(exp_avgs, exp_avgs), grad_vars, c, mask=mask, **hyper)
         torch._foreach_mul_(updates, exp_avgs)
     denoms = torch._foreach_sqrt(exp_avg_sqs)
     torch._foreach_div_(denoms, [x**0.5 for x in c.bias2])
@@ -120,12 +141,13 @@ def _multi_tensor_update(
 
 
 def _multi_tensor_masks(
-    exp_avgs: list[Tensor],
+    signals: list[Tensor],
     grad_vars: list[Tensor],
     c: masks.StepScalars,
     *,
     mask: str,
     estimator: str,
+    signal_beta: float | None,
     softness: float,
     alpha: float,
     mask_eps: float,
@@ -134,12 +156,11 @@ def _multi_tensor_masks(
     bias_correction: bool,
     **_,
 ) -> list[Tensor]:
-    """[`masks.compute_mask`] for `reduction="per_param"` on lists, in place where it can be."""
-    signals = torch._foreach_mul(exp_avgs, exp_avgs)
+    """[`masks.compute_mask`] on lists, of m² or its means over rows, which the masks overwrite."""
     torch._foreach_mul_(signals, c.signal)
     noises = torch._foreach_mul(grad_vars, c.noise)
     if estimator == "debiased":
-        torch._foreach_sub_(signals, noises)
+        torch._foreach_sub_(signals, noises if signal_beta is None else torch._foreach_mul(noises, c.floor))
         torch._foreach_clamp_min_(signals, 0)
     else:
         first_ratio = masks.first_noise_ratio(beta1, rho, bias_correction)

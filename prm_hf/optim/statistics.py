@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import masks
-from .foreach import sum_of_squares
+from .foreach import row_mean_squares, sum_of_squares
 from .quantized import read
 from .step import buckets, mask_arguments, scalars_of
 
@@ -29,8 +29,11 @@ SUMMARY = (
 
 
 def slice_rows(slices: list[dict[str, Tensor]], steps: list[Tensor], hyper: dict[str, Any]) -> list[Tensor]:
-    """The rows, float64 (9,), of slices of tensors, each with its `exp_avg`, `exp_avg_sq` and, if any, `grad_var`."""
-    if hyper["mask"] == "none" or hyper["reduction"] == "per_param":
+    """The rows, float64 (9,), of slices of tensors, each with its `exp_avg`, `exp_avg_sq` and what it has of the rest.
+
+    The rest is `grad_var` and `exp_avg_signal`.
+    """
+    if hyper["mask"] == "none" or hyper["reduction"] != "per_tensor":
         return [_slice_row(**tensors, step=step, hyper=hyper) for tensors, step in zip(slices, steps, strict=True)]
     rows = [None] * len(slices)
     for index in buckets([tensors["exp_avg"] for tensors in slices]):
@@ -58,21 +61,36 @@ def _readable(x: Tensor) -> Tensor:
     return read(x, torch.promote_types(x.dtype, torch.float32))
 
 
+def local_masks(
+    exp_avg: Tensor, grad_var: Tensor, exp_avg_signal: Tensor | None, step: Tensor, hyper: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, S and N of the last step from the state: for `per_param` one a scalar parameter, for `per_row` one a row."""
+    average = _readable(exp_avg if exp_avg_signal is None else exp_avg_signal)
+    c = scalars_of(step.to(dtype=masks.statistics_dtype(average.device), device=average.device), hyper)
+    squares = average.square() if hyper["reduction"] == "per_param" else row_mean_squares(average)
+    return masks.compute_mask(squares, grad_var, c, **mask_arguments(hyper))
+
+
 def _slice_row(
-    exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, hyper: dict[str, Any], grad_var: Tensor | None = None
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    hyper: dict[str, Any],
+    grad_var: Tensor | None = None,
+    exp_avg_signal: Tensor | None = None,
 ) -> Tensor:
-    m, v = _readable(exp_avg), _readable(exp_avg_sq)
-    dtype, n = masks.statistics_dtype(m.device), m.numel()
-    zero = torch.zeros((), dtype=dtype, device=m.device)
+    v = _readable(exp_avg_sq)
+    dtype, n = masks.statistics_dtype(v.device), v.numel()
+    zero = torch.zeros((), dtype=dtype, device=v.device)
     row = dict.fromkeys(COLUMNS, zero) | {"numel": zero + n, "min_q": zero + torch.inf, "max_q": zero - torch.inf}
     row["nonfinite"] = n - torch.isfinite(v).sum()
     if hyper["mask"] == "none":
         row |= dict.fromkeys(("q", "active"), zero + n) | dict.fromkeys(("min_q", "max_q"), zero + 1)
     elif n > 0:
-        c = scalars_of(step.to(dtype=dtype, device=m.device), hyper)
-        q, signal, noise = masks.compute_mask(m.square(), grad_var, c, **mask_arguments(hyper))
-        row |= {"q": q.sum(dtype=dtype), "active": (q > 0).sum(), "min_q": q.min(), "max_q": q.max()}
-        row |= {"signal": signal.sum(dtype=dtype), "noise": noise.sum(dtype=dtype)}
+        q, signal, noise = local_masks(exp_avg, grad_var, exp_avg_signal, step, hyper)
+        size = n // q.numel()  # of a row
+        row |= {"q": q.sum(dtype=dtype) * size, "active": (q > 0).sum() * size, "min_q": q.min(), "max_q": q.max()}
+        row |= {"signal": signal.sum(dtype=dtype) * size, "noise": noise.sum(dtype=dtype) * size}
     return torch.stack([row[name].to(dtype) for name in COLUMNS])
 
 
