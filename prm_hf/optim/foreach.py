@@ -8,8 +8,19 @@ from torch import Tensor
 from . import masks
 
 
-def sum_of_squares(x: Tensor, dim: int | None = None) -> Tensor:
-    """Σx² as a 0-dim tensor, or over the last dimension `dim` of a matrix, accumulated in float64.
+def sum_of_squares(x: Tensor) -> Tensor:
+    """Σx² as a 0-dim tensor, accumulated in float64: see [`_norm`]."""
+    return _norm(x).square()
+
+
+def row_mean_squares(x: Tensor) -> Tensor:
+    """The mean of x² over each row, [`masks.as_rows`], (rows,), accumulated in float64: see [`_norm`]."""
+    rows = masks.as_rows(x)
+    return _norm(rows, 1).square() / max(rows.shape[1], 1)
+
+
+def _norm(x: Tensor, dim: int | None = None) -> Tensor:
+    """√Σx² over all of a tensor, or over the last dimension `dim` of a matrix, accumulated in float64.
 
     Not in float32: the debiased estimator subtracts two such sums that are nearly equal where there is only noise, and
     a sum must not depend on how a tensor is split over processes. On a CPU, where float64 takes four times as long,
@@ -21,13 +32,16 @@ def sum_of_squares(x: Tensor, dim: int | None = None) -> Tensor:
         part = math.gcd(x.numel() if dim is None else x.shape[dim], 256)
         if part >= (256 if dim is None else 64):
             x = torch.linalg.vector_norm(x.view(-1, part) if dim is None else x.unflatten(dim, (-1, part)), dim=-1)
-    return torch.linalg.vector_norm(x, dim=dim, dtype=dtype).square()
+    return torch.linalg.vector_norm(x, dim=dim, dtype=dtype)
 
 
-def row_mean_squares(x: Tensor) -> Tensor:
-    """The mean of x² over each row, [`masks.as_rows`], (rows,), accumulated as in [`sum_of_squares`]."""
-    rows = masks.as_rows(x)
-    return sum_of_squares(rows, dim=1) / max(rows.shape[1], 1)
+def _multi_row_mean_squares(tensors: list[Tensor]) -> list[Tensor]:
+    """[`row_mean_squares`] of several tensors, with one launch a tensor."""
+    rows = [masks.as_rows(x) for x in tensors]
+    squares = [_norm(x, 1) for x in rows]
+    torch._foreach_mul_(squares, squares)
+    torch._foreach_div_(squares, [max(x.shape[1], 1) for x in rows])
+    return squares
 
 
 def _multi_tensor_moments(
@@ -72,7 +86,7 @@ def _multi_tensor_moments(
     if exp_avg_signals:
         torch._foreach_lerp_(exp_avg_signals, grads, 1 - signal_beta)
     if reduction == "per_row":
-        variances = [row_mean_squares(x) for x in deviations]
+        variances = _multi_row_mean_squares(deviations)
         torch._foreach_mul_(variances, c.weight)
         torch._foreach_mul_(grad_vars, rho)
         torch._foreach_add_(grad_vars, variances)
@@ -124,7 +138,7 @@ def _multi_tensor_update(
     elif q is not None:
         updates = torch._foreach_mul(exp_avgs, list(q.to(exp_avgs[0].dtype).unbind()))
     elif mask != "none" and reduction == "per_row":
-        squares = [row_mean_squares(x) for x in exp_avg_signals or exp_avgs]
+        squares = _multi_row_mean_squares(exp_avg_signals or exp_avgs)
         qs = _multi_tensor_masks(squares, grad_vars, c, mask=mask, **hyper)
         updates = torch._foreach_mul(exp_avgs, [masks.over_rows(*pair) for pair in zip(qs, exp_avgs, strict=True)])
     elif mask != "none":

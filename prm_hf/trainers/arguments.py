@@ -45,7 +45,7 @@ class PRMArguments:
         prm_signal_beta (`float`, *optional*):
             Decay rate, in [0, 1), of a gradient average of its own from which the signal is estimated, which costs
             half as much memory again as AdamW's state (4 bytes a parameter). For `prm_reduction="per_row"` with
-            `prm_estimator="debiased"`, where 0.98 is what was found best. The default is to estimate it from the
+            `prm_estimator="debiased"`; 0.98 is what has been measured. By default the signal is estimated from the
             average that the step takes.
         prm_rho (`float`, *optional*, defaults to `0.99`):
             Decay rate of the gradient's running variance, in [0, 1).
@@ -113,7 +113,7 @@ class PRMArguments:
         metadata={
             "help": "Decay rate, in [0, 1), of a gradient average of its own from which the signal is estimated, "
             "which costs half as much memory again as AdamW's state (4 bytes a parameter). For "
-            "`prm_reduction='per_row'` with `prm_estimator='debiased'`, where 0.98 is what was found best."
+            "`prm_reduction='per_row'` with `prm_estimator='debiased'`; 0.98 is what has been measured."
         },
     )
     prm_rho: float = field(
