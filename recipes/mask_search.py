@@ -67,7 +67,7 @@ MICRO_BATCHES = 4  # a step's, for noise that is measured within it
 
 
 class SearchedPRM(torch.optim.Optimizer):
-    """PRM with the debiased estimator and one q a tensor, and options that PRM does not have.
+    """PRM with the debiased estimator and one q a tensor, and options that PRM does not have, or not together.
 
     State of a parameter: `step` (0-dim), `exp_avg`, `exp_avg_sq` (its shape), `grad_var` and
     `signal_avg` (`[rows]` or `[1]`, the second for `within_step`), with `signal_beta` `wide_avg` (its shape).
