@@ -83,6 +83,8 @@ def settings_of(config: TrainingArguments, **others: Any) -> dict[str, Any]:
     values = {key: value for key, value in config.to_dict().items() if key not in NOT_SETTINGS}
     if config.optimizer_name != "prm":  # no control is trained again because PRM is tried with other settings
         values = {key: value for key, value in values.items() if not key.startswith("prm_")}
+    if values.get("prm_signal_beta") is None:  # as in runs that are older than the argument
+        values.pop("prm_signal_beta", None)
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     return json.loads(json.dumps({**values, "effective_batch_size": per_step, **others}, sort_keys=True, default=str))
 

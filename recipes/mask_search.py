@@ -8,7 +8,8 @@ named beside the variants. At the end it prints a table: of each method the area
 and against the best baseline.
 
 `SearchedPRM` is for whole tensors in one process, and for variants that are thrown away again. What is worth keeping
-belongs into `prm_hf.PRM`.
+belongs into `prm_hf.PRM`: what was `search_prm_rows_signal0.98` is its `reduction="per_row"` with `signal_beta=0.98`,
+the method `prm_rows`, and with the larger eps `prm_rows_eps:10`. The parts of it and its controls are variants here.
 """
 
 import dataclasses
@@ -24,12 +25,14 @@ import torch
 from comparison import Data, Recipe, RunSpec, run_comparisons
 from methods import OPTIMIZERS, enlarge_eps, gradient_scale, is_sharded
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from prm_hf.compare import Comparison, Interval, Row, compare_runs
 from prm_hf.compare.comparison import BASELINE, display_name, frontier_difference
 from prm_hf.compare.statistics import holm
 from prm_hf.optim import masks
+from prm_hf.optim.parts import hyperparameters
+from prm_hf.optim.statistics import local_masks
 from prm_hf.trainers.callbacks import innermost_optimizer
 
 
@@ -44,9 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "search_prm_signal0.95": {"signal_beta": 0.95},
     "search_prm_signal0.98": {"signal_beta": 0.98},
     "search_prm_signal0.98_eps10": {"signal_beta": 0.98, "eps": 10},
-    "search_prm_rows_signal0.98": {"rows": True, "signal_beta": 0.98},
-    "search_prm_rows_signal0.98_eps10": {"rows": True, "signal_beta": 0.98, "eps": 10},
-    # The control of the one before: as many rows are as open, but others.
+    # The control of `prm_rows_eps:10`: as many rows are as open, but others.
     "search_prm_rows_signal0.98_eps10_shuffled": {"rows": True, "signal_beta": 0.98, "eps": 10, "shuffle": True},
     "search_prm_within": {"within_step": True},
     "search_prm_within_eps10": {"within_step": True, "eps": 10},
@@ -54,10 +55,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "search_selection": {"keep_mean": True},
     "search_selection_eps10": {"keep_mean": True, "eps": 10},
 }
-METHODS = ["adamw", "adamw_eps:3", "adamw_eps:10", "adamw_eps:30", "prm_debiased", "prm_debiased_eps:10", *VARIANTS]
+METHODS = ["adamw", "adamw_eps:3", "adamw_eps:10", "adamw_eps:30", "prm_debiased", "prm_debiased_eps:10"]
+METHODS += ["prm_rows", "prm_rows_eps:10", *VARIANTS]
 # Is it the measuring, or only the allocation? AdamW with the same eps and each row's learning rate multiplied by the
 # row's mean mask in the run of another seed, which has to be there. Not among `METHODS`, as it comes after them.
-FIXED, FIXED_FROM = "search_prm_rows_fixed_eps10", "search_prm_rows_signal0.98_eps10"
+FIXED, FIXED_FROM = "search_prm_rows_fixed_eps10", "prm_rows_eps:10"
 VARIANTS[FIXED] = {"rows": True, "eps": 10}
 ROW_MASKS = "row_masks.pt"
 RECIPES = {"dpo_noisy": dpo_noisy, "sft_noisy": sft_noisy}
@@ -65,7 +67,7 @@ MICRO_BATCHES = 4  # a step's, for noise that is measured within it
 
 
 class SearchedPRM(torch.optim.Optimizer):
-    """PRM with the debiased estimator and one q a tensor, and options that PRM does not have.
+    """PRM with the debiased estimator and one q a tensor, and options that PRM does not have, or not together.
 
     State of a parameter: `step` (0-dim), `exp_avg`, `exp_avg_sq` (its shape), `grad_var` and
     `signal_avg` (`[rows]` or `[1]`, the second for `within_step`), with `signal_beta` `wide_avg` (its shape).
@@ -112,7 +114,6 @@ class SearchedPRM(torch.optim.Optimizer):
         self.keep_mean, self.shuffle, self.within_step = keep_mean, shuffle, within_step
         every = [p for group in self.param_groups for p in group["params"]]
         self.fixed = {} if fixed is None else dict(zip(every, fixed, strict=True))
-        self.sums: dict[Tensor, Tensor] = {}  # of the masks of all steps
         self.mean_qs: list[Tensor] = []  # of each step, over all parameters, as it was before `keep_mean`
         self._micro: dict[Tensor, tuple[Tensor, float, int]] = {}  # gradient so far, sum of squares, micro-batches
         if within_step:
@@ -140,8 +141,6 @@ class SearchedPRM(torch.optim.Optimizer):
         sizes = [p.numel() for params in stepped for p in params]
         mean = sum(q.mean() * n for q, n in zip((q for own in qs for q in own), sizes, strict=True)) / sum(sizes)
         self.mean_qs.append(mean)
-        for p, q in zip((p for ps in stepped for p in ps), (q for own in qs for q in own), strict=True):
-            self.sums[p] = self.sums.get(p, 0) + q
         generator = torch.Generator().manual_seed(len(self.mean_qs))
         for params, group, own in zip(stepped, self.param_groups, qs, strict=True):
             if self.keep_mean:
@@ -240,6 +239,28 @@ class SearchedPRM(torch.optim.Optimizer):
         clipped = whole / total if total > 0 else 0.0  # the square of the factor by which gradients were clipped
         variance = count / (count - 1) * (clipped * squares - whole / count)
         return whole / p.numel(), variance / p.numel()
+
+
+class RowMaskRecorder(TrainerCallback):
+    """Adds up the masks of PRM's rows over all steps, for `FIXED`, and writes their means, of each tensor `[rows]`."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.steps, self.sums = 0, {}
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        prm = self.trainer.find_prm()
+        self.steps += 1
+        for group in prm.param_groups:
+            hyper = hyperparameters(group)
+            for p in group["params"]:
+                kept = {name: prm.state[p][name] for name in ("exp_avg", "grad_var", "exp_avg_signal", "step")}
+                self.sums[p] = self.sums.get(p, 0) + local_masks(**kept, hyper=hyper)[0]
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            means = [(total / self.steps).cpu() for total in self.sums.values()]
+            torch.save(means, Path(args.output_dir) / ROW_MASKS)
 
 
 def set_up_variant(trainer: Trainer, variant: str, fixed: Path | None = None) -> None:
@@ -365,6 +386,8 @@ def main(arguments: list[str]) -> int:
                 other = RunSpec(FIXED_FROM, spec.learning_rate, seeds[seeds.index(spec.seed) - 1], {})
                 fixed = Path(config.output_dir).parent / other.name / ROW_MASKS
             set_up_variant(trainer, spec.method, fixed)
+        elif spec.method == FIXED_FROM:
+            trainer.add_callback(RowMaskRecorder(trainer))
         return trainer
 
     def outcomes(trainer: Trainer, data: Data) -> tuple[dict[str, float], dict[str, list]]:
@@ -372,8 +395,6 @@ def main(arguments: list[str]) -> int:
         optimizer = innermost_optimizer(trainer.optimizer)
         if isinstance(optimizer, SearchedPRM):
             metrics = {**metrics, "mask/mean_q": torch.stack(optimizer.mean_qs).mean().item()}
-            means = [(total / len(optimizer.mean_qs)).cpu() for total in optimizer.sums.values()]
-            torch.save(means, Path(trainer.args.output_dir) / ROW_MASKS)
         return metrics, margins
 
     recipe = dataclasses.replace(

@@ -18,6 +18,7 @@ from prm_hf.compare.comparison import baseline_of
 
 # What a method changes in the configuration. A recipe may know more methods, as losses.
 _ADAMW = {"optimizer_name": "adamw"}
+_ROWS = {"prm_reduction": "per_row", "prm_estimator": "debiased", "prm_signal_beta": 0.98}
 OPTIMIZERS = {
     "adamw": _ADAMW,
     "adamw_eps": _ADAMW,
@@ -28,17 +29,20 @@ OPTIMIZERS = {
     "prm_per_param": {"prm_reduction": "per_param", "prm_estimator": "ema"},
     "prm_debiased": {"prm_reduction": "per_tensor", "prm_estimator": "debiased"},
     "prm_debiased_eps": {"prm_reduction": "per_tensor", "prm_estimator": "debiased"},
+    "prm_rows": _ROWS,
+    "prm_rows_eps": _ROWS,
     "prm_debiased_per_param": {"prm_reduction": "per_param", "prm_estimator": "debiased"},
     "prm_stopping": {"prm_reduction": "per_tensor", "prm_estimator": "debiased", "logging_steps": 1},
 }
 # prm_debiased that ends when an epoch's gradients were mostly noise: no run of it has controls, which would end later.
 STOPPING = "prm_stopping"
 # Methods with an eps that is large relative to the gradient.
-WITH_EPS = ("adamw_eps", "prm_debiased_eps")
+WITH_EPS = ("adamw_eps", "prm_debiased_eps", "prm_rows_eps")
 # Methods whose name ends in a value, and what the value is.
 VALUES = {
     "adamw_eps": "eps, relative to the gradient's scale, as in `adamw_eps:0.3`",
     "prm_debiased_eps": "eps, relative to the gradient's scale, as in `prm_debiased_eps:10`",
+    "prm_rows_eps": "eps, relative to the gradient's scale, as in `prm_rows_eps:10`",
     "adamw_embedding": "the factor of the embedding's learning rate, as in `adamw_embedding:3`",
 }
 # The controls of a PRM run. Is it the selection, or the smaller step: AdamW at η·q̄, q̄ the run's mean mask; AdamW at

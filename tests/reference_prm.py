@@ -1,7 +1,8 @@
 """PRM written a second time, from the formulas alone: NumPy, float64, one scalar recursion a tensor, no torch.
 
 It shares no code with the package, so that agreement with it is evidence. It follows the definition literally: where
-the package keeps one scalar of variance for a tensor (`per_tensor`), this keeps all of them and takes the mean.
+the package keeps one scalar of variance for a tensor (`per_tensor`) or a row (`per_row`), this keeps all of them and
+takes the mean.
 """
 
 import numpy as np
@@ -31,6 +32,7 @@ class ReferenceTensor:
         self.v = np.zeros_like(self.w)
         self.v_max = np.zeros_like(self.w)
         self.s = np.zeros_like(self.w)
+        self.a = np.zeros_like(self.w)
         self.t = 0
         self.q = None
         self.signal = self.noise = None
@@ -57,6 +59,7 @@ class ReferenceTensor:
         decoupled_weight_decay=True,
         alpha=None,
         estimator="ema",
+        signal_beta=None,
         mask_eps=None,
         maximize=False,
     ):
@@ -75,8 +78,8 @@ class ReferenceTensor:
         self.t += 1
         t = self.t
 
-        def kappa(k):
-            return (1 - b1) / (1 + b1) * (1 + b1**k) / (1 - b1**k)
+        def kappa(k, b=b1):
+            return (1 - b) / (1 + b) * (1 + b**k) / (1 - b**k)
 
         if estimator == "ema":
             self.s = rho * self.s + (1 - rho) * (g - self.m) ** 2
@@ -85,6 +88,8 @@ class ReferenceTensor:
             self.s = rho * self.s + (1 - rho) * (g - centre) ** 2 / (1 + kappa(t - 1))
         self.m = b1 * self.m + (1 - b1) * g
         self.v = b2 * self.v + (1 - b2) * g**2
+        if signal_beta is not None:
+            self.a = signal_beta * self.a + (1 - signal_beta) * g
         self.v_max = np.maximum(self.v_max, self.v)
 
         m_hat = self.m / (1 - b1**t) if bias_correction else self.m
@@ -92,7 +97,11 @@ class ReferenceTensor:
         v_hat = v_used / (1 - b2**t) if bias_correction else v_used
 
         def mean(x):
-            return x if reduction == "per_param" or x.size == 0 else np.full_like(x, x.mean())
+            if reduction == "per_param" or x.size == 0:
+                return x
+            if reduction == "per_row" and x.ndim > 1:
+                return np.stack([np.full_like(row, row.mean()) for row in x])
+            return np.full_like(x, x.mean())
 
         if estimator == "ema":
             s_hat = self.s / (1 - rho**t) if bias_correction else self.s
@@ -105,6 +114,9 @@ class ReferenceTensor:
         else:
             noise = kappa(t) * mean(self.s) / (1 - rho ** (t - 1))
             signal = np.maximum(mean((self.m / (1 - b1**t)) ** 2) - noise, 0.0)
+            if signal_beta is not None:
+                floor = kappa(t, signal_beta) * mean(self.s) / (1 - rho ** (t - 1))
+                signal = np.maximum(mean((self.a / (1 - signal_beta**t)) ** 2) - floor, 0.0)
         if mask == "none" or t <= warmup_steps:
             q = np.ones_like(self.w)
         else:

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,6 +72,33 @@ def test_rows_are_as_tensors_of_their_own():
     found_wide = train(lambda params: SearchedPRM(params, **wide, rows=True))
     assert torch.allclose(found_wide, train(lambda params: SearchedPRM(params, **wide), cut=cut), atol=1e-6)
     assert not torch.allclose(found_wide, found, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"signal_beta": 0.98}, {"signal_beta": 0.98, "softness": 3.0}])
+def test_what_was_found_is_as_prm_does_it(options):
+    found = train(lambda params: SearchedPRM(params, **SETTINGS, rows=True, **options))
+    rows = {"estimator": "debiased", "reduction": "per_row", **options}
+    assert torch.allclose(found, train(lambda params: PRM(params, **SETTINGS, **rows)), rtol=1e-6, atol=1e-6)
+    assert (found - start()).abs().max() > 0.1
+
+
+def test_recorded_masks_are_the_means_of_the_steps(tmp_path):
+    ours, theirs = tensors(), tensors()
+    prm = PRM(ours, **SETTINGS, reduction="per_row", estimator="debiased", signal_beta=0.98)
+    searched = SearchedPRM(theirs, **SETTINGS, rows=True, signal_beta=0.98)
+    recorder = mask_search.RowMaskRecorder(SimpleNamespace(find_prm=lambda: prm))
+    for step in range(5):
+        for p, q, g in zip(ours, theirs, gradients(step), strict=True):
+            p.grad, q.grad = g, g.clone()
+        prm.step(), searched.step()
+        recorder.on_optimizer_step(None, None, None)
+    state = SimpleNamespace(is_world_process_zero=True)
+    recorder.on_train_end(SimpleNamespace(output_dir=tmp_path), state, None)
+    means = torch.load(tmp_path / mask_search.ROW_MASKS)
+    assert [len(q) for q in means] == [3, 1, 2, 1]
+    mean = sum(q.mean() * p.numel() for q, p in zip(means, ours, strict=True)) / sum(p.numel() for p in ours)
+    assert mean.item() == pytest.approx(torch.stack(searched.mean_qs).mean().item(), rel=1e-5)
+    assert 0 < mean < 1
 
 
 def test_shuffled_rows_are_the_same_masks_elsewhere():
@@ -168,21 +196,33 @@ def test_options_that_exclude_each_other_are_named():
 
 def test_variants_run_and_are_compared(tmp_path, capsys):
     short = ["--max_steps", "3", "--logging_steps", "1", "--eval_steps", "3", "--warmup_steps", "1"]
-    names = ["adamw", "adamw_eps:10", "search_prm_rows_eps10", "search_prm_within", "search_selection"]
+    shuffled = "search_prm_rows_signal0.98_eps10_shuffled"
+    names = ["adamw", "adamw_eps:10", "prm_rows_eps:10", shuffled, "search_prm_within", "search_selection"]
     rates = ["--learning_rates", "1e-3", "1e-2", "--prm_learning_rates", "3e-3", "3e-2", "--seeds", "0", "1"]
     assert mask_search.main(["--output_dir", str(tmp_path), "--methods", *names, *short, *rates]) == 0
     info = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*/run.json")}
-    assert len(info) == 20
+    assert len(info) == 24
     eps = info["adamw_eps10_lr0.01_seed0"]["optimizer"]
-    rows = info["search_prm_rows_eps10_lr0.03_seed0"]["optimizer"]
-    assert rows["class"] == "SearchedPRM" and rows["eps"] == eps["eps"]
-    assert rows["learning_rate"] == pytest.approx(3 * eps["learning_rate"]) == pytest.approx(0.33)
+    for name, by in ((shuffled, "SearchedPRM"), ("prm_rows_eps10", "PRM")):
+        rows = info[f"{name}_lr0.03_seed0"]["optimizer"]
+        assert rows["class"] == by and rows["eps"] == eps["eps"]
+        assert rows["learning_rate"] == pytest.approx(3 * eps["learning_rate"]) == pytest.approx(0.33)
     assert {each["settings"]["effective_batch_size"] for each in info.values()} == {16}
     metrics = json.loads((tmp_path / "search_prm_within_lr0.03_seed0" / "metrics.json").read_text())
     assert 0 < metrics["mask/mean_q"] < 1
     assert "search_selection_lr0.001_seed0" in info  # of the mean step, and so of the learning rates, of AdamW
     lines = capsys.readouterr().out.split("areas over log KL:")[1].splitlines()
     assert sum(line.startswith("| search_") for line in lines) == 3
+    assert sum(line.startswith("| PRM per_row eps 10 ") for line in lines) == 1
+
+    # Each row's learning rate from the masks of the other seed's run
+    rates = ["--learning_rates", "1e-3", "--prm_learning_rates", "3e-2", "--seeds", "0", "1"]
+    names = ["adamw", "prm_rows_eps:10", mask_search.FIXED]
+    assert mask_search.main(["--output_dir", str(tmp_path), "--methods", *names, *short, *rates]) == 0
+    for seed in (0, 1):
+        assert (tmp_path / f"prm_rows_eps10_lr0.03_seed{seed}" / mask_search.ROW_MASKS).is_file()
+        metrics = json.loads((tmp_path / f"{mask_search.FIXED}_lr0.03_seed{seed}" / "metrics.json").read_text())
+        assert 0 < metrics["mask/mean_q"] < 1
 
 
 def test_the_table_has_known_areas(tmp_path):
@@ -238,7 +278,7 @@ def test_fixed_masks_are_those_of_another_run():
 
 
 def test_fixed_rows_need_the_run_of_another_seed(tmp_path):
-    with pytest.raises(ValueError, match="run search_prm_rows_signal0.98_eps10 with all `seeds`"):
+    with pytest.raises(ValueError, match="run prm_rows_eps:10 with all `seeds`"):
         mask_search.main(
             ["--methods", "adamw", mask_search.FIXED, "--seeds", "0", "1", "--max_steps", "1"]
             + ["--output_dir", str(tmp_path)]

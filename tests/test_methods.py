@@ -128,6 +128,7 @@ def test_cautious_is_adamw_where_update_and_gradient_agree(steps):
 
 
 ALONE = ["adamw_eps:0.3", "adamw_embedding:3", "cautious", "msvag", "early_stopping", "prm_stopping"]
+ALONE += ["prm_rows", "prm_rows_eps:10"]
 TOGETHER = ["adamw", "prm_debiased", *methods.CONTROLS]
 COMPARED = [
     *["--methods", *TOGETHER, "--seeds", "0", "1"],
@@ -187,6 +188,13 @@ def test_the_optimizer_in_effect_is_on_record(finished):
     assert optimizer["cautious_lr0.01_seed0"]["class"] == "AdamP"
     assert optimizer["msvag_lr0.01_seed0"]["learning_rate"] == pytest.approx(0.01 / scale)
     assert optimizer["adamw_lr0.01_seed0"]["class"] == "AdamW"
+    for name, eps in (("prm_rows", None), ("prm_rows_eps10", 10 * scale)):
+        info = next(info for key, info in found.items() if key.startswith(f"{name}_lr"))
+        settings = {"prm_reduction": "per_row", "prm_estimator": "debiased", "prm_signal_beta": 0.98}
+        assert info["settings"] | settings == info["settings"] and info["optimizer"]["class"] == "PRM"
+        assert info["optimizer"]["eps"] == pytest.approx(eps or 1e-8)
+    # The settings of other runs are those of before the argument was there, so that none is trained again for it
+    assert all("prm_signal_beta" not in info["settings"] for key, info in found.items() if "prm_rows" not in key)
     shuffled = next(info for info in found.values() if info["method"] == "shuffled_q")
     assert shuffled["optimizer"]["class"] == "ShuffledPRM" and shuffled["settings"]["prm_estimator"] == "debiased"
 
@@ -323,6 +331,8 @@ def test_interrupted_runs_go_on(finished, tmp_path):
         (["prm_debiased", "adamw_matched"], "lies between runs of AdamW with the same eps: add `adamw` to"),
         (["adamw", "prm_debiased_eps:3", "adamw_matched"], "of `prm_debiased_eps:3` lies .* add `adamw_eps:3` to"),
         (["prm_debiased_eps"], "'prm_debiased_eps' needs a positive number behind a colon"),
+        (["prm_rows_eps"], "'prm_rows_eps' needs a positive number behind a colon"),
+        (["adamw", "prm_rows", "fixed_q"], "`fixed_q` is about the masks of tensors"),
         (["prm_debiased_eps:3", "--max_grad_norm", "0"], "`prm_debiased_eps` is scaled by the clipped gradient"),
         (["msvag", "--max_grad_norm", "0"], "`msvag` is scaled by the clipped gradient: set `max_grad_norm`"),
     ],

@@ -11,15 +11,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prm_hf.optim import PRM, masks, prm, statistics, step
 from prm_hf.optim.foreach import sums_of_squares
+from prm_hf.optim.parts import hyperparameters
+from prm_hf.optim.statistics import local_masks
 
 from .reference_prm import ReferenceTensor
 
 
 SHAPES = [(7, 5), (), (0,), (13,), (3, 4, 2)]
 SKIPS_STEPS = 3  # position of the parameter that has no gradient in some steps
-COMBINATIONS = list(
-    itertools.product(masks.MASKS, masks.REDUCTIONS, masks.ESTIMATORS, [{}, {"boundary": "empirical"}])
-)
+EMPIRICAL = {"boundary": "empirical", "batch_size": 8, "n_dataset": 100}
+SIGNAL = {"reduction": "per_row", "estimator": "debiased", "signal_beta": 0.98}
+# How signal and noise are measured, and what goes with any other setting.
+MEASURED = [{"reduction": r, "estimator": e} for r, e in itertools.product(masks.REDUCTIONS, masks.ESTIMATORS)]
+MEASURED.append(SIGNAL)
+COMBINATIONS = [
+    {"mask": mask, **measured, **boundary}
+    for mask, measured, boundary in itertools.product(masks.MASKS, MEASURED, [{}, EMPIRICAL])
+]
 VARIANTS = {
     "plain": {},
     "amsgrad": {"amsgrad": True},
@@ -80,11 +88,8 @@ def assert_close(p, expected, tolerance):
 @pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equals_float64_reference(variant, foreach):
-    for mask, reduction, estimator, boundary in COMBINATIONS:
-        settings = {"mask": mask, "reduction": reduction, "estimator": estimator, "weight_decay": 0.1}
-        settings |= VARIANTS[variant]
-        if boundary:
-            settings |= boundary | {"batch_size": 8, "n_dataset": 100}
+    for combination in COMBINATIONS:
+        settings = combination | {"weight_decay": 0.1} | VARIANTS[variant]
         params = make_params()
         references = [ReferenceTensor(p.detach().numpy()) for p in params]
         optimizer = PRM(params, foreach=foreach, **settings)
@@ -95,8 +100,7 @@ def test_equals_float64_reference(variant, foreach):
 
 @pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
 def test_float64_parameters_equal_reference_to_rounding(foreach):
-    for mask, reduction, estimator, _ in COMBINATIONS:
-        settings = {"mask": mask, "reduction": reduction, "estimator": estimator}
+    for settings in COMBINATIONS:
         params = make_params(torch.float64)
         references = [ReferenceTensor(p.detach().numpy()) for p in params]
         train(PRM(params, foreach=foreach, **settings), params, references=references, **settings)
@@ -121,8 +125,8 @@ def test_no_mask_is_adamw_bit_for_bit(settings, foreach):
 def test_blocks_of_tensors_change_nothing(monkeypatch):
     """On a CPU the multi-tensor implementation takes large tensors apart, so that temporaries stay in the cache."""
     monkeypatch.setattr(step, "CPU_BLOCK", 8)
-    for mask, reduction, estimator, _ in COMBINATIONS:
-        settings = {"mask": mask, "reduction": reduction, "estimator": estimator, "amsgrad": True}
+    for combination in COMBINATIONS:
+        settings = combination | {"amsgrad": True}
         params = make_params()
         params[-1].data = params[-1].data.transpose(0, 2).contiguous().transpose(0, 2)  # cannot be taken apart
         references = [ReferenceTensor(p.detach().numpy()) for p in params]
@@ -165,11 +169,11 @@ def test_groups_keep_their_own_settings():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_low_precision_parameters(dtype, foreach):
     """The state is float32 and the update is computed in float32: each step is the float32 step, rounded once."""
-    for reduction, estimator in itertools.product(masks.REDUCTIONS, masks.ESTIMATORS):
+    for measured in MEASURED:
         params = make_params(dtype)
-        optimizer = PRM(params, reduction=reduction, estimator=estimator, foreach=foreach)
+        optimizer = PRM(params, foreach=foreach, **measured)
         shadows = [p.detach().float().requires_grad_() for p in params]
-        shadow_optimizer = PRM(shadows, reduction=reduction, estimator=estimator, foreach=foreach)
+        shadow_optimizer = PRM(shadows, foreach=foreach, **measured)
 
         def step_shadow(t, params=params, shadows=shadows, shadow_optimizer=shadow_optimizer):
             for p, shadow in zip(params, shadows, strict=True):
@@ -181,7 +185,7 @@ def test_low_precision_parameters(dtype, foreach):
         train(optimizer, params, steps=20, before_step=step_shadow)
         for p, shadow in zip(params, shadows, strict=True):
             assert torch.equal(p, shadow.to(dtype))
-            state = {k: v for k, v in optimizer.state[p].items() if k in ("exp_avg", "exp_avg_sq")}
+            state = {k: v for k, v in optimizer.state[p].items() if k.startswith("exp_avg")}
             assert {v.dtype for v in state.values()} == {torch.float32}
 
 
@@ -195,6 +199,67 @@ def test_per_tensor_state_is_adamw_plus_a_scalar():
         extra = sum(v.nbytes for v in ours.values()) - sum(v.nbytes for v in theirs.values())
         assert ours["grad_var"].shape == () and extra <= 16
         assert set(ours) == {*theirs, "grad_var"}
+
+
+def test_per_row_state_is_a_number_a_row_and_the_signal():
+    for signal_beta, more in ((None, {"grad_var"}), (0.98, {"grad_var", "exp_avg_signal"})):
+        params = make_params(torch.bfloat16)
+        optimizer = PRM(params, reduction="per_row", estimator="debiased", signal_beta=signal_beta, state_dtype="bf16")
+        train(optimizer, params, steps=1)
+        for p, rows in zip(params, (7, 1, 1, 1, 3), strict=True):
+            state = optimizer.state[p]
+            assert set(state) == {"step", "exp_avg", "exp_avg_sq", *more}
+            assert state["grad_var"].shape == (rows,) and state["grad_var"].dtype == torch.float64
+            if signal_beta is not None:
+                assert state["exp_avg_signal"].shape == p.shape and state["exp_avg_signal"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
+def test_rows_are_as_tensors_of_their_own(foreach, monkeypatch):
+    """So are the rows of a tensor that is taken apart, which may only be cut between rows, whatever its layout."""
+    monkeypatch.setattr(step, "CPU_BLOCK", 300)  # two rows and a part of one
+    for estimator in masks.ESTIMATORS:
+        settings = {"estimator": estimator, "foreach": foreach}
+        generator = torch.Generator().manual_seed(0)
+        whole = [torch.randn(7, 128, generator=generator), torch.randn(128, 7, generator=generator).t()]
+        whole.append(torch.randn(4, 500, generator=generator))  # rows longer than a block
+        rows = [[row.clone().requires_grad_() for row in p] for p in whole]
+        whole = [p.requires_grad_() for p in whole]
+        ours = PRM(whole, reduction="per_row", **settings)
+        theirs = PRM([row for some in rows for row in some], reduction="per_tensor", **settings)
+        for _ in range(6):
+            for p, some in zip(whole, rows, strict=True):
+                p.grad = torch.randn(p.shape, generator=generator) + torch.linspace(0, 2, len(p)).unsqueeze(1)
+                for row, grad in zip(some, p.grad, strict=True):
+                    row.grad = grad.clone()
+            ours.step(), theirs.step()
+        for p, some in zip(whole, rows, strict=True):
+            torch.testing.assert_close(p, torch.stack(some), rtol=1e-6, atol=1e-7)
+            variances = torch.stack([theirs.state[row]["grad_var"] for row in some])
+            torch.testing.assert_close(ours.state[p]["grad_var"], variances, rtol=1e-6, atol=0)
+
+
+def test_a_slower_signal_average_sees_smaller_signals():
+    """Rows of 512 gradients of mean .05 and deviation 1, beside rows of nothing but noise.
+
+    The true q is .0025 / (.0025 + 1/19) whatever `signal_beta`, as the noise is that of `exp_avg`. But from `exp_avg`
+    S is known to ± .0033, more than itself, and at β_S = .98 to ± .0008.
+    """
+    generator = torch.Generator().manual_seed(0)
+    spread, closed = {}, {}
+    for beta in (None, 0.98):
+        p = torch.zeros(64, 512, requires_grad=True)
+        optimizer = PRM([p], lr=0.0, reduction="per_row", estimator="debiased", signal_beta=beta)
+        for _ in range(400):
+            p.grad = torch.randn(p.shape, generator=generator)
+            p.grad[:32] += 0.05
+            optimizer.step()
+        state, hyper = optimizer.state[p], hyperparameters(optimizer.param_groups[0])
+        q = local_masks(state["exp_avg"], state["grad_var"], state.get("exp_avg_signal"), state["step"], hyper)[0]
+        spread[beta], closed[beta] = q[:32].std(), q[32:].mean()
+    assert spread[0.98] < 0.5 * spread[None]
+    assert closed[0.98] < 0.5 * closed[None]
+    assert q[:32].mean().item() == pytest.approx(0.0025 / (0.0025 + 1 / 19), rel=0.15)
 
 
 def test_grad_var_is_the_variance_of_the_batch_mean():
@@ -306,10 +371,10 @@ def test_kappa():
         )
 
 
-@pytest.mark.parametrize("per_tensor", [False, True], ids=["per_param", "per_tensor"])
-def test_mask_stats_equal_the_reference(per_tensor):
-    for mask, estimator in itertools.product(masks.MASKS, masks.ESTIMATORS):
-        settings = {"mask": mask, "estimator": estimator, "reduction": masks.REDUCTIONS[per_tensor]}
+@pytest.mark.parametrize("measured", MEASURED, ids=lambda m: "-".join(map(str, m.values())))
+def test_mask_stats_equal_the_reference(measured):
+    for mask in masks.MASKS:
+        settings = {"mask": mask, **measured}
         params = make_params()
         references = [ReferenceTensor(p.detach().numpy()) for p in params]
         optimizer = PRM(params, **settings)
@@ -334,6 +399,9 @@ def test_mask_stats_equal_the_reference(per_tensor):
             }
         for key, value in expected.items():
             assert stats[key] == pytest.approx(value, rel=1e-5, abs=1e-12), key
+        expected_means = [r.q.mean() for r in references if r.q is not None and r.q.size]
+        means = [q for q, p in zip(optimizer.get_tensor_masks()[0], params, strict=True) if p.numel()]
+        assert means == pytest.approx(expected_means, rel=1e-5, abs=1e-12)
         if mask == "none":
             assert np.isnan([stats[key] for key in ("noise_scale", "signal_sq", "snr")]).all()
 
@@ -420,9 +488,8 @@ def test_nonfinite_gradients_follow_adamw_and_are_counted(bad, reduction):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
 def test_resume_is_bit_exact(dtype, foreach, state_dtype):
-    for reduction, estimator, amsgrad in itertools.product(masks.REDUCTIONS, masks.ESTIMATORS, [False, True]):
-        settings = {"reduction": reduction, "estimator": estimator, "amsgrad": amsgrad, "foreach": foreach}
-        settings["state_dtype"] = state_dtype
+    for measured, amsgrad in itertools.product(MEASURED, [False, True]):
+        settings = {**measured, "amsgrad": amsgrad, "foreach": foreach, "state_dtype": state_dtype}
         whole = make_params(dtype)
         train(PRM(whole, **settings), whole, steps=12)
 
@@ -447,7 +514,7 @@ def test_old_checkpoints_without_newer_keys_load():
     optimizer = PRM(params, softness=0.5)
     train(optimizer, params, steps=2)
     saved = optimizer.state_dict()
-    for key in ("estimator", "mask_eps", "alpha", "fused", "capturable"):
+    for key in ("estimator", "signal_beta", "mask_eps", "alpha", "fused", "capturable"):
         del saved["param_groups"][0][key]
     for state in saved["state"].values():
         state["step"] = float(state["step"])  # torch kept a number here once
@@ -464,11 +531,39 @@ def test_checkpoint_of_the_other_reduction_is_refused():
     train(optimizer, params, steps=1)
     with pytest.raises(ValueError, match=r"group 0 was trained with reduction='per_param'.*'per_tensor'"):
         PRM(params, reduction="per_tensor").load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"group 0 was trained with reduction='per_param'.*'per_row'"):
+        PRM(params, reduction="per_row").load_state_dict(optimizer.state_dict())
 
 
-def test_pickle_deepcopy_and_added_groups():
+def test_checkpoint_with_and_without_a_signal_average_are_told_apart():
     params = make_params()
-    optimizer = PRM(params[:3], reduction="per_tensor")
+    for theirs, ours in ((None, 0.98), (0.98, None)):
+        optimizer = PRM(params, **{**SIGNAL, "signal_beta": theirs})
+        train(optimizer, params, steps=1)
+        other = PRM(params, **{**SIGNAL, "signal_beta": ours})
+        with pytest.raises(ValueError, match=rf"signal_beta={theirs}, .*signal_beta={ours}: .*`exp_avg_signal`"):
+            other.load_state_dict(optimizer.state_dict())
+        optimizer.param_groups[0]["signal_beta"] = ours
+        with pytest.raises(ValueError, match=rf"signal_beta={ours}, .*signal_beta={theirs}: .*`exp_avg_signal`"):
+            optimizer.step()
+
+
+def test_an_optimizer_pickled_before_a_setting_was_there_goes_on():
+    params = make_params()
+    optimizer = PRM(params)
+    train(optimizer, params, steps=2)
+    for settings in (optimizer.defaults, *optimizer.param_groups):
+        del settings["signal_beta"]
+    old = pickle.loads(pickle.dumps(optimizer))
+    copies = old.param_groups[0]["params"]
+    train(old, copies, steps=2)
+    assert old.param_groups[0]["signal_beta"] is None and old.state[copies[0]]["step"] == 4
+
+
+@pytest.mark.parametrize("measured", [{"reduction": "per_tensor"}, SIGNAL], ids=["per_tensor", "signal"])
+def test_pickle_deepcopy_and_added_groups(measured):
+    params = make_params()
+    optimizer = PRM(params[:3], **measured)
     optimizer.add_param_group({"params": params[3:], "mask": "none", "lr": 1e-4})
     train(optimizer, params, steps=4)
     for clone in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
@@ -476,7 +571,7 @@ def test_pickle_deepcopy_and_added_groups():
         copies = [p for group in clone.param_groups for p in group["params"]]
         train(clone, copies, steps=3, seed=5)
         mine = [p.detach().clone().requires_grad_() for p in params]
-        again = PRM([{"params": mine[:3]}, {"params": mine[3:], "mask": "none"}], reduction="per_tensor")
+        again = PRM([{"params": mine[:3]}, {"params": mine[3:], "mask": "none"}], **measured)
         again.load_state_dict(optimizer.state_dict())
         train(again, mine, steps=3, seed=5)
         for p, q in zip(copies, mine, strict=True):
@@ -524,14 +619,13 @@ def test_gradient_clipping_and_grad_scaler():
     assert optimizer.state[p]["step"] == 5
 
 
-@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
-@pytest.mark.parametrize("estimator", masks.ESTIMATORS)
-def test_capturable_equals_the_ordinary_step(estimator, reduction):
+@pytest.mark.parametrize("measured", MEASURED, ids=lambda m: "-".join(map(str, m.values())))
+def test_capturable_equals_the_ordinary_step(measured):
     for mask, foreach in itertools.product(masks.MASKS, [False, True]):
         results = []
         for capturable in (False, True):
             params = make_params()
-            settings = {"mask": mask, "reduction": reduction, "estimator": estimator, "warmup_steps": 2}
+            settings = {"mask": mask, **measured, "warmup_steps": 2}
             train(PRM(params, foreach=foreach, capturable=capturable, **settings), params, steps=10)
             results.append(params)
         for p, q in zip(*results, strict=True):
@@ -556,21 +650,22 @@ def test_tensor_learning_rate():
         torch.testing.assert_close(p, results[0], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+@pytest.mark.parametrize("reduction", [*masks.REDUCTIONS, "signal"])
 def test_differentiable_step(reduction):
     """d(loss after two steps)/d(first gradient) by autograd equals finite differences."""
+    measured = SIGNAL if reduction == "signal" else {"reduction": reduction, "estimator": "debiased"}
 
     def after(g):
-        p = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
+        p = torch.tensor([[0.5, -1.0, 2.0], [1.0, 0.3, -0.4]], dtype=torch.float64, requires_grad=True)
         q = p.clone()
-        optimizer = PRM([q], lr=0.1, differentiable=True, reduction=reduction, estimator="debiased")
+        optimizer = PRM([q], lr=0.1, differentiable=True, **measured)
         q.grad = g
         optimizer.step()
-        q.grad = g * torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+        q.grad = g * torch.tensor([[1.0, 2.0, 0.5], [1.2, 0.7, 1.0]], dtype=torch.float64)
         optimizer.step()
         return (q**2).sum()
 
-    g = torch.tensor([0.3, -0.2, 0.7], dtype=torch.float64, requires_grad=True)
+    g = torch.tensor([[0.3, -0.2, 0.7], [0.5, 0.6, -0.1]], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(after, (g,), eps=1e-6, atol=1e-5)
 
 
@@ -620,7 +715,14 @@ ERRORS = [
     ({"alpha": -1.0}, r"Invalid alpha=-1.0"),
     ({"mask_eps": float("nan")}, r"Invalid mask_eps=nan"),
     ({"mask": "sharp"}, r"Invalid mask='sharp'.*'snr', 'soft', 'hard', 'none'"),
-    ({"reduction": "per_row"}, r"Invalid reduction='per_row'.*'per_param', 'per_tensor'"),
+    ({"reduction": "per_column"}, r"Invalid reduction='per_column'.*'per_param', 'per_tensor', 'per_row'"),
+    ({**SIGNAL, "signal_beta": 1.0}, r"Invalid signal_beta=1.0.*\[0, 1\)"),
+    ({**SIGNAL, "signal_beta": float("nan")}, r"Invalid signal_beta=nan"),
+    ({**SIGNAL, "signal_beta": True}, r"Invalid signal_beta=True"),
+    ({"signal_beta": 0.98}, r"Invalid signal_beta=0.98: it needs reduction='per_row'.*'per_param'.*signal_beta=None"),
+    ({**SIGNAL, "estimator": "ema"}, r"Invalid signal_beta=0.98: .*estimator='debiased'.*'ema'"),
+    ({"reduction": "per_row", "fused": True}, r"Invalid fused=True.*reduction='per_row'; leave fused=None"),
+    ({"reduction": "per_row", "state_dtype": "8bit"}, r"Invalid state_dtype='8bit'.*use 'bf16' or 'float32'"),
     ({"estimator": "map"}, r"Invalid estimator='map'.*'ema', 'debiased'"),
     ({"boundary": "finite"}, r"Invalid boundary='finite'.*'batch', 'empirical'"),
     ({"boundary": "empirical"}, r"Invalid batch_size=None.*boundary='empirical' needs it"),

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from prm_hf.optim import PRM
 from prm_hf.sharding import Layout, Piece, find_layout
@@ -93,6 +95,17 @@ def test_a_layout_with_a_gap_is_an_error(process_group):
     layout.pieces[id(flat)][1] = Piece(1, 6, 3)
     with pytest.raises(RuntimeError, match="under somewhere.*tensor 1: found 3 of 4 elements"):
         layout.verify()
+
+
+def test_masks_of_rows_of_shards_are_refused(process_group):
+    mesh = init_device_mesh("cpu", (1,))
+    p = torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+    p.grad = torch.ones_like(p)
+    with pytest.raises(
+        ValueError, match="reduction='per_row'.*under FSDP2.*reduction='per_tensor'; or one process, DDP"
+    ):
+        PRM([p], reduction="per_row").step()
+    PRM([p], reduction="per_tensor").step()
 
 
 def test_replaced_parameters_of_other_shapes_are_an_error():

@@ -169,7 +169,10 @@ def test_every_field_is_explained():
     [
         ({"optimizer_name": "adam"}, "`optimizer_name` is 'adam': set it to one of 'prm', 'adamw'"),
         ({"prm_mask": "snrr"}, "`prm_mask` is 'snrr': set it to one of 'snr', 'soft', 'hard', 'none'"),
-        ({"prm_reduction": "per_row"}, "`prm_reduction` is 'per_row'.*'per_param', 'per_tensor'"),
+        ({"prm_reduction": "per_column"}, "`prm_reduction` is 'per_column'.*'per_param', 'per_tensor', 'per_row'"),
+        ({"prm_signal_beta": 1.0}, r"`prm_signal_beta` is 1.0: set it to a number in \[0, 1\), or to None"),
+        ({"prm_signal_beta": 0.98}, "PRM refuses.*signal_beta=0.98: it needs reduction='per_row'.*start with `prm_`"),
+        ({"prm_reduction": "per_row", "prm_state_dtype": "8bit"}, "PRM refuses.*state_dtype='8bit'.*per_row"),
         ({"prm_estimator": "mean"}, "`prm_estimator` is 'mean'"),
         ({"prm_boundary": "epoch"}, "`prm_boundary` is 'epoch'"),
         ({"prm_softness": -1.0}, "`prm_softness` is -1.0.*not negative"),
@@ -355,6 +358,30 @@ def test_bf16_state_under_deepspeed_zero_raises(tmp_path):
         PRMDPOTrainer(make_model(), args=args, train_dataset=TRAIN, processing_class=make_tokenizer())
 
 
+def test_masks_of_rows_where_tensors_are_held_in_parts_raise(tmp_path, monkeypatch):
+    args = PRMSFTConfig(**settings(tmp_path, prm_reduction="per_row"))
+    args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 1}}, zero_stage=1)
+    message = "reduction='per_row': it is not supported under {}.*reduction='per_tensor'; or.*DDP or DeepSpeed ZeRO-0"
+    with pytest.raises(ValueError, match=message.format("DeepSpeed ZeRO-1") + ".*optimizer_name='adamw'"):
+        PRMSFTTrainer(make_model(), args=args, train_dataset=SENTENCES, processing_class=make_tokenizer())
+    args = PRMSFTConfig(**settings(tmp_path, prm_reduction="per_row"))
+    with pytest.raises(ValueError, match=message.format("FSDP2")):
+        under_fsdp(monkeypatch, 2)(make_model(), args=args, train_dataset=SENTENCES, processing_class=make_tokenizer())
+
+
+def test_training_with_masks_of_rows(tmp_path):
+    trainer = dpo_trainer(tmp_path, max_steps=4, prm_reduction="per_row", prm_signal_beta=0.98, eval_dataset=HELDOUT)
+    trainer.train()
+    prm = trainer.find_prm()
+    p = trainer.model.get_input_embeddings().weight
+    assert prm.state[p]["grad_var"].shape == p.shape[:1] and prm.state[p]["exp_avg_signal"].shape == p.shape
+    (*_, last) = [log for log in trainer.state.log_history if "mask/mean_q" in log]
+    assert 0 < last["mask/mean_q"] < 1 and last["mask/mean_q"] == prm.get_mask_stats()["mean_q"]
+    trainer.create_model_card()
+    card = (Path(trainer.args.output_dir) / "README.md").read_text()
+    assert "| `reduction` | per_row |" in card and "| `signal_beta` | 0.98 |" in card
+
+
 def test_an_optimizer_in_prms_place_raises(tmp_path):
     class Replaced(PRMDPOTrainer):
         def create_optimizer(self, *args, **kwargs):
@@ -377,17 +404,21 @@ def test_the_first_step_says_where_the_tensors_are(tmp_path, caplog):
     assert caplog.text.count(f"PRM trains {number} tensors with per_tensor masks as whole tensors on 1 process.") == 1
 
 
-def test_fsdp_version_1_raises_where_drift_is_measured(tmp_path, monkeypatch):
+def under_fsdp(monkeypatch, version):
     class UnderFSDP(PRMSFTTrainer):
         def create_accelerator_and_postprocess(self):
             super().create_accelerator_and_postprocess()
-            plugin = SimpleNamespace(fsdp_version=1, use_orig_params=True)
+            plugin = SimpleNamespace(fsdp_version=version, use_orig_params=True)
             monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
             self.is_fsdp_enabled = True
 
+    return UnderFSDP
+
+
+def test_fsdp_version_1_raises_where_drift_is_measured(tmp_path, monkeypatch):
     args = PRMSFTConfig(**settings(tmp_path))
     with pytest.raises(ValueError, match="FSDP version 2, got version 1.*drift_metrics=False"):
-        UnderFSDP(
+        under_fsdp(monkeypatch, 1)(
             make_model(),
             args=args,
             train_dataset=SENTENCES,

@@ -48,6 +48,8 @@ _DISPLAY = {
     "prm_debiased": "PRM debiased",
     "prm_debiased_eps": "PRM debiased eps",
     "prm_debiased_per_param": "PRM debiased per_param",
+    "prm_rows": "PRM per_row",
+    "prm_rows_eps": "PRM per_row eps",
     "prm_stopping": "PRM stopping",
     "constant_q": "constant q",
     "shuffled_q": "shuffled q",

@@ -1,5 +1,7 @@
 """The multi-tensor implementation of PRM's step: the numbers of `_single_tensor_*` in `step.py`, in fewer launches."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,12 +27,38 @@ def _has_rows_of_256(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.is_contiguous() and x.numel() > 0 and x.numel() % 256 == 0
 
 
+def row_mean_squares(x: Tensor) -> Tensor:
+    """The means of x² over each row, [`masks.as_rows`], shape `(rows,)`; as precise as [`sums_of_squares`]."""
+    rows = masks.as_rows(x)
+    return _row_norms(rows).square() / max(rows.shape[1], 1)
+
+
+def multi_row_mean_squares(tensors: list[Tensor]) -> list[Tensor]:
+    """[`row_mean_squares`] of several tensors, with one launch a tensor."""
+    rows = [masks.as_rows(x) for x in tensors]
+    squares = [_row_norms(x) for x in rows]
+    torch._foreach_mul_(squares, squares)
+    torch._foreach_div_(squares, [max(x.shape[1], 1) for x in rows])
+    return squares
+
+
+def _row_norms(rows: Tensor) -> Tensor:
+    # On a CPU the sums that are float32 are of 256, 128 or 64 squares, whatever divides the length of a row.
+    dtype = masks.statistics_dtype(rows.device)
+    if rows.device.type == "cpu" and rows.dtype == torch.float32 and rows.is_contiguous() and rows.numel():
+        part = math.gcd(rows.shape[1], 256)
+        if part >= 64:
+            rows = torch.linalg.vector_norm(rows.unflatten(1, (-1, part)), dim=-1)
+    return torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
+
+
 def _multi_tensor_moments(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     grad_vars: list[Tensor],
+    exp_avg_signals: list[Tensor],
     c: masks.StepScalars,
     *,
     beta1: float,
@@ -40,11 +68,12 @@ def _multi_tensor_moments(
     mask: str,
     reduction: str,
     estimator: str,
+    signal_beta: float | None,
     decoupled_weight_decay: bool,
     maximize: bool,
     **_,
 ) -> Tensor | None:
-    """m, v and, for `per_param`, s. For `per_tensor` returns Σ(g - center)² and Σm², (tensors, 2)."""
+    """m, v, s and the signal's average. For `per_tensor` no s, but returns Σ(g - center)² and Σm², (tensors, 2)."""
     if maximize:
         grads = torch._foreach_neg(grads)
     if weight_decay != 0 and not decoupled_weight_decay:
@@ -61,6 +90,14 @@ def _multi_tensor_moments(
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
     if mask == "none":
+        return None
+    if exp_avg_signals:
+        torch._foreach_lerp_(exp_avg_signals, grads, 1 - signal_beta)
+    if reduction == "per_row":
+        variances = multi_row_mean_squares(deviations)
+        torch._foreach_mul_(variances, c.weight)
+        torch._foreach_mul_(grad_vars, rho)
+        torch._foreach_add_(grad_vars, variances)
         return None
     if reduction == "per_param":
         torch._foreach_mul_(grad_vars, rho)
@@ -80,6 +117,7 @@ def _multi_tensor_update(
     exp_avg_sqs: list[Tensor],
     max_exp_avg_sqs: list[Tensor],
     grad_vars: list[Tensor],
+    exp_avg_signals: list[Tensor],
     q: Tensor | None,
     c: masks.StepScalars,
     *,
@@ -87,11 +125,12 @@ def _multi_tensor_update(
     eps: float,
     weight_decay: float,
     mask: str,
+    reduction: str,
     amsgrad: bool,
     decoupled_weight_decay: bool,
     **hyper,
 ) -> None:
-    """w ← (1 - lr·λ) w - lr · q · m̂ / (√v̂ + eps), with `q` one a tensor, or from `grad_vars` one a parameter."""
+    """w ← (1 - lr·λ) w - lr · q · m̂ / (√v̂ + eps), `q` one a tensor, or from `grad_vars` one a parameter or a row."""
     if weight_decay != 0 and decoupled_weight_decay:
         torch._foreach_mul_(params, 1 - lr * weight_decay)
     if amsgrad:
@@ -102,8 +141,12 @@ def _multi_tensor_update(
         step_sizes = [x * y for x, y in zip(step_sizes, q.tolist(), strict=True)]  # spares a pass
     elif q is not None:
         updates = torch._foreach_mul(exp_avgs, list(q.to(exp_avgs[0].dtype).unbind()))
+    elif mask != "none" and reduction == "per_row":
+        squares = multi_row_mean_squares(exp_avg_signals or exp_avgs)
+        qs = _multi_tensor_masks(squares, grad_vars, c, mask=mask, **hyper)
+        updates = torch._foreach_mul(exp_avgs, [masks.over_rows(*pair) for pair in zip(qs, exp_avgs, strict=True)])
     elif mask != "none":
-        updates = _multi_tensor_masks(exp_avgs, grad_vars, c, mask=mask, **hyper)
+        updates = _multi_tensor_masks(torch._foreach_mul(exp_avgs, exp_avgs), grad_vars, c, mask=mask, **hyper)
         torch._foreach_mul_(updates, exp_avgs)
     denoms = torch._foreach_sqrt(exp_avg_sqs)
     torch._foreach_div_(denoms, [x**0.5 for x in c.bias2])
@@ -116,12 +159,13 @@ def _multi_tensor_update(
 
 
 def _multi_tensor_masks(
-    exp_avgs: list[Tensor],
+    signals: list[Tensor],
     grad_vars: list[Tensor],
     c: masks.StepScalars,
     *,
     mask: str,
     estimator: str,
+    signal_beta: float | None,
     softness: float,
     alpha: float,
     mask_eps: float,
@@ -130,12 +174,11 @@ def _multi_tensor_masks(
     bias_correction: bool,
     **_,
 ) -> list[Tensor]:
-    """[`masks.compute_mask`] for `reduction="per_param"` on lists, in place where it can be."""
-    signals = torch._foreach_mul(exp_avgs, exp_avgs)
+    """[`masks.compute_mask`] on lists, of m² or its means over rows, which the masks overwrite."""
     torch._foreach_mul_(signals, c.signal)
     noises = torch._foreach_mul(grad_vars, c.noise)
     if estimator == "debiased":
-        torch._foreach_sub_(signals, noises)
+        torch._foreach_sub_(signals, noises if signal_beta is None else torch._foreach_mul(noises, c.floor))
         torch._foreach_clamp_min_(signals, 0)
     else:
         first_ratio = masks.first_noise_ratio(beta1, rho, bias_correction)

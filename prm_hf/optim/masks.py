@@ -1,8 +1,9 @@
 """The mask q in [0, 1] from the moments of the gradient: signal S, noise N, boundary alpha, and nothing else.
 
 Everything here is a pure function. `mean_sq` and `var` are either tensors of the parameter's shape
-(`reduction="per_param"`: m² and s of each scalar parameter) or vectors with one entry a tensor
-(`reduction="per_tensor"`: their means over the tensor), so that both reductions share one definition.
+(`reduction="per_param"`: m² and s of each scalar parameter) or vectors: with one entry a tensor
+(`reduction="per_tensor"`: their means over the tensor) or one a row (`reduction="per_row"`: their means over the row,
+with `signal_beta` of the average that the signal is estimated from), so that all reductions share one definition.
 """
 
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 
 
 MASKS = ("snr", "soft", "hard", "none")
-REDUCTIONS = ("per_param", "per_tensor")
+REDUCTIONS = ("per_param", "per_tensor", "per_row")
 ESTIMATORS = ("ema", "debiased")
 BOUNDARIES = ("batch", "empirical")
 
@@ -24,6 +25,20 @@ SCALE_FREE_EPS = torch.finfo(torch.float32).tiny
 def statistics_dtype(device: torch.device) -> torch.dtype:
     """float64, in which sums over a tensor and per-tensor masks are computed; Apple's GPUs have float32 alone."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """The rows of `reduction="per_row"`, (rows, elements): dimension 0; a tensor of 0 or 1 dimension is one row."""
+    return x.flatten(1) if x.dim() > 1 else x.reshape(1, -1)
+
+
+def n_rows(x: Tensor) -> int:
+    return x.shape[0] if x.dim() > 1 else 1
+
+
+def over_rows(q: Tensor, x: Tensor) -> Tensor:
+    """One value a row, (rows,), so that it can be multiplied with `x`, in its dtype."""
+    return q.to(x.dtype).view([-1] * (x.dim() > 0) + [1] * (x.dim() - 1))
 
 
 def boundary_alpha(boundary: str, alpha: float | None, batch_size: int | None, n_dataset: int | None) -> float:
@@ -52,8 +67,9 @@ class StepScalars(NamedTuple):
     bias2: list | Tensor  # v_hat = v / bias2
     center: list | Tensor  # the variance is taken around center * m_prev ...
     weight: list | Tensor  # ... and enters s with this weight
-    signal: list | Tensor  # m_hat^2 = signal * m^2
+    signal: list | Tensor  # m_hat^2 = signal * m^2, or of the average that the signal is estimated from
     noise: list | Tensor  # N = noise * s
+    floor: list | Tensor  # "debiased": S is what m_hat^2 has above floor * N, its own noise
     first: list | Tensor  # t = 1
     open: list | Tensor  # still in `warmup_steps`: q = 1
 
@@ -75,11 +91,13 @@ def step_scalars(
     estimator: str,
     bias_correction: bool,
     warmup_steps: int,
+    signal_beta: float | None = None,
 ) -> StepScalars:
     """The scalars of step `t`, counted from 1: a number, or a tensor of the steps of several parameter tensors."""
     bias1 = 1 - beta1**t
     one = bias1 * 0 + 1  # as many as there are steps
     seen = t > 1
+    floor = one
     if estimator == "debiased":
         # The estimate is bias-corrected by definition, whatever `bias_correction` says of the update. It starts at
         # t = 2, with the first gradient that has a mean to be compared with; until then S = N = 0, hence q = 0.
@@ -88,6 +106,9 @@ def step_scalars(
         weight = _where(seen, (1 - rho) / (1 + averaging_variance(beta1, before)), 0 * one)
         noise = _where(seen, averaging_variance(beta1, t) / (1 - rho**before), 0 * one)
         signal = _where(seen, 1 / bias1**2, 0 * one)
+        if signal_beta is not None:
+            signal = _where(seen, 1 / (1 - signal_beta**t) ** 2, 0 * one)
+            floor = averaging_variance(signal_beta, t) / averaging_variance(beta1, t)
     else:
         center = one
         weight = (1 - rho) * one
@@ -100,6 +121,7 @@ def step_scalars(
         weight=weight,
         signal=signal,
         noise=noise,
+        floor=floor,
         first=t == 1,
         open=t <= warmup_steps,
     )
@@ -121,10 +143,10 @@ def _where(condition, yes, no):
 def signal_and_noise(
     mean_sq: Tensor, var: Tensor, c: StepScalars, *, estimator: str, first_ratio: float
 ) -> tuple[Tensor, Tensor]:
-    """S and N from m² and s (or their means over a tensor)."""
+    """S and N from m² and s (or their means over a tensor or a row)."""
     signal, noise = mean_sq * c.signal, var * c.noise
     if estimator == "debiased":
-        return (signal - noise).clamp(min=0), noise
+        return (signal - c.floor * noise).clamp(min=0), noise
     return signal, _where(c.first, signal * first_ratio, noise)
 
 

@@ -23,7 +23,16 @@ SETTINGS = HYPERPARAMETERS - {"beta1", "beta2"} | {
     "fused",
     "state_dtype",
 }
-_LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "grad_vars", "state_steps")
+_LISTS = (
+    "params",
+    "grads",
+    "exp_avgs",
+    "exp_avg_sqs",
+    "max_exp_avg_sqs",
+    "grad_vars",
+    "exp_avg_signals",
+    "state_steps",
+)
 
 
 @dataclass
@@ -59,7 +68,7 @@ class Part:
 
 def use_fused(group: dict[str, Any], lists: dict[str, list[Tensor]]) -> bool:
     """Whether a part is stepped by the kernel: if asked for, and by default on CUDA where Triton is installed."""
-    if group["fused"] is False or group["foreach"] or group["differentiable"]:
+    if group["fused"] is False or group["foreach"] or group["differentiable"] or group["reduction"] == "per_row":
         return False
     if group["fused"] is None and (not lists["params"][0].is_cuda or not _triton_is_available()):
         return False

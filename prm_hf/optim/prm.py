@@ -17,7 +17,7 @@ from .parts import Part, hyperparameters, use_fused
 from .quantized import is_quantized, quantized_zeros, read, write
 from .statistics import COLUMNS, N_SUMS, add_rows, fill_per_tensor, mask_summary, slice_table
 from .step import LOW_PRECISION, ListStep, tensor_masks
-from .validation import check_reduction, check_state_dtype, validate_group
+from .validation import check_reduction, check_signal_beta, check_state_dtype, check_whole_tensors, validate_group
 
 
 # What `__setstate__` gives to a group of a checkpoint that is older than the key.
@@ -35,6 +35,7 @@ _GROUP_DEFAULTS = {
     "decoupled_weight_decay": True,
     "alpha": None,
     "estimator": "ema",
+    "signal_beta": None,
     "mask_eps": None,
     "maximize": False,
     "foreach": None,
@@ -43,7 +44,7 @@ _GROUP_DEFAULTS = {
     "differentiable": False,
     "state_dtype": "float32",
 }
-_STATE_KEYS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var")
+_STATE_KEYS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var", "exp_avg_signal")
 # Keys of ours in parameter groups, which wrappers and checkpoints carry along: the number that the group was created
 # with, and in checkpoints of flat partitions `grad_var` of all tensors (DeepSpeed drops or trims it in the state).
 _NUMBER, _TENSOR_VARS = "prm_group", "prm_grad_var"
@@ -82,6 +83,17 @@ class PRM(Optimizer):
     :math:`s` is centred on the bias-corrected mean from the second step on; at the first step nothing is known and
     q = 0. With `"ema"` pure noise has S/N = (1-β1)/(1+β1)·…, about 1/20, so q never falls much under 0.048.
 
+    With `reduction="per_tensor"` and `"per_row"` S and N are formed from the means of :math:`m^2` and :math:`s` over
+    the tensor or the row. With `signal_beta` :math:`\beta_S`, the signal has a gradient average of its own,
+
+    .. math::
+        a \leftarrow \beta_S a + (1-\beta_S) g, \quad
+        S = \max(\overline{\hat a^2} - \kappa^S_t \overline{\hat s}, 0), \quad
+        N = \kappa_t \overline{\hat s}
+
+    where bars are means over the row and :math:`\kappa^S_t` is :math:`\kappa_t` of :math:`\beta_S`: a slower average
+    sees smaller signals, and the mask weighs them against the noise of the average that is stepped with.
+
     Args:
         params (iterable): parameters, `(name, parameter)` pairs, or dicts that define parameter groups.
         lr (`float` or `Tensor`): learning rate η.
@@ -96,13 +108,18 @@ class PRM(Optimizer):
         n_dataset (`int`, *optional*): n, examples in the training set. Needed by `boundary="empirical"`.
         mask (`str`): `"snr"`, `"soft"`, `"hard"` or `"none"`.
         reduction (`str`): `"per_param"`, one q a scalar parameter; or `"per_tensor"`, one q a parameter tensor from
-            the means of S and N over it, with a single scalar of state beyond AdamW's.
+            the means of S and N over it, with a single scalar of state beyond AdamW's; or `"per_row"`, one q a row
+            (dimension 0) of tensors of two dimensions and more and one of any other tensor, with as many numbers of
+            state. `"per_row"` is for whole tensors (one process, DDP, DeepSpeed ZeRO-0) and has no fused kernel.
         warmup_steps (`int`): the first steps of each parameter that are plain AdamW (q = 1) while `grad_var` forms.
         amsgrad (`bool`): use the maximum of `exp_avg_sq` so far.
         bias_correction (`bool`): correct m, v and s for their start at zero.
         decoupled_weight_decay (`bool`): `False` adds λ_wd·w to the gradient, as in Adam.
         alpha (`float`, *optional*): α as a number; overrides `boundary`.
         estimator (`str`): `"ema"` (the paper) or `"debiased"`.
+        signal_beta (`float`, *optional*): β_S, decay rate in [0, 1) of a gradient average from which S is estimated,
+            at 4 bytes a parameter; for `reduction="per_row"` with `estimator="debiased"`. By default S is estimated
+            from `exp_avg`.
         mask_eps (`float`, *optional*): ε_q. The default is scale-free (the smallest normal float32); `1e-8` is the
             published behaviour, which closes the mask on the small gradients of language models.
         maximize (`bool`): ascend.
@@ -117,12 +134,13 @@ class PRM(Optimizer):
             changes of `exp_avg` below 2^-9 of it are lost in bfloat16. `"bf16"` is not for DeepSpeed ZeRO and FSDP1,
             `"8bit"` for whole tensors alone (one process, DDP).
 
-    Any of `mask`, `reduction`, `softness`, `alpha`, `estimator`, `rho`, `mask_eps`, `warmup_steps` and the arguments
-    of AdamW may differ between parameter groups.
+    Any of `mask`, `reduction`, `softness`, `alpha`, `estimator`, `signal_beta`, `rho`, `mask_eps`, `warmup_steps` and
+    the arguments of AdamW may differ between parameter groups.
 
     State of a parameter: `step` (0-dim float32), `exp_avg`, `exp_avg_sq`, with `amsgrad` `max_exp_avg_sq` (the
     parameter's shape; float32 for bfloat16 and float16 parameters, or as `state_dtype` says) and, unless
-    `mask="none"`, `grad_var` (the parameter's shape for `per_param`, one 0-dim float64 for `per_tensor`). `grad_var`
+    `mask="none"`, `grad_var` (the parameter's shape for `per_param`, one 0-dim float64 for `per_tensor`, float64
+    `(rows,)` for `per_row`) and with `signal_beta` `exp_avg_signal` (as `exp_avg`, but never in bfloat16). `grad_var`
     estimates the variance of the gradient of the batch *mean*: with per-example gradients at hand its long-run mean is
     their population variance over b - 1.
 
@@ -159,6 +177,7 @@ class PRM(Optimizer):
         *,
         alpha: float | None = None,
         estimator: str = "ema",
+        signal_beta: float | None = None,
         mask_eps: float | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -185,6 +204,7 @@ class PRM(Optimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "alpha": alpha,
             "estimator": estimator,
+            "signal_beta": signal_beta,
             "mask_eps": mask_eps,
             "maximize": maximize,
             "foreach": foreach,
@@ -254,11 +274,13 @@ class PRM(Optimizer):
 
         Raises:
             ValueError: a group of the checkpoint was trained with another `reduction`; its `grad_var` has another
-                shape and meaning, so that moving it would be neither.
+                shape and meaning, so that moving it would be neither. Or one of the two has a `signal_beta` and the
+                other has none.
         """
         if state_dict["state"]:
             for number, (ours, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
                 check_reduction(number, ours["reduction"], theirs.get("reduction", ours["reduction"]))
+                check_signal_beta(number, ours["signal_beta"], theirs.get("signal_beta"))
         state_dtypes = [group["state_dtype"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         # torch casts floating-point state to the parameter's dtype: bfloat16 for state that we keep in float32, and
@@ -292,7 +314,8 @@ class PRM(Optimizer):
             closure (`Callable`, *optional*): reevaluates the model and returns the loss.
 
         Raises:
-            ValueError: a gradient is sparse, or a group's settings were changed to something invalid.
+            ValueError: a gradient is sparse, a group's settings were changed to something invalid, or at the first
+                step the parameters are sharded and a group's `reduction` or `state_dtype` is not for that.
             RuntimeError: at the first step, if the parameters are sharded in a way that PRM does not know.
         """
         # torch renamed the check, and deprecated its old name, after 2.9.
@@ -427,6 +450,7 @@ class PRM(Optimizer):
         if self._locator.layout is not None:
             for group in self.param_groups:
                 check_state_dtype(group["state_dtype"], self._locator.layout.path)
+                check_whole_tensors(group["reduction"], self._locator.layout.path)
         if self._locator.flat:
             self._unshare_steps()
         masked = [g for g in self.param_groups if g["mask"] != "none" and g["reduction"] == "per_tensor"]
@@ -453,7 +477,9 @@ class PRM(Optimizer):
     def _absorb_loaded(self) -> None:
         """Takes over what a checkpoint put into the parameter groups, however DeepSpeed put it there."""
         for group in self.param_groups:
-            check_reduction(group[_NUMBER], self._created[group[_NUMBER]]["reduction"], group["reduction"])
+            created = self._created[group[_NUMBER]]
+            check_reduction(group[_NUMBER], created["reduction"], group["reduction"])
+            check_signal_beta(group[_NUMBER], created.get("signal_beta"), group["signal_beta"])
         numbers = [group[_NUMBER] for group in self.param_groups]
         if len(numbers) == len(self._created) > 1 and numbers != list(range(len(numbers))):
             # DeepSpeed's stage-3 universal load copies the settings of the first group to every other. The learning
@@ -514,6 +540,8 @@ class PRM(Optimizer):
                 tensors["max_exp_avg_sqs"] = state["max_exp_avg_sq"]
             if group["mask"] != "none" and not per_tensor:
                 tensors["grad_vars"] = state["grad_var"]
+                if group["signal_beta"] is not None:
+                    tensors["exp_avg_signals"] = state["exp_avg_signal"]
             key = (p.device, state["exp_avg"].dtype, state["exp_avg_sq"].dtype, p.dtype, grad.dtype)
             if key not in parts:
                 parts[key] = Part(hyper, group["foreach"], p.device)
@@ -547,7 +575,10 @@ class PRM(Optimizer):
             if masked and group["reduction"] == "per_param":
                 state["grad_var"] = torch.zeros_like(p, dtype=_state_dtype(p), memory_format=torch.preserve_format)
             elif masked and not split:
-                state["grad_var"] = torch.zeros((), dtype=masks.statistics_dtype(p.device), device=p.device)
+                shape = (masks.n_rows(p),) if group["reduction"] == "per_row" else ()
+                state["grad_var"] = torch.zeros(shape, dtype=masks.statistics_dtype(p.device), device=p.device)
+            if masked and group["signal_beta"] is not None:
+                state["exp_avg_signal"] = _new_moment(p, "exp_avg_signal", group["state_dtype"])
         elif self._locator.flat and group["amsgrad"] and "max_exp_avg_sq" not in state:
             raise ValueError(
                 "The checkpoint has no `max_exp_avg_sq`, which DeepSpeed's universal checkpoints do not keep: resume "
@@ -630,6 +661,8 @@ class PRM(Optimizer):
             kept = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
             if masked and not per_tensor:
                 kept["grad_var"] = state["grad_var"]
+                if group["signal_beta"] is not None:
+                    kept["exp_avg_signal"] = state["exp_avg_signal"]
             owners, lists = self._locator.slices(p, kept, split=True)
             slices = [dict(zip(lists, views_of, strict=True)) for views_of in zip(*lists.values(), strict=True)]
             if self._locator.flat:  # a row also for tensors of which this process holds nothing

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import masks
-from .foreach import sums_of_squares
+from .foreach import multi_row_mean_squares, row_mean_squares, sums_of_squares
 from .quantized import flat_slice, is_quantized, read
 from .step import CPU_BLOCK, QUANTIZED_BLOCK, buckets, divide, mask_arguments, scalars_of
 
@@ -32,7 +32,9 @@ SUMMARY = (
 
 
 def slice_table(slices: list[dict[str, Tensor]], steps: list[Tensor], hyper: dict[str, Any]) -> Tensor:
-    """The rows of slices of tensors, each with its `exp_avg`, `exp_avg_sq` and, for `per_param`, `grad_var`.
+    """The rows of slices of tensors, each with its `exp_avg`, `exp_avg_sq` and what the mask has of the rest.
+
+    The rest is `grad_var`, unless masks are `per_tensor`, and `exp_avg_signal`.
 
     Returns:
         float64, `(slices, 9)`, on the CPU, where a table of scalars is worked on without launches.
@@ -82,23 +84,39 @@ def _readable(x: Tensor) -> Tensor:
     return read(x, torch.promote_types(x.dtype, torch.float32))
 
 
-def _masked_rows(slices: list[dict[str, Tensor]], steps: list[Tensor], hyper: dict[str, Any]) -> Tensor:
-    """Rows of slices for `per_param`, with the columns `_MASKED` alone. None of the slices is empty.
+def local_masks(
+    exp_avg: Tensor, grad_var: Tensor, exp_avg_signal: Tensor | None, step: Tensor, hyper: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, S and N of the last step from the state: for `per_param` one a scalar parameter, for `per_row` one a row."""
+    average = _readable(exp_avg if exp_avg_signal is None else exp_avg_signal)
+    c = scalars_of(step.to(dtype=masks.statistics_dtype(average.device), device=average.device), hyper)
+    squares = average.square() if hyper["reduction"] == "per_param" else row_mean_squares(average)
+    return masks.compute_mask(squares, grad_var, c, **mask_arguments(hyper))
 
-    One block of them at a time is copied together, so that their number does not count, nor the memory of a large one.
+
+def _masked_rows(slices: list[dict[str, Tensor]], steps: list[Tensor], hyper: dict[str, Any]) -> Tensor:
+    """Rows of slices for `per_param` and `per_row`, with the columns `_MASKED` alone. None of the slices is empty.
+
+    One block of them at a time is copied together, so that their number does not count, nor the memory of a large one;
+    but for `per_row` the means over rows are a launch a tensor.
     """
     ages, device = torch.stack(steps).tolist(), slices[0]["exp_avg"].device
     dtype, size = masks.statistics_dtype(device), CPU_BLOCK if device.type == "cpu" else QUANTIZED_BLOCK
+    per_row, variances = hyper["reduction"] == "per_row", [tensors["grad_var"] for tensors in slices]
+    averages = [tensors.get("exp_avg_signal", tensors["exp_avg"]) for tensors in slices]
+    if per_row:
+        averages = multi_row_mean_squares(averages)
     owners, parts = [], []
     for age in sorted(set(ages)):  # one, but for tensors that skipped steps
         members = [i for i, other in enumerate(ages) if other == age]
-        lists = [[slices[i][name] for i in members] for name in ("exp_avg", "grad_var")]
+        lists = [[xs[i] for i in members] for xs in (averages, variances)]
         for block in divide(lists, size):
             owners += [members[j] for j, _ in block]
             pieces = [[xs[j] if span is None else flat_slice(xs[j], span) for j, span in block] for xs in lists]
             lengths = [x.numel() for x in pieces[0]]
             m, s = (torch.cat([_readable(x).reshape(-1) for x in xs]) for xs in pieces)
-            q, signal, noise = masks.compute_mask(m.square_(), s, scalars_of(age, hyper), **mask_arguments(hyper))
+            squares = m if per_row else m.square_()
+            q, signal, noise = masks.compute_mask(squares, s, scalars_of(age, hyper), **mask_arguments(hyper))
             # None is negative, so that a norm of order 1 is a sum
             columns = [part for x in (q, (q > 0).to(q.dtype), signal, noise) for part in x.split(lengths)]
             lowest = torch._foreach_neg(torch._foreach_max(q.neg().split(lengths)))
@@ -107,7 +125,11 @@ def _masked_rows(slices: list[dict[str, Tensor]], steps: list[Tensor], hyper: di
             parts.append(torch.cat([sums, extremes]).view(len(_MASKED), -1))
     rows = torch.zeros(len(owners), len(COLUMNS), dtype=torch.float64)
     rows[:, [_AT[name] for name in _MASKED]] = _on_host(torch.cat(parts, dim=1).t())
-    return add_rows(rows, owners)[0]
+    rows = add_rows(rows, owners)[0]
+    if per_row:  # each stands for all parameters of its row
+        lengths = [x["exp_avg"].numel() // x["grad_var"].numel() for x in slices]
+        rows[:, :N_SUMS] *= torch.tensor(lengths, dtype=torch.float64).unsqueeze(1)
+    return rows
 
 
 def add_rows(table: Tensor, numbers: list[int]) -> tuple[Tensor, list[int]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from . import masks
-from .foreach import _multi_tensor_moments, _multi_tensor_update, sums_of_squares
+from .foreach import _multi_tensor_moments, _multi_tensor_update, row_mean_squares, sums_of_squares
 from .quantized import flat_slice, is_quantized, read, write
 
 
@@ -48,15 +48,19 @@ def prm(
     maximize: bool,
     capturable: bool,
     differentiable: bool,
+    signal_beta: float | None = None,
+    exp_avg_signals: list[Tensor] | None = None,
 ) -> None:
     """Functional API of one PRM step on lists of tensors, updated in place. See [`PRM`] for the arguments.
 
-    `params`, `grads`, `exp_avgs`, `exp_avg_sqs` and, with `amsgrad`, `max_exp_avg_sqs` hold tensors of equal shapes;
-    `grad_vars` such tensors too for `reduction="per_param"`, 0-dim ones for `"per_tensor"`, none for `mask="none"`;
-    `state_steps` 0-dim tensors that count the steps before this one. `alpha` and `mask_eps` are numbers here.
+    `params`, `grads`, `exp_avgs`, `exp_avg_sqs`, with `amsgrad` `max_exp_avg_sqs` and with `signal_beta`
+    `exp_avg_signals` hold tensors of equal shapes; `grad_vars` such tensors too for `reduction="per_param"`, 0-dim
+    ones for `"per_tensor"`, vectors with an entry a row for `"per_row"`, none for `mask="none"`; `state_steps` 0-dim
+    tensors that count the steps before this one. `alpha` and `mask_eps` are numbers here.
     """
     hyper = {key: value for key, value in locals().items() if key in HYPERPARAMETERS}
-    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grad_vars, state_steps)
+    signals = exp_avg_signals or []
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grad_vars, signals, state_steps)
     if params:
         torch._foreach_add_(state_steps, 1)
     for index in buckets(exp_avgs):
@@ -82,6 +86,7 @@ HYPERPARAMETERS = frozenset(
         "mask",
         "reduction",
         "estimator",
+        "signal_beta",
         "mask_eps",
         "warmup_steps",
         "amsgrad",
@@ -118,6 +123,7 @@ class ListStep:
         exp_avg_sqs: list[Tensor],
         max_exp_avg_sqs: list[Tensor],
         grad_vars: list[Tensor],
+        exp_avg_signals: list[Tensor],
         state_steps: list[Tensor],
         hyper: dict[str, Any],
         foreach: bool | None,
@@ -128,7 +134,9 @@ class ListStep:
             foreach = foreach and (hyper["capturable"] or not isinstance(hyper["lr"], Tensor))
         self._hyper = hyper
         self.per_tensor = hyper["mask"] != "none" and hyper["reduction"] == "per_tensor"
-        self._lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, [] if self.per_tensor else grad_vars)
+        self._per_row = hyper["mask"] != "none" and hyper["reduction"] == "per_row"
+        elementwise = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+        self._lists = (*elementwise, [] if self.per_tensor else grad_vars, exp_avg_signals)
         self.grad_vars, self.state_steps = grad_vars, state_steps
         self._quantized = any(map(is_quantized, exp_avgs))
         self._dtype = torch.float32 if self._quantized else exp_avg_sqs[0].dtype
@@ -141,15 +149,17 @@ class ListStep:
         size = DEVICE_BLOCK if params[0].device.type != "cpu" else CPU_BLOCK
         size = min(size, QUANTIZED_BLOCK) if self._quantized else size
         whole = [[(i, None) for i in range(len(params))]]
-        self._blocks = divide(self._lists, size) if foreach or self._quantized else whole
+        self._blocks = divide(self._lists, size, self._per_row) if foreach or self._quantized else whole
 
     def _take(self, block: list[tuple[int, slice | None]]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
         """The parts of all lists in a block, as they are kept and as the step computes with them."""
+        cut = Tensor.__getitem__ if self._per_row else flat_slice
         kept = [
-            [tensors[i] if span is None else flat_slice(tensors[i], span) for i, span in block] if tensors else []
+            [tensors[i] if span is None else cut(tensors[i], span) for i, span in block] if tensors else []
             for tensors in self._lists
         ]
-        return kept, [[read(x, self._dtype) for x in tensors] for tensors in kept]
+        # Promoted, as the variances of rows are more precise than the step
+        return kept, [[read(x, torch.promote_types(x.dtype, self._dtype)) for x in tensors] for tensors in kept]
 
     def moments(self) -> Tensor | None:
         """For `per_tensor`: m and v, and Σ(g - center)² and Σm² of each tensor, float64 (n, 2)."""
@@ -157,14 +167,14 @@ class ListStep:
             return None
         sums, spans = [], [0] * len(self._lists[0])
         for block in self._blocks:
-            kept, (params, grads, exp_avgs, exp_avg_sqs, _, _) = self._take(block)
+            kept, (params, grads, exp_avgs, exp_avg_sqs, *_) = self._take(block)
             if self._moments_last:  # these are to be thrown away
                 exp_avgs, exp_avg_sqs = (
                     [x.clone() if x is old else x for x, old in zip(new, olds, strict=True)]
                     for new, olds in ((exp_avgs, kept[2]), (exp_avg_sqs, kept[3]))
                 )
             scalars = self._scalars.take([i for i, _ in block])
-            sums.append(self._moments(params, grads, exp_avgs, exp_avg_sqs, [], scalars, **self._hyper))
+            sums.append(self._moments(params, grads, exp_avgs, exp_avg_sqs, [], [], scalars, **self._hyper))
             for i, _ in block:
                 spans[i] += 1
         sums = torch.cat(sums)
@@ -174,7 +184,7 @@ class ListStep:
         return torch.stack([part.sum(0) for part in sums.split(spans)])
 
     def update(self, q: Tensor | None = None) -> None:
-        """m and v unless `moments` has computed them, for `per_param` s, decoupled weight decay, the masked update.
+        """What of the moments is not there yet, decoupled weight decay, the masked update.
 
         `q`, for `per_tensor`, has an entry for each tensor.
         """
@@ -183,31 +193,36 @@ class ListStep:
             positions = [i for i, _ in block]
             scalars = self._scalars.take(positions)
             kept, working = self._take(block)
-            params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grad_vars = working
+            params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grad_vars, signals = working
             if self._moments_last:
                 hyper = self._hyper if q is None else self._hyper | {"mask": "none"}  # no sums again
-                self._moments(params, grads, exp_avgs, exp_avg_sqs, grad_vars, scalars, **hyper)
+                self._moments(params, grads, exp_avgs, exp_avg_sqs, grad_vars, signals, scalars, **hyper)
             part = q if q is None or len(self._blocks) == 1 else torch.stack([qs[i] for i in positions])
-            self._update(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grad_vars, part, scalars, **self._hyper)
+            state = exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grad_vars, signals
+            self._update(params, *state, part, scalars, **self._hyper)
             for olds, news in zip(kept, working, strict=True):
                 if olds is not kept[1]:  # gradients stay
                     for old, new in zip(olds, news, strict=True):
                         write(old, new)
 
 
-def divide(lists: Sequence[list[Tensor]], size: int) -> list[list[tuple[int, slice | None]]]:
+def divide(lists: Sequence[list[Tensor]], size: int, by_rows: bool = False) -> list[list[tuple[int, slice | None]]]:
     """Tensors, of which several lists hold one each, in blocks of at most `size` elements where they can be cut.
 
-    A block is a list of positions in the lists, with the span of a tensor that is taken apart.
+    A block is a list of positions in the lists, with the span of a tensor that is taken apart: of elements, flattened,
+    or `by_rows` of rows.
     """
     blocks, filled = [[]], 0
     for i, tensor in enumerate(lists[0]):
         n = tensor.numel()
+        length = masks.n_rows(tensor) if by_rows else n
+        can_be_cut = length > 1 if by_rows else all(tensors[i].is_contiguous() for tensors in lists if tensors)
         spans = [None]
-        if n > size and all(tensors[i].is_contiguous() for tensors in lists if tensors):
-            spans = [slice(start, min(start + size, n)) for start in range(0, n, size)]
+        if n > size and can_be_cut:
+            stride = max(size * length // n, 1)
+            spans = [slice(start, min(start + stride, length)) for start in range(0, length, stride)]
         for span in spans:
-            part = n if span is None else span.stop - span.start
+            part = n if span is None else (span.stop - span.start) * (n // length)
             if blocks[-1] and filled + part > size:
                 blocks.append([])
                 filled = 0
@@ -255,6 +270,7 @@ def _single_tensor_moments(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     grad_vars: list[Tensor],
+    exp_avg_signals: list[Tensor],
     c: masks.StepScalars,
     *,
     beta1: float,
@@ -263,12 +279,13 @@ def _single_tensor_moments(
     weight_decay: float,
     mask: str,
     reduction: str,
+    signal_beta: float | None,
     decoupled_weight_decay: bool,
     maximize: bool,
     differentiable: bool,
     **_,
 ) -> Tensor | None:
-    """m, v and, for `per_param`, s. For `per_tensor` returns Σ(g - center)² and Σm², (tensors, 2)."""
+    """m, v, s and the signal's average. For `per_tensor` no s, but returns Σ(g - center)² and Σm², (tensors, 2)."""
     sums = []
     for i, param in enumerate(params):
         grad = -grads[i] if maximize else grads[i]
@@ -279,8 +296,11 @@ def _single_tensor_moments(
         exp_avg_sqs[i].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         if mask == "none":
             continue
-        if reduction == "per_param":
-            grad_vars[i].mul_(rho).add_(deviation.square() * c.weight[i])
+        if exp_avg_signals:
+            exp_avg_signals[i].lerp_(grad, 1 - signal_beta)
+        if reduction != "per_tensor":
+            square = deviation.square() if reduction == "per_param" else row_mean_squares(deviation)
+            grad_vars[i].mul_(rho).add_(square * c.weight[i])
         else:
             # Autograd keeps what it needs of m, which the next step changes in place.
             m = exp_avgs[i].clone() if differentiable else exp_avgs[i]
@@ -294,6 +314,7 @@ def _single_tensor_update(
     exp_avg_sqs: list[Tensor],
     max_exp_avg_sqs: list[Tensor],
     grad_vars: list[Tensor],
+    exp_avg_signals: list[Tensor],
     q: Tensor | None,
     c: masks.StepScalars,
     *,
@@ -301,12 +322,13 @@ def _single_tensor_update(
     eps: float,
     weight_decay: float,
     mask: str,
+    reduction: str,
     amsgrad: bool,
     decoupled_weight_decay: bool,
     differentiable: bool,
     **hyper,
 ) -> None:
-    """w ← (1 - lr·λ) w - lr · q · m̂ / (√v̂ + eps), with `q` one a tensor, or from `grad_vars` one a parameter."""
+    """w ← (1 - lr·λ) w - lr · q · m̂ / (√v̂ + eps), `q` one a tensor, or from `grad_vars` one a parameter or a row."""
     for i, param in enumerate(params):
         if weight_decay != 0 and decoupled_weight_decay:
             param.mul_(1 - lr * weight_decay)
@@ -324,7 +346,12 @@ def _single_tensor_update(
             else:
                 arguments = mask_arguments({"mask": mask, **hyper})
                 s = grad_vars[i].clone() if differentiable else grad_vars[i]
-                update = m * masks.compute_mask(m.square(), s, c.select(i), **arguments)[0]
+                average = m
+                if exp_avg_signals:
+                    average = exp_avg_signals[i].clone() if differentiable else exp_avg_signals[i]
+                squares = average.square() if reduction == "per_param" else row_mean_squares(average)
+                own_q = masks.compute_mask(squares, s, c.select(i), **arguments)[0]
+                update = m * (own_q if reduction == "per_param" else masks.over_rows(own_q, m))
         if isinstance(step_size, Tensor):
             param.addcdiv_(update * -step_size, denom)
         else:
@@ -333,7 +360,7 @@ def _single_tensor_update(
 
 def scalars_of(t: float | Tensor, hyper: dict[str, Any]) -> masks.StepScalars:
     """[`masks.step_scalars`] of the step or steps `t` under a group's settings."""
-    keys = ("beta1", "beta2", "rho", "estimator", "bias_correction", "warmup_steps")
+    keys = ("beta1", "beta2", "rho", "estimator", "bias_correction", "warmup_steps", "signal_beta")
     return masks.step_scalars(t, **{key: hyper[key] for key in keys})
 
 

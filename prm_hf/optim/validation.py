@@ -38,6 +38,20 @@ def validate_group(group: dict[str, Any]) -> None:
         ("state_dtype", STATE_DTYPES),
     ):
         check(group[name] in allowed, name, group[name], "it must be one of " + ", ".join(map(repr, allowed)))
+    signal_beta = group["signal_beta"]
+    if signal_beta is not None:
+        check(number(signal_beta) and 0 <= signal_beta < 1, "signal_beta", signal_beta, "it must be None or in [0, 1)")
+        check(
+            group["reduction"] == "per_row" and group["estimator"] == "debiased",
+            "signal_beta",
+            signal_beta,
+            "it needs reduction='per_row' and estimator='debiased', and there are reduction="
+            f"{group['reduction']!r} and estimator={group['estimator']!r}; set these, or leave signal_beta=None",
+        )
+    if group["reduction"] == "per_row":
+        check(not group["fused"], "fused", True, "the kernel has no reduction='per_row'; leave fused=None")
+        message = "blocks of 8-bit values do not end where rows do; with reduction='per_row' use 'bf16' or 'float32'"
+        check(group["state_dtype"] != "8bit", "state_dtype", "8bit", message)
     steps = group["warmup_steps"]
     check(number(steps) and steps >= 0 and steps == int(steps), "warmup_steps", steps, "it must be an integer ≥ 0")
     for name in ("batch_size", "n_dataset"):
@@ -114,6 +128,25 @@ def check_reduction(number: int, ours: str, theirs: str) -> None:
             f"The checkpoint's parameter group {number} was trained with reduction={theirs!r}, this optimizer was "
             f"created with reduction={ours!r}: their `grad_var` cannot be converted. Create the optimizer with "
             f"reduction={theirs!r}, or start from the weights alone with a fresh optimizer."
+        )
+
+
+def check_signal_beta(number: int, ours: float | None, theirs: float | None) -> None:
+    """Raises ValueError if a parameter group has `exp_avg_signal` and the checkpoint for it has not, or vice versa."""
+    if (theirs is None) != (ours is None):
+        raise ValueError(
+            f"The checkpoint's parameter group {number} was trained with signal_beta={theirs!r}, this optimizer was "
+            f"created with signal_beta={ours!r}: only one of them has `exp_avg_signal`. Create the optimizer with "
+            f"signal_beta={theirs!r}, or start from the weights alone with a fresh optimizer."
+        )
+
+
+def check_whole_tensors(reduction: str, path: str) -> None:
+    """Raises ValueError if masks of rows are asked for where `path` says that tensors are held in parts."""
+    if reduction == "per_row":
+        raise ValueError(
+            f"Invalid reduction='per_row': it is not supported under {path}, where rows may lie in several processes. "
+            "Use reduction='per_tensor'; or one process, DDP or DeepSpeed ZeRO-0, where tensors are whole."
         )
 
 

@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from ..metrics import ParameterDrift
 from ..optim import PRM
+from ..optim.validation import check_whole_tensors
 from ..sharding import deepspeed, fsdp
 from .arguments import prm_kwargs
 from .callbacks import PRMCallback
@@ -34,6 +35,7 @@ _SETTINGS = (
     "reduction",
     "softness",
     "estimator",
+    "signal_beta",
     "rho",
     "boundary",
     "alpha",
@@ -96,6 +98,8 @@ class PRMTrainerMixin(CheckpointMixin):
             if self.is_fsdp_enabled:
                 plugin = self.accelerator.state.fsdp_plugin
                 fsdp.check_plugin(plugin.fsdp_version, plugin.use_orig_params)
+                if self._arguments_choose:
+                    check_whole_tensors(self.args.prm_reduction, f"FSDP{plugin.fsdp_version}")
             self.add_callback(PRMCallback)
             self._tag_names = [*self._tag_names, "prm-optimizer"]
             self.model.add_model_tags(self._tag_names)

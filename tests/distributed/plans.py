@@ -3,6 +3,7 @@
 PER_TENSOR = {"reduction": "per_tensor"}
 PER_PARAM = {"reduction": "per_param"}
 DEBIASED = {"estimator": "debiased"}
+PER_ROW = {"reduction": "per_row", "signal_beta": 0.98} | DEBIASED
 
 # By name of the file in `accelerate_configs/`, the number of processes.
 PATHS = {
@@ -46,19 +47,24 @@ FSDP1 = {
 BF16_STATE = PLAIN | {"prm": PER_TENSOR | {"state_dtype": "bf16"}}
 REFUSED_STATE = {"prm": PER_TENSOR | {"state_dtype": "bf16"}}
 PURE_BF16 = PLAIN | {"dtype": "bfloat16"}  # parameters in bfloat16, without float32 copies
+ROWS = {"per_row": {"prm": PER_ROW, **SAVED}}
+REFUSED_ROWS = {"prm": PER_ROW}
 SPECIAL = {
-    "single": {"pure_bf16": PURE_BF16},
-    "ddp": {"pure_bf16": PURE_BF16},
+    "single": {"pure_bf16": PURE_BF16} | ROWS,
+    "ddp": {"pure_bf16": PURE_BF16} | ROWS,
     "fsdp2": {
         "pure_bf16": PURE_BF16,
         "bf16_state": BF16_STATE,
         "plain": PLAIN,
         "fsdp1": PLAIN | {"environment": FSDP1},
         "refused_state": REFUSED_STATE | {"environment": FSDP1},
+        "refused_rows": REFUSED_ROWS,
         "fsdp1_flat": {"prm": PER_TENSOR, "environment": FSDP1 | {"FSDP_USE_ORIG_PARAMS": "false"}},
     },
-    "zero0": {"fp16": FP16},  # DeepSpeed refuses to accumulate bfloat16 in float32 there
+    # DeepSpeed refuses to accumulate bfloat16 in float32 there
+    "zero0": {"fp16": FP16, "per_row_bf16": {"prm": PER_ROW, "bf16": True, **SAVED}} | ROWS,
     "zero1": {
+        "refused_rows": REFUSED_ROWS,
         "bf16_fp32": BF16_FP32,
         "plain": PLAIN,
         "round_robin": PLAIN | {"deepspeed": ROUND_ROBIN},
@@ -74,6 +80,7 @@ SPECIAL = {
         "fp16": FP16,
         "plain": PLAIN,
         "refused_state": REFUSED_STATE,
+        "refused_rows": REFUSED_ROWS,
         "sub_groups": PLAIN | {"deepspeed": SUB_GROUPS},
     },
     "zero2_offload": {"bf16_fp32": BF16_FP32},

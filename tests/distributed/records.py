@@ -23,7 +23,7 @@ def assemble(ranks: list[dict], step: int, field: str) -> dict[int, torch.Tensor
 
 
 def masks_of(ranks: list[dict], step: int) -> dict[int, torch.Tensor]:
-    """By number of each original tensor, its mask: one value, or with `per_param` one for each scalar parameter."""
+    """By number of each original tensor, its mask: for `per_tensor` one value, else one for each scalar parameter."""
     qs = {}
     for rank in ranks:
         for number, q in rank["steps"][step]["q"].items():
@@ -80,15 +80,17 @@ def replay(ranks: list[dict], prm: dict) -> tuple[float, float]:
         gradients, before = assemble(ranks, step, "grad"), assemble(ranks, step, "before")
         expected_masks, expected_weights = {}, {}
         for number, gradient in gradients.items():
-            reference = tensors.setdefault(number, ReferenceTensor(before[number].double().numpy()))
+            shape = settings[number]["shape"] or gradient.shape
+            reference = tensors.setdefault(number, ReferenceTensor(before[number].view(shape).double().numpy()))
             used = {key: settings[number][key] for key in ("lr", "weight_decay")}
             arguments = {"rho": 0.9, **prm, **used}
             is_rounded = arguments.pop("state_dtype", "float32") == "bf16"
-            reference.step(gradient.double().numpy(), **arguments)
+            reference.step(gradient.view(shape).double().numpy(), **arguments)
             if is_rounded:
                 reference.m = torch.from_numpy(reference.m).to(torch.bfloat16).double().numpy()
-            q = reference.q if prm["reduction"] == "per_param" else reference.q[:1]
-            expected_masks[number], expected_weights[number] = torch.from_numpy(q), torch.from_numpy(reference.w)
+            q, w = (torch.from_numpy(x).flatten() for x in (reference.q, reference.w))
+            expected_masks[number] = q[:1] if prm["reduction"] == "per_tensor" else q
+            expected_weights[number] = w
         mask = max(mask, difference(masks_of(ranks, step), expected_masks, is_relative(prm)))
         weight = max(weight, difference(assemble(ranks, step, "after"), expected_weights, relative=False))
     return mask, weight

@@ -26,7 +26,7 @@ TRAINED = [
     (path, name)
     for path in PATHS
     for name, options in plan(path).items()
-    if "resume" not in options and name not in ("fsdp1_flat", "refused_state")
+    if "resume" not in options and name not in ("fsdp1_flat", "refused_state", "refused_rows")
 ]
 UNUSED = 0  # the parameter without a gradient comes first
 
@@ -77,6 +77,21 @@ def test_like_one_process(recorded, path, name):
         assert mask < max(1e-6, 2 * noise_mask)
     else:  # where the gradient of a scalar parameter is nearly zero, noise decides its mask, under DDP too
         assert mask < 2 * noise_mask
+
+
+@pytest.mark.parametrize("path", ["ddp", "zero0"])
+def test_masks_of_rows_like_one_process(recorded, path):
+    single, ranks = (recorded.run(p, "per_row") for p in ("single", path))
+    mask, weight = compare_runs(ranks, single, of(path, "per_row")["prm"])
+    assert mask < 1e-5  # gradients are added up in another order
+    assert weight < 5e-6
+
+
+@pytest.mark.parametrize("path", ["fsdp2", "zero1", "zero3"])
+def test_masks_of_rows_are_refused_where_tensors_are_held_in_parts(recorded, path):
+    for rank in recorded.runs(path)["refused_rows"]:
+        assert rank["error"].startswith("ValueError: Invalid reduction='per_row': it is not supported under")
+        assert NAMES[path] in rank["error"] and "Use reduction='per_tensor'; or one process, DDP or" in rank["error"]
 
 
 @pytest.mark.parametrize("path", SHARDED)

@@ -4,8 +4,8 @@
 
 The plan is `{"world_size": …, "output_dir": …, "runs": {name: options, …}}`; starting Python takes longer than a run,
 so one launch makes several. Every rank writes `<output_dir>/<name>/rank<i>.pt` with a record of each step: for each
-slice of an original tensor that this rank holds its gradient, its weights before and after and, for `per_param`, its
-mask; the masks of `per_tensor`; and `get_mask_stats()`. Or with the error that ended the run.
+slice of an original tensor that this rank holds its gradient, its weights before and after and, but for `per_tensor`,
+its mask; the masks of `per_tensor`; and `get_mask_stats()`. Or with the error that ended the run.
 """
 
 import json
@@ -30,7 +30,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback
 from prm_hf import PRM
 from prm_hf.optim import masks
 from prm_hf.optim.parts import hyperparameters
-from prm_hf.optim.step import mask_arguments, scalars_of
+from prm_hf.optim.statistics import local_masks
 from prm_hf.trainers.checkpoints import CheckpointMixin
 
 
@@ -90,6 +90,7 @@ class RecordingPRM(PRM):
                     {
                         "tensor": number,
                         "offset": offset,
+                        "shape": tuple(p.shape) if self._locator.layout is None else None,
                         "grad": grad[part],
                         "before": before[part],
                         "after": after[part],
@@ -100,12 +101,14 @@ class RecordingPRM(PRM):
                 )
 
     def _elementwise_masks(self, group, p):
-        if group["reduction"] != "per_param" or p.numel() == 0:
+        if group["reduction"] == "per_tensor" or p.numel() == 0:
             return None
-        hyper, state = hyperparameters(group), self.state[p]
-        c = scalars_of(state["step"].double(), hyper)
-        m, s = (_local(state[name]).flatten().double() for name in ("exp_avg", "grad_var"))
-        return masks.compute_mask(m.square(), s, c, **mask_arguments(hyper))[0]
+        state = {name: _local(value).double() for name, value in self.state[p].items()}
+        kept = state["exp_avg"], state["grad_var"], state.get("exp_avg_signal"), state["step"]
+        q = local_masks(*kept, hyperparameters(group))[0]
+        if group["reduction"] == "per_row":
+            q = masks.over_rows(q, state["exp_avg"]).expand_as(state["exp_avg"])
+        return q.flatten()
 
 
 def _local(tensor):
