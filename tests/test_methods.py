@@ -305,7 +305,7 @@ def test_interrupted_runs_go_on(finished, tmp_path):
             expected[name] = (read(runs / name / "metrics.json"), read(runs / name / "margins.json"))
             (runs / name / "metrics.json").unlink()
             shutil.rmtree(runs / name / "checkpoint-4")
-    assert len(expected) == 10  # two of prm_debiased
+    assert len(expected) == 12  # two of prm_debiased
     checkpoints = {name: (runs / name / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns for name in expected}
     run(finished, runs, "--methods", *ALONE, "--learning_rates", "1e-2", "--prm_learning_rates", "3e-3")
     run(finished, runs, *COMPARED)
