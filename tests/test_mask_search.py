@@ -194,6 +194,7 @@ def test_options_that_exclude_each_other_are_named():
         SearchedPRM(tensors(), within_step=True, rows=True)
 
 
+@pytest.mark.slow
 def test_variants_run_and_are_compared(tmp_path, capsys):
     short = ["--max_steps", "3", "--logging_steps", "1", "--eval_steps", "3", "--warmup_steps", "1"]
     shuffled = "search_prm_rows_signal0.98_eps10_shuffled"
