@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prm_hf.optim import PRM, masks
-from prm_hf.optim.validation import check_state_dtype
+from prm_hf.optim.validation import check_held_in_parts
 
 from .reference_prm import ReferenceTensor
 from .test_optim import MEASURED, SKIPS_STEPS, assert_close, make_params, random_gradient, schedule, train
@@ -147,12 +147,12 @@ def test_a_checkpoint_of_another_state_dtype_is_converted(ours, theirs):
 
 def test_where_tensors_are_held_in_parts_it_is_refused():
     for path in ("FSDP2", "FSDP1 (use_orig_params)", "DeepSpeed ZeRO-1/2", "DeepSpeed ZeRO-3"):
-        check_state_dtype("float32", path)
+        check_held_in_parts("per_tensor", "float32", path)
         with pytest.raises(ValueError, match="Invalid state_dtype='8bit'.*under " + path.split()[0]):
-            check_state_dtype("8bit", path)
-    check_state_dtype("bf16", "FSDP2")
+            check_held_in_parts("per_tensor", "8bit", path)
+    check_held_in_parts("per_tensor", "bf16", "FSDP2")
     with pytest.raises(ValueError, match="Invalid state_dtype='bf16'.*under DeepSpeed ZeRO-3"):
-        check_state_dtype("bf16", "DeepSpeed ZeRO-3")
+        check_held_in_parts("per_tensor", "bf16", "DeepSpeed ZeRO-3")
 
 
 def test_8bit_without_what_it_needs_is_refused(monkeypatch):

@@ -17,7 +17,7 @@ from .parts import Part, hyperparameters, use_fused
 from .quantized import is_quantized, quantized_zeros, read, write
 from .statistics import COLUMNS, N_SUMS, add_rows, fill_per_tensor, mask_summary, slice_table
 from .step import LOW_PRECISION, ListStep, tensor_masks
-from .validation import check_reduction, check_signal_beta, check_state_dtype, check_whole_tensors, validate_group
+from .validation import check_held_in_parts, check_reduction, check_signal_beta, validate_group
 
 
 # What `__setstate__` gives to a group of a checkpoint that is older than the key.
@@ -449,8 +449,7 @@ class PRM(Optimizer):
         self._locator.locate([(group[_NUMBER], group["params"]) for group in self.param_groups])
         if self._locator.layout is not None:
             for group in self.param_groups:
-                check_state_dtype(group["state_dtype"], self._locator.layout.path)
-                check_whole_tensors(group["reduction"], self._locator.layout.path)
+                check_held_in_parts(group["reduction"], group["state_dtype"], self._locator.layout.path)
         if self._locator.flat:
             self._unshare_steps()
         masked = [g for g in self.param_groups if g["mask"] != "none" and g["reduction"] == "per_tensor"]

@@ -141,21 +141,18 @@ def check_signal_beta(number: int, ours: float | None, theirs: float | None) -> 
         )
 
 
-def check_whole_tensors(reduction: str, path: str) -> None:
-    """Raises ValueError if masks of rows are asked for where `path` says that tensors are held in parts."""
+def check_held_in_parts(reduction: str, state_dtype: str, path: str) -> None:
+    """Raises ValueError for what can't be had where `path` says that tensors are held in parts.
+
+    The rows of `reduction="per_row"` may lie in several processes. DeepSpeed's flat buffers and FSDP1's optimizer
+    state are converted and moved by these libraries as float32, and blocks of 8-bit values do not end where the shards
+    of a tensor do.
+    """
     if reduction == "per_row":
         raise ValueError(
             f"Invalid reduction='per_row': it is not supported under {path}, where rows may lie in several processes. "
             "Use reduction='per_tensor'; or one process, DDP or DeepSpeed ZeRO-0, where tensors are whole."
         )
-
-
-def check_state_dtype(state_dtype: str, path: str) -> None:
-    """Raises ValueError if state in less than float32 is asked for where `path` says that tensors are held in parts.
-
-    DeepSpeed's flat buffers and FSDP1's optimizer state are converted and moved by these libraries as float32, and
-    blocks of 8-bit values do not end where the shards of a tensor do.
-    """
     if state_dtype == "8bit" or (state_dtype == "bf16" and path != "FSDP2"):
         raise ValueError(
             f"Invalid state_dtype={state_dtype!r}: it is not supported under {path}. Use state_dtype='float32'; or "

@@ -10,7 +10,7 @@ from trl import DPOConfig, SFTConfig
 
 from ..optim import PRM
 from ..optim.masks import BOUNDARIES, ESTIMATORS, MASKS, REDUCTIONS
-from ..optim.validation import STATE_DTYPES, check_state_dtype, check_whole_tensors
+from ..optim.validation import STATE_DTYPES, check_held_in_parts
 from ..sharding.deepspeed import check_config
 
 
@@ -288,7 +288,6 @@ def check_deepspeed_config(args: TrainingArguments) -> None:
             check_config(plugin.deepspeed_config)
             stage = (plugin.deepspeed_config.get("zero_optimization") or {}).get("stage", 0)
             if stage != 0:
-                check_state_dtype(args.prm_state_dtype, f"DeepSpeed ZeRO-{stage}")
-                check_whole_tensors(args.prm_reduction, f"DeepSpeed ZeRO-{stage}")
+                check_held_in_parts(args.prm_reduction, args.prm_state_dtype, f"DeepSpeed ZeRO-{stage}")
         except ValueError as error:
             raise ValueError(f"{error} Or set `optimizer_name='adamw'`.") from error

@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from ..metrics import ParameterDrift
 from ..optim import PRM
-from ..optim.validation import check_whole_tensors
+from ..optim.validation import check_held_in_parts
 from ..sharding import deepspeed, fsdp
 from .arguments import prm_kwargs
 from .callbacks import PRMCallback
@@ -99,7 +99,8 @@ class PRMTrainerMixin(CheckpointMixin):
                 plugin = self.accelerator.state.fsdp_plugin
                 fsdp.check_plugin(plugin.fsdp_version, plugin.use_orig_params)
                 if self._arguments_choose:
-                    check_whole_tensors(self.args.prm_reduction, f"FSDP{plugin.fsdp_version}")
+                    path = f"FSDP{plugin.fsdp_version}"
+                    check_held_in_parts(self.args.prm_reduction, self.args.prm_state_dtype, path)
             self.add_callback(PRMCallback)
             self._tag_names = [*self._tag_names, "prm-optimizer"]
             self.model.add_model_tags(self._tag_names)
