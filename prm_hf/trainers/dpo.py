@@ -118,7 +118,7 @@ class PRMDPOTrainer(SharedPassesMixin, PRMTrainerMixin, DPOTrainer):
             )
             self._add_packing()
         finally:
-            args.padding_free = self.padding_free
+            args.padding_free = getattr(self, "padding_free", self._packing_is_due)  # it raised, where there is none
         datasets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         datasets = [self.train_dataset, *(dataset for dataset in datasets if dataset is not None)]
         self.precompute_ref_logps |= all(map(_has_reference_logps, datasets))
