@@ -30,6 +30,7 @@ one JSON object:
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -65,8 +66,6 @@ class RecordingPRM(PRM):
         parts = super()._parts(group)
         for part in parts:
             first = self._locator.numbers(group["prm_group"]).start
-            # The kernel decides on the masks of whole tensors by itself, and they are wanted here.
-            part.fused = part.fused and self._locator.layout is not None
             part.numbers = [first + i for i in part.owners] if self._locator.layout is None else part.owners
         return parts
 
@@ -88,6 +87,8 @@ class RecordingPRM(PRM):
         for plan in self._plans.values():  # which take steps without `_tensor_masks`
             if plan.masks is not None and plan.masks.q is not None:
                 self.masks |= dict(zip(plan.masks.numbers, plan.masks.q.tolist(), strict=True))
+        if self._locator.layout is None:  # the kernel decides on the masks of whole tensors by itself
+            self.masks = dict(enumerate(itertools.chain(*self.get_tensor_masks())))
         for group, i, p, grad, before in stepped:
             after = _whole(p).detach().clone().flatten()
             if self._locator.flat:
