@@ -122,3 +122,8 @@ def test_what_cannot_be_packed_is_refused(tmp_path):
     prompts = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)
     with pytest.raises(ValueError, match="padding_free=False"):
         dpo_trainer(tmp_path, model=get_peft_model(make_model(), prompts), train=TRAIN, padding_free=True)
+
+
+def test_an_error_in_setting_up_is_trls_own(tmp_path):
+    with pytest.raises(OSError, match="no-such-model"):
+        dpo_trainer(tmp_path, model=str(tmp_path / "no-such-model"), padding_free=True)
