@@ -1,5 +1,6 @@
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,6 +124,25 @@ def test_pairs_equal_a_plain_loop_for_any_batch_size(accelerator, batch_size):
     assert_same(pairs, expected)
 
 
+def test_tokens_of_probability_zero():
+    """The KL is defined there: what the policy never emits adds nothing, what only the reference never emits is ∞."""
+    inf = float("inf")
+    logits_p = torch.tensor([[1.0, 0.5, -inf], [1.0, 0.5, -inf], [1.0, 0.5, -0.2], [float("nan"), 0.0, 0.0]])
+    logits_r = torch.tensor([[0.2, 0.1, -inf], [0.2, 0.1, 0.3], [0.2, 0.1, -inf], [0.2, 0.1, 0.3]])
+    targets = torch.tensor([0, 1, 1, 2])
+
+    def of(logits):
+        return SimpleNamespace(hidden=logits, weight=torch.empty(3, 1), logits=lambda hidden: hidden)
+
+    logps, correct, logratio, kl = evaluation._score_tokens(of(logits_p), of(logits_r), targets)
+    p, log_p, log_r = logits_p.softmax(-1), logits_p.log_softmax(-1), logits_r.log_softmax(-1)
+    expected = [(p * (log_p - log_r))[i, :2].sum() for i in range(2)]
+    torch.testing.assert_close(kl[:2], torch.stack(expected))
+    assert kl[2] == inf and kl[3].isnan() and logps[3].isnan()
+    assert correct[:3].tolist() == [True, False, False]
+    torch.testing.assert_close(logratio[:3], (log_p - log_r)[range(3), targets[:3]])
+
+
 def test_chunks_change_nothing_and_bound_the_logits(accelerator, monkeypatch):
     ref_model = make_model()
     model = perturbed(ref_model)
@@ -137,7 +157,7 @@ def test_chunks_change_nothing_and_bound_the_logits(accelerator, monkeypatch):
             widths.append(input.numel() // input.shape[-1])
         return linear(input, weight, bias)
 
-    monkeypatch.setattr(evaluation, "CHUNK_TOKENS", 4)
+    monkeypatch.setattr(evaluation, "CHUNK_LOGITS", 4 * VOCAB)
     monkeypatch.setattr(nn.functional, "linear", spy)
     chunked = evaluate_pairs(model, rows, COLLATE, accelerator, ref_model=ref_model)
     torch.testing.assert_close(chunked.chosen.kl, whole.chosen.kl, rtol=1e-5, atol=1e-7)

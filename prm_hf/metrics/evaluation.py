@@ -21,8 +21,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from .forward import Forward, as_reference, evaluation_mode, forward, unwrap
 
 
-# Completion tokens whose logits exist at one time, per model. At a vocabulary of 150,000 a chunk is 150 MB in float32.
-CHUNK_TOKENS = 256
+# Logits that exist at one time, per model: in float32 0.5 GB, and 2 GB with what is computed of them. At a vocabulary
+# of 150,000 these are 883 tokens; a few hundred would leave most of a GPU without work.
+CHUNK_LOGITS = 2**27
 
 
 @dataclass(frozen=True)
@@ -274,15 +275,15 @@ def score_rows(
             f"`collate` made a batch of {sorted(batch)}, with neither `completion_mask` nor `labels` to say which "
             "tokens to evaluate. Use TRL's collator, or one that adds either."
         )
-    mask = labels[:, 1:] != -100
-    targets = labels[:, 1:][mask]
-    rows = mask.nonzero()[:, 0].cpu()
+    # Where a next token is evaluated: the sequence, and the position before it
+    places = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    targets = labels[:, 1:][places]
 
     with torch.no_grad():
         known = iter(hidden)
-        policy = forward(model, batch, mask, accelerator, next(known, None))
+        policy = forward(model, batch, places, accelerator, next(known, None))
         with as_reference(model, ref_model, accelerator) as reference:
-            ref = None if reference is None else forward(reference, batch, mask, accelerator, next(known, None))
+            ref = None if reference is None else forward(reference, batch, places, accelerator, next(known, None))
         # Precomputed log-probabilities come from logits in autocast's precision, and only such compare with them. With
         # a reference both are float32: rounding to bf16 is by itself a KL of 1e-3, the size of a short run's drift.
         full_precision = torch.autocast(accelerator.device.type, enabled=False)
@@ -297,14 +298,19 @@ def score_rows(
                 policy.check()
                 if ref is not None:
                     ref.check()
-            logps, correct, logratio, kl = _score_tokens(policy, ref, targets)
+            scored = _score_tokens(policy, ref, targets)
 
-    def total(per_token: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(len(labels), dtype=torch.float64).index_add_(0, rows, per_token.cpu().double())
+    # All at once to the host, which would wait for the device each time
+    rows, *per_token = torch.stack([places[0].double(), *(x.double().to(places[0].device) for x in scored)]).cpu()
+    rows = rows.long()
 
-    scores = [total(logps), torch.bincount(rows, minlength=len(labels)).double(), total(correct)]
+    def total(x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(labels), dtype=torch.float64).index_add_(0, rows, x)
+
+    logps, correct, *drift = map(total, per_token)
+    scores = [logps, torch.bincount(rows, minlength=len(labels)).double(), correct]
     if ref is not None:
-        scores += [total(logratio), total(kl)]
+        scores += drift
     elif ref_logps[0] is not None:
         scores += [scores[0] - torch.cat(ref_logps).cpu().double(), torch.zeros_like(scores[0])]
     elif sequences_per_row == 2:
@@ -335,16 +341,16 @@ def _tensor_cores() -> Iterator[None]:
         setattr(backend, name, before)
 
 
-def _score_tokens(policy: Forward, ref: Forward | None, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Of each target: its log-probability, whether it is the most probable token, the difference to the reference's
-    log-probability, and the KL there. Shapes `(tokens,)`."""
-    logps, correct, logratio, kl = [], [], [], []
+def _score_tokens(policy: Forward, ref: Forward | None, targets: torch.Tensor) -> list[torch.Tensor]:
+    """Of each target: its log-probability, whether it is the most probable token; with a reference also the difference
+    to its log-probability, and the KL there. Shapes `(tokens,)`."""
+    chunks = []
     # Split up front, so that a batch without a single completion token gives one empty chunk
-    for positions in torch.arange(len(targets), device=targets.device).split(CHUNK_TOKENS):
-        target = targets[positions, None]
+    for positions in torch.arange(len(targets), device=targets.device).split(CHUNK_LOGITS // len(policy.weight)):
         log_p = policy.logits(policy.hidden[positions]).log_softmax(-1)
-        logps.append(log_p.gather(-1, target.to(log_p.device)).squeeze(-1))
-        correct.append(log_p.argmax(-1) == target.to(log_p.device).squeeze(-1))
+        target = targets[positions, None].to(log_p.device)
+        logps = log_p.gather(-1, target).squeeze(-1)
+        chunks.append([logps, log_p.argmax(-1) == target.squeeze(-1)])
         if ref is not None:
             log_r = ref.logits(ref.hidden[positions]).log_softmax(-1).to(log_p.device)
             if log_r.shape != log_p.shape:
@@ -352,8 +358,10 @@ def _score_tokens(policy: Forward, ref: Forward | None, targets: torch.Tensor) -
                     f"`ref_model` has {log_r.shape[-1]} logits a token and the policy {log_p.shape[-1]}: the "
                     "reference must share the policy's vocabulary. Resize both embeddings alike before training."
                 )
-            logratio.append(logps[-1] - log_r.gather(-1, target.to(log_p.device)).squeeze(-1))
-            # A token the policy never emits adds nothing, also where the reference never emits it (0 · (-inf + inf))
-            kl.append(torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_r)).sum(-1))
-    empty = targets.new_zeros(0, dtype=torch.float32)
-    return tuple(torch.cat(chunks) if chunks else empty for chunks in (logps, correct, logratio, kl))
+            logratio = logps - log_r.gather(-1, target).squeeze(-1)
+            # Σ p (log p - log r), in place. A token that the policy never emits adds nothing, also where the reference
+            # never emits it; but 0·∞ and ∞ - ∞ are NaN. A row that is NaN by itself stays so, by its `logratio`.
+            log_r = torch.sub(log_p, log_r, out=log_r)
+            kl = log_p.exp_().mul_(log_r).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf).sum(-1)
+            chunks[-1] += [logratio, kl.where(~logratio.isnan(), logratio)]
+    return [torch.cat(column) for column in zip(*chunks, strict=True)]

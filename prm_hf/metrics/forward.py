@@ -68,13 +68,13 @@ class Forward:
 def forward(
     model: nn.Module,
     inputs: dict[str, Any],
-    mask: torch.Tensor,
+    places: tuple[torch.Tensor, torch.Tensor],
     accelerator: Accelerator,
     hidden: torch.Tensor | None = None,
 ) -> Forward:
     """Runs `model`, unless its last hidden states are known, without building the logits of more than one position.
 
-    `mask`, shape `(sequences, length - 1)`, marks the positions whose next token is evaluated.
+    `places` are the sequences and the positions whose next token is evaluated, int64, `(tokens,)` each.
     """
     # A compiled forward does not see the hook
     model = model._orig_mod if is_compiled_module(model) else model
@@ -98,12 +98,12 @@ def forward(
             logits = model(**inputs, use_cache=False, logits_to_keep=1).logits
         hidden = captured[-1]
     # Prompt-learning adapters put virtual tokens in front: keep the positions of the real ones
-    hidden = hidden[:, -mask.shape[1] - 1 :]
+    hidden = hidden[:, -inputs["input_ids"].shape[1] :]
 
     config = causal.config.get_text_config()
     return Forward(
         name=name,
-        hidden=hidden[:, :-1][mask],
+        hidden=hidden[places],
         last_hidden=hidden[0, -1],
         last_logits=None if logits is None else logits[0, -1],
         weight=head.weight,

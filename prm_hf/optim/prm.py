@@ -649,6 +649,15 @@ class PRM(Optimizer):
         hyper = hyperparameters(group)
         masked = group["mask"] != "none"
         per_tensor = masked and group["reduction"] == "per_tensor"
+        if self._locator.layout is None:  # whole tensors: this is all there is to a log of a step, so it is short
+            states = [state for state in map(self.state.get, group["params"]) if state]
+            if not states:
+                return torch.zeros(0, 0), masked
+            steps = [state["step"] for state in states]
+            table = slice_table(states, steps, hyper)
+            if per_tensor:
+                table = fill_per_tensor(table, [state["grad_var"] for state in states], steps, hyper)
+            return table, masked
         numbers: list[int] = []
         views: list[dict[str, Tensor]] = []
         steps: list[Tensor] = []
@@ -668,7 +677,7 @@ class PRM(Optimizer):
                 members = self._locator.members(p)
                 slices += [{name: tensor.narrow(0, 0, 0) for name, tensor in kept.items()}] * len(members)
                 owners += members
-            numbers += [len(numbers)] if owners == [None] else owners
+            numbers += owners
             views += slices
             steps += [state["step"]] * len(slices)
             if per_tensor:
@@ -682,8 +691,8 @@ class PRM(Optimizer):
         self._locator.all_reduce(highest, numbers, torch.distributed.ReduceOp.MAX)
         table = torch.column_stack([sums, lowest, highest])
         if per_tensor:
-            numels, grad_vars, steps = map(list, zip(*(tensors[number] for number in numbers), strict=True))
-            table = fill_per_tensor(table, numels, grad_vars, steps, hyper)
+            _, grad_vars, steps = map(list, zip(*(tensors[number] for number in numbers), strict=True))
+            table = fill_per_tensor(table, grad_vars, steps, hyper)
         return table, masked
 
 

@@ -84,6 +84,13 @@ def _readable(x: Tensor) -> Tensor:
     return read(x, torch.promote_types(x.dtype, torch.float32))
 
 
+def _together(tensors: list[Tensor]) -> Tensor:
+    """The elements of tensors of one dtype, one after the other and readable: converted by one launch, but 8 bits."""
+    if any(map(is_quantized, tensors)):
+        tensors = [_readable(x) for x in tensors]
+    return _readable(torch.cat([x.reshape(-1) for x in tensors]))
+
+
 def local_masks(
     exp_avg: Tensor, grad_var: Tensor, exp_avg_signal: Tensor | None, step: Tensor, hyper: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,7 +121,7 @@ def _masked_rows(slices: list[dict[str, Tensor]], steps: list[Tensor], hyper: di
             owners += [members[j] for j, _ in block]
             pieces = [[xs[j] if span is None else flat_slice(xs[j], span) for j, span in block] for xs in lists]
             lengths = [x.numel() for x in pieces[0]]
-            m, s = (torch.cat([_readable(x).reshape(-1) for x in xs]) for xs in pieces)
+            m, s = map(_together, pieces)
             squares = m if per_row else m.square_()
             q, signal, noise = masks.compute_mask(squares, s, scalars_of(age, hyper), **mask_arguments(hyper))
             # None is negative, so that a norm of order 1 is a sum
@@ -141,9 +148,7 @@ def add_rows(table: Tensor, numbers: list[int]) -> tuple[Tensor, list[int]]:
     return torch.column_stack([sums, lowest, highest]), unique.tolist()
 
 
-def fill_per_tensor(
-    table: Tensor, numels: list[int], grad_vars: list[Tensor], steps: list[Tensor], hyper: dict[str, Any]
-) -> Tensor:
+def fill_per_tensor(table: Tensor, grad_vars: list[Tensor], steps: list[Tensor], hyper: dict[str, Any]) -> Tensor:
     """Completes the rows of whole tensors for `reduction="per_tensor"`: the single q stands for all parameters."""
 
     def vector(scalars: list[Tensor]) -> Tensor:
@@ -151,7 +156,7 @@ def fill_per_tensor(
             scalars = [x.cpu() for x in scalars]
         return _on_host(torch.stack(scalars))
 
-    n = torch.tensor(numels, dtype=table.dtype)
+    n = table[:, _AT["numel"]]
     mean_sq = table[:, _AT["sum_sq"]] / n.clamp(min=1)
     c = scalars_of(vector(steps), hyper)
     q, signal, noise = masks.compute_mask(mean_sq, vector(grad_vars), c, **mask_arguments(hyper))
