@@ -86,10 +86,10 @@ def optimizers(device: str) -> list[dict[str, Callable]]:
             f"PRM per_tensor bf16 state {implementation}": lambda p, f=flag: PRM(
                 p, reduction="per_tensor", state_dtype="bf16", **f
             ),
+            f"PRM per_row {implementation}": lambda p, f=flag: PRM(
+                p, reduction="per_row", estimator="debiased", signal_beta=0.98, **f
+            ),
         }
-    quick["PRM per_row foreach"] = lambda p: PRM(
-        p, reduction="per_row", estimator="debiased", signal_beta=0.98, foreach=True
-    )
     if cuda:
         quick["PRM per_tensor debiased fused"] = lambda p: PRM(
             p, reduction="per_tensor", estimator="debiased", fused=True

@@ -721,7 +721,6 @@ ERRORS = [
     ({**SIGNAL, "signal_beta": True}, r"Invalid signal_beta=True"),
     ({"signal_beta": 0.98}, r"Invalid signal_beta=0.98: it needs reduction='per_row'.*'per_param'.*signal_beta=None"),
     ({**SIGNAL, "estimator": "ema"}, r"Invalid signal_beta=0.98: .*estimator='debiased'.*'ema'"),
-    ({"reduction": "per_row", "fused": True}, r"Invalid fused=True.*reduction='per_row'; leave fused=None"),
     ({"reduction": "per_row", "state_dtype": "8bit"}, r"Invalid state_dtype='8bit'.*use 'bf16' or 'float32'"),
     ({"estimator": "map"}, r"Invalid estimator='map'.*'ema', 'debiased'"),
     ({"boundary": "finite"}, r"Invalid boundary='finite'.*'batch', 'empirical'"),

@@ -9,6 +9,9 @@ last statistics of a tensor adds up the partial sums, in their order and so alwa
 mask; the updates wait for it. They cannot wait forever, because an item waits only for items that come before it in
 the list, and those are drawn by programs that run already. A tensor's updates follow soon after its statistics and in
 reverse order, so that what the statistics read last is still in the L2 cache.
+
+`reduction="per_row"` waits for nobody: the rows of an item are whole, and one program reads their g and m twice in a
+row. It has a kernel of its own, launched once for each shape of tile that the rows of a list are cut into.
 """
 
 import functools
@@ -30,6 +33,8 @@ CHUNK = 4096  # elements an item,
 SMALL_CHUNK, SMALL = 1024, 2**18  # and where no tensor has more than so many, as with LoRA
 LAG = 768  # statistics items between a tensor's last and its first update: about what all programs hold at a time
 PROGRAMS_PER_MULTIPROCESSOR = 6
+# Rows and columns of an item of `per_row`: the first tile that a row fits in, or the last one again and again.
+ROW_TILES = ((64, 64), (4, 1024), (1, 4096))
 N_WARPS = 4
 # A row of the table of scalars, float64, one row a tensor: the step's own, then the settings of its group.
 SCALARS = (
@@ -53,9 +58,12 @@ SCALARS = (
     "mask_eps",
     "first_ratio",
     "unscale",
+    "floor",
+    "one_minus_signal_beta",
 )
-# A row of the table of tensors, int64: where each is (0 if there is none), its elements, the first of its chunks.
-TENSOR = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var", "numel", "first_chunk", "")
+# A row of the table of tensors, int64: where each is (0 for none), its elements, the first of its chunks, its rows.
+STATES = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var", "exp_avg_signal")
+TENSOR = (*STATES, "numel", "first_chunk", "rows")
 # `TRITON_INTERPRET=1`: the kernel runs on a CPU, slowly, to be tested.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _MASKS = {name: number for number, name in enumerate(masks.MASKS)}
@@ -99,7 +107,7 @@ def _mask(mean_sq, var, row, dtype: tl.constexpr, MASK: tl.constexpr, DEBIASED: 
     signal = mean_sq * _scalar(row, 5, dtype)
     noise = var * _scalar(row, 6, dtype)
     if DEBIASED:
-        signal = tl.maximum(signal - noise, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        signal = tl.maximum(signal - _scalar(row, 20, dtype) * noise, 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:
         noise = tl.where(_scalar(row, 7, dtype) != 0, signal * _scalar(row, 18, dtype), noise)
     alpha, softness, mask_eps = _scalar(row, 15, dtype), _scalar(row, 16, dtype), _scalar(row, 17, dtype)
@@ -276,8 +284,8 @@ def _step_kernel(
         chunk = item // 2
         tensor = tl.load(chunk_tensors + chunk)
         entry = tensors + tensor * N_ENTRIES
-        numel = tl.load(entry + 5)
-        begin = tl.load(entry + 6)  # of its chunks
+        numel = tl.load(entry + 6)
+        begin = tl.load(entry + 7)  # of its chunks
         start = (chunk - begin) * CHUNK
         offsets = start + tl.arange(0, CHUNK)
         inside = offsets < numel
@@ -372,6 +380,104 @@ def _step_kernel(
         ticket = tl.atomic_add(counters, 1, sem="relaxed")
 
 
+@triton.jit
+def _row_kernel(
+    items,
+    tensors,
+    grads,
+    scalars,
+    found_inf,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    MASK: tl.constexpr,
+    DEBIASED: tl.constexpr,
+    SIGNAL: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    COUPLED: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    SCALED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    EVEN: tl.constexpr,
+    N_ENTRIES: tl.constexpr,
+    N_SCALARS: tl.constexpr,
+):
+    # items: tensor and first row of each; the tables as those of `_step_kernel`. EVEN: rows are of whole 16 elements
+    item = items + 2 * tl.program_id(0)
+    tensor = tl.load(item)
+    entry = tensors + tensor * N_ENTRIES
+    n_rows = tl.load(entry + 8)
+    n_cols = tl.load(entry + 6) // n_rows
+    if EVEN:
+        n_cols = tl.multiple_of(n_cols, 16)
+    rows = tl.load(item + 1).to(tl.int64) + tl.arange(0, ROWS)
+    if SCALED and tl.load(found_inf) != 0:
+        n_rows = n_rows * 0  # GradScaler skips this step
+    there = rows < n_rows
+    begins = (rows * n_cols)[:, None]
+    row = scalars + tl.load(grads + 2 * tensor + 1) * N_SCALARS
+    p_ptr = _pointer(entry, P, ALIGNED)
+    g_ptr = _pointer(grads + 2 * tensor, G, ALIGNED)
+    m_ptr = _pointer(entry + 1, M, ALIGNED)
+    v_ptr = _pointer(entry + 2, tl.float32, ALIGNED)
+    x_ptr = v_ptr
+    if AMSGRAD:
+        x_ptr = _pointer(entry + 3, tl.float32, ALIGNED)
+    s_ptr = _pointer(entry + 4, tl.float64, False) + rows
+    a_ptr = v_ptr
+    if SIGNAL:
+        a_ptr = _pointer(entry + 5, tl.float32, ALIGNED)
+    deviations = tl.zeros((ROWS,), dtype=tl.float64)
+    squares = tl.zeros((ROWS,), dtype=tl.float64)
+    for start in range(0, n_cols, COLS):
+        columns = start + tl.arange(0, COLS)[None, :]
+        offsets, inside = begins + columns, there[:, None] & (columns < n_cols)
+        p = 0.0
+        if COUPLED:
+            p = _load(p_ptr, offsets, inside, True, "evict_last")
+        g = _gradient(g_ptr, p, offsets, inside, row, COUPLED, MAXIMIZE, SCALED, True, "evict_last")
+        m = _load(m_ptr, offsets, inside, True, "evict_last")
+        deviation = g - m * _scalar(row, 3, tl.float32)
+        if SIGNAL:
+            m = _load(a_ptr, offsets, inside, True, "evict_first")
+            m = m + _scalar(row, 21, tl.float32) * (g - m)
+            _store(a_ptr, offsets, m, inside, True)
+        else:
+            m = m + _scalar(row, 9, tl.float32) * (g - m)
+        deviations += tl.sum(deviation * deviation, 1).to(tl.float64)
+        squares += tl.sum(m * m, 1).to(tl.float64)
+    count = n_cols.to(tl.float64)
+    s = _scalar(row, 12, tl.float64) * tl.load(s_ptr, mask=there, other=0.0)
+    s += _scalar(row, 4, tl.float64) * (deviations / count)
+    tl.store(s_ptr, s, mask=there)
+    q = _mask(squares / count, s, row, tl.float64, MASK, DEBIASED).to(tl.float32)[:, None]
+    for start in range(0, n_cols, COLS):
+        columns = start + tl.arange(0, COLS)[None, :]
+        offsets, inside = begins + columns, there[:, None] & (columns < n_cols)
+        _update_chunk(
+            p_ptr,
+            g_ptr,
+            m_ptr,
+            v_ptr,
+            x_ptr,
+            v_ptr,
+            row,
+            q,
+            offsets,
+            inside,
+            MASK,
+            DEBIASED,
+            True,
+            AMSGRAD,
+            COUPLED,
+            MAXIMIZE,
+            SCALED,
+            True,
+        )
+
+
 class FusedList:
     """The tables of a list of tensors on one device, of one parameter dtype and one dtype of `exp_avg`.
 
@@ -380,7 +486,7 @@ class FusedList:
     They hold as long as the tensors keep their storages; the gradients may be new tensors at every step.
 
     Args:
-        params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grad_vars: as in [`prm`]; contiguous.
+        params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grad_vars, exp_avg_signals: as in [`prm`]; contiguous.
         code: what of the settings is compiled in, see [`code_of`].
     """
 
@@ -391,11 +497,14 @@ class FusedList:
         exp_avg_sqs: list[Tensor],
         max_exp_avg_sqs: list[Tensor],
         grad_vars: list[Tensor],
+        exp_avg_signals: list[Tensor],
         code: dict[str, Any],
     ) -> None:
         self.device, n = params[0].device, len(params)
-        self._tensors = (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grad_vars)  # keeps their storages
-        self._code = code
+        # Keeps their storages
+        self._tensors = (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grad_vars, exp_avg_signals)
+        other_kernels = {"PER_TENSOR"} if code["PER_ROW"] else {"SIGNAL"}
+        self._code = {name: value for name, value in code.items() if name not in {"PER_ROW", *other_kernels}}
         self._dtypes = {"P": _DTYPES[params[0].dtype], "M": _DTYPES[exp_avgs[0].dtype]}
         numels = np.array([p.numel() for p in params], dtype=np.int64)
         self._chunk = CHUNK if numels.max(initial=0) > SMALL else SMALL_CHUNK
@@ -409,11 +518,14 @@ class FusedList:
         self._items = {phase: (self._upload(array), len(array)) for phase, array in items.items()}
         self._chunk_tensors = self._upload(chunk_tensors)
         self.addresses = [_addresses(tensors) for tensors in self._tensors]
-        # The scalar `grad_var` of a tensor is read by itself.
-        elementwise = self.addresses[:4] if code["PER_TENSOR"] else self.addresses
+        elementwise = list(self.addresses)
+        if code["PER_TENSOR"] or code["PER_ROW"]:  # the scalars of a tensor or a row are read by themselves
+            del elementwise[STATES.index("grad_var")]
         self._aligned = all(map(_are_aligned, elementwise))
+        rows = np.array([masks.n_rows(p) for p in params], dtype=np.int64)
+        self._tiles = self._cut_rows(rows, numels) if code["PER_ROW"] else []
         table = np.zeros((n, len(TENSOR)), dtype=np.int64)
-        for column, values in enumerate((*self.addresses, numels, first[:-1])):
+        for column, values in enumerate((*self.addresses, numels, first[:-1], rows)):
             if len(values):
                 table[:, column] = values
         self._table = self._upload(table)
@@ -428,6 +540,21 @@ class FusedList:
         self._grads: list[int] = []
         self._rows: np.ndarray | None = None
         self._make_room(0)
+
+    def _cut_rows(self, rows: np.ndarray, numels: np.ndarray) -> list[tuple[Tensor, dict[str, Any]]]:
+        """The items of each launch of the rows' kernel, and what is compiled in for it."""
+        columns = numels // np.maximum(rows, 1)
+        widths = np.array([width for _, width in ROW_TILES[:-1]])
+        kinds = np.searchsorted(widths, columns)
+        tiles = []
+        for kind, (height, width) in enumerate(ROW_TILES):
+            members = np.flatnonzero((kinds == kind) & (numels > 0))
+            if len(members):
+                items = [np.stack(np.broadcast_arrays(i, np.arange(0, rows[i], height)), axis=1) for i in members]
+                even = bool((columns[members] % 16 == 0).all())
+                items = self._upload(np.concatenate(items).astype(np.int32))
+                tiles.append((items, {"ROWS": height, "COLS": width, "EVEN": even}))
+        return tiles
 
     def _make_room(self, n_rows: int) -> None:
         """For what is sent at each step, in one piece: the table of the gradients and `n_rows` of scalars."""
@@ -487,6 +614,23 @@ class FusedList:
             scalars = self._scalars_there
         if moved or changed:  # else nothing: the second half needs no upload, and a step can be captured in a graph
             self._there.copy_(self._sendable(self._here), non_blocking=True)
+        given = {
+            "SCALED": found_inf is not None,
+            **self._dtypes,
+            "G": _DTYPES[dtype],
+            "ALIGNED": self._aligned and self._grads_aligned,
+            "N_ENTRIES": len(TENSOR),
+            "N_SCALARS": len(SCALARS),
+            "num_warps": N_WARPS,
+            **self._code,
+        }
+        found_inf = self._counters if found_inf is None else found_inf
+        for tile_items, tile in self._tiles:
+            _row_kernel[(len(tile_items),)](
+                tile_items, self._table, self._grads_there, scalars, found_inf, **tile, **given
+            )
+        if self._tiles:
+            return
         programs = min(n_items, self._programs)
         self._counters.zero_()
         _step_kernel[(programs,)](
@@ -501,17 +645,10 @@ class FusedList:
             self._partials,
             self.sums,
             self.q,
-            self._counters if found_inf is None else found_inf,
-            SCALED=found_inf is not None,
-            **self._dtypes,
-            G=_DTYPES[dtype],
-            ALIGNED=self._aligned and self._grads_aligned,
+            found_inf,
             CHUNK=self._chunk,
-            N_ENTRIES=len(TENSOR),
-            N_SCALARS=len(SCALARS),
             PHASE=phase,
-            num_warps=N_WARPS,
-            **self._code,
+            **given,
         )
 
 
@@ -532,7 +669,7 @@ class FusedStep:
         tables: dict[tuple, FusedList],
         grad_scale: Tensor | None = None,
     ) -> None:
-        states = [lists[name] for name in ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "grad_vars")]
+        states = [lists[f"{name}s"] for name in STATES]
         self.grad_vars, self.state_steps = lists["grad_vars"], lists["state_steps"]
         self.per_tensor = hyper["mask"] != "none" and hyper["reduction"] == "per_tensor"
         code = code_of(hyper)
@@ -571,6 +708,8 @@ def code_of(hyper: dict[str, Any]) -> dict[str, Any]:
         "MASK": _MASKS[hyper["mask"]],
         "DEBIASED": hyper["estimator"] == "debiased",
         "PER_TENSOR": hyper["mask"] != "none" and hyper["reduction"] == "per_tensor",
+        "PER_ROW": hyper["mask"] != "none" and hyper["reduction"] == "per_row",
+        "SIGNAL": hyper["signal_beta"] is not None,
         "AMSGRAD": hyper["amsgrad"],
         "COUPLED": hyper["weight_decay"] != 0 and not hyper["decoupled_weight_decay"],
         "MAXIMIZE": hyper["maximize"],
@@ -600,7 +739,8 @@ def scalar_row(t: float | Tensor, hyper: dict[str, Any]) -> list:
     beta1, beta2 = hyper["beta1"], hyper["beta2"]
     own = [lr / c.bias1, c.bias2**0.5, decay, c.center, c.weight, c.signal, c.noise, c.first, c.open]
     settings = ["rho", "eps", "weight_decay", "alpha", "softness", "mask_eps"]
-    return [*own, 1 - beta1, beta2, 1 - beta2, *(hyper[name] for name in settings), ratio, 1.0]
+    floor, signal_beta = c.floor, hyper["signal_beta"] or 0.0
+    return [*own, 1 - beta1, beta2, 1 - beta2, *(hyper[x] for x in settings), ratio, 1.0, floor, 1 - signal_beta]
 
 
 def supports(part: dict[str, list[Tensor]]) -> bool:

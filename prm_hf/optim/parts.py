@@ -68,7 +68,7 @@ class Part:
 
 def use_fused(group: dict[str, Any], lists: dict[str, list[Tensor]]) -> bool:
     """Whether a part is stepped by the kernel: if asked for, and by default on CUDA where Triton is installed."""
-    if group["fused"] is False or group["foreach"] or group["differentiable"] or group["reduction"] == "per_row":
+    if group["fused"] is False or group["foreach"] or group["differentiable"]:
         return False
     if group["fused"] is None and (not lists["params"][0].is_cuda or not _triton_is_available()):
         return False

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..sharding import Layout, Locator, local_tensors
-from .fused import FusedList, code_of, scalar_row
+from .fused import STATES, FusedList, code_of, scalar_row
 from .masks import statistics_dtype
 from .parts import SETTINGS, hyperparameters
 from .step import masks_of_means, scalars_of
@@ -140,6 +140,7 @@ class _List:
         has_variances = settings.hyper["mask"] != "none" and not halves
         names = ["exp_avg", "exp_avg_sq"]
         names += ["max_exp_avg_sq"] * settings.hyper["amsgrad"] + ["grad_var"] * has_variances
+        names += ["exp_avg_signal"] * (has_variances and settings.hyper["signal_beta"] is not None)
         slices: dict[str, list[Tensor]] = {name: [] for name in ("param", *names)}
         owners, rows, cuts = [], [], []
         for i, (p, group) in enumerate(zip(params, groups, strict=True)):
@@ -154,8 +155,7 @@ class _List:
         # Of a flat buffer's slices, which buffer and from which byte of its gradient on
         self._cut = np.array(cuts, dtype=np.int64).T if cuts else None
         self._scalar_rows = np.array(rows, dtype=np.int32)
-        state_lists = (slices.get(name, []) for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var"))
-        self.fused = FusedList(slices["param"], *state_lists, settings.code)
+        self.fused = FusedList(*(slices.get(name, []) for name in STATES), settings.code)
         self.rows_of_masks = masks.rows_of(owners) if halves else None
         # Whole tensors are told by identity, which is quicker; a library that shards may exchange storages.
         kept = names if locator.layout is not None else []

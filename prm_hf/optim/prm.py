@@ -110,7 +110,7 @@ class PRM(Optimizer):
         reduction (`str`): `"per_param"`, one q a scalar parameter; or `"per_tensor"`, one q a parameter tensor from
             the means of S and N over it, with a single scalar of state beyond AdamW's; or `"per_row"`, one q a row
             (dimension 0) of tensors of two dimensions and more and one of any other tensor, with as many numbers of
-            state. `"per_row"` is for whole tensors (one process, DDP, DeepSpeed ZeRO-0) and has no fused kernel.
+            state. `"per_row"` is for whole tensors (one process, DDP, DeepSpeed ZeRO-0).
         warmup_steps (`int`): the first steps of each parameter that are plain AdamW (q = 1) while `grad_var` forms.
         amsgrad (`bool`): use the maximum of `exp_avg_sq` so far.
         bias_correction (`bool`): correct m, v and s for their start at zero.

@@ -49,7 +49,6 @@ def validate_group(group: dict[str, Any]) -> None:
             f"{group['reduction']!r} and estimator={group['estimator']!r}; set these, or leave signal_beta=None",
         )
     if group["reduction"] == "per_row":
-        check(not group["fused"], "fused", True, "the kernel has no reduction='per_row'; leave fused=None")
         message = "blocks of 8-bit values do not end where rows do; with reduction='per_row' use 'bf16' or 'float32'"
         check(group["state_dtype"] != "8bit", "state_dtype", "8bit", message)
     steps = group["warmup_steps"]
