@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -218,7 +219,19 @@ class RunProgress(TrainerCallback):
             self.bar.close()
 
 
+class StopWhereNotFinite(TrainerCallback):
+    """Ends a run whose gradients have become infinite or NaN, and says so: its weights can't come back from there."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        norm = float((logs or {}).get("grad_norm", 0.0))
+        if not math.isfinite(norm):
+            control.should_training_stop = True
+            if state.is_world_process_zero:
+                tqdm.write(f"{args.output_dir} ends at step {state.global_step}: its gradient's norm is {norm}.")
+
+
 def show_progress(trainer: Trainer, name: str) -> None:
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(RunProgress(name))
+    trainer.add_callback(StopWhereNotFinite())

@@ -218,7 +218,7 @@ def _table(
     batch_size: int,
     score: Callable[[dict[str, Any], bool], torch.Tensor],
 ) -> torch.Tensor:
-    """What `score(batch, is_first)` gives, float64 on the CPU with one entry a row of the batch, for all `n` rows."""
+    """What `score(batch, is_first)` gives, float64 with one entry a row of the batch, for all `n` rows; on the CPU."""
     n = len(dataset)
     if n == 0:
         raise ValueError("`dataset` has no rows to evaluate: pass a dataset with at least one row.")
@@ -238,9 +238,9 @@ def _table(
 
     table = torch.stack(table)  # (steps, rows, …)
     if world > 1:
-        table = accelerator.gather(table.to(accelerator.device)).cpu()
+        table = accelerator.gather(table.to(accelerator.device))
     # Gathered process by process; the dataset goes step by step, and within a step process by process
-    return table.view(world, steps, batch_size, *table.shape[2:]).transpose(0, 1).flatten(0, 2)[:n]
+    return table.cpu().view(world, steps, batch_size, *table.shape[2:]).transpose(0, 1).flatten(0, 2)[:n]
 
 
 def score_rows(
@@ -263,7 +263,7 @@ def score_rows(
 
     Returns:
         Sums over the tokens of each sequence: logps, tokens, correct, logratio, kl. `(rows, 5, sequences_per_row)`,
-        float64, on the CPU.
+        float64, on the batch's device (but on the CPU for Apple's GPUs, which have no float64).
     """
     batch = {k: v.to(accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     ref_logps = [batch.pop(key, None) for key in ("ref_chosen_logps", "ref_rejected_logps")]
@@ -300,19 +300,21 @@ def score_rows(
                     ref.check()
             scored = _score_tokens(policy, ref, targets)
 
-    # All at once to the host, which would wait for the device each time
-    rows, *per_token = torch.stack([places[0].double(), *(x.double().to(places[0].device) for x in scored)]).cpu()
-    rows = rows.long()
+    # Sums in an order that is always the same. Nothing here waits for the device, which may still be at this batch
+    # when the host is at the next.
+    device = torch.device("cpu") if labels.device.type == "mps" else labels.device  # which has no float64
+    places = tuple(x.to(device) for x in places)
 
-    def total(x: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(len(labels), dtype=torch.float64).index_add_(0, rows, x)
+    def total(per_token: torch.Tensor) -> torch.Tensor:
+        grid = torch.zeros(labels.shape, dtype=torch.float64, device=device)
+        return grid.index_put(places, per_token.to(device).double()).sum(1)
 
-    logps, correct, *drift = map(total, per_token)
-    scores = [logps, torch.bincount(rows, minlength=len(labels)).double(), correct]
+    logps, correct, *drift = map(total, scored)
+    scores = [logps, total(torch.ones_like(targets)), correct]
     if ref is not None:
         scores += drift
     elif ref_logps[0] is not None:
-        scores += [scores[0] - torch.cat(ref_logps).cpu().double(), torch.zeros_like(scores[0])]
+        scores += [logps - torch.cat(ref_logps).to(device).double(), torch.zeros_like(logps)]
     elif sequences_per_row == 2:
         raise ValueError(
             "There is no reference to measure the drift from: `ref_model` is None, `model` is not a PEFT model, and "

@@ -1,8 +1,10 @@
 """Forward passes without padding: the sequences of a batch are packed into as few rows as they fit in."""
 
+import contextlib
 import dataclasses
 import functools
 import types
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -53,17 +55,17 @@ def add_packing(model: PreTrainedModel) -> None:
         lengths = mask.sum(1).tolist()
         # Flash attention takes packed sequences in one row
         one_row = "flash" in (config._attn_implementation or "")
-        index = (_indices(lengths, sum(lengths)) if one_row else _rounded_indices(lengths)).to(mask.device)
+        index = _indices(lengths, sum(lengths) if one_row else max(lengths)).to(mask.device)
         filled, (sequence, position) = index[0] >= 0, index.clamp(min=0)
-        # What is left of a row is a sequence of its own, of any tokens, that nothing comes of
-        token = (sequence, position.clamp(max=mask.shape[1] - 1))
         kwargs |= {
             "attention_mask": None,
-            "input_ids": kwargs["input_ids"][token],
+            "input_ids": kwargs["input_ids"][sequence, position],
+            # What is left of a row is a sequence of its own, that nothing comes of
             "position_ids": position,
-            "labels": kwargs["labels"][token].masked_fill(~filled | (position == 0), -100),
+            "labels": kwargs["labels"][sequence, position].masked_fill(~filled | (position == 0), -100),
         }
-        outputs = forward(**kwargs)
+        with _without_cudnn():
+            outputs = forward(**kwargs)
         # Entry t - 1 of a row is about its token t
         filled, sequence, position = (x[:, 1:] for x in (filled & (position > 0), sequence, position))
         place = (sequence[filled], position[filled] - 1)
@@ -77,41 +79,38 @@ def add_packing(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(packed_forward, model)
 
 
+@contextlib.contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """Attention by torch's other kernels.
+
+    cuDNN's is planned anew for each shape of a batch, and no two packed batches have the same: on an H200 that is a
+    tenth of a second, half of a step of a 0.5 B model.
+    """
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+
+
 def unpack_hidden(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     """Hidden states of the rows that a batch was packed into, `(rows, capacity, size)`, as those of the padded batch.
 
     `attention_mask` is that of the batch, `(sequences, length)`. States of padding are 0.
     """
-    index = _indices(attention_mask.sum(1).tolist(), hidden.shape[1], hidden.shape[0])
-    sequence, position = index.to(hidden.device)
+    sequence, position = _indices(attention_mask.sum(1).tolist(), hidden.shape[1]).to(hidden.device)
     filled = sequence >= 0
     unpacked = hidden.new_zeros(*attention_mask.shape, hidden.shape[2])
     return unpacked.index_put((sequence[filled], position[filled]), hidden[filled])
 
 
-def _rounded_indices(lengths: list[int]) -> Tensor:
-    """`_indices` of rows as long as the longest sequence and as many as needed, both rounded up by at most an eighth.
-
-    So few shapes come back again and again. Kernels that are planned for their shape need that: cuDNN's attention
-    takes a tenth of a second for the plan, which is half of a step of a 0.5 B model.
-    """
-    capacity = _round_up(max(lengths))
-    return _indices(lengths, capacity, _round_up(len(pack(lengths, capacity)[1])))
-
-
-def _round_up(n: int) -> int:
-    step = 1 << max(0, n.bit_length() - 4)
-    return -(-n // step) * step
-
-
-def _indices(lengths: list[int], capacity: int, rows: int = 1) -> Tensor:
+def _indices(lengths: list[int], capacity: int) -> Tensor:
     """Of each place of the packed rows, the sequence and the position in it: int64, `(2, rows, capacity)`.
 
-    Where a row is not filled, the sequence is -1 and the position counts from 0 anew. There are `rows` of them, the
-    last ones empty, or as many as it takes if these are more.
+    Where a row is not filled, the sequence is -1 and the position counts from 0 anew.
     """
     places, filled = pack(lengths, capacity)
-    filled += [0] * (rows - len(filled))
     index = torch.full((2, len(filled), capacity), -1)
     for i, (row, start) in enumerate(places):
         end = start + lengths[i]

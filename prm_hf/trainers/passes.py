@@ -72,7 +72,7 @@ class SharedPassesMixin:
         )
         if self.accelerator.num_processes > 1:
             scores = scores.to(self.accelerator.device)
-        self._scores.append(self.accelerator.gather_for_metrics(scores).cpu())
+        self._scores.append(self.accelerator.gather_for_metrics(scores))
         return outputs
 
     def _run_more(self, model: nn.Module, inputs: dict[str, Any]) -> int:
@@ -88,7 +88,7 @@ class SharedPassesMixin:
 
     def _shared_tables(self) -> list[SequenceEvaluation] | None:
         """A table for each sequence of a row, when TRL has gone through all batches."""
-        return None if self._scores is None else evaluations_of(torch.cat(self._scores), self._has_reference())
+        return None if self._scores is None else evaluations_of(torch.cat(self._scores).cpu(), self._has_reference())
 
 
 def _goes_through_all_rows(dataloader: DataLoader) -> bool:
