@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 from filelock import FileLock
+from transformers import TrainerControl, TrainerState
 
 from prm_hf.demo import build_demo
 
@@ -22,6 +24,7 @@ import comparison  # noqa: E402
 import dpo_noisy  # noqa: E402
 import inputs  # noqa: E402
 import methods  # noqa: E402
+import run_folder  # noqa: E402
 
 
 SHORT = ["--max_steps", "3", "--logging_steps", "1", "--eval_steps", "3", "--warmup_steps", "1"]
@@ -370,3 +373,15 @@ def test_a_sweep_spreads_the_runs_over_processes(tmp_path):
     assert "Report:" in result.stdout and "Report:" in other
     failed = start("--seeds", "0", "0")
     assert failed.returncode == 1 and "none of them twice" in failed.stderr
+
+
+def test_a_run_whose_gradients_are_not_finite_ends_there(tmp_path, capsys):
+    state, control = TrainerState(global_step=7), TrainerControl()
+    args = SimpleNamespace(output_dir=tmp_path / "adamw")
+    stop = run_folder.StopWhereNotFinite()
+    stop.on_log(args, state, control, logs={"eval_loss": 0.5})
+    stop.on_log(args, state, control, logs={"grad_norm": 3.0})
+    assert not control.should_training_stop
+    stop.on_log(args, state, control, logs={"grad_norm": float("nan")})
+    assert control.should_training_stop
+    assert "adamw ends at step 7: its gradient's norm is nan" in capsys.readouterr().out
