@@ -220,11 +220,14 @@ class RunProgress(TrainerCallback):
 
 
 class StopWhereNotFinite(TrainerCallback):
-    """Ends a run whose gradients have become infinite or NaN, and says so: its weights can't come back from there."""
+    """Ends a run whose gradients have become infinite or NaN, and says so: its weights can't come back from there.
+
+    Not in fp16, where steps that overflow are left out.
+    """
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         norm = float((logs or {}).get("grad_norm", 0.0))
-        if not math.isfinite(norm):
+        if not args.fp16 and not math.isfinite(norm):
             control.should_training_stop = True
             if state.is_world_process_zero:
                 tqdm.write(f"{args.output_dir} ends at step {state.global_step}: its gradient's norm is {norm}.")

@@ -377,10 +377,11 @@ def test_a_sweep_spreads_the_runs_over_processes(tmp_path):
 
 def test_a_run_whose_gradients_are_not_finite_ends_there(tmp_path, capsys):
     state, control = TrainerState(global_step=7), TrainerControl()
-    args = SimpleNamespace(output_dir=tmp_path / "adamw")
+    args = SimpleNamespace(output_dir=tmp_path / "adamw", fp16=False)
     stop = run_folder.StopWhereNotFinite()
     stop.on_log(args, state, control, logs={"eval_loss": 0.5})
     stop.on_log(args, state, control, logs={"grad_norm": 3.0})
+    stop.on_log(SimpleNamespace(fp16=True), state, control, logs={"grad_norm": float("inf")})
     assert not control.should_training_stop
     stop.on_log(args, state, control, logs={"grad_norm": float("nan")})
     assert control.should_training_stop
