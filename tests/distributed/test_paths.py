@@ -76,7 +76,7 @@ def test_like_one_process(recorded, path, name):
         assert noise_mask < 3e-6
         assert mask < max(1e-6, 2 * noise_mask)
     else:  # where the gradient of a scalar parameter is nearly zero, noise decides its mask, under DDP too
-        assert mask < max(1e-3, 2 * noise_mask)  # how much depends on the machine; `test_replay` is exact
+        assert mask < max(1e-3, 2 * noise_mask)  # seen: 4e-4, DDP 6e-5; `test_replay` is exact
 
 
 @pytest.mark.parametrize("path", ["ddp", "zero0"])
