@@ -141,6 +141,10 @@ def test_tokens_of_probability_zero():
     assert kl[2] == inf and kl[3].isnan() and logps[3].isnan()
     assert correct[:3].tolist() == [True, False, False]
     torch.testing.assert_close(logratio[:3], (log_p - log_r)[range(3), targets[:3]])
+    # Also where the target is the token that neither emits, whose log-ratio is not defined
+    logps, _, logratio, kl = evaluation._score_tokens(of(logits_p[:1]), of(logits_r[:1]), torch.tensor([2]))
+    assert logps == -inf and logratio.isnan()
+    torch.testing.assert_close(kl, expected[0][None])
 
 
 def test_chunks_change_nothing_and_bound_the_logits(accelerator, monkeypatch):

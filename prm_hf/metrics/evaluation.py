@@ -360,10 +360,11 @@ def _score_tokens(policy: Forward, ref: Forward | None, targets: torch.Tensor) -
                     f"`ref_model` has {log_r.shape[-1]} logits a token and the policy {log_p.shape[-1]}: the "
                     "reference must share the policy's vocabulary. Resize both embeddings alike before training."
                 )
-            logratio = logps - log_r.gather(-1, target).squeeze(-1)
+            ref_logps = log_r.gather(-1, target).squeeze(-1)
             # Σ p (log p - log r), in place. A token that the policy never emits adds nothing, also where the reference
-            # never emits it; but 0·∞ and ∞ - ∞ are NaN. A row that is NaN by itself stays so, by its `logratio`.
+            # never emits it; but 0·∞ and ∞ - ∞ are NaN. A row that is NaN by itself stays so, by its log-probability.
             log_r = torch.sub(log_p, log_r, out=log_r)
             kl = log_p.exp_().mul_(log_r).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf).sum(-1)
-            chunks[-1] += [logratio, kl.where(~logratio.isnan(), logratio)]
+            either = logps + ref_logps
+            chunks[-1] += [logps - ref_logps, kl.where(~either.isnan(), either)]
     return [torch.cat(column) for column in zip(*chunks, strict=True)]
