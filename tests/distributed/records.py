@@ -72,6 +72,22 @@ def compare_runs(a: list[dict], b: list[dict], prm: dict, leave_out: tuple[int, 
     return mask, weight
 
 
+def compare_scalar_masks(a: list[dict], b: list[dict]) -> float:
+    """The largest difference of masks of `per_param`, each times its gradient's share of the tensor's largest.
+
+    By that share the rounding of a gradient, which is that of the largest, is small beside the gradient itself: a mask
+    moves by their quotient. (A gradient that is zero but for rounding, as of the keys' bias, has any mask.)
+    """
+    largest = 0.0
+    for step in range(len(b[0]["steps"])):
+        masks, others, gradients = masks_of(a, step), masks_of(b, step), assemble(b, step, "grad")
+        for number, gradient in gradients.items():
+            share = gradient.double().abs() / gradient.double().abs().max()
+            distance = (masks[number].double() - others[number].double()).abs()
+            largest = max(largest, torch.where(share > 0, distance * share, 0).max().item())
+    return largest
+
+
 def replay(ranks: list[dict], prm: dict) -> tuple[float, float]:
     """Feeds the gradients that the ranks saw to the float64 reference: largest difference of masks and of weights."""
     tensors, mask, weight = {}, 0.0, 0.0
