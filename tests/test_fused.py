@@ -44,8 +44,6 @@ def test_equals_float64_reference(variant):
     for combination in COMBINATIONS:
         if "boundary" in combination:
             continue
-        if combination["mask"] == "none" and combination["reduction"] != "per_param":  # the same code and scalars
-            continue
         settings = combination | {"weight_decay": 0.1} | VARIANTS[variant]
         params = make_params()
         references = [ReferenceTensor(p.detach().numpy()) for p in params]

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 IN_PARTS = ("per_param", "per_tensor")  # that shards and 8 bits are for
 
 
-def make_params(dtype=torch.float32, extra=((5000, 33), (4096,), (4097,), (300_003,))):
+def make_params(dtype=torch.float32, extra=((5000, 33), (37, 896), (4096,), (4097,), (300_003,))):
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [*SHAPES, *extra]
     return [torch.randn(s, device="cuda", generator=generator).to(dtype).requires_grad_() for s in shapes]

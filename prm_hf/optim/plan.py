@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..sharding import Layout, Locator, local_tensors
-from .fused import STATES, FusedList, code_of, scalar_row
+from .fused import FusedList, code_of, scalar_row
+from .kernels import STATES
 from .masks import statistics_dtype
 from .parts import SETTINGS, hyperparameters
 from .step import masks_of_means, scalars_of

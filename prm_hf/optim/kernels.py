@@ -1,0 +1,456 @@
+"""The two Triton kernels of a step, and the tables that they read.
+
+`step_kernel` is persistent: it works through a list of items, each a chunk of a tensor, which its programs draw from a
+counter. Without per-tensor statistics an item reads everything of its chunk, and writes p, m and v (and s) once.
+
+`reduction="per_tensor"` needs two sums over a tensor before the first of its elements can be updated, hence a second
+read of g and m. Its list holds an item for the statistics of each chunk and one for the update. Whoever finishes the
+last statistics of a tensor adds up the partial sums, in their order and so always to the same result, and writes the
+mask; the updates wait for it. They cannot wait forever, because an item waits only for items that come before it in
+the list, and those are drawn by programs that run already. A tensor's updates follow soon after its statistics and in
+reverse order, so that what the statistics read last is still in the L2 cache.
+
+`reduction="per_row"` waits for nobody: the rows of an item are whole, and one program reads their g and m twice in a
+row. It has `row_kernel`, launched once for each shape of tile that the rows of a list are cut into.
+"""
+
+import triton
+import triton.language as tl
+
+
+# A row of the table of scalars, float64, one row a tensor: the step's own, then the settings of its group.
+SCALARS = (
+    "step_size",
+    "bias2_sqrt",
+    "decay",
+    "center",
+    "weight",
+    "signal",
+    "noise",
+    "first",
+    "open",
+    "one_minus_beta1",
+    "beta2",
+    "one_minus_beta2",
+    "rho",
+    "eps",
+    "weight_decay",
+    "alpha",
+    "softness",
+    "mask_eps",
+    "first_ratio",
+    "unscale",
+    "floor",
+    "one_minus_signal_beta",
+)
+# A row of the table of tensors, int64: where each is (0 for none), its elements, the first of its chunks, its rows.
+STATES = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var", "exp_avg_signal")
+TENSOR = (*STATES, "numel", "first_chunk", "rows")
+
+
+@triton.jit
+def _pointer(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(address).to(tl.pointer_type(dtype))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _load(pointer, offsets, mask, MASKED: tl.constexpr, policy: tl.constexpr):
+    # Without a mask where a chunk is whole: the compiler cannot know that a mask spares whole vectors, and would load
+    # element by element.
+    if MASKED:
+        return tl.load(pointer + offsets, mask=mask, other=0.0, eviction_policy=policy).to(tl.float32)
+    return tl.load(pointer + offsets, eviction_policy=policy).to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, offsets, value, mask, MASKED: tl.constexpr):
+    value = value.to(pointer.dtype.element_ty)
+    if MASKED:
+        tl.store(pointer + offsets, value, mask=mask, eviction_policy="evict_first")
+    else:
+        tl.store(pointer + offsets, value, eviction_policy="evict_first")
+
+
+@triton.jit
+def _scalar(row, i: tl.constexpr, dtype: tl.constexpr):
+    return tl.load(row + i).to(dtype)
+
+
+@triton.jit
+def _mask(mean_sq, var, row, dtype: tl.constexpr, MASK: tl.constexpr, DEBIASED: tl.constexpr):
+    """q from m² and s, as `masks.compute_mask`."""
+    signal = mean_sq * _scalar(row, 5, dtype)
+    noise = var * _scalar(row, 6, dtype)
+    if DEBIASED:
+        signal = tl.maximum(signal - _scalar(row, 20, dtype) * noise, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        noise = tl.where(_scalar(row, 7, dtype) != 0, signal * _scalar(row, 18, dtype), noise)
+    alpha, softness, mask_eps = _scalar(row, 15, dtype), _scalar(row, 16, dtype), _scalar(row, 17, dtype)
+    if MASK == 0:  # snr
+        q = signal / (signal + softness * alpha * noise + mask_eps)
+    else:
+        excess = signal - alpha * noise
+        if MASK == 2:  # hard
+            q = tl.where(excess > 0, 1.0, 0.0).to(dtype)
+        else:
+            excess = tl.maximum(excess, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            q = excess / (excess + softness * noise + mask_eps)
+    return tl.where(_scalar(row, 8, dtype) != 0, 1.0, q)
+
+
+@triton.jit
+def _gradient(
+    g_ptr,
+    p,
+    offsets,
+    mask,
+    row,
+    COUPLED: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    SCALED: tl.constexpr,
+    MASKED: tl.constexpr,
+    policy: tl.constexpr,
+):
+    g = _load(g_ptr, offsets, mask, MASKED, policy)
+    if SCALED:
+        g = g * _scalar(row, 19, tl.float32)
+    if MAXIMIZE:
+        g = -g
+    if COUPLED:
+        g = g + _scalar(row, 14, tl.float32) * p
+    return g
+
+
+@triton.jit
+def _update_chunk(
+    p_ptr,
+    g_ptr,
+    m_ptr,
+    v_ptr,
+    x_ptr,
+    s_ptr,
+    row,
+    q,
+    offsets,
+    mask,
+    MASK: tl.constexpr,
+    DEBIASED: tl.constexpr,
+    PER_TENSOR: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    COUPLED: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    SCALED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    p = _load(p_ptr, offsets, mask, MASKED, "evict_first")
+    m = _load(m_ptr, offsets, mask, MASKED, "evict_first")
+    v = _load(v_ptr, offsets, mask, MASKED, "evict_first")
+    g = _gradient(g_ptr, p, offsets, mask, row, COUPLED, MAXIMIZE, SCALED, MASKED, "evict_first")
+    if not COUPLED:
+        p = p * _scalar(row, 2, tl.float32)
+    s = 0.0
+    if MASK != 3 and not PER_TENSOR:
+        s = _load(s_ptr, offsets, mask, MASKED, "evict_first")
+        deviation = g - m * _scalar(row, 3, tl.float32)
+        s = _scalar(row, 12, tl.float32) * s + deviation * deviation * _scalar(row, 4, tl.float32)
+        _store(s_ptr, offsets, s, mask, MASKED)
+    m = m + _scalar(row, 9, tl.float32) * (g - m)
+    v = _scalar(row, 10, tl.float32) * v + _scalar(row, 11, tl.float32) * (g * g)
+    _store(m_ptr, offsets, m, mask, MASKED)
+    _store(v_ptr, offsets, v, mask, MASKED)
+    if AMSGRAD:
+        v = tl.maximum(_load(x_ptr, offsets, mask, MASKED, "evict_first"), v, propagate_nan=tl.PropagateNan.ALL)
+        _store(x_ptr, offsets, v, mask, MASKED)
+    denominator = tl.sqrt(v) / _scalar(row, 1, tl.float32) + _scalar(row, 13, tl.float32)
+    if MASK == 3:
+        update = m
+    elif PER_TENSOR:
+        update = m * q
+    else:
+        update = m * _mask(m * m, s, row, tl.float32, MASK, DEBIASED)
+    p = p - _scalar(row, 0, tl.float32) * (update / denominator)
+    _store(p_ptr, offsets, p, mask, MASKED)
+
+
+@triton.jit
+def _chunk_sums(
+    p_ptr,
+    g_ptr,
+    m_ptr,
+    row,
+    offsets,
+    mask,
+    COUPLED: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    SCALED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Σ(g - center)² and Σm² of a chunk, float64, m being what the update will make of it."""
+    p = 0.0
+    if COUPLED:
+        p = _load(p_ptr, offsets, mask, MASKED, "evict_last")
+    # Where the mask leaves elements out, p, g and m are 0 and so are the sums.
+    g = _gradient(g_ptr, p, offsets, mask, row, COUPLED, MAXIMIZE, SCALED, MASKED, "evict_last")
+    m = _load(m_ptr, offsets, mask, MASKED, "evict_last")
+    deviation = g - m * _scalar(row, 3, tl.float32)
+    m = m + _scalar(row, 9, tl.float32) * (g - m)
+    if MASKED:
+        # A tensor of one chunk has no other sums among which the rounding of this one would vanish, and would get
+        # another mask where it is cut into shards; a chunk a tensor costs no time, also where float64 is slow.
+        deviation, m = deviation.to(tl.float64), m.to(tl.float64)
+    return tl.sum(deviation * deviation, 0).to(tl.float64), tl.sum(m * m, 0).to(tl.float64)
+
+
+@triton.jit
+def _tensor_sums(partials, begin, end, BLOCK: tl.constexpr):
+    """The partial sums [begin, end) of a tensor added up in float64, in an order that depends on nothing else."""
+    deviations = tl.zeros((BLOCK,), dtype=tl.float64)
+    squares = tl.zeros((BLOCK,), dtype=tl.float64)
+    for start in range(begin, end, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        inside = rows < end
+        # From the L2 cache, where other programs have written them.
+        deviations += tl.load(partials + 2 * rows, mask=inside, other=0.0, cache_modifier=".cg")
+        squares += tl.load(partials + 2 * rows + 1, mask=inside, other=0.0, cache_modifier=".cg")
+    return tl.sum(deviations, 0), tl.sum(squares, 0)
+
+
+@triton.jit
+def step_kernel(
+    items,
+    n_items,
+    chunk_tensors,
+    tensors,
+    n_tensors,
+    grads,
+    scalars,
+    counters,
+    partials,
+    sums,
+    qs,
+    found_inf,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    MASK: tl.constexpr,
+    DEBIASED: tl.constexpr,
+    PER_TENSOR: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    COUPLED: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    SCALED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    N_ENTRIES: tl.constexpr,
+    N_SCALARS: tl.constexpr,
+    PHASE: tl.constexpr,
+):
+    # PHASE: 0 all, 1 the sums over tensors alone, 2 the update alone with the masks given in `qs`
+    # tensors: a row a tensor, `TENSOR`; grads: likewise, where its gradient is, and which row of `scalars` is its own
+    # counters, 0 at first: [0] the next item; from 1 on, finished statistics items of each tensor; then whether its q
+    # is there
+    if SCALED and tl.load(found_inf) != 0:
+        n_items = 0  # GradScaler skips this step
+    statistics_done = counters + 1
+    q_there = statistics_done + n_tensors
+    ticket = tl.atomic_add(counters, 1, sem="relaxed")
+    while ticket < n_items:
+        item = tl.load(items + ticket)
+        chunk = item // 2
+        tensor = tl.load(chunk_tensors + chunk)
+        entry = tensors + tensor * N_ENTRIES
+        numel = tl.load(entry + 6)
+        begin = tl.load(entry + 7)  # of its chunks
+        start = (chunk - begin) * CHUNK
+        offsets = start + tl.arange(0, CHUNK)
+        inside = offsets < numel
+        row = scalars + tl.load(grads + 2 * tensor + 1) * N_SCALARS
+        p_ptr = _pointer(entry, P, ALIGNED)
+        g_ptr = _pointer(grads + 2 * tensor, G, ALIGNED)
+        m_ptr = _pointer(entry + 1, M, ALIGNED)
+        if PER_TENSOR and item % 2 == 0:
+            if start + CHUNK <= numel:
+                deviations, squares = _chunk_sums(
+                    p_ptr, g_ptr, m_ptr, row, offsets, inside, COUPLED, MAXIMIZE, SCALED, False
+                )
+            else:
+                deviations, squares = _chunk_sums(
+                    p_ptr, g_ptr, m_ptr, row, offsets, inside, COUPLED, MAXIMIZE, SCALED, True
+                )
+            tl.store(partials + 2 * chunk, deviations)
+            tl.store(partials + 2 * chunk + 1, squares)
+            end = begin + tl.cdiv(numel, CHUNK)
+            finished = tl.atomic_add(statistics_done + tensor, 1, sem="acq_rel")
+            if finished == end - begin - 1:
+                total_deviations, total_squares = _tensor_sums(partials, begin, end, 256)
+                if PHASE == 1:
+                    tl.store(sums + 2 * tensor, total_deviations)
+                    tl.store(sums + 2 * tensor + 1, total_squares)
+                else:
+                    count = numel.to(tl.float64)
+                    s_ptr = _pointer(entry + 4, tl.float64, False)
+                    s = _scalar(row, 12, tl.float64) * tl.load(s_ptr)
+                    s += _scalar(row, 4, tl.float64) * (total_deviations / count)
+                    tl.store(s_ptr, s)
+                    q = _mask(total_squares / count, s, row, tl.float64, MASK, DEBIASED)
+                    tl.store(qs + tensor, q.to(tl.float32))
+                    tl.atomic_add(q_there + tensor, 1, sem="release")
+        else:
+            v_ptr = _pointer(entry + 2, tl.float32, ALIGNED)
+            x_ptr = v_ptr
+            if AMSGRAD:
+                x_ptr = _pointer(entry + 3, tl.float32, ALIGNED)
+            s_ptr = v_ptr
+            q = 1.0
+            if PER_TENSOR:
+                if PHASE == 0:
+                    ready = tl.atomic_add(q_there + tensor, 0, sem="acquire")
+                    while ready == 0:
+                        ready = tl.atomic_add(q_there + tensor, 0, sem="acquire")
+                q = tl.load(qs + tensor, cache_modifier=".cg")
+            elif MASK != 3:
+                s_ptr = _pointer(entry + 4, tl.float32, ALIGNED)
+            if start + CHUNK <= numel:
+                _update_chunk(
+                    p_ptr,
+                    g_ptr,
+                    m_ptr,
+                    v_ptr,
+                    x_ptr,
+                    s_ptr,
+                    row,
+                    q,
+                    offsets,
+                    inside,
+                    MASK,
+                    DEBIASED,
+                    PER_TENSOR,
+                    AMSGRAD,
+                    COUPLED,
+                    MAXIMIZE,
+                    SCALED,
+                    False,
+                )
+            else:
+                _update_chunk(
+                    p_ptr,
+                    g_ptr,
+                    m_ptr,
+                    v_ptr,
+                    x_ptr,
+                    s_ptr,
+                    row,
+                    q,
+                    offsets,
+                    inside,
+                    MASK,
+                    DEBIASED,
+                    PER_TENSOR,
+                    AMSGRAD,
+                    COUPLED,
+                    MAXIMIZE,
+                    SCALED,
+                    True,
+                )
+        ticket = tl.atomic_add(counters, 1, sem="relaxed")
+
+
+@triton.jit
+def row_kernel(
+    items,
+    tensors,
+    grads,
+    scalars,
+    found_inf,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    MASK: tl.constexpr,
+    DEBIASED: tl.constexpr,
+    SIGNAL: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    COUPLED: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    SCALED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    EVEN: tl.constexpr,
+    N_ENTRIES: tl.constexpr,
+    N_SCALARS: tl.constexpr,
+):
+    # items: tensor and first row of each; the tables as those of `step_kernel`. EVEN: rows are of whole 16 elements
+    item = items + 2 * tl.program_id(0)
+    tensor = tl.load(item)
+    entry = tensors + tensor * N_ENTRIES
+    n_rows = tl.load(entry + 8)
+    n_cols = tl.load(entry + 6) // n_rows
+    if EVEN:
+        n_cols = tl.multiple_of(n_cols, 16)
+    rows = tl.load(item + 1).to(tl.int64) + tl.arange(0, ROWS)
+    if SCALED and tl.load(found_inf) != 0:
+        n_rows = n_rows * 0  # GradScaler skips this step
+    there = rows < n_rows
+    begins = (rows * n_cols)[:, None]
+    row = scalars + tl.load(grads + 2 * tensor + 1) * N_SCALARS
+    p_ptr = _pointer(entry, P, ALIGNED)
+    g_ptr = _pointer(grads + 2 * tensor, G, ALIGNED)
+    m_ptr = _pointer(entry + 1, M, ALIGNED)
+    v_ptr = _pointer(entry + 2, tl.float32, ALIGNED)
+    x_ptr = v_ptr
+    if AMSGRAD:
+        x_ptr = _pointer(entry + 3, tl.float32, ALIGNED)
+    s_ptr = _pointer(entry + 4, tl.float64, False) + rows
+    a_ptr = v_ptr
+    if SIGNAL:
+        a_ptr = _pointer(entry + 5, tl.float32, ALIGNED)
+    deviations = tl.zeros((ROWS,), dtype=tl.float64)
+    squares = tl.zeros((ROWS,), dtype=tl.float64)
+    for start in range(0, n_cols, COLS):
+        columns = start + tl.arange(0, COLS)[None, :]
+        offsets, inside = begins + columns, there[:, None] & (columns < n_cols)
+        p = 0.0
+        if COUPLED:
+            p = _load(p_ptr, offsets, inside, True, "evict_last")
+        g = _gradient(g_ptr, p, offsets, inside, row, COUPLED, MAXIMIZE, SCALED, True, "evict_last")
+        m = _load(m_ptr, offsets, inside, True, "evict_last")
+        deviation = g - m * _scalar(row, 3, tl.float32)
+        if SIGNAL:
+            m = _load(a_ptr, offsets, inside, True, "evict_first")
+            m = m + _scalar(row, 21, tl.float32) * (g - m)
+            _store(a_ptr, offsets, m, inside, True)
+        else:
+            m = m + _scalar(row, 9, tl.float32) * (g - m)
+        deviations += tl.sum(deviation * deviation, 1).to(tl.float64)
+        squares += tl.sum(m * m, 1).to(tl.float64)
+    count = n_cols.to(tl.float64)
+    s = _scalar(row, 12, tl.float64) * tl.load(s_ptr, mask=there, other=0.0)
+    s += _scalar(row, 4, tl.float64) * (deviations / count)
+    tl.store(s_ptr, s, mask=there)
+    q = _mask(squares / count, s, row, tl.float64, MASK, DEBIASED).to(tl.float32)[:, None]
+    for start in range(0, n_cols, COLS):
+        columns = start + tl.arange(0, COLS)[None, :]
+        offsets, inside = begins + columns, there[:, None] & (columns < n_cols)
+        _update_chunk(
+            p_ptr,
+            g_ptr,
+            m_ptr,
+            v_ptr,
+            x_ptr,
+            v_ptr,
+            row,
+            q,
+            offsets,
+            inside,
+            MASK,
+            DEBIASED,
+            True,
+            AMSGRAD,
+            COUPLED,
+            MAXIMIZE,
+            SCALED,
+            True,
+        )
