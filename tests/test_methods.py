@@ -220,6 +220,7 @@ def test_controls_take_from_their_run(finished):
             assert largest > smallest
 
 
+@pytest.mark.slow
 def test_an_eps_goes_with_the_controls(finished, tmp_path):
     """The controls of PRM with a larger eps are AdamW and PRM with that eps; AdamW at the KL lies on its curve."""
     methods_of = ["--methods", "adamw_eps:10", "prm_debiased_eps:10", *methods.CONTROLS, "--seeds", "0", "1"]
@@ -295,6 +296,7 @@ def test_early_stopping_on_clean_labels_holds_out_the_same_pairs(tmp_path, monke
     assert flips == noisy["flipped"][:] and 0 < sum(flips) < len(flips)
 
 
+@pytest.mark.slow
 def test_interrupted_runs_go_on(finished, tmp_path):
     """Each method from its checkpoint of step 2 ends where it had ended."""
     runs, expected = tmp_path / "runs", {}

@@ -265,15 +265,15 @@ def test_a_slower_signal_average_sees_smaller_signals():
 def test_grad_var_is_the_variance_of_the_batch_mean():
     """s estimates Var(batch mean) = Σ_B/(b-1) by itself: dividing it by (b-1) once more would be wrong.
 
-    A linear model at fixed weights, whose per-example gradients are all known: batches of b drawn with replacement.
+    Linear models at fixed weights, whose per-example gradients are all known: batches of b drawn with replacement.
     Σ_B, the population variance within a batch, has mean σ²(b-1)/b, so Σ_B/(b-1) has mean σ²/b = Var(batch mean).
     """
     rng = np.random.default_rng(0)
-    n, d, b, steps = 512, 6, 8, 6000
-    x, y, w = rng.normal(size=(n, d)), rng.normal(size=n), rng.normal(size=d)
-    per_example = 2 * (x @ w - y)[:, None] * x
+    n, models, d, b, steps = 512, 8, 6, 8, 1200
+    x, y, w = rng.normal(size=(n, models, d)), rng.normal(size=(n, models)), rng.normal(size=(models, d))
+    per_example = 2 * ((x * w).sum(-1) - y)[..., None] * x
     groups = [
-        {"params": [torch.zeros(d, requires_grad=True, dtype=torch.float64)], "estimator": e, "reduction": r}
+        {"params": [torch.zeros(models, d, requires_grad=True, dtype=torch.float64)], "estimator": e, "reduction": r}
         for e, r in itertools.product(masks.ESTIMATORS, masks.REDUCTIONS)
     ]
     optimizer = PRM(groups, lr=0.0, rho=0.99)
@@ -284,14 +284,16 @@ def test_grad_var_is_the_variance_of_the_batch_mean():
         for group in groups:
             group["params"][0].grad = torch.from_numpy(batch.mean(axis=0))
         optimizer.step()
-        if t >= 500:
+        if t >= 400:
             seen.append([optimizer.state[g["params"][0]]["grad_var"].numpy().copy() for g in groups])
     expected = np.mean(within, axis=0)
+    expected = {"per_param": expected, "per_row": expected.mean(1), "per_tensor": expected.mean()}
     for group, values in zip(groups, zip(*seen, strict=True), strict=True):
         # E[(g - m)²] exceeds Var(g) by the variance of m, a factor 1 + κ that the debiased estimator divides out.
         factor = 1.0 if group["estimator"] == "debiased" else 1 + 0.1 / 1.9
-        target = factor * (expected if group["reduction"] == "per_param" else expected.mean())
-        np.testing.assert_allclose(np.mean(values, axis=0), target, rtol=0.1)  # sampling error about 2.5 %
+        found, target = np.mean(values, axis=0).squeeze(), factor * expected[group["reduction"]]
+        np.testing.assert_allclose(found, target, rtol=0.25)  # sampling error of one parameter about 5 %
+        np.testing.assert_allclose(found.mean(), target.mean(), rtol=0.02)  # of the mean over all below 1 %
 
 
 def test_noise_floor_and_what_debiasing_does_to_it():

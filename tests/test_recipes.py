@@ -243,6 +243,7 @@ def files(tmp_path):
     return start
 
 
+@pytest.mark.slow
 def test_datasets_and_noise_rates_have_comparisons_of_their_own(files, tmp_path, capsys):
     assert files(2, "--noise_rate", "0", "0.4", "--methods", "adamw", "cdpo") == 0
     found = {str(path.relative_to(tmp_path / "runs")) for path in (tmp_path / "runs").glob("*/*/*/metrics.json")}
