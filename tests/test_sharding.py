@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from prm_hf.optim import PRM
 from prm_hf.sharding import Layout, Piece, find_layout
 from prm_hf.sharding.deepspeed import check_config
 from prm_hf.sharding.fsdp import check_plugin
+from prm_hf.sharding.locator import _cut_at_rows
 
 
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs" / "deepspeed"
@@ -97,15 +98,53 @@ def test_a_layout_with_a_gap_is_an_error(process_group):
         layout.verify()
 
 
-def test_masks_of_rows_of_shards_are_refused(process_group):
+def _sharded(values, placements):
     mesh = init_device_mesh("cpu", (1,))
-    p = torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+    return torch.nn.Parameter(distribute_tensor(values, mesh, placements))
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate()])
+def test_masks_of_rows_of_shards(process_group, placement, foreach):
+    """In processes of their own they are tested in `tests/distributed/`; here all kinds of shards and steps."""
+    settings = {"reduction": "per_row", "estimator": "debiased", "signal_beta": 0.98, "foreach": foreach}
+    values = [torch.randn(5, 3), torch.randn(4, 2, 3), torch.randn(7), torch.zeros(0, 3)]
+    whole = [torch.nn.Parameter(x.clone()) for x in values]
+    parts = [_sharded(x, [placement if x.dim() > 1 else Shard(0)]) for x in values]
+    optimizers = [PRM(ps, **settings) for ps in (whole, parts)]
+    for t in range(4):
+        for x, y in zip(whole, parts, strict=True):
+            x.grad = torch.randn_like(x) if t != 2 else x.grad * 0.5
+            y.grad = distribute_tensor(x.grad, y.device_mesh, y.placements)
+        for optimizer in optimizers:
+            optimizer.step()
+    for x, y in zip(whole, parts, strict=True):
+        torch.testing.assert_close(y.full_tensor(), x)
+        torch.testing.assert_close(optimizers[1].state[y]["grad_var"], optimizers[0].state[x]["grad_var"])
+    assert optimizers[0].get_mask_stats() == pytest.approx(optimizers[1].get_mask_stats(), rel=1e-6)
+
+
+def test_masks_of_rows_where_it_is_not_known_whose_they_are(process_group):
+    p = _sharded(torch.ones(4, 3), [Shard(0)])
     p.grad = torch.ones_like(p)
-    with pytest.raises(
-        ValueError, match="reduction='per_row'.*under FSDP2.*reduction='per_tensor'; or one process, DDP"
-    ):
-        PRM([p], reduction="per_row").step()
-    PRM([p], reduction="per_tensor").step()
+    with pytest.raises(ValueError, match="fused=True.*no kernel under FSDP2. Leave fused=None"):
+        PRM([p], reduction="per_row", fused=True).step()
+    optimizer = PRM([p], reduction="per_row")
+    optimizer._locate()
+    optimizer._locator.layout.rows[0] = 0  # as of a strided shard
+    with pytest.raises(ValueError, match="not known which rows of tensor 0.*Use reduction='per_tensor'"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("offset", range(7))
+@pytest.mark.parametrize("length", range(1, 14))
+def test_slices_are_cut_at_rows(offset, length):
+    cuts = list(_cut_at_rows(offset, length, in_row=3))
+    assert [begin for begin, _, _ in cuts] == [0, *(end for _, end, _ in cuts[:-1])] and cuts[-1][1] == length
+    for begin, end, count in cuts:
+        first, last = (offset + begin) // 3, (offset + end - 1) // 3
+        assert count == last - first + 1
+        assert count == 1 or (offset + begin) % 3 == (offset + end) % 3 == 0
 
 
 def test_replaced_parameters_of_other_shapes_are_an_error():

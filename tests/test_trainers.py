@@ -358,15 +358,10 @@ def test_bf16_state_under_deepspeed_zero_raises(tmp_path):
         PRMDPOTrainer(make_model(), args=args, train_dataset=TRAIN, processing_class=make_tokenizer())
 
 
-def test_masks_of_rows_where_tensors_are_held_in_parts_raise(tmp_path, monkeypatch):
-    args = PRMSFTConfig(**settings(tmp_path, prm_reduction="per_row"))
-    args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 1}}, zero_stage=1)
-    message = "reduction='per_row': it is not supported under {}.*reduction='per_tensor'; or.*DDP or DeepSpeed ZeRO-0"
-    with pytest.raises(ValueError, match=message.format("DeepSpeed ZeRO-1") + ".*optimizer_name='adamw'"):
-        PRMSFTTrainer(make_model(), args=args, train_dataset=SENTENCES, processing_class=make_tokenizer())
-    args = PRMSFTConfig(**settings(tmp_path, prm_reduction="per_row"))
-    with pytest.raises(ValueError, match=message.format("FSDP2")):
-        under_fsdp(monkeypatch, 2)(make_model(), args=args, train_dataset=SENTENCES, processing_class=make_tokenizer())
+def test_masks_of_rows_under_fsdp1_raise(tmp_path, monkeypatch):
+    args = PRMSFTConfig(**settings(tmp_path, prm_reduction="per_row", drift_metrics=False))
+    with pytest.raises(ValueError, match="'per_row': it is not supported under FSDP1.*Use FSDP2.*'per_tensor'"):
+        under_fsdp(monkeypatch, 1)(make_model(), args=args, train_dataset=SENTENCES, processing_class=make_tokenizer())
 
 
 def test_training_with_masks_of_rows(tmp_path):

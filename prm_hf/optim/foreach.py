@@ -33,6 +33,17 @@ def row_mean_squares(x: Tensor) -> Tensor:
     return _row_norms(rows).square() / max(rows.shape[1], 1)
 
 
+def row_sums_of_squares(tensors: list[Tensor]) -> Tensor:
+    """Σx² of each row of each of the tensors, `(all rows,)`; as precise as [`sums_of_squares`]."""
+    return torch.cat([_row_norms(masks.as_rows(x)) for x in tensors]).square()
+
+
+def split_by_rows(q: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Of a mask of all rows of all tensors, one after the other, what each of them can be multiplied with."""
+    qs = q.split([masks.n_rows(x) for x in tensors])
+    return [masks.over_rows(*pair) for pair in zip(qs, tensors, strict=True)]
+
+
 def multi_row_mean_squares(tensors: list[Tensor]) -> list[Tensor]:
     """[`row_mean_squares`] of several tensors, with one launch a tensor."""
     rows = [masks.as_rows(x) for x in tensors]
@@ -73,7 +84,10 @@ def _multi_tensor_moments(
     maximize: bool,
     **_,
 ) -> Tensor | None:
-    """m, v, s and the signal's average. For `per_tensor` no s, but returns Σ(g - center)² and Σm², (tensors, 2)."""
+    """m, v, s and the signal's average. For `per_tensor` no s, but returns Σ(g - center)² and Σm², (tensors, 2).
+
+    For rows in parts the same of each row, (rows, 2), with the signal's average for m if there is one.
+    """
     if maximize:
         grads = torch._foreach_neg(grads)
     if weight_decay != 0 and not decoupled_weight_decay:
@@ -93,6 +107,8 @@ def _multi_tensor_moments(
         return None
     if exp_avg_signals:
         torch._foreach_lerp_(exp_avg_signals, grads, 1 - signal_beta)
+    if reduction == masks.ROWS_IN_PARTS:
+        return torch.stack([row_sums_of_squares(xs) for xs in (deviations, exp_avg_signals or exp_avgs)], dim=1)
     if reduction == "per_row":
         variances = multi_row_mean_squares(deviations)
         torch._foreach_mul_(variances, c.weight)
@@ -130,14 +146,19 @@ def _multi_tensor_update(
     decoupled_weight_decay: bool,
     **hyper,
 ) -> None:
-    """w ← (1 - lr·λ) w - lr · q · m̂ / (√v̂ + eps), `q` one a tensor, or from `grad_vars` one a parameter or a row."""
+    """w ← (1 - lr·λ) w - lr · q · m̂ / (√v̂ + eps), `q` one a tensor, or from `grad_vars` one a parameter or a row.
+
+    For rows in parts `q` is one a row.
+    """
     if weight_decay != 0 and decoupled_weight_decay:
         torch._foreach_mul_(params, 1 - lr * weight_decay)
     if amsgrad:
         torch._foreach_maximum_(max_exp_avg_sqs, exp_avg_sqs)
         exp_avg_sqs = max_exp_avg_sqs
     updates, step_sizes = exp_avgs, [-lr / x for x in c.bias1]
-    if q is not None and q.device.type == "cpu" and not isinstance(step_sizes[0], Tensor):
+    if q is not None and reduction == masks.ROWS_IN_PARTS:
+        updates = torch._foreach_mul(exp_avgs, split_by_rows(q, exp_avgs))
+    elif q is not None and q.device.type == "cpu" and not isinstance(step_sizes[0], Tensor):
         step_sizes = [x * y for x, y in zip(step_sizes, q.tolist(), strict=True)]  # spares a pass
     elif q is not None:
         updates = torch._foreach_mul(exp_avgs, list(q.to(exp_avgs[0].dtype).unbind()))

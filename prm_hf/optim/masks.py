@@ -14,6 +14,8 @@ from torch import Tensor
 
 MASKS = ("snr", "soft", "hard", "none")
 REDUCTIONS = ("per_param", "per_tensor", "per_row")
+# What a step calls "per_row" where rows may lie in several processes, so that sums must be added up before the masks.
+ROWS_IN_PARTS = "per_row in parts"
 ESTIMATORS = ("ema", "debiased")
 BOUNDARIES = ("batch", "empirical")
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..sharding import RowSpan
 from . import masks
 from .step import HYPERPARAMETERS
 from .validation import validate_group
@@ -42,7 +43,9 @@ class Part:
     Attributes:
         lists: by name in [`ListStep`], slices that each lie in one original tensor.
         owners: of each slice, the number of its original tensor.
-        tensors: for `per_tensor`, by number of each original tensor that advances: elements, `grad_var`, `step`.
+        spans: for rows in parts, what each slice is of; the slices are matrices.
+        tensors: for `per_tensor` and rows in parts, by number of each original tensor that advances: elements,
+            `grad_var`, `step`.
         counters: the `step` of each local tensor.
     """
 
@@ -52,11 +55,17 @@ class Part:
     fused: bool = False
     lists: dict[str, list[Tensor]] = field(default_factory=lambda: {name: [] for name in _LISTS})
     owners: list[int] = field(default_factory=list)
+    spans: list[RowSpan] = field(default_factory=list)
     tensors: dict[int, tuple[int, Tensor, Tensor]] = field(default_factory=dict)
     counters: list[Tensor] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.owners)
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether masks are of rows that may lie in several processes."""
+        return self.hyper["reduction"] == masks.ROWS_IN_PARTS
 
     def extend(self, numbers: list[int | None], lists: dict[str, list[Tensor]], step: Tensor) -> None:
         """Adds slices of one local tensor; a whole tensor, whose number is None, gets its place among the slices."""

@@ -4,6 +4,7 @@ The class validates, holds the state and dispatches. The mathematics is in `mask
 a tensor live, in `prm_hf.sharding`.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
 
-from ..sharding import Layout, Locator
+from ..sharding import Layout, Locator, RowSpan
 from . import masks
+from .foreach import row_sums_of_squares
 from .parts import Part, hyperparameters, use_fused
 from .quantized import is_quantized, quantized_zeros, read, write
-from .statistics import COLUMNS, N_SUMS, add_rows, fill_per_tensor, mask_summary, slice_table
-from .step import LOW_PRECISION, ListStep, tensor_masks
+from .statistics import COLUMNS, N_SUMS, add_rows, fill_per_row, fill_per_tensor, mask_summary, slice_table
+from .step import LOW_PRECISION, ListStep, row_masks, tensor_masks
 from .validation import check_held_in_parts, check_reduction, check_signal_beta, validate_group
 
 
@@ -46,8 +48,9 @@ _GROUP_DEFAULTS = {
 }
 _STATE_KEYS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var", "exp_avg_signal")
 # Keys of ours in parameter groups, which wrappers and checkpoints carry along: the number that the group was created
-# with, and in checkpoints of flat partitions `grad_var` of all tensors (DeepSpeed drops or trims it in the state).
-_NUMBER, _TENSOR_VARS = "prm_group", "prm_grad_var"
+# with, and in checkpoints of flat partitions `grad_var` of all tensors and of all of their rows (DeepSpeed drops or
+# trims it in the state).
+_NUMBER, _TENSOR_VARS, _ROW_VARS = "prm_group", "prm_grad_var", "prm_row_grad_var"
 
 
 class PRM(Optimizer):
@@ -110,7 +113,7 @@ class PRM(Optimizer):
         reduction (`str`): `"per_param"`, one q a scalar parameter; or `"per_tensor"`, one q a parameter tensor from
             the means of S and N over it, with a single scalar of state beyond AdamW's; or `"per_row"`, one q a row
             (dimension 0) of tensors of two dimensions and more and one of any other tensor, with as many numbers of
-            state. `"per_row"` is for whole tensors (one process, DDP, DeepSpeed ZeRO-0).
+            state.
         warmup_steps (`int`): the first steps of each parameter that are plain AdamW (q = 1) while `grad_var` forms.
         amsgrad (`bool`): use the maximum of `exp_avg_sq` so far.
         bias_correction (`bool`): correct m, v and s for their start at zero.
@@ -219,7 +222,11 @@ class PRM(Optimizer):
     def _start_unlocated(self) -> None:
         self._locator = Locator()
         self._created: list[dict[str, Any]] = []  # the settings of each group as they were given
-        self._tensor_vars: Tensor | None = None  # `grad_var` of all tensors, where parameters are flat buffers
+        # Where parameters are flat buffers, `grad_var` of all tensors, and of all rows; and such from a checkpoint, by
+        # number of the group that it came with, until it is known which rows are whose
+        self._tensor_vars: Tensor | None = None
+        self._row_vars: Tensor | None = None
+        self._loaded_row_vars: dict[int, Tensor] = {}
         self._started = False
         self._fused_tables: dict[tuple, Any] = {}  # of `fused.FusedStep`
         self._plans: dict[tuple[int, ...], Any] = {}  # `plan.FusedPlan`, of what groups show at a step
@@ -260,12 +267,13 @@ class PRM(Optimizer):
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """As of any optimizer. Under DeepSpeed ZeRO `per_tensor` variances of all tensors go with each group."""
+        """As of any optimizer. Under DeepSpeed ZeRO the variances of all tensors or rows go with each group."""
         self._absorb_loaded()
         state_dict = super().state_dict()
-        if self._tensor_vars is not None:
-            for group in state_dict["param_groups"]:
-                group[_TENSOR_VARS] = self._tensor_vars.detach().cpu().clone()
+        for key, table in ((_TENSOR_VARS, self._tensor_vars), (_ROW_VARS, self._row_vars)):
+            if table is not None:
+                for group in state_dict["param_groups"]:
+                    group[key] = table.detach().cpu().clone()
         return state_dict
 
     @torch._disable_dynamo
@@ -406,11 +414,18 @@ class PRM(Optimizer):
         self._fused_tables.clear()
 
     def _tensor_masks(self, parts: list[Part], sums: list[Tensor | None]) -> list[Tensor | None]:
-        """q of each slice of each part, None for parts that are not `per_tensor`. One all-reduce for all of them."""
+        """q of each slice of each part, None for parts that decide on their masks. One all-reduce for all of them.
+
+        For rows in parts q of each row of each slice, with one all-reduce more.
+        """
         if self._locator.layout is not None:
             sums = self._total(parts, sums)
+        of_rows = self._row_masks(parts, sums)
         qs = []
-        for part, x in zip(parts, sums, strict=True):
+        for position, (part, x) in enumerate(zip(parts, sums, strict=True)):
+            if part.in_rows:
+                qs.append(of_rows[position])
+                continue
             if not part.tensors:
                 qs.append(None)
                 continue
@@ -422,20 +437,68 @@ class PRM(Optimizer):
 
     def _total(self, parts: list[Part], sums: list[Tensor | None]) -> list[Tensor | None]:
         """From sums over slices to sums over the original tensors of each part, over all processes."""
-        numbers = sorted({number for part in parts for number in part.tensors})
-        if not numbers:
+        of_tensors = [part for part in parts if part.tensors and not part.in_rows]
+        if not of_tensors:
             return sums
+        numbers = sorted({number for part in of_tensors for number in part.tensors})
         row = {number: i for i, number in enumerate(numbers)}
-        device = next(part.device for part in parts if part.tensors)
+        device = of_tensors[0].device
         table = torch.zeros(len(numbers), 2, dtype=masks.statistics_dtype(device), device=device)
         for part, x in zip(parts, sums, strict=True):
-            if part.tensors and part.owners:
+            if part.tensors and part.owners and not part.in_rows:
                 table.index_add_(0, self._index([row[n] for n in part.owners], device), x)
         self._locator.all_reduce(table, numbers)
         return [
-            table[self._index([row[number] for number in part.tensors], device)] if part.tensors else None
-            for part in parts
+            x
+            if part.in_rows
+            else table[self._index([row[number] for number in part.tensors], device)]
+            if part.tensors
+            else None
+            for part, x in zip(parts, sums, strict=True)
         ]
+
+    def _row_masks(self, parts: list[Part], sums: list[Tensor | None]) -> dict[int, Tensor]:
+        """By position of each part whose rows may lie in several processes, q of each row of its slices."""
+        in_rows = {i: part for i, part in enumerate(parts) if part.in_rows}
+        if not in_rows:
+            return {}
+        layout = self._locator.layout
+        numbers = sorted({number for part in in_rows.values() for number in part.tensors})
+        device = next(iter(in_rows.values())).device
+        table = self._add_up_rows(numbers, [(part.spans, sums[i]) for i, part in in_rows.items()], device)
+        qs = {}
+        for i, part in in_rows.items():
+            whole = [RowSpan(number, 0, layout.rows[number]) for number in part.tensors]
+            counts = [(layout.rows[n], layout.numels[n] // max(layout.rows[n], 1)) for n in part.tensors]
+            grad_vars, steps = ([values[j] for values in part.tensors.values()] for j in (1, 2))
+            q = row_masks(table[self._row_index(whole, numbers, device)], counts, grad_vars, steps, part.hyper)
+            qs[i] = q[self._row_index(part.spans, list(part.tensors), device)]
+        return qs
+
+    def _add_up_rows(
+        self, numbers: list[int], sums: list[tuple[list[RowSpan], Tensor | None]], device: torch.device, width: int = 2
+    ) -> Tensor:
+        """Sums over the rows of slices, `(rows of the spans, width)`, to those over the rows of tensors. Collective.
+
+        The rows of the tensors `numbers`, one tensor after the other.
+        """
+        counts = [self._locator.layout.rows[number] for number in numbers]
+        table = torch.zeros(sum(counts), width, dtype=masks.statistics_dtype(device), device=device)
+        for spans, x in sums:
+            if spans:
+                table.index_add_(0, self._row_index(spans, numbers, device), x)
+        self._locator.layout.all_reduce(table, numbers, counts=counts)
+        return table
+
+    def _row_index(self, spans: list[RowSpan], numbers: list[int], device: torch.device) -> Tensor:
+        """Where the rows of `spans` are among all rows of the tensors `numbers`, one tensor after the other."""
+        key = (device, tuple(spans), tuple(numbers))
+        if key not in self._indices:
+            begins = itertools.accumulate((self._locator.layout.rows[number] for number in numbers), initial=0)
+            begin = dict(zip(numbers, begins, strict=False))
+            pieces = [torch.arange(x.count) + begin[x.tensor] + x.first for x in spans]
+            self._indices[key] = torch.cat(pieces).to(device) if pieces else torch.zeros(0, dtype=torch.int64)
+        return self._indices[key]
 
     def _index(self, rows: list[int], device: torch.device) -> Tensor:
         """`rows` on the device, sent there once: at each step the host would wait until the device has taken them."""
@@ -450,21 +513,60 @@ class PRM(Optimizer):
         if self._locator.layout is not None:
             for group in self.param_groups:
                 check_held_in_parts(group["reduction"], group["state_dtype"], self._locator.layout.path)
+                if group["mask"] != "none" and group["reduction"] == "per_row":
+                    self._check_rows(group)
         if self._locator.flat:
             self._unshare_steps()
-        masked = [g for g in self.param_groups if g["mask"] != "none" and g["reduction"] == "per_tensor"]
-        if self._locator.flat and masked:
-            self._place_tensor_vars(self._locator.layout, masked)
+        masked = [group for group in self.param_groups if group["mask"] != "none"]
+        for reduction, place in (("per_tensor", self._place_tensor_vars), ("per_row", self._place_row_vars)):
+            groups = [group for group in masked if group["reduction"] == reduction]
+            if self._locator.flat and groups:
+                place(self._locator.layout, groups)
+
+    def _check_rows(self, group: dict[str, Any]) -> None:
+        layout = self._locator.layout
+        if group["fused"]:
+            raise ValueError(
+                f"Invalid fused=True: reduction='per_row' has no kernel under {layout.path}. Leave fused=None."
+            )
+        unknown = [n for n in self._locator.numbers(group[_NUMBER]) if n < len(layout.rows) and not layout.rows[n]]
+        if any(layout.numels[n] for n in unknown):
+            raise ValueError(
+                f"Invalid reduction='per_row': under {layout.path} it is not known which rows of tensor {unknown[0]} "
+                "a process holds. Use reduction='per_tensor'."
+            )
+
+    def _check_is_fresh(self, groups: list[dict[str, Any]], reduction: str) -> None:
+        """Raises if a checkpoint gave these groups a state and no table of variances."""
+        tensors = (p for group in groups for p in self._locator.local_tensors(group[_NUMBER], group["params"]))
+        if any(self.state[p]["step"] > 0 for p in tensors if self.state.get(p)):
+            raise ValueError(
+                f"The checkpoint has no `grad_var` of reduction={reduction!r} for DeepSpeed ZeRO: it was not "
+                "written by PRM, or with another reduction. Start from the weights alone with a fresh optimizer."
+            )
+
+    def _place_row_vars(self, layout: Layout, groups: list[dict[str, Any]]) -> None:
+        device, rows = layout.locals[0].device, sum(layout.rows)
+        if self._row_vars is None:
+            if not self._loaded_row_vars:
+                self._check_is_fresh(groups, "per_row")
+            self._row_vars = torch.zeros(rows, dtype=masks.statistics_dtype(device), device=device)
+        self._row_vars = self._row_vars.to(device)
+        for number, table in self._loaded_row_vars.items():
+            if len(table) != rows:
+                raise ValueError(
+                    f"The checkpoint has `grad_var` of {len(table)} rows and the optimizer's tensors have {rows}: it "
+                    "belongs to another model or to other trained parameters."
+                )
+            mine = self._locator.numbers(number)
+            begin, end = sum(layout.rows[: mine.start]), sum(layout.rows[: mine.stop])
+            self._row_vars[begin:end] = table[begin:end].to(device)
+        self._loaded_row_vars.clear()
 
     def _place_tensor_vars(self, layout: Layout, groups: list[dict[str, Any]]) -> None:
         device = layout.locals[0].device
         if self._tensor_vars is None:
-            tensors = (p for group in groups for p in self._locator.local_tensors(group[_NUMBER], group["params"]))
-            if any(self.state[p]["step"] > 0 for p in tensors if self.state.get(p)):
-                raise ValueError(
-                    "The checkpoint has no `grad_var` of reduction='per_tensor' for DeepSpeed ZeRO: it was not "
-                    "written by PRM, or with another reduction. Start from the weights alone with a fresh optimizer."
-                )
+            self._check_is_fresh(groups, "per_tensor")
             self._tensor_vars = torch.zeros(len(layout.numels), dtype=masks.statistics_dtype(device), device=device)
         elif self._tensor_vars.numel() != len(layout.numels):
             raise ValueError(
@@ -496,6 +598,8 @@ class PRM(Optimizer):
                     self._tensor_vars = torch.zeros_like(table)
                 mine = self._locator.numbers(group[_NUMBER])
                 self._tensor_vars[mine.start : mine.stop] = table[mine.start : mine.stop].to(self._tensor_vars.device)
+            if _ROW_VARS in group:
+                self._loaded_row_vars[group[_NUMBER]] = group.pop(_ROW_VARS)
 
     def _unshare_steps(self) -> None:
         """DeepSpeed's stage-3 universal load gives all sub-groups the same `step`, which each would then advance."""
@@ -519,7 +623,10 @@ class PRM(Optimizer):
         """The tensors of a group that have a gradient, in slices that each lie in one original tensor."""
         hyper = hyperparameters(group)
         per_tensor = group["mask"] != "none" and group["reduction"] == "per_tensor"
-        split = per_tensor and self._locator.flat
+        in_rows = self._is_in_rows(group)
+        if in_rows:
+            hyper["reduction"] = masks.ROWS_IN_PARTS
+        split = (per_tensor or in_rows) and self._locator.flat
         parts: dict[tuple, Part] = {}
         for p in group["params"]:
             grad = p.grad
@@ -538,7 +645,8 @@ class PRM(Optimizer):
             if group["amsgrad"]:
                 tensors["max_exp_avg_sqs"] = state["max_exp_avg_sq"]
             if group["mask"] != "none" and not per_tensor:
-                tensors["grad_vars"] = state["grad_var"]
+                if not in_rows:
+                    tensors["grad_vars"] = state["grad_var"]
                 if group["signal_beta"] is not None:
                     tensors["exp_avg_signals"] = state["exp_avg_signal"]
             key = (p.device, state["exp_avg"].dtype, state["exp_avg_sq"].dtype, p.dtype, grad.dtype)
@@ -546,22 +654,40 @@ class PRM(Optimizer):
                 parts[key] = Part(hyper, group["foreach"], p.device)
             part = parts[key]
             part.counters.append(state["step"])
+            if in_rows:
+                spans, lists = self._locator.row_slices(p, tensors | {"grads": grad})
+                part.extend([span.tensor for span in spans], lists, state["step"])
+                part.spans += spans
+                part.tensors |= self._advancing(p, None, in_rows)
+                continue
             part.extend(*self._locator.slices(p, tensors | {"grads": grad}, split), state["step"])
             if per_tensor:
-                part.tensors |= self._advancing(p, number=part.owners[-1] if part.owners else None)
+                part.tensors |= self._advancing(p, part.owners[-1] if part.owners else None)
         for part in parts.values():
-            part.fused = bool(part) and use_fused(group, part.lists)
+            part.fused = bool(part) and not in_rows and use_fused(group, part.lists)
         return list(parts.values())
 
-    def _advancing(self, p: Tensor, number: int | None) -> dict[int, tuple[int, Tensor, Tensor]]:
-        """For `per_tensor`, by number of each original tensor that advances with `p`: elements, `grad_var`, `step`."""
+    def _is_in_rows(self, group: dict[str, Any]) -> bool:
+        """Whether a group's masks are of rows of tensors that are held in parts."""
+        return group["mask"] != "none" and group["reduction"] == "per_row" and self._locator.layout is not None
+
+    def _advancing(
+        self, p: Tensor, number: int | None, in_rows: bool = False
+    ) -> dict[int, tuple[int, Tensor, Tensor]]:
+        """By number of each original tensor that advances with `p`: elements, `grad_var`, `step`.
+
+        For `per_tensor`, and for rows in parts, of which `grad_var` has all of a tensor.
+        """
         state = self.state[p]
         if self._locator.layout is None:
             return {number: (p.numel(), state["grad_var"], state["step"])}
         members, numels = self._locator.members(p), self._locator.layout.numels
         if not self._locator.flat:
             return {n: (numels[n], state["grad_var"], state["step"]) for n in members}
-        variances = self._tensor_vars.unbind()
+        if in_rows:
+            variances = self._row_vars.split(self._locator.layout.rows)
+        else:
+            variances = self._tensor_vars.unbind()
         return {n: (numels[n], variances[n], state["step"]) for n in members}
 
     def _init_state(self, p: Tensor, group: dict[str, Any], split: bool) -> dict[str, Tensor]:
@@ -582,6 +708,11 @@ class PRM(Optimizer):
             raise ValueError(
                 "The checkpoint has no `max_exp_avg_sq`, which DeepSpeed's universal checkpoints do not keep: resume "
                 "the original one on as many processes as wrote it, or train with amsgrad=False."
+            )
+        elif self._locator.flat and group["signal_beta"] is not None and masked and "exp_avg_signal" not in state:
+            raise ValueError(
+                "The checkpoint has no `exp_avg_signal` of signal_beta, which DeepSpeed's universal checkpoints do "
+                "not keep: resume the original one on as many processes as wrote it, or train with signal_beta=None."
             )
         elif masked and not split and "grad_var" not in state:
             raise ValueError(
@@ -658,6 +789,8 @@ class PRM(Optimizer):
             if per_tensor:
                 table = fill_per_tensor(table, [state["grad_var"] for state in states], steps, hyper)
             return table, masked
+        in_rows = self._is_in_rows(group)
+        rows: list[tuple[list[RowSpan], list[Tensor]]] = []
         numbers: list[int] = []
         views: list[dict[str, Tensor]] = []
         steps: list[Tensor] = []
@@ -667,7 +800,12 @@ class PRM(Optimizer):
             if not state:
                 continue
             kept = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
-            if masked and not per_tensor:
+            if in_rows:
+                average = {"average": state["exp_avg_signal" if group["signal_beta"] is not None else "exp_avg"]}
+                spans, parts = self._locator.row_slices(p, average)
+                rows.append((spans, parts["average"]))
+                tensors |= self._advancing(p, None, in_rows)
+            elif masked and not per_tensor:
                 kept["grad_var"] = state["grad_var"]
                 if group["signal_beta"] is not None:
                     kept["exp_avg_signal"] = state["exp_avg_signal"]
@@ -684,15 +822,23 @@ class PRM(Optimizer):
                 tensors |= self._advancing(p, numbers[-1])
         if not numbers:
             return torch.zeros(0, 0), masked
-        table, numbers = add_rows(slice_table(views, steps, hyper), numbers)
+        # Of rows in parts the masks come last, as of tensors
+        of_slices = hyper | {"reduction": "per_tensor"} if in_rows else hyper
+        table, numbers = add_rows(slice_table(views, steps, of_slices), numbers)
         sums, lowest, highest = table[:, :N_SUMS].clone(), table[:, N_SUMS].clone(), table[:, N_SUMS + 1].clone()
         self._locator.all_reduce(sums, numbers)
         self._locator.all_reduce(lowest, numbers, torch.distributed.ReduceOp.MIN)
         self._locator.all_reduce(highest, numbers, torch.distributed.ReduceOp.MAX)
         table = torch.column_stack([sums, lowest, highest])
-        if per_tensor:
+        if per_tensor or in_rows:
             _, grad_vars, steps = map(list, zip(*(tensors[number] for number in numbers), strict=True))
+        if per_tensor:
             table = fill_per_tensor(table, grad_vars, steps, hyper)
+        elif in_rows:
+            device = grad_vars[0].device
+            sums = [(spans, row_sums_of_squares(xs).unsqueeze(1) if xs else None) for spans, xs in rows]
+            squares = self._add_up_rows(numbers, sums, device, width=1).squeeze(1)
+            table = fill_per_row(table, squares, grad_vars, steps, hyper)
         return table, masked
 
 

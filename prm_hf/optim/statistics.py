@@ -165,6 +165,31 @@ def fill_per_tensor(table: Tensor, grad_vars: list[Tensor], steps: list[Tensor],
     return torch.stack([columns[name].to(table.dtype) for name in COLUMNS], dim=1)
 
 
+def fill_per_row(
+    table: Tensor, squares: Tensor, grad_vars: list[Tensor], steps: list[Tensor], hyper: dict[str, Any]
+) -> Tensor:
+    """Completes the rows of whole tensors for masks of rows in parts, from Σa² of each row of each tensor.
+
+    `a` is the average that the signal is estimated from; `grad_vars` hold a value a row.
+    """
+    counts = torch.tensor([len(x) for x in grad_vars])
+    in_row = (table[:, _AT["numel"]] / counts.clamp(min=1)).repeat_interleave(counts)
+    c = scalars_of(torch.stack([x.cpu() for x in steps]).double().repeat_interleave(counts), hyper)
+    means, variances = _on_host(squares) / in_row.clamp(min=1), _on_host(torch.cat(grad_vars))
+    q, signal, noise = masks.compute_mask(means, variances, c, **mask_arguments(hyper))
+    table = table.clone()
+    for row, (n, *parts) in enumerate(
+        zip(in_row.split(counts.tolist()), *(x.split(counts.tolist()) for x in (q, signal, noise)), strict=True)
+    ):
+        of_q, of_signal, of_noise = parts
+        if len(n):
+            values = (of_q.sum(), (of_q > 0).sum(), of_signal.sum(), of_noise.sum())
+            for name, value in zip(("q", "active", "signal", "noise"), values, strict=True):
+                table[row, _AT[name]] = value * n[0]
+            table[row, _AT["min_q"]], table[row, _AT["max_q"]] = of_q.min(), of_q.max()
+    return table
+
+
 def mask_summary(tables: list[tuple[Tensor, bool]]) -> dict[str, float]:
     """The statistics of several tables together; the flag of a table says whether it is masked at all."""
     tables = [(table, masked) for table, masked in tables if len(table)]

@@ -12,7 +12,14 @@ from torch import Tensor
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from . import masks
-from .foreach import _multi_tensor_moments, _multi_tensor_update, row_mean_squares, sums_of_squares
+from .foreach import (
+    _multi_tensor_moments,
+    _multi_tensor_update,
+    row_mean_squares,
+    row_sums_of_squares,
+    split_by_rows,
+    sums_of_squares,
+)
 from .quantized import flat_slice, is_quantized, read, write
 
 
@@ -109,7 +116,8 @@ class ListStep:
     """A step on tensors of one device and one state dtype, in two halves. `state_steps` count this step already.
 
     The arguments are those of [`prm`]; with `hyper["reduction"] == "per_tensor"` `grad_vars` is not used by the
-    halves but by [`tensor_masks`] between them.
+    halves but by [`tensor_masks`] between them. Nor is it for rows in parts, by [`row_masks`]; the tensors are then
+    matrices.
 
     The step is computed in the dtype of `exp_avg_sqs` (float32 if they are quantized). What is kept in less is rounded
     once, when the step is done, and never between the halves.
@@ -133,16 +141,19 @@ class ListStep:
             # As in torch.optim: a tensor lr needs capturable for the multi-tensor path.
             foreach = foreach and (hyper["capturable"] or not isinstance(hyper["lr"], Tensor))
         self._hyper = hyper
-        self.per_tensor = hyper["mask"] != "none" and hyper["reduction"] == "per_tensor"
-        self._per_row = hyper["mask"] != "none" and hyper["reduction"] == "per_row"
+        masked, reduction = hyper["mask"] != "none", hyper["reduction"]
+        self.per_tensor = masked and reduction == "per_tensor"
+        self._in_parts = masked and reduction == masks.ROWS_IN_PARTS
+        self._per_row = masked and (reduction == "per_row" or self._in_parts)
+        self._pauses = self.per_tensor or self._in_parts
         elementwise = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
-        self._lists = (*elementwise, [] if self.per_tensor else grad_vars, exp_avg_signals)
+        self._lists = (*elementwise, [] if self._pauses else grad_vars, exp_avg_signals)
         self.grad_vars, self.state_steps = grad_vars, state_steps
         self._quantized = any(map(is_quantized, exp_avgs))
         self._dtype = torch.float32 if self._quantized else exp_avg_sqs[0].dtype
         # Whether the first half leaves m and v alone, and the second computes them: what it reads must not be rounded.
         # Without a pause between the halves for sums, that also spares the memory a second pass.
-        self._moments_last = not self.per_tensor or self._quantized or exp_avgs[0].dtype != self._dtype
+        self._moments_last = not self._pauses or self._quantized or exp_avgs[0].dtype != self._dtype
         self._moments = _multi_tensor_moments if foreach else _single_tensor_moments
         self._update = _multi_tensor_update if foreach else _single_tensor_update
         self._scalars = scalar_lists(state_steps, hyper)
@@ -162,23 +173,26 @@ class ListStep:
         return kept, [[read(x, torch.promote_types(x.dtype, self._dtype)) for x in tensors] for tensors in kept]
 
     def moments(self) -> Tensor | None:
-        """For `per_tensor`: m and v, and Σ(g - center)² and Σm² of each tensor, float64 (n, 2)."""
-        if not self.per_tensor:
+        """For `per_tensor`: m and v, and Σ(g - center)² and Σm² of each tensor, float64 (n, 2).
+
+        For rows in parts also the signal's average, and the sums of each row of each tensor.
+        """
+        if not self._pauses:
             return None
         sums, spans = [], [0] * len(self._lists[0])
         for block in self._blocks:
-            kept, (params, grads, exp_avgs, exp_avg_sqs, *_) = self._take(block)
-            if self._moments_last:  # these are to be thrown away
+            kept, (params, grads, exp_avgs, exp_avg_sqs, *_, signals) = self._take(block)
+            if self._moments_last:  # these are to be thrown away; the signal's average is never rounded
                 exp_avgs, exp_avg_sqs = (
                     [x.clone() if x is old else x for x, old in zip(new, olds, strict=True)]
                     for new, olds in ((exp_avgs, kept[2]), (exp_avg_sqs, kept[3]))
                 )
             scalars = self._scalars.take([i for i, _ in block])
-            sums.append(self._moments(params, grads, exp_avgs, exp_avg_sqs, [], [], scalars, **self._hyper))
+            sums.append(self._moments(params, grads, exp_avgs, exp_avg_sqs, [], signals, scalars, **self._hyper))
             for i, _ in block:
                 spans[i] += 1
         sums = torch.cat(sums)
-        if len(sums) == len(spans):
+        if self._in_parts or len(sums) == len(spans):
             return sums
         # Not by an index, which a CUDA graph could not upload and whose additions have no order on a device
         return torch.stack([part.sum(0) for part in sums.split(spans)])
@@ -186,9 +200,9 @@ class ListStep:
     def update(self, q: Tensor | None = None) -> None:
         """What of the moments is not there yet, decoupled weight decay, the masked update.
 
-        `q`, for `per_tensor`, has an entry for each tensor.
+        `q`, for `per_tensor`, has an entry for each tensor, for rows in parts one for each row of each tensor.
         """
-        qs = None if q is None else q.unbind()
+        qs, row = None if q is None or self._in_parts else q.unbind(), 0
         for block in self._blocks:
             positions = [i for i, _ in block]
             scalars = self._scalars.take(positions)
@@ -197,7 +211,12 @@ class ListStep:
             if self._moments_last:
                 hyper = self._hyper if q is None else self._hyper | {"mask": "none"}  # no sums again
                 self._moments(params, grads, exp_avgs, exp_avg_sqs, grad_vars, signals, scalars, **hyper)
-            part = q if q is None or len(self._blocks) == 1 else torch.stack([qs[i] for i in positions])
+            part = q
+            if self._in_parts:  # blocks are of rows, in their order
+                n = sum(map(masks.n_rows, params))
+                part, row = q[row : row + n], row + n
+            elif q is not None and len(self._blocks) > 1:
+                part = torch.stack([qs[i] for i in positions])
             state = exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grad_vars, signals
             self._update(params, *state, part, scalars, **self._hyper)
             for olds, news in zip(kept, working, strict=True):
@@ -258,6 +277,29 @@ def tensor_masks(
     return q
 
 
+def row_masks(
+    sums: Tensor, tensors: list[tuple[int, int]], grad_vars: list[Tensor], state_steps: list[Tensor], hyper: dict
+) -> Tensor:
+    """One q a row, float64 (rows,), from the sums of [`ListStep.moments`] over whole rows; updates `grad_vars`.
+
+    `tensors` has the rows of each tensor and the elements of one of its rows; `grad_vars` hold a value a row.
+    """
+    counts = torch.tensor([rows for rows, _ in tensors])
+
+    def over_rows(values: Tensor) -> Tensor:
+        # The size is given, or the host would wait for the device to know it
+        repeated = values.repeat_interleave(counts.to(values.device), output_size=len(sums))
+        return repeated.to(sums.device, sums.dtype, non_blocking=True)
+
+    in_row = over_rows(torch.tensor([max(n, 1) for _, n in tensors]))
+    steps = torch.stack(state_steps)
+    ages = None if hyper["capturable"] else set(steps.tolist())
+    c = scalars_of(ages.pop() if ages is not None and len(ages) == 1 else over_rows(steps), hyper)
+    q, var = masks_of_means(sums / in_row.unsqueeze(1), torch.cat(grad_vars), c, hyper)
+    torch._foreach_copy_(grad_vars, list(var.split([rows for rows, _ in tensors])))
+    return q
+
+
 def masks_of_means(means: Tensor, var: Tensor, c: masks.StepScalars, hyper: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """q and the next `grad_var`, float64 (n,), from the means of (g - center)² and m², (n, 2), and the last one."""
     var = hyper["rho"] * var + c.weight * means[:, 0]
@@ -285,7 +327,7 @@ def _single_tensor_moments(
     differentiable: bool,
     **_,
 ) -> Tensor | None:
-    """m, v, s and the signal's average. For `per_tensor` no s, but returns Σ(g - center)² and Σm², (tensors, 2)."""
+    """m, v, s and the signal's average; what it returns is as of `_multi_tensor_moments`."""
     sums = []
     for i, param in enumerate(params):
         grad = -grads[i] if maximize else grads[i]
@@ -298,14 +340,17 @@ def _single_tensor_moments(
             continue
         if exp_avg_signals:
             exp_avg_signals[i].lerp_(grad, 1 - signal_beta)
-        if reduction != "per_tensor":
+        if reduction == masks.ROWS_IN_PARTS:
+            average = exp_avg_signals[i] if exp_avg_signals else exp_avgs[i]
+            sums.append(torch.stack([row_sums_of_squares([x]) for x in (deviation, average)], dim=1))
+        elif reduction != "per_tensor":
             square = deviation.square() if reduction == "per_param" else row_mean_squares(deviation)
             grad_vars[i].mul_(rho).add_(square * c.weight[i])
         else:
             # Autograd keeps what it needs of m, which the next step changes in place.
             m = exp_avgs[i].clone() if differentiable else exp_avgs[i]
-            sums.append(sums_of_squares([deviation, m]))
-    return torch.stack(sums) if sums else None
+            sums.append(sums_of_squares([deviation, m]).unsqueeze(0))
+    return torch.cat(sums) if sums else None
 
 
 def _single_tensor_update(
@@ -328,7 +373,9 @@ def _single_tensor_update(
     differentiable: bool,
     **hyper,
 ) -> None:
-    """w ← (1 - lr·λ) w - lr · q · m̂ / (√v̂ + eps), `q` one a tensor, or from `grad_vars` one a parameter or a row."""
+    """As `_multi_tensor_update`."""
+    if q is not None and reduction == masks.ROWS_IN_PARTS:
+        q = split_by_rows(q, exp_avgs)
     for i, param in enumerate(params):
         if weight_decay != 0 and decoupled_weight_decay:
             param.mul_(1 - lr * weight_decay)

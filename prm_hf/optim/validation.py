@@ -143,14 +143,14 @@ def check_signal_beta(number: int, ours: float | None, theirs: float | None) -> 
 def check_held_in_parts(reduction: str, state_dtype: str, path: str) -> None:
     """Raises ValueError for what can't be had where `path` says that tensors are held in parts.
 
-    The rows of `reduction="per_row"` may lie in several processes. DeepSpeed's flat buffers and FSDP1's optimizer
-    state are converted and moved by these libraries as float32, and blocks of 8-bit values do not end where the shards
-    of a tensor do.
+    FSDP1 keeps to itself where in a tensor a shard begins. DeepSpeed's flat buffers and FSDP1's optimizer state are
+    converted and moved by these libraries as float32, and blocks of 8-bit values do not end where the shards of a
+    tensor do.
     """
-    if reduction == "per_row":
+    if reduction == "per_row" and path.startswith("FSDP1"):
         raise ValueError(
-            f"Invalid reduction='per_row': it is not supported under {path}, where rows may lie in several processes. "
-            "Use reduction='per_tensor'; or one process, DDP or DeepSpeed ZeRO-0, where tensors are whole."
+            f"Invalid reduction='per_row': it is not supported under {path}, which does not say which rows of a "
+            "tensor a process holds. Use FSDP2 (`fsdp_version: 2`), or reduction='per_tensor'."
         )
     if state_dtype == "8bit" or (state_dtype == "bf16" and path != "FSDP2"):
         raise ValueError(

@@ -70,13 +70,14 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, folder: str | Path) -
         return
     state_dict = torch.load(Path(folder, "optimizer.pt"), map_location="cpu", weights_only=True)
     ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, p in zip(ids, params, strict=True):
+    params = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    for i, (p, group) in zip(ids, params, strict=True):
         if isinstance(p, DTensor) and i in state_dict["state"]:
             state_dict["state"][i] = {
                 # Every process has read the whole: each keeps its part, and nobody need send any
                 key: distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-                if value.shape == p.shape
+                # (`grad_var` of rows is whole on every process)
+                if value.shape == p.shape and not (key == "grad_var" and group["reduction"] == "per_row")
                 else value
                 for key, value in state_dict["state"][i].items()
             }

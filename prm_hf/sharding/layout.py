@@ -7,6 +7,7 @@ keep, and annotate) and never from shapes alone; the sizes found are added up ov
 true ones, so that a mistake is an error and not a wrong statistic.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -15,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FlatParameter
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from .fsdp import FLAT_PARAMETERS
 
@@ -23,14 +25,25 @@ from .fsdp import FLAT_PARAMETERS
 class Piece(NamedTuple):
     """Elements [start, start + length) of a local tensor, flattened: a slice of original tensor number `tensor`.
 
-    It begins at element `offset` of that tensor, flattened. (0 for shards that are no flat buffers: they need not be
-    contiguous in the original.)
+    It begins at element `offset` of that tensor, flattened; a shard that is no flat buffer, and need not be contiguous
+    in the original, in the row that begins there.
     """
 
     tensor: int
     start: int
     length: int
     offset: int = 0
+
+
+class RowSpan(NamedTuple):
+    """Rows [first, first + count) of original tensor number `tensor`, or a part of one row.
+
+    A tensor of two dimensions and more has as many rows as its first is long, any other is one row.
+    """
+
+    tensor: int
+    first: int
+    count: int
 
 
 @dataclass
@@ -40,6 +53,7 @@ class Layout:
     Attributes:
         path: what holds the parameters, for people.
         numels: elements of each original tensor, over all processes.
+        rows: rows of each original tensor; 0 where it is not known which of them a process holds.
         process_groups: of each original tensor, the groups over which its parts have to be added up.
         pieces: by id of a local tensor, the slices in it.
         members: by id of a local tensor, the original tensors that advance when it is stepped. More than those in
@@ -52,6 +66,7 @@ class Layout:
     flat: bool
     numels: list[int]
     process_groups: list[tuple[dist.ProcessGroup, ...]]
+    rows: list[int] = field(default_factory=list)
     pieces: dict[int, list[Piece]] = field(default_factory=dict)
     members: dict[int, list[int]] = field(default_factory=dict)
     locals: list[Tensor] = field(default_factory=list)
@@ -68,16 +83,24 @@ class Layout:
         self.members[id(local)] = members
         self.locals.append(local)
 
-    def all_reduce(self, table: Tensor, tensors: list[int], op: dist.ReduceOp = dist.ReduceOp.SUM) -> None:
+    def all_reduce(
+        self,
+        table: Tensor,
+        tensors: list[int],
+        op: dist.ReduceOp = dist.ReduceOp.SUM,
+        counts: list[int] | None = None,
+    ) -> None:
         """Reduces the rows of `table`, one for each of `tensors`, in place over the processes that share the tensor.
 
-        Collective over the process groups of these tensors. One all-reduce for each different set of groups.
+        With `counts` so many for each of them. Collective over the process groups of these tensors. One all-reduce for
+        each different set of groups.
         """
-        key = (table.device, *tensors)
+        key = (table.device, counts is None, *tensors)
         if key not in self._rows:
-            by_groups = {}
-            for row, tensor in enumerate(tensors):
-                by_groups.setdefault(self.process_groups[tensor], []).append(row)
+            by_groups, row = {}, 0
+            for tensor, count in zip(tensors, counts or [1] * len(tensors), strict=True):
+                by_groups.setdefault(self.process_groups[tensor], []).extend(range(row, row + count))
+                row += count
             self._rows[key] = {groups: torch.tensor(rows, device=table.device) for groups, rows in by_groups.items()}
         for groups, rows in self._rows[key].items():
             part = table if len(self._rows[key]) == 1 else table[rows]
@@ -167,7 +190,15 @@ def _dtensor_layout(groups: list[tuple[int, list[Tensor]]]) -> Layout:
             process_groups = tuple(p.device_mesh.get_group(i) for i in shards)
         layout.numels.append(p.numel())
         layout.process_groups.append(process_groups)
-        layout.add(p, [Piece(number, 0, local_tensor(p).numel())], [number])
+        rows, offset = _n_rows(p.shape), 0
+        if isinstance(p, DTensor):
+            if not all(type(placement) in (Shard, Replicate) for placement in p.placements):
+                rows = 0  # those of strided shards are not next to each other
+            elif p.dim() > 1:
+                _, start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+                offset = start[0] * math.prod(p.shape[1:])
+        layout.rows.append(rows)
+        layout.add(p, [Piece(number, 0, local_tensor(p).numel(), offset)], [number])
     layout.verify()
     return layout
 
@@ -185,7 +216,12 @@ def _fsdp1_layout(groups: list[tuple[int, list[Tensor]]]) -> Layout:
     counts = torch.tensor([[p.numel()] for p in layout.locals], dtype=torch.float64)
     layout.all_reduce(counts, list(range(len(counts))))
     layout.numels = [int(count) for count in counts[:, 0].tolist()]
+    layout.rows = [0] * len(layout.numels)
     return layout
+
+
+def _n_rows(shape: torch.Size) -> int:
+    return shape[0] if len(shape) > 1 else 1
 
 
 def _numbered(originals: list[list[Tensor]]) -> Iterable[tuple[int, int, Tensor]]:
@@ -206,6 +242,7 @@ def _zero12_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[T
     parameters = [p for group in originals for p in group]
     layout = Layout(path="DeepSpeed ZeRO-1/2", flat=True, numels=[p.numel() for p in parameters], process_groups=[])
     layout.process_groups = [(p._dp_group,) if hasattr(p, "_dp_group") else () for p in parameters]
+    layout.rows = [_n_rows(p.shape) for p in parameters]
     flats = dict(groups)
     by_group = {}
     for number, group, p in _numbered(originals):
@@ -234,9 +271,10 @@ def _zero12_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[T
 
 def _zero3_layout(originals: list[list[Tensor]]) -> Layout:
     """DeepSpeed ZeRO 3: flat float32 sub-groups, in which this process holds its share of every tensor, padded."""
-    numels, process_groups, by_sub_group = [], [], {}
+    numels, rows, process_groups, by_sub_group = [], [], [], {}
     for number, _, p in _numbered(originals):
         numels.append(getattr(p, "ds_numel", p.numel()))
+        rows.append(_n_rows(getattr(p, "ds_shape", p.shape)))
         zero = getattr(p, "_z3_optimizer", None)
         if zero is None or zero.get_param_id(p) not in zero.grad_position:
             process_groups.append(())
@@ -248,7 +286,7 @@ def _zero3_layout(originals: list[list[Tensor]]) -> Layout:
         length = min(max(p.ds_numel - offset, 0), share)
         flat = zero.fp32_partitioned_groups_flat[sub_group]
         by_sub_group.setdefault(sub_group, (flat, []))[1].append(Piece(number, start, length, offset))
-    layout = Layout(path="DeepSpeed ZeRO-3", flat=True, numels=numels, process_groups=process_groups)
+    layout = Layout("DeepSpeed ZeRO-3", flat=True, numels=numels, process_groups=process_groups, rows=rows)
     for _, (flat, pieces) in sorted(by_sub_group.items()):
         layout.add(flat, [piece for piece in pieces if piece.length], [piece.tensor for piece in pieces])
     layout.verify()

@@ -1,11 +1,12 @@
 """Keeps track of where an optimizer's tensors live, from its creation to the first step, when it can be known."""
 
 import weakref
+from collections.abc import Iterator
 
 import torch.distributed as dist
 from torch import Tensor
 
-from .layout import Layout, find_layout, local_tensor
+from .layout import Layout, RowSpan, find_layout, local_tensor
 
 
 class Locator:
@@ -69,6 +70,31 @@ class Locator:
         number = None if self.layout is None else self.members(p)[0]
         return [number], {name: [tensor] for name, tensor in tensors.items()}
 
+    def row_slices(self, p: Tensor, tensors: dict[str, Tensor]) -> tuple[list[RowSpan], dict[str, list[Tensor]]]:
+        """This process' slices of tensors shaped as local tensor `p`, held in parts, each of rows or of a part of one.
+
+        Returns:
+            Which rows of which original tensors they are of; and by name the slices, views of `(rows, elements)`.
+        """
+        spans: list[RowSpan] = []
+        slices: dict[str, list[Tensor]] = {name: [] for name in tensors}
+        tensors = {name: local_tensor(tensor) for name, tensor in tensors.items()}
+        for number, start, length, offset in self.layout.pieces[id(p)]:
+            in_row = max(self.layout.numels[number] // max(self.layout.rows[number], 1), 1)
+            if self.flat:
+                for begin, end, count in _cut_at_rows(offset, length, in_row):
+                    spans.append(RowSpan(number, (offset + begin) // in_row, count))
+                    for name, tensor in tensors.items():
+                        part = tensor.narrow(0, start + begin, end - begin)
+                        slices[name].append(part.view(count, (end - begin) // count))
+            else:
+                count = local_tensor(p).shape[0] if p.dim() > 1 else 1
+                spans.append(RowSpan(number, offset // in_row, count))
+                for name, tensor in tensors.items():
+                    shape = (count, tensor.shape[1:].numel()) if p.dim() > 1 else (1, length)
+                    slices[name].append(tensor.view(shape))
+        return spans, slices
+
     def members(self, p: Tensor) -> list[int]:
         """The numbers of the original tensors that advance when local tensor `p` is stepped, also from elsewhere."""
         return self.layout.members[id(p)]
@@ -88,3 +114,19 @@ class Locator:
         """[`Layout.all_reduce`]; nothing for whole tensors, which every process has."""
         if self.layout is not None:
             self.layout.all_reduce(table, numbers, op)
+
+
+def _cut_at_rows(offset: int, length: int, in_row: int) -> Iterator[tuple[int, int, int]]:
+    """Begin, end and number of rows of what a slice of a flattened matrix is made of: a part of a row, rows, a part.
+
+    The slice begins at element `offset` of the matrix, begin and end count from there.
+    """
+    begin = min(-offset % in_row, length)
+    whole = (length - begin) // in_row
+    end = begin + whole * in_row
+    if begin:
+        yield 0, begin, 1
+    if whole:
+        yield begin, end, whole
+    if end < length:
+        yield end, length, 1

@@ -35,8 +35,8 @@ class PRMArguments:
             Mask: `"snr"`, `"soft"`, `"hard"`, or `"none"` for plain AdamW computed by PRM.
         prm_reduction (`str`, *optional*, defaults to `"per_tensor"`):
             `"per_tensor"` for one mask value a parameter tensor, which costs no memory beyond AdamW's; `"per_row"` for
-            one an output row, which costs no more than a number a row (on one process, under DDP and DeepSpeed
-            ZeRO-0); or `"per_param"` for one a scalar parameter, which costs half as much again.
+            one an output row, which costs no more than a number a row (not under FSDP1); or `"per_param"` for one a
+            scalar parameter, which costs half as much again.
         prm_softness (`float`, *optional*, defaults to `1.0`):
             λ, how strongly noise closes the mask.
         prm_estimator (`str`, *optional*, defaults to `"debiased"`):
@@ -92,8 +92,8 @@ class PRMArguments:
         default="per_tensor",
         metadata={
             "help": "`'per_tensor'` for one mask value a parameter tensor, which costs no memory beyond AdamW's; "
-            "`'per_row'` for one an output row, which costs no more than a number a row (on one process, under DDP "
-            "and DeepSpeed ZeRO-0); or `'per_param'` for one a scalar parameter, which costs half as much again.",
+            "`'per_row'` for one an output row, which costs no more than a number a row (not under FSDP1); or "
+            "`'per_param'` for one a scalar parameter, which costs half as much again.",
             "choices": list(REDUCTIONS),
         },
     )

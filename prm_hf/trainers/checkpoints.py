@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.trainer import SCHEDULER_NAME
 
-from ..optim import PRM
+from ..optim import PRM, masks
 from ..optim.validation import check_reduction
 from ..sharding.checkpoint import is_sharded, load_model, load_optimizer, saved_variance_shapes
 from .callbacks import find_prm, innermost_optimizer
@@ -68,5 +68,7 @@ class CheckpointMixin:
         for number, group in enumerate(prm.param_groups):
             for p in group["params"]:
                 if group["mask"] != "none" and p.dim() > 0 and names.get(p) in shapes:
-                    theirs = "per_param" if shapes[names[p]] else "per_tensor"
-                    check_reduction(number, group["reduction"], theirs)
+                    shape, rows = shapes[names[p]], (masks.n_rows(p),)
+                    theirs = "per_row" if shape == rows else "per_param" if shape else "per_tensor"
+                    if shape != rows or p.shape != rows:  # a single element is a row of its own
+                        check_reduction(number, group["reduction"], theirs)

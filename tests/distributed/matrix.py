@@ -22,6 +22,7 @@ TITLES = {
 COLUMNS = {
     "per_tensor": "full, fp32",
     "per_param": "full, fp32, per_param",
+    "per_row": "full, fp32, per_row",
     "lora": "LoRA, fp32",
     "bf16": "full, bf16",
     "lora_bf16": "LoRA, bf16",

@@ -29,6 +29,9 @@ COMMON = {
     "frozen": {"prm": PER_TENSOR, "frozen": True},
     "bf16": {"prm": PER_TENSOR, "bf16": True, **SAVED},
     "lora_bf16": {"prm": PER_TENSOR, "lora": True, "bf16": True, **SAVED},
+    "per_row": {"prm": PER_ROW, "accumulation": 2, **SAVED},
+    "per_row_bf16": {"prm": PER_ROW, "bf16": True, **SAVED},
+    "per_row_lora": {"prm": {"reduction": "per_row"}, "lora": True},
 }
 # What only some paths have, by path.
 # With stage 1 that is DeepSpeed's `BF16_Optimizer`, unless the optimizer is offloaded
@@ -47,29 +50,31 @@ FSDP1 = {
 BF16_STATE = PLAIN | {"prm": PER_TENSOR | {"state_dtype": "bf16"}}
 REFUSED_STATE = {"prm": PER_TENSOR | {"state_dtype": "bf16"}}
 PURE_BF16 = PLAIN | {"dtype": "bfloat16"}  # parameters in bfloat16, without float32 copies
-ROWS = {"per_row": {"prm": PER_ROW, **SAVED}}
+UNIVERSAL_ROWS = {"prm": {"reduction": "per_row"} | DEBIASED, **SAVED}  # universal checkpoints keep all of its state
 REFUSED_ROWS = {"prm": PER_ROW}
 SPECIAL = {
-    "single": {"pure_bf16": PURE_BF16} | ROWS,
-    "ddp": {"pure_bf16": PURE_BF16} | ROWS,
+    "single": {"pure_bf16": PURE_BF16},
+    "ddp": {"pure_bf16": PURE_BF16},
     "fsdp2": {
         "pure_bf16": PURE_BF16,
         "bf16_state": BF16_STATE,
+        "per_row_bf16_state": {"prm": PER_ROW | {"state_dtype": "bf16"}, **SAVED},
         "plain": PLAIN,
         "fsdp1": PLAIN | {"environment": FSDP1},
         "refused_state": REFUSED_STATE | {"environment": FSDP1},
-        "refused_rows": REFUSED_ROWS,
+        "refused_rows": REFUSED_ROWS | {"environment": FSDP1},
         "fsdp1_flat": {"prm": PER_TENSOR, "environment": FSDP1 | {"FSDP_USE_ORIG_PARAMS": "false"}},
     },
     # DeepSpeed refuses to accumulate bfloat16 in float32 there
-    "zero0": {"fp16": FP16, "per_row_bf16": {"prm": PER_ROW, "bf16": True, **SAVED}} | ROWS,
+    "zero0": {"fp16": FP16},
     "zero1": {
-        "refused_rows": REFUSED_ROWS,
+        "per_row_universal": UNIVERSAL_ROWS,
         "bf16_fp32": BF16_FP32,
         "plain": PLAIN,
         "round_robin": PLAIN | {"deepspeed": ROUND_ROBIN},
     },
     "zero2": {
+        "per_row_universal": UNIVERSAL_ROWS,
         "bf16_fp32": BF16_FP32,
         "fp16": FP16,
         "plain": PLAIN,
@@ -80,8 +85,9 @@ SPECIAL = {
         "fp16": FP16,
         "plain": PLAIN,
         "refused_state": REFUSED_STATE,
-        "refused_rows": REFUSED_ROWS,
         "sub_groups": PLAIN | {"deepspeed": SUB_GROUPS},
+        "per_row_universal": UNIVERSAL_ROWS,
+        "per_row_sub_groups": {"prm": PER_ROW, "deepspeed": SUB_GROUPS, **SAVED},
     },
     "zero2_offload": {"bf16_fp32": BF16_FP32},
     "zero3_offload": {"bf16_fp32": BF16_FP32},

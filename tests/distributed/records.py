@@ -29,7 +29,22 @@ def masks_of(ranks: list[dict], step: int) -> dict[int, torch.Tensor]:
         for number, q in rank["steps"][step]["q"].items():
             assert qs.setdefault(number, q) == q, f"ranks disagree on the mask of tensor {number}"
     qs = {number: torch.tensor([q], dtype=torch.float64) for number, q in qs.items()}
-    return qs or assemble(ranks, step, "q")
+    return qs or _masks_of_rows(ranks, step) or assemble(ranks, step, "q")
+
+
+def _masks_of_rows(ranks: list[dict], step: int) -> dict[int, torch.Tensor]:
+    """Those of tensors held in parts, one for each scalar parameter."""
+    rows, qs = {}, {}
+    for rank in ranks:
+        for number, values in rank["steps"][step]["row_q"].items():
+            for row, q in values.items():
+                assert rows.setdefault(number, {}).setdefault(row, q) == q, f"ranks disagree on row {row} of {number}"
+    lengths = {number: len(tensor) for number, tensor in assemble(ranks, step, "before").items()} if rows else {}
+    for number, values in sorted(rows.items()):
+        assert sorted(values) == list(range(len(values))), f"tensor {number} lacks rows"
+        q = torch.tensor([values[row] for row in range(len(values))], dtype=torch.float64)
+        qs[number] = q.repeat_interleave(lengths[number] // len(values))
+    return qs
 
 
 def difference(a: dict[int, torch.Tensor], b: dict[int, torch.Tensor], relative: bool) -> float:

@@ -21,6 +21,7 @@ REFUSED = ("fsdp1_resumed",)
 RESUMED = [(path, name) for path in PATHS for name in plan(path) if name.endswith("_resumed") and name not in REFUSED]
 # One micro-batch a step, so that up to four processes can share it
 PLAIN = COMMON["per_tensor"] | {"accumulation": 1}
+PLAIN_ROWS = COMMON["per_row"] | {"accumulation": 1}
 UNIVERSAL = {"checkpoint": {"load_universal": True}}
 CONVERTED = "grad_var` cannot be converted. Create the optimizer with reduction"
 
@@ -76,11 +77,14 @@ def test_fsdp2_on_four_processes(recorded, tmp_path):
         "fresh": PLAIN,
         "hybrid": PLAIN | {"mesh": mesh},
         "hybrid_per_param": COMMON["per_param"] | {"mesh": mesh},
+        "hybrid_per_row": PLAIN_ROWS | {"mesh": mesh},
         "resumed": PLAIN | {"resume": str(recorded.checkpoint("fsdp2", "per_tensor"))},
+        "resumed_per_row": PLAIN_ROWS | {"resume": str(recorded.checkpoint("fsdp2", "per_row"))},
     }
     results = launch_runs("fsdp2", runs, tmp_path, 4)
     resumes_like(results["resumed"], recorded.run("fsdp2", "per_tensor"), PLAIN["prm"])
-    for name in ("fresh", "hybrid", "hybrid_per_param"):
+    resumes_like(results["resumed_per_row"], recorded.run("fsdp2", "per_row"), PLAIN_ROWS["prm"])
+    for name in ("fresh", "hybrid", "hybrid_per_param", "hybrid_per_row"):
         assert results[name][0]["error"] is None, results[name][0]["error"]
         mask, weight = replay(results[name], runs[name]["prm"])
         assert mask < 1e-6
@@ -115,6 +119,9 @@ def test_universal_on_one_process(recorded, universal, tmp_path):
         per_param = COMMON["per_param"] | config
         runs[path] = PLAIN | config | {"resume": universal(path, "per_tensor")}
         runs[f"{path}_lora"] = COMMON["lora"] | config | {"resume": universal(path, "lora")}
+        rows = plan(path)["per_row_universal"] | config
+        runs[f"{path}_per_row"] = rows | {"resume": universal(path, "per_row_universal")}
+        runs[f"{path}_signal"] = PLAIN_ROWS | config | {"resume": universal(path, "per_row")}
         runs[f"{path}_per_param"] = per_param | {"resume": universal(path, "per_param")}
         runs[f"{path}_to_per_param"] = per_param | {"resume": universal(path, "per_tensor")}
         runs[f"{path}_to_per_tensor"] = PLAIN | config | {"resume": universal(path, "per_param")}
@@ -122,6 +129,10 @@ def test_universal_on_one_process(recorded, universal, tmp_path):
     for path in ("zero1", "zero2", "zero3"):
         resumes_like(results[path], recorded.run(path, "per_tensor"), PLAIN["prm"])
         resumes_like(results[f"{path}_lora"], recorded.run(path, "lora"), COMMON["lora"]["prm"])
+        whole = recorded.run(path, "per_row_universal")
+        resumes_like(results[f"{path}_per_row"], whole, plan(path)["per_row_universal"]["prm"])
+        (error,) = errors(results[f"{path}_signal"])
+        assert "no `exp_avg_signal`" in error and "or train with signal_beta=None" in error
         decays = {piece["weight_decay"] for piece in results[path][0]["steps"][0]["slices"]}
         assert decays == {0, 0.1}  # DeepSpeed gives every group of stage 3 the settings of the first
         (error,) = errors(results[f"{path}_per_param"])
@@ -134,12 +145,17 @@ def test_universal_on_one_process(recorded, universal, tmp_path):
 
 def test_universal_on_four_processes(recorded, universal, tmp_path):
     config = {"deepspeed": UNIVERSAL}
-    runs = {"fresh": PLAIN, "resumed": PLAIN | config | {"resume": universal("zero3", "per_tensor")}}
+    runs = {"fresh": PLAIN, "fresh_per_row": PLAIN_ROWS}
+    runs["resumed"] = PLAIN | config | {"resume": universal("zero3", "per_tensor")}
+    rows = plan("zero3")["per_row_universal"]
+    runs["resumed_per_row"] = rows | config | {"resume": universal("zero3", "per_row_universal")}
     results = launch_runs("zero3", runs, tmp_path, 4)
     resumes_like(results["resumed"], recorded.run("zero3", "per_tensor"), PLAIN["prm"])
-    mask, weight = replay(results["fresh"], PLAIN["prm"])
-    assert mask < 1e-6
-    assert weight < 1e-6
+    resumes_like(results["resumed_per_row"], recorded.run("zero3", "per_row_universal"), rows["prm"])
+    for name in ("fresh", "fresh_per_row"):
+        mask, weight = replay(results[name], runs[name]["prm"])
+        assert mask < 1e-6
+        assert weight < 1e-6
 
 
 # ---- Another path ----
@@ -149,11 +165,11 @@ def test_universal_on_four_processes(recorded, universal, tmp_path):
 def test_fsdp2_and_whole_tensors(recorded, path, other, tmp_path):
     runs = {
         name: COMMON[name] | {"resume": str(recorded.checkpoint(other, name))}
-        for name in ("per_tensor", "per_param", "lora")
+        for name in ("per_tensor", "per_param", "per_row", "lora")
     }
     runs["to_per_param"] = COMMON["per_tensor"] | {"prm": PER_PARAM, "resume": runs["per_tensor"]["resume"]}
     results = launch_runs(path, runs, tmp_path, PATHS[path])
-    for name in ("per_tensor", "per_param"):
+    for name in ("per_tensor", "per_param", "per_row"):
         resumes_like(results[name], recorded.run(path, name), COMMON[name]["prm"])
     assert all("has adapters" in error for error in errors(results["lora"]))
     assert all(CONVERTED in error for error in errors(results["to_per_param"]))

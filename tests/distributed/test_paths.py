@@ -41,15 +41,16 @@ def test_replay(recorded, path, name):
     assert len(ranks[0]["steps"]) == of(path, name).get("steps", 5)
     assert any(step["slices"] for step in ranks[0]["steps"])
     mask, weight = replay(ranks, of(path, name)["prm"])
-    # In "bf16_state" a value may lie so near to the middle of two that float32 and float64 round it differently
-    assert mask < (1e-4 if name == "bf16_state" else 1e-6)
-    assert weight < {"pure_bf16": 1e-2, "bf16_state": 1e-4}.get(name, 1e-6)  # the weights rounded at each step; m
+    # With "bf16_state" a value may lie so near to the middle of two that float32 and float64 round it differently
+    rounded = name.endswith("bf16_state")
+    assert mask < (1e-4 if rounded else 1e-6)
+    assert weight < (1e-2 if name == "pure_bf16" else 1e-4 if rounded else 1e-6)  # weights rounded at each step; m
 
 
 @pytest.mark.parametrize(("path", "name"), TRAINED)
 def test_statistics_are_those_of_all_processes(recorded, path, name):
     ranks = recorded.run(path, name)
-    rounding = 2**-8 if name == "bf16_state" else 1e-6  # the statistics are of the state that is kept
+    rounding = 2**-8 if name.endswith("bf16_state") else 1e-6  # the statistics are of the state that is kept
     for step in range(len(ranks[0]["steps"])):
         first = ranks[0]["steps"][step]["stats"]
         assert all(repr(rank["steps"][step]["stats"]) == repr(first) for rank in ranks)  # NaN equals NaN
@@ -72,7 +73,9 @@ def test_like_one_process(recorded, path, name):
     noise_mask, noise_weight = compare_runs(ddp, single, prm, leave_out)
     mask, weight = compare_runs(ranks, single, prm, leave_out)
     assert weight < max(2 * noise_weight, 5e-6)  # of a learning rate of 1e-2
-    if prm["reduction"] == "per_tensor":
+    if prm["reduction"] == "per_row":
+        assert mask < 1e-5  # of a difference of nearly equal numbers, where gradients are added up in another order
+    elif prm["reduction"] == "per_tensor":
         assert noise_mask < 3e-6
         assert mask < max(1e-6, 2 * noise_mask)
     else:
@@ -80,19 +83,10 @@ def test_like_one_process(recorded, path, name):
         assert compare_scalar_masks(ranks, single) < 3e-6
 
 
-@pytest.mark.parametrize("path", ["ddp", "zero0"])
-def test_masks_of_rows_like_one_process(recorded, path):
-    single, ranks = (recorded.run(p, "per_row") for p in ("single", path))
-    mask, weight = compare_runs(ranks, single, of(path, "per_row")["prm"])
-    assert mask < 1e-5  # gradients are added up in another order
-    assert weight < 5e-6
-
-
-@pytest.mark.parametrize("path", ["fsdp2", "zero1", "zero3"])
-def test_masks_of_rows_are_refused_where_tensors_are_held_in_parts(recorded, path):
-    for rank in recorded.runs(path)["refused_rows"]:
-        assert rank["error"].startswith("ValueError: Invalid reduction='per_row': it is not supported under")
-        assert NAMES[path] in rank["error"] and "Use reduction='per_tensor'; or one process, DDP or" in rank["error"]
+def test_masks_of_rows_are_refused_under_fsdp1(recorded):
+    for rank in recorded.runs("fsdp2")["refused_rows"]:
+        assert rank["error"].startswith("ValueError: Invalid reduction='per_row': it is not supported under FSDP1")
+        assert "Use FSDP2 (`fsdp_version: 2`), or reduction='per_tensor'." in rank["error"]
 
 
 @pytest.mark.parametrize("path", SHARDED)

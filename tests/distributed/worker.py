@@ -4,8 +4,9 @@
 
 The plan is `{"world_size": …, "output_dir": …, "runs": {name: options, …}}`; starting Python takes longer than a run,
 so one launch makes several. Every rank writes `<output_dir>/<name>/rank<i>.pt` with a record of each step: for each
-slice of an original tensor that this rank holds its gradient, its weights before and after and, but for `per_tensor`,
-its mask; the masks of `per_tensor`; and `get_mask_stats()`. Or with the error that ended the run.
+slice of an original tensor that this rank holds its gradient, its weights before and after and, where it is known of
+the slice alone, its mask; the masks of `per_tensor`, and of rows that may lie in several processes; and
+`get_mask_stats()`. Or with the error that ended the run.
 """
 
 import json
@@ -62,8 +63,16 @@ class RecordingPRM(PRM):
         if not self.steps:
             return qs
         for part, q in zip(parts, qs, strict=True):
-            if q is not None:
+            if q is not None and not part.in_rows:
                 self.steps[-1]["q"] |= dict(zip(part.numbers, q.tolist(), strict=True))
+        return qs
+
+    def _row_masks(self, parts, sums):
+        qs = super()._row_masks(parts, sums)
+        for i, q in qs.items() if self.steps else ():
+            for span, values in zip(parts[i].spans, q.split([span.count for span in parts[i].spans]), strict=True):
+                rows = self.steps[-1]["row_q"].setdefault(span.tensor, {})
+                rows |= dict(zip(range(span.first, span.first + span.count), values.tolist(), strict=True))
         return qs
 
     def _step(self):
@@ -90,7 +99,7 @@ class RecordingPRM(PRM):
                     {
                         "tensor": number,
                         "offset": offset,
-                        "shape": tuple(p.shape) if self._locator.layout is None else None,
+                        "shape": self._shape(p, number),
                         "grad": grad[part],
                         "before": before[part],
                         "after": after[part],
@@ -100,8 +109,14 @@ class RecordingPRM(PRM):
                     }
                 )
 
+    def _shape(self, p, number):
+        if self._locator.layout is None:
+            return tuple(p.shape)
+        rows = self._locator.layout.rows[number]
+        return (rows, -1) if rows > 1 else None
+
     def _elementwise_masks(self, group, p):
-        if group["reduction"] == "per_tensor" or p.numel() == 0:
+        if group["reduction"] == "per_tensor" or self._is_in_rows(group) or p.numel() == 0:
             return None
         state = {name: _local(value).double() for name, value in self.state[p].items()}
         kept = state["exp_avg"], state["grad_var"], state.get("exp_avg_signal"), state["step"]
@@ -170,7 +185,7 @@ class Watch(TrainerCallback):
         self.options, self.output_dir = options, output_dir
 
     def on_step_begin(self, args, state, control, **kwargs):
-        RecordingPRM.steps.append({"step": state.global_step + 1, "q": {}, "slices": []})
+        RecordingPRM.steps.append({"step": state.global_step + 1, "q": {}, "row_q": {}, "slices": []})
 
     def spoil_loss(self, model, inputs, output):
         """Makes the gradients of one step infinite, on the last process alone."""
