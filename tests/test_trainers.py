@@ -141,7 +141,7 @@ def test_flags_and_yaml(config, tmp_path):
     (args,) = TrlParser((config,)).parse_args_and_config(args=[*common, *flags, "--no_drift_metrics"])
     assert (args.prm_mask, args.prm_alpha, args.prm_estimator, args.prm_warmup_steps) == ("soft", 0.5, "debiased", 7)
     assert (args.prm_rho, args.prm_mask_eps, args.learning_rate, args.drift_metrics) == (0.9, 1e-8, 1e-4, False)
-    assert (args.optimizer_name, args.prm_reduction) == ("prm", "per_tensor")
+    assert (args.optimizer_name, args.prm_reduction) == ("prm", "per_row")
 
     file.write_text("prm_maks: soft\n")
     with pytest.raises(ValueError, match="prm_maks"):
@@ -149,7 +149,7 @@ def test_flags_and_yaml(config, tmp_path):
 
 
 def test_arguments_stand_alone():
-    assert PRMArguments().prm_reduction == "per_tensor"
+    assert PRMArguments().prm_reduction == "per_row"
     with pytest.raises(ValueError, match="`prm_mask` is 'snrr'"):
         PRMArguments(prm_mask="snrr")
 
@@ -171,8 +171,11 @@ def test_every_field_is_explained():
         ({"prm_mask": "snrr"}, "`prm_mask` is 'snrr': set it to one of 'snr', 'soft', 'hard', 'none'"),
         ({"prm_reduction": "per_column"}, "`prm_reduction` is 'per_column'.*'per_param', 'per_tensor', 'per_row'"),
         ({"prm_signal_beta": 1.0}, r"`prm_signal_beta` is 1.0: set it to a number in \[0, 1\), or to None"),
-        ({"prm_signal_beta": 0.98}, "PRM refuses.*signal_beta=0.98: it needs reduction='per_row'.*start with `prm_`"),
-        ({"prm_reduction": "per_row", "prm_state_dtype": "8bit"}, "PRM refuses.*state_dtype='8bit'.*per_row"),
+        (
+            {"prm_signal_beta": 0.98, "prm_reduction": "per_tensor"},
+            "PRM refuses.*signal_beta=0.98: it needs reduction='per_row'.*start with `prm_`",
+        ),
+        ({"prm_reduction": "per_row", "prm_state_dtype": "8bit"}, "PRM refuses.*'8bit'.*rows.*'per_tensor'"),
         ({"prm_estimator": "mean"}, "`prm_estimator` is 'mean'"),
         ({"prm_boundary": "epoch"}, "`prm_boundary` is 'epoch'"),
         ({"prm_softness": -1.0}, "`prm_softness` is -1.0.*not negative"),
@@ -396,7 +399,7 @@ def test_the_first_step_says_where_the_tensors_are(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="prm_hf"):
         trainer.train()
     number = sum(p.requires_grad for p in trainer.model.parameters())
-    assert caplog.text.count(f"PRM trains {number} tensors with per_tensor masks as whole tensors on 1 process.") == 1
+    assert caplog.text.count(f"PRM trains {number} tensors with per_row masks as whole tensors on 1 process.") == 1
 
 
 def under_fsdp(monkeypatch, version):
@@ -411,7 +414,7 @@ def under_fsdp(monkeypatch, version):
 
 
 def test_fsdp_version_1_raises_where_drift_is_measured(tmp_path, monkeypatch):
-    args = PRMSFTConfig(**settings(tmp_path))
+    args = PRMSFTConfig(**settings(tmp_path, prm_reduction="per_tensor"))
     with pytest.raises(ValueError, match="FSDP version 2, got version 1.*drift_metrics=False"):
         under_fsdp(monkeypatch, 1)(
             make_model(),

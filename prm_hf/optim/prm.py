@@ -4,7 +4,6 @@ The class validates, holds the state and dispatches. The mathematics is in `mask
 a tensor live, in `prm_hf.sharding`.
 """
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +16,9 @@ from . import masks
 from .foreach import row_sums_of_squares
 from .parts import Part, hyperparameters, use_fused
 from .quantized import is_quantized, quantized_zeros, read, write
+from .rows import RowTables
 from .statistics import COLUMNS, N_SUMS, add_rows, fill_per_row, fill_per_tensor, mask_summary, slice_table
-from .step import LOW_PRECISION, ListStep, row_masks, tensor_masks
+from .step import LOW_PRECISION, ListStep, tensor_masks
 from .validation import check_held_in_parts, check_reduction, check_signal_beta, validate_group
 
 
@@ -222,11 +222,8 @@ class PRM(Optimizer):
     def _start_unlocated(self) -> None:
         self._locator = Locator()
         self._created: list[dict[str, Any]] = []  # the settings of each group as they were given
-        # Where parameters are flat buffers, `grad_var` of all tensors, and of all rows; and such from a checkpoint, by
-        # number of the group that it came with, until it is known which rows are whose
-        self._tensor_vars: Tensor | None = None
-        self._row_vars: Tensor | None = None
-        self._loaded_row_vars: dict[int, Tensor] = {}
+        self._tensor_vars: Tensor | None = None  # `grad_var` of all tensors, where parameters are flat buffers
+        self._rows = RowTables(self._locator)
         self._started = False
         self._fused_tables: dict[tuple, Any] = {}  # of `fused.FusedStep`
         self._plans: dict[tuple[int, ...], Any] = {}  # `plan.FusedPlan`, of what groups show at a step
@@ -270,7 +267,7 @@ class PRM(Optimizer):
         """As of any optimizer. Under DeepSpeed ZeRO the variances of all tensors or rows go with each group."""
         self._absorb_loaded()
         state_dict = super().state_dict()
-        for key, table in ((_TENSOR_VARS, self._tensor_vars), (_ROW_VARS, self._row_vars)):
+        for key, table in ((_TENSOR_VARS, self._tensor_vars), (_ROW_VARS, self._rows.variances)):
             if table is not None:
                 for group in state_dict["param_groups"]:
                     group[key] = table.detach().cpu().clone()
@@ -420,7 +417,7 @@ class PRM(Optimizer):
         """
         if self._locator.layout is not None:
             sums = self._total(parts, sums)
-        of_rows = self._row_masks(parts, sums)
+        of_rows = self._rows.decide(parts, sums)
         qs = []
         for position, (part, x) in enumerate(zip(parts, sums, strict=True)):
             if part.in_rows:
@@ -456,49 +453,6 @@ class PRM(Optimizer):
             else None
             for part, x in zip(parts, sums, strict=True)
         ]
-
-    def _row_masks(self, parts: list[Part], sums: list[Tensor | None]) -> dict[int, Tensor]:
-        """By position of each part whose rows may lie in several processes, q of each row of its slices."""
-        in_rows = {i: part for i, part in enumerate(parts) if part.in_rows}
-        if not in_rows:
-            return {}
-        layout = self._locator.layout
-        numbers = sorted({number for part in in_rows.values() for number in part.tensors})
-        device = next(iter(in_rows.values())).device
-        table = self._add_up_rows(numbers, [(part.spans, sums[i]) for i, part in in_rows.items()], device)
-        qs = {}
-        for i, part in in_rows.items():
-            whole = [RowSpan(number, 0, layout.rows[number]) for number in part.tensors]
-            counts = [(layout.rows[n], layout.numels[n] // max(layout.rows[n], 1)) for n in part.tensors]
-            grad_vars, steps = ([values[j] for values in part.tensors.values()] for j in (1, 2))
-            q = row_masks(table[self._row_index(whole, numbers, device)], counts, grad_vars, steps, part.hyper)
-            qs[i] = q[self._row_index(part.spans, list(part.tensors), device)]
-        return qs
-
-    def _add_up_rows(
-        self, numbers: list[int], sums: list[tuple[list[RowSpan], Tensor | None]], device: torch.device, width: int = 2
-    ) -> Tensor:
-        """Sums over the rows of slices, `(rows of the spans, width)`, to those over the rows of tensors. Collective.
-
-        The rows of the tensors `numbers`, one tensor after the other.
-        """
-        counts = [self._locator.layout.rows[number] for number in numbers]
-        table = torch.zeros(sum(counts), width, dtype=masks.statistics_dtype(device), device=device)
-        for spans, x in sums:
-            if spans:
-                table.index_add_(0, self._row_index(spans, numbers, device), x)
-        self._locator.layout.all_reduce(table, numbers, counts=counts)
-        return table
-
-    def _row_index(self, spans: list[RowSpan], numbers: list[int], device: torch.device) -> Tensor:
-        """Where the rows of `spans` are among all rows of the tensors `numbers`, one tensor after the other."""
-        key = (device, tuple(spans), tuple(numbers))
-        if key not in self._indices:
-            begins = itertools.accumulate((self._locator.layout.rows[number] for number in numbers), initial=0)
-            begin = dict(zip(numbers, begins, strict=False))
-            pieces = [torch.arange(x.count) + begin[x.tensor] + x.first for x in spans]
-            self._indices[key] = torch.cat(pieces).to(device) if pieces else torch.zeros(0, dtype=torch.int64)
-        return self._indices[key]
 
     def _index(self, rows: list[int], device: torch.device) -> Tensor:
         """`rows` on the device, sent there once: at each step the host would wait until the device has taken them."""
@@ -546,22 +500,9 @@ class PRM(Optimizer):
             )
 
     def _place_row_vars(self, layout: Layout, groups: list[dict[str, Any]]) -> None:
-        device, rows = layout.locals[0].device, sum(layout.rows)
-        if self._row_vars is None:
-            if not self._loaded_row_vars:
-                self._check_is_fresh(groups, "per_row")
-            self._row_vars = torch.zeros(rows, dtype=masks.statistics_dtype(device), device=device)
-        self._row_vars = self._row_vars.to(device)
-        for number, table in self._loaded_row_vars.items():
-            if len(table) != rows:
-                raise ValueError(
-                    f"The checkpoint has `grad_var` of {len(table)} rows and the optimizer's tensors have {rows}: it "
-                    "belongs to another model or to other trained parameters."
-                )
-            mine = self._locator.numbers(number)
-            begin, end = sum(layout.rows[: mine.start]), sum(layout.rows[: mine.stop])
-            self._row_vars[begin:end] = table[begin:end].to(device)
-        self._loaded_row_vars.clear()
+        if self._rows.is_new:
+            self._check_is_fresh(groups, "per_row")
+        self._rows.place(layout)
 
     def _place_tensor_vars(self, layout: Layout, groups: list[dict[str, Any]]) -> None:
         device = layout.locals[0].device
@@ -599,7 +540,7 @@ class PRM(Optimizer):
                 mine = self._locator.numbers(group[_NUMBER])
                 self._tensor_vars[mine.start : mine.stop] = table[mine.start : mine.stop].to(self._tensor_vars.device)
             if _ROW_VARS in group:
-                self._loaded_row_vars[group[_NUMBER]] = group.pop(_ROW_VARS)
+                self._rows.load(group[_NUMBER], group.pop(_ROW_VARS))
 
     def _unshare_steps(self) -> None:
         """DeepSpeed's stage-3 universal load gives all sub-groups the same `step`, which each would then advance."""
@@ -685,7 +626,7 @@ class PRM(Optimizer):
         if not self._locator.flat:
             return {n: (numels[n], state["grad_var"], state["step"]) for n in members}
         if in_rows:
-            variances = self._row_vars.split(self._locator.layout.rows)
+            variances = self._rows.variances.split(self._locator.layout.rows)
         else:
             variances = self._tensor_vars.unbind()
         return {n: (numels[n], variances[n], state["step"]) for n in members}
@@ -837,7 +778,7 @@ class PRM(Optimizer):
         elif in_rows:
             device = grad_vars[0].device
             sums = [(spans, row_sums_of_squares(xs).unsqueeze(1) if xs else None) for spans, xs in rows]
-            squares = self._add_up_rows(numbers, sums, device, width=1).squeeze(1)
+            squares = self._rows.add_up(numbers, sums, 1, device).squeeze(1)
             table = fill_per_row(table, squares, grad_vars, steps, hyper)
         return table, masked
 

@@ -49,7 +49,7 @@ def validate_group(group: dict[str, Any]) -> None:
             f"{group['reduction']!r} and estimator={group['estimator']!r}; set these, or leave signal_beta=None",
         )
     if group["reduction"] == "per_row":
-        message = "blocks of 8-bit values do not end where rows do; with reduction='per_row' use 'bf16' or 'float32'"
+        message = "blocks of 8-bit values do not end where rows do; use 'bf16' or 'float32', or reduction='per_tensor'"
         check(group["state_dtype"] != "8bit", "state_dtype", "8bit", message)
     steps = group["warmup_steps"]
     check(number(steps) and steps >= 0 and steps == int(steps), "warmup_steps", steps, "it must be an integer ≥ 0")

@@ -33,10 +33,10 @@ class PRMArguments:
             any other trainer, and the `prm_*` arguments have no effect.
         prm_mask (`str`, *optional*, defaults to `"snr"`):
             Mask: `"snr"`, `"soft"`, `"hard"`, or `"none"` for plain AdamW computed by PRM.
-        prm_reduction (`str`, *optional*, defaults to `"per_tensor"`):
-            `"per_tensor"` for one mask value a parameter tensor, which costs no memory beyond AdamW's; `"per_row"` for
-            one an output row, which costs no more than a number a row (not under FSDP1); or `"per_param"` for one a
-            scalar parameter, which costs half as much again.
+        prm_reduction (`str`, *optional*, defaults to `"per_row"`):
+            `"per_row"` for one mask value an output row, which costs no more memory than AdamW and a number a row (not
+            under FSDP1, nor with 8-bit state); `"per_tensor"` for one a parameter tensor, at no cost; or
+            `"per_param"` for one a scalar parameter, which costs half as much again.
         prm_softness (`float`, *optional*, defaults to `1.0`):
             λ, how strongly noise closes the mask.
         prm_estimator (`str`, *optional*, defaults to `"debiased"`):
@@ -89,10 +89,10 @@ class PRMArguments:
         },
     )
     prm_reduction: str = field(
-        default="per_tensor",
+        default="per_row",
         metadata={
-            "help": "`'per_tensor'` for one mask value a parameter tensor, which costs no memory beyond AdamW's; "
-            "`'per_row'` for one an output row, which costs no more than a number a row (not under FSDP1); or "
+            "help": "`'per_row'` for one mask value an output row, which costs no more memory than AdamW and a number "
+            "a row (not under FSDP1, nor with 8-bit state); `'per_tensor'` for one a parameter tensor, at no cost; or "
             "`'per_param'` for one a scalar parameter, which costs half as much again.",
             "choices": list(REDUCTIONS),
         },

@@ -82,13 +82,15 @@ class PopulationRiskStopping(TrainerCallback):
     learning rate's warm-up does not count, and an epoch without another logged value decides nothing; a mean of few
     values decides by chance, so let `logging_steps` be a tenth of an epoch or less. It is meant for
     `prm_estimator="debiased"`, whose ratio goes to 0 where no signal is left; with `"ema"` pure noise keeps it at
-    about 1/20.
+    about 1/20. With `prm_reduction="per_row"` the ratio is larger, the more so the shorter the rows, as what is below
+    0 in a row is not weighed against what is above 0 in others: look at your logs before you choose `threshold`.
 
     All that it knows is in the logs, which checkpoints carry, so a resumed run stops where it would have.
 
     Args:
         threshold (`float`, *optional*, defaults to `0.4`):
-            Signal-to-noise ratio, above 0. The default is what served best on the built-in task.
+            Signal-to-noise ratio, above 0. The default is what served best on the built-in task with
+            `prm_reduction="per_tensor"`.
 
     Raises:
         ValueError: `threshold` is not a positive number; when training begins, PRM is not the optimizer, masks

@@ -63,16 +63,12 @@ class RecordingPRM(PRM):
         if not self.steps:
             return qs
         for part, q in zip(parts, qs, strict=True):
-            if q is not None and not part.in_rows:
+            if part.in_rows:
+                for span, values in zip(part.spans, q.split([span.count for span in part.spans]), strict=True):
+                    rows = self.steps[-1]["row_q"].setdefault(span.tensor, {})
+                    rows |= dict(zip(range(span.first, span.first + span.count), values.tolist(), strict=True))
+            elif q is not None:
                 self.steps[-1]["q"] |= dict(zip(part.numbers, q.tolist(), strict=True))
-        return qs
-
-    def _row_masks(self, parts, sums):
-        qs = super()._row_masks(parts, sums)
-        for i, q in qs.items() if self.steps else ():
-            for span, values in zip(parts[i].spans, q.split([span.count for span in parts[i].spans]), strict=True):
-                rows = self.steps[-1]["row_q"].setdefault(span.tensor, {})
-                rows |= dict(zip(range(span.first, span.first + span.count), values.tolist(), strict=True))
         return qs
 
     def _step(self):
