@@ -52,6 +52,7 @@ OPTIMIZERS = {
     "prm_per_tensor": (PRM, {"reduction": "per_tensor"}),
     "prm_debiased": (PRM, {"reduction": "per_tensor", "estimator": "debiased"}),
     "prm_per_param": (PRM, {"reduction": "per_param"}),
+    "prm_per_row": (PRM, {"reduction": "per_row", "estimator": "debiased", "signal_beta": 0.98}),
 }
 
 

@@ -596,7 +596,7 @@ class PRM(Optimizer):
             part = parts[key]
             part.counters.append(state["step"])
             if in_rows:
-                spans, lists = self._locator.row_slices(p, tensors | {"grads": grad})
+                spans, lists = self._locator.row_slices(p, tensors | {"grads": grad.contiguous()})
                 part.extend([span.tensor for span in spans], lists, state["step"])
                 part.spans += spans
                 part.tensors |= self._advancing(p, None, in_rows)
