@@ -15,7 +15,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SHORT = ["--max_steps", "2", "--logging_steps", "1", "--eval_steps", "2", "--warmup_steps", "1"]
 RATE = ["--learning_rates", "3e-3", "--prm_learning_rates", "3e-3", "--seeds", "0"]
-RUNS = ["--methods", "adamw", "prm_per_tensor", *RATE]
+MASKED = ["prm_per_tensor", "prm_rows"]
+RUNS = ["--methods", "adamw", *MASKED, *RATE]
 # By recipe, metrics that are means over many tokens, and shares, in which one decision may tip over
 MEANS = {
     "dpo_noisy": ["drift/kl", "drift/reward_abs", "drift/logratio_abs", "drift/params_rel", "mask/mean_q"],
@@ -31,16 +32,18 @@ def test_every_configuration_is_named_here():
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(PATHS)
 
 
-def launch(recipe: str, path: str, folder: Path) -> dict[str, float]:
+def launch(recipe: str, path: str, folder: Path) -> dict[str, dict[str, float]]:
+    """The metrics of the masked methods."""
     build_demo()  # trains its model when it is first asked for, on one process sooner than on two
     log = folder.with_suffix(".log")
     module = ["tests.distributed.recipe", recipe, "--output_dir", str(folder), *SHORT, *RUNS]
     accelerate_launch(path, module, log, PATHS[path], timeout=600)
-    assert len(list(folder.glob("*/metrics.json"))) == 2  # one run after the other in the same processes
-    run = folder / "prm_per_tensor_lr0.003_seed0"
-    assert json.loads((run / "run.json").read_text())["hardware"]["world_size"] == PATHS[path]
-    assert log.read_text().count("PRM trains ") == 1
-    return json.loads((run / "metrics.json").read_text())
+    assert len(list(folder.glob("*/metrics.json"))) == 3  # one run after the other in the same processes
+    runs = {method: folder / f"{method}_lr0.003_seed0" for method in MASKED}
+    for run in runs.values():
+        assert json.loads((run / "run.json").read_text())["hardware"]["world_size"] == PATHS[path]
+    assert log.read_text().count("PRM trains ") == 2
+    return {method: json.loads((run / "metrics.json").read_text()) for method, run in runs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +55,15 @@ def single(tmp_path_factory):
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "single"])
 @pytest.mark.parametrize("recipe", MEANS)
 def test_recipe(single, recipe, path, tmp_path):
-    metrics, expected = launch(recipe, path, tmp_path / "runs"), single[recipe]
-    assert metrics.keys() == expected.keys()
-    assert metrics["steps"] == 2
-    for name in MEANS[recipe]:
-        assert metrics[name] == pytest.approx(expected[name], rel=1e-3), name
-    for name in SHARES[recipe]:
-        assert metrics[name] == pytest.approx(expected[name], abs=0.02), name
+    found = launch(recipe, path, tmp_path / "runs")
+    for method, expected in single[recipe].items():
+        metrics = found[method]
+        assert metrics.keys() == expected.keys()
+        assert metrics["steps"] == 2
+        for name in MEANS[recipe]:
+            assert metrics[name] == pytest.approx(expected[name], rel=1e-3), (method, name)
+        for name in SHARES[recipe]:
+            assert metrics[name] == pytest.approx(expected[name], abs=0.02), (method, name)
 
 
 def test_bench_sharded(tmp_path):
