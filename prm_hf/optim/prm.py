@@ -415,16 +415,13 @@ class PRM(Optimizer):
 
         For rows in parts q of each row of each slice, with one all-reduce more.
         """
+        of_rows = self._rows.decide(parts, sums)
         if self._locator.layout is not None:
             sums = self._total(parts, sums)
-        of_rows = self._rows.decide(parts, sums)
         qs = []
         for position, (part, x) in enumerate(zip(parts, sums, strict=True)):
-            if part.in_rows:
-                qs.append(of_rows[position])
-                continue
-            if not part.tensors:
-                qs.append(None)
+            if part.in_rows or not part.tensors:
+                qs.append(of_rows.get(position))
                 continue
             q = tensor_masks(x, *map(list, zip(*part.tensors.values(), strict=True)), part.hyper)
             row = {number: i for i, number in enumerate(part.tensors)}
@@ -434,25 +431,19 @@ class PRM(Optimizer):
 
     def _total(self, parts: list[Part], sums: list[Tensor | None]) -> list[Tensor | None]:
         """From sums over slices to sums over the original tensors of each part, over all processes."""
-        of_tensors = [part for part in parts if part.tensors and not part.in_rows]
-        if not of_tensors:
+        held = {i: part for i, part in enumerate(parts) if part.tensors and not part.in_rows}
+        if not held:
             return sums
-        numbers = sorted({number for part in of_tensors for number in part.tensors})
+        numbers = sorted({number for part in held.values() for number in part.tensors})
         row = {number: i for i, number in enumerate(numbers)}
-        device = of_tensors[0].device
+        device = next(iter(held.values())).device
         table = torch.zeros(len(numbers), 2, dtype=masks.statistics_dtype(device), device=device)
-        for part, x in zip(parts, sums, strict=True):
-            if part.tensors and part.owners and not part.in_rows:
-                table.index_add_(0, self._index([row[n] for n in part.owners], device), x)
+        for i, part in held.items():
+            if part.owners:
+                table.index_add_(0, self._index([row[n] for n in part.owners], device), sums[i])
         self._locator.all_reduce(table, numbers)
-        return [
-            x
-            if part.in_rows
-            else table[self._index([row[number] for number in part.tensors], device)]
-            if part.tensors
-            else None
-            for part, x in zip(parts, sums, strict=True)
-        ]
+        totals = {i: table[self._index([row[n] for n in part.tensors], device)] for i, part in held.items()}
+        return [totals.get(i) for i in range(len(parts))]
 
     def _index(self, rows: list[int], device: torch.device) -> Tensor:
         """`rows` on the device, sent there once: at each step the host would wait until the device has taken them."""
@@ -467,8 +458,8 @@ class PRM(Optimizer):
         if self._locator.layout is not None:
             for group in self.param_groups:
                 check_held_in_parts(group["reduction"], group["state_dtype"], self._locator.layout.path)
-                if group["mask"] != "none" and group["reduction"] == "per_row":
-                    self._check_rows(group)
+                if self._is_in_rows(group):
+                    self._rows.check(self._locator.numbers(group[_NUMBER]), group["fused"])
         if self._locator.flat:
             self._unshare_steps()
         masked = [group for group in self.param_groups if group["mask"] != "none"]
@@ -476,19 +467,6 @@ class PRM(Optimizer):
             groups = [group for group in masked if group["reduction"] == reduction]
             if self._locator.flat and groups:
                 place(self._locator.layout, groups)
-
-    def _check_rows(self, group: dict[str, Any]) -> None:
-        layout = self._locator.layout
-        if group["fused"]:
-            raise ValueError(
-                f"Invalid fused=True: reduction='per_row' has no kernel under {layout.path}. Leave fused=None."
-            )
-        unknown = [n for n in self._locator.numbers(group[_NUMBER]) if n < len(layout.rows) and not layout.rows[n]]
-        if any(layout.numels[n] for n in unknown):
-            raise ValueError(
-                f"Invalid reduction='per_row': under {layout.path} it is not known which rows of tensor {unknown[0]} "
-                "a process holds. Use reduction='per_tensor'."
-            )
 
     def _check_is_fresh(self, groups: list[dict[str, Any]], reduction: str) -> None:
         """Raises if a checkpoint gave these groups a state and no table of variances."""

@@ -13,6 +13,7 @@ from ..sharding import Layout, Locator, RowSpan
 from . import masks
 from .parts import Part
 from .step import row_masks
+from .validation import check
 
 
 class RowTables:
@@ -29,6 +30,15 @@ class RowTables:
         # Such from a checkpoint, by number of the group that it came with, until it is known which rows are whose
         self._loaded: dict[int, Tensor] = {}
         self._indices: dict[tuple, Tensor] = {}
+
+    def check(self, numbers: range, fused: bool | None) -> None:
+        """Raises ValueError where the rows of the tensors `numbers` are not known, or a kernel is asked for."""
+        layout = self._locator.layout
+        check(not fused, "fused", fused, f"reduction='per_row' has no kernel under {layout.path}; leave fused=None")
+        for n in numbers:
+            known = n >= len(layout.rows) or layout.rows[n] or not layout.numels[n]
+            message = f"under {layout.path} it is not known which rows of tensor {n} a process holds; use 'per_tensor'"
+            check(known, "reduction", "per_row", message)
 
     def load(self, group: int, variances: Tensor) -> None:
         """Takes `variances` from a checkpoint, in which every group has all of them, for the rows of one group."""
