@@ -17,7 +17,7 @@ from .tiny import make_model, make_tokenizer, preference_dataset
 
 
 pytestmark = pytest.mark.gpu
-IN_PARTS = ("per_param", "per_tensor")  # that shards and 8 bits are for
+IN_8_BITS = ("per_param", "per_tensor")
 
 
 def make_params(dtype=torch.float32, extra=((5000, 33), (37, 896), (4096,), (4097,), (300_003,))):
@@ -143,6 +143,7 @@ class Tokens(torch.utils.data.Dataset):
         {"reduction": "per_tensor", "estimator": "debiased"},
         {"reduction": "per_param"},
         {"reduction": "per_tensor", "foreach": True},
+        {"reduction": "per_row", "estimator": "debiased", "signal_beta": 0.98},
         {"reduction": "per_tensor", "state_dtype": "bf16"},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
@@ -221,7 +222,7 @@ def test_mask_stats_are_those_of_the_same_state_on_the_cpu(reduction, state_dtyp
         with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
             stats = ours.get_mask_stats()
         assert stats == pytest.approx(theirs.get_mask_stats(), rel=1e-5) and stats["nonfinite_count"] == poisoned
-        if not poisoned and reduction in IN_PARTS:  # rows are a launch a tensor
+        if not poisoned and reduction != "per_row":  # rows are a launch a tensor
             assert sum(e.count for e in profile.key_averages() if "LaunchKernel" in e.key) < 200
 
 
@@ -256,7 +257,7 @@ def test_an_evaluation_from_trls_passes_is_that_of_our_own(kwargs, tmp_path):
             torch.testing.assert_close(*values, rtol=0.03, atol=0.05)
 
 
-@pytest.mark.parametrize("reduction", IN_PARTS)
+@pytest.mark.parametrize("reduction", IN_8_BITS)
 def test_8bit_state(reduction):
     """On the GPU as on the CPU."""
     pytest.importorskip("torchao")
@@ -367,16 +368,19 @@ def test_more_than_2_to_the_31_elements():
     assert p[-1].item() == -0.125 and p.sum(dtype=torch.float64).item() == -0.125 * n
 
 
-@pytest.mark.parametrize("reduction", IN_PARTS)
-def test_a_step_of_shards_never_waits_for_the_device(reduction, tmp_path):
+@pytest.mark.parametrize("kwargs", [{}, {"estimator": "debiased", "signal_beta": 0.98}], ids=["plain", "signal"])
+@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+def test_a_step_of_shards_never_waits_for_the_device(reduction, kwargs, tmp_path):
     """FSDP2, of one process: the shards are stepped in two halves with an all-reduce between them."""
+    if kwargs and reduction != "per_row":
+        pytest.skip("a signal average of its own is of rows")
     torch.manual_seed(0)
     whole = torch.nn.Sequential(torch.nn.Linear(300, 70), torch.nn.Linear(70, 5)).cuda()
     sharded = copy.deepcopy(whole)
     torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         fully_shard(sharded)
-        optimizers = [PRM(model.parameters(), reduction=reduction) for model in (whole, sharded)]
+        optimizers = [PRM(model.parameters(), reduction=reduction, **kwargs) for model in (whole, sharded)]
         for t in range(5):
             x = torch.randn(8, 300, device="cuda")
             for model in (whole, sharded):

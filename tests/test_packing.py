@@ -74,6 +74,25 @@ def test_cudnn_has_no_part_in_packed_passes_alone():
     assert enabled == [False, True] and torch.backends.cuda.cudnn_sdp_enabled()
 
 
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_a_pass_is_recomputed_with_the_kernels_it_was_made_with(tmp_path, padding_free):
+    """Gradient checkpointing runs it once more in the backward pass, and compares what is saved."""
+    model, enabled = make_model(), []
+    trainer = dpo_trainer(
+        tmp_path,
+        model=model,
+        ref_model=make_model(),
+        padding_free=padding_free,
+        gradient_checkpointing=True,
+        max_steps=1,
+    )
+    model.model.layers[0].mlp.register_forward_pre_hook(
+        lambda *_: enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
+    )
+    trainer.train()
+    assert enabled == [not padding_free] * 2 and torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_other_calls_stay_as_they_are():
     model = fused_model()
     batch = padded_batch(LENGTHS)

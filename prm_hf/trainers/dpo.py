@@ -1,5 +1,6 @@
 """Direct preference optimization with PRM."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from ..metrics import (
 )
 from .arguments import PRMDPOConfig, check_deepspeed_config
 from .mixin import PRMTrainerMixin, rows_of
-from .packing import add_packing, unpack_hidden
+from .packing import add_packing, unpack_hidden, without_cudnn
 from .passes import SharedPassesMixin
 
 
@@ -153,6 +154,10 @@ class PRMDPOTrainer(SharedPassesMixin, PRMTrainerMixin, DPOTrainer):
         if self.ref_model is not None:
             add_packing(self.accelerator.unwrap_model(self.ref_model))
         self._packing_is_due, self.padding_free = False, True
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        with without_cudnn() if self.padding_free else contextlib.nullcontext():
+            return super().training_step(*args, **kwargs)
 
     def _precompute_ref_logps(self, dataset: Dataset, *args, **kwargs) -> Dataset:
         if _has_reference_logps(dataset):

@@ -64,7 +64,7 @@ def add_packing(model: PreTrainedModel) -> None:
             "position_ids": position,
             "labels": kwargs["labels"][sequence, position].masked_fill(~filled | (position == 0), -100),
         }
-        with _without_cudnn():
+        with without_cudnn():
             outputs = forward(**kwargs)
         # Entry t - 1 of a row is about its token t
         filled, sequence, position = (x[:, 1:] for x in (filled & (position > 0), sequence, position))
@@ -80,11 +80,12 @@ def add_packing(model: PreTrainedModel) -> None:
 
 
 @contextlib.contextmanager
-def _without_cudnn() -> Iterator[None]:
+def without_cudnn() -> Iterator[None]:
     """Attention by torch's other kernels.
 
     cuDNN's is planned anew for each shape of a batch, and no two packed batches have the same: on an H200 that is a
-    tenth of a second, half of a step of a 0.5 B model.
+    tenth of a second, half of a step of a 0.5 B model. For the backward pass too, which runs the forward pass once
+    more under gradient checkpointing, and raises an error if another kernel is at work then.
     """
     enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
