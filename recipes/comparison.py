@@ -35,7 +35,7 @@ from methods import (
     set_up_optimizer,
     split_method,
 )
-from run_folder import RunSpec, find_run, make_run, show_progress
+from run_folder import NOT_SETTINGS, RunSpec, find_run, make_run, show_progress
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 from trl import ModelConfig
@@ -48,34 +48,6 @@ from prm_hf.compare.measures import measures_of
 
 STARTED = time.monotonic()
 OUT_OF_TIME = 75  # the exit code by which programs say "not now, try again"
-# Where a run is written and how it is shown do not make it another run.
-NOT_SETTINGS = {
-    "output_dir",
-    "logging_dir",
-    "run_name",
-    "report_to",
-    "disable_tqdm",
-    "resume_from_checkpoint",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_token",
-    "log_level",
-    "log_level_replica",
-    "local_rank",
-    "use_cpu",
-    "per_device_train_batch_size",  # the batch of a step counts, however it is spread: see `effective_batch_size`
-    "gradient_accumulation_steps",
-    "per_device_eval_batch_size",
-    "deepspeed",
-    "fsdp",
-    "fsdp_config",
-    "accelerator_config",
-    "ddp_backend",
-    "dataset_num_proc",
-    "dataloader_num_workers",
-    "learning_rate",  # named beside the settings
-    "seed",
-}
 
 
 def settings_of(config: TrainingArguments, **others: Any) -> dict[str, Any]:
@@ -83,8 +55,6 @@ def settings_of(config: TrainingArguments, **others: Any) -> dict[str, Any]:
     values = {key: value for key, value in config.to_dict().items() if key not in NOT_SETTINGS}
     if config.optimizer_name != "prm":  # no control is trained again because PRM is tried with other settings
         values = {key: value for key, value in values.items() if not key.startswith("prm_")}
-    if values.get("prm_signal_beta") is None:  # as in runs that are older than the argument
-        values.pop("prm_signal_beta", None)
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     return json.loads(json.dumps({**values, "effective_batch_size": per_step, **others}, sort_keys=True, default=str))
 

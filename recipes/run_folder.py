@@ -1,6 +1,5 @@
 """What lies in a run's folder, and how it gets there whole."""
 
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -23,6 +22,38 @@ from transformers.trainer_utils import get_last_checkpoint
 from prm_hf.trainers.callbacks import find_prm, innermost_optimizer
 
 
+# Where a run is written and how it is shown do not make it another run.
+NOT_SETTINGS = {
+    "output_dir",
+    "logging_dir",
+    "run_name",
+    "report_to",
+    "disable_tqdm",
+    "resume_from_checkpoint",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_token",
+    "log_level",
+    "log_level_replica",
+    "local_rank",
+    "use_cpu",
+    "per_device_train_batch_size",  # the batch of a step counts, however it is spread: see `effective_batch_size`
+    "gradient_accumulation_steps",
+    "per_device_eval_batch_size",
+    "deepspeed",
+    "fsdp",
+    "fsdp_config",
+    "accelerator_config",
+    "dataloader_pin_memory",
+    "logging_nan_inf_filter",
+    "ddp_backend",
+    "dataset_num_proc",
+    "dataloader_num_workers",
+    "learning_rate",  # named beside the settings
+    "seed",
+}
+
+
 @dataclass
 class RunSpec:
     """One run of a comparison: what makes it this run and no other.
@@ -42,10 +73,13 @@ class RunSpec:
         rate = f"{self.learning_rate:.3g}".replace("e-0", "e-")
         return f"{self.method.replace(':', '')}_lr{rate}_seed{self.seed}"
 
-    @property
-    def hash(self) -> str:
-        text = json.dumps([self.method, self.learning_rate, self.seed, self.settings], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    def changes_from(self, info: dict[str, Any]) -> list[str]:
+        """What makes this another run than that of a `run.json`, by name. A setting that is None may be missing."""
+        theirs = {**info.get("settings", {}), **{key: info.get(key) for key in ("method", "learning_rate", "seed")}}
+        ours = {**self.settings, "method": self.method, "learning_rate": self.learning_rate, "seed": self.seed}
+        ours = json.loads(json.dumps(ours, default=str))  # as the file has them
+        named = {*ours, *theirs} - {key for key in NOT_SETTINGS if key not in ours}
+        return sorted(key for key in named if ours.get(key) != theirs.get(key))
 
 
 def find_run(spec: RunSpec, folder: Path, tell: Callable[[str], None]) -> tuple[dict[str, float] | None, bool]:
@@ -54,14 +88,10 @@ def find_run(spec: RunSpec, folder: Path, tell: Callable[[str], None]) -> tuple[
     A folder of other settings is emptied; `tell` is given a line that says why.
     """
     info = read_json(folder / "run.json")
-    if info is not None and info.get("settings_hash") == spec.hash:
+    changed = [] if info is None else spec.changes_from(info)
+    if info is not None and not changed:
         return read_json(folder / "metrics.json"), get_last_checkpoint(folder) is not None
     if folder.exists():
-        changed = sorted(
-            key
-            for key in {*spec.settings, *(info or {}).get("settings", {})}
-            if spec.settings.get(key) != (info or {}).get("settings", {}).get(key)
-        )
         tell(f"{spec.name}: trained again, since these settings changed: {', '.join(changed) or 'all'}")
         shutil.rmtree(folder)
     return None, False
@@ -92,7 +122,6 @@ def make_run(
         "seed": spec.seed,
         **info,
         "settings": spec.settings,
-        "settings_hash": spec.hash,
         "versions": versions(),
         "hardware": hardware(state),
         "started": started.isoformat(timespec="seconds"),

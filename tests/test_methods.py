@@ -193,8 +193,6 @@ def test_the_optimizer_in_effect_is_on_record(finished):
         settings = {"prm_reduction": "per_row", "prm_estimator": "debiased", "prm_signal_beta": 0.98}
         assert info["settings"] | settings == info["settings"] and info["optimizer"]["class"] == "PRM"
         assert info["optimizer"]["eps"] == pytest.approx(eps or 1e-8)
-    # The settings of other runs are those of before the argument was there, so that none is trained again for it
-    assert all("prm_signal_beta" not in info["settings"] for key, info in found.items() if "prm_rows" not in key)
     shuffled = next(info for info in found.values() if info["method"] == "shuffled_q")
     assert shuffled["optimizer"]["class"] == "ShuffledPRM" and shuffled["settings"]["prm_estimator"] == "debiased"
 

@@ -343,7 +343,7 @@ def test_accelerate_launch_with_two_processes(tmp_path):
     for name in ("adamw_lr0.001_seed0", "prm_per_tensor_lr0.003_seed0"):
         two, one = (tmp_path / folder / name for folder in ("two", "one"))
         assert read(two / "run.json")["hardware"]["world_size"] == 2
-        assert read(two / "run.json")["settings_hash"] == read(one / "run.json")["settings_hash"]
+        assert read(two / "run.json")["settings"] == read(one / "run.json")["settings"]
         for key, value in read(one / "metrics.json").items():
             if key.startswith(("drift/", "mask/", "memorization/", "rewards/accuracies")):
                 assert read(two / "metrics.json")[key] == pytest.approx(value, rel=2e-2, abs=1e-4), key
