@@ -161,7 +161,7 @@ def outcomes(trainer: PRMDPOTrainer, data: Data) -> tuple[dict[str, float], dict
 
 
 def prepare(data: Data, config: PRMDPOConfig, model_args: ModelConfig) -> Data:
-    """The rows tokenized, with the reference's log-probabilities: they are the same in all runs of all seeds.
+    """The tokenizer, and the rows tokenized, with the reference's log-probabilities: the same for all runs.
 
     TRL computes them, and keeps them in the datasets' cache. Where several processes train one run, each run computes
     its own: TRL's processes find each other's cache only for datasets that are files on a disk that they share.
@@ -171,7 +171,8 @@ def prepare(data: Data, config: PRMDPOConfig, model_args: ModelConfig) -> Data:
     config = copy.deepcopy(config)
     config.precompute_ref_log_probs, config.drift_metrics, config.optimizer_name = True, False, "adamw"
     trainer = make_trainer(config, data, data.train, model_args)
-    return dataclasses.replace(data, train=trainer.train_dataset, heldout=trainer.eval_dataset)
+    shared = {"train": trainer.train_dataset, "heldout": trainer.eval_dataset}
+    return dataclasses.replace(data, **shared, processing_class=trainer.processing_class)
 
 
 def make_trainer(config: PRMDPOConfig, data: Data, train: Dataset, model_args: ModelConfig) -> PRMDPOTrainer:
@@ -180,6 +181,7 @@ def make_trainer(config: PRMDPOConfig, data: Data, train: Dataset, model_args: M
         args=config,
         train_dataset=train,
         eval_dataset=data.heldout,
+        processing_class=data.processing_class,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )

@@ -159,7 +159,8 @@ class BuiltIn:
 class Data:
     """Name or path of the model, what model and dataset are called, and the rows to train on and to hold out.
 
-    `source` is what else tells this data from other data: splits, and the contents of local files.
+    `source` is what else tells this data from other data: splits, and the contents of local files. `processing_class`
+    is the model's tokenizer, where it is loaded already.
     """
 
     model: str
@@ -168,6 +169,7 @@ class Data:
     train: Dataset
     heldout: Dataset
     source: dict[str, Any]
+    processing_class: Any = None
 
 
 def parse_arguments(
