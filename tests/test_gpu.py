@@ -257,6 +257,31 @@ def test_an_evaluation_from_trls_passes_is_that_of_our_own(kwargs, tmp_path):
             torch.testing.assert_close(*values, rtol=0.03, atol=0.05)
 
 
+def test_kernels_of_liger_are_no_drift(tmp_path):
+    """Their rounding is another than that of the model's own layers: the reference has to have them too."""
+    pytest.importorskip("liger_kernel")
+    arguments = PRMDPOConfig(
+        tmp_path,
+        max_steps=2,
+        learning_rate=0.0,
+        bf16=True,
+        gradient_checkpointing=False,
+        padding_free=True,
+        use_liger_kernel=True,
+        per_device_train_batch_size=4,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    rows = preference_dataset(16, flipped=False)
+    trainer = PRMDPOTrainer(
+        make_model(), make_model(), arguments, train_dataset=rows, eval_dataset=rows, processing_class=make_tokenizer()
+    )
+    trainer.train()
+    assert trainer.model.model.norm.forward.__module__.startswith("liger_kernel")
+    assert trainer.last_eval_metrics["eval_drift/kl"] == 0
+
+
 @pytest.mark.parametrize("reduction", IN_8_BITS)
 def test_8bit_state(reduction):
     """On the GPU as on the CPU."""

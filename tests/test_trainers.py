@@ -881,6 +881,25 @@ def test_mixed_precision_starts_at_drift_zero(tmp_path, precompute):
     assert trainer.evaluate()["eval_drift/logratio_abs"] < 1e-5
 
 
+@pytest.mark.parametrize("task", ["dpo", "sft"])
+def test_the_reference_has_the_kernels_of_the_model(tmp_path, monkeypatch, task):
+    """Liger's, which transformers gives to the model when training begins; a GPU is needed to run them."""
+    patched = []
+    for module in ("transformers.trainer", "prm_hf.trainers.mixin"):
+        monkeypatch.setattr(f"{module}.apply_liger_kernel", lambda model, config: patched.append((model, config)))
+    model, ref_model = make_model(), make_model()
+    settings = {"use_liger_kernel": True, "liger_kernel_config": {"rope": False}, "max_steps": 1}
+    if task == "dpo":
+        trainer = dpo_trainer(tmp_path, model=model, ref_model=ref_model, eval_dataset=HELDOUT, **settings)
+    else:
+        trainer = sft_trainer(tmp_path, model, trainer_kwargs={"ref_model": ref_model}, **settings)
+    trainer.evaluate()
+    assert not patched
+    trainer.train()
+    assert {id(patient) for patient, _ in patched} == {id(model), id(ref_model)}
+    assert all(config == patched[0][1] and config["rope"] is False for _, config in patched)
+
+
 @pytest.mark.parametrize("loss", [["ipo"], ["robust"], ["sigmoid", "sft"]], ids="-".join)
 def test_losses(tmp_path, loss):
     smoothing = {"label_smoothing": 0.3} if loss == ["robust"] else {}

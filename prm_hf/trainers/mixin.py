@@ -15,7 +15,8 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalLoopOutput, has_length
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
 from ..metrics import ParameterDrift
 from ..optim import PRM
@@ -124,6 +125,12 @@ class PRMTrainerMixin(CheckpointMixin):
         if self.args.drift_metrics and self.eval_dataset is not None and trained:
             self._parameter_drift = ParameterDrift(self.model, self.accelerator)
         self.add_callback(_EvaluateAtEnd(self))
+
+    def train(self, *args, **kwargs) -> TrainOutput:
+        if self.args.use_liger_kernel and self.ref_model is not None:
+            # The model gets the kernels in there. Had the reference others, their rounding would look like drift.
+            apply_liger_kernel(self.accelerator.unwrap_model(self.ref_model), self.args.liger_kernel_config)
+        return super().train(*args, **kwargs)
 
     # ---- Optimizer ----
 
