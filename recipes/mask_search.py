@@ -54,6 +54,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # With the learning rates of AdamW, whose mean step they have.
     "search_selection": {"keep_mean": True},
     "search_selection_eps10": {"keep_mean": True, "eps": 10},
+    # No mask: another learning rate for the embedding on top of the larger eps, two baselines in one.
+    "search_embedding3_eps10": {"embedding": 3.0, "eps": 10},
+    "search_embedding0.3_eps10": {"embedding": 0.3, "eps": 10},
 }
 METHODS = ["adamw", "adamw_eps:3", "adamw_eps:10", "adamw_eps:30", "prm_debiased", "prm_debiased_eps:10"]
 METHODS += ["prm_rows", "prm_rows_eps:10", *VARIANTS]
@@ -61,6 +64,8 @@ METHODS += ["prm_rows", "prm_rows_eps:10", *VARIANTS]
 # row's mean mask in the run of another seed, which has to be there. Not among `METHODS`, as it comes after them.
 FIXED, FIXED_FROM = "search_prm_rows_fixed_eps10", "prm_rows_eps:10"
 VARIANTS[FIXED] = {"rows": True, "eps": 10}
+# For LoRA alone: one mask for A and B of a layer. Not among `METHODS` either.
+VARIANTS |= {"search_prm_modules": {"modules": True}, "search_prm_modules_eps10": {"modules": True, "eps": 10}}
 ROW_MASKS = "row_masks.pt"
 RECIPES = {"dpo_noisy": dpo_noisy, "sft_noisy": sft_noisy}
 MICRO_BATCHES = 4  # a step's, for noise that is measured within it
@@ -80,7 +85,8 @@ class SearchedPRM(torch.optim.Optimizer):
             sees smaller signals. The mask weighs it against the noise of the average that is stepped with.
         keep_mean: q divided by its mean over all parameters, so that the mean step is AdamW's and selection remains.
         shuffle: the masks of a step dealt out anew, at random, to the rows of each tensor.
-        fixed: masks to step with instead of those that are measured, one vector for each of `params`.
+        fixed: factors to step with instead of masks that are measured, one vector for each of `params`.
+        pools: for each of `params` a number; those of the same number have one q, from their means together.
         within_step: signal and noise from the gradients of the step's micro-batches, two or more. Of K such gradients,
             each divided by K, Σ|g|² gives the unbiased variance N of their sum; S is the sum's square less N.
 
@@ -102,6 +108,7 @@ class SearchedPRM(torch.optim.Optimizer):
         keep_mean: bool = False,
         shuffle: bool = False,
         fixed: list[Tensor] | None = None,
+        pools: list[int] | None = None,
         within_step: bool = False,
     ) -> None:
         if within_step and (rows or signal_beta is not None):
@@ -109,11 +116,14 @@ class SearchedPRM(torch.optim.Optimizer):
                 "`within_step` measures its own signal, one q a tensor: leave out `rows` and `signal_beta`, got "
                 f"{rows} and {signal_beta}."
             )
+        if pools is not None and (rows or within_step):
+            raise ValueError("`pools` have one q for several tensors: leave out `rows` and `within_step`.")
         super().__init__(params, dict(lr=lr, betas=betas, rho=rho, eps=eps, weight_decay=weight_decay))
         self.softness, self.rows, self.signal_beta = softness, rows, signal_beta
         self.keep_mean, self.shuffle, self.within_step = keep_mean, shuffle, within_step
         every = [p for group in self.param_groups for p in group["params"]]
         self.fixed = {} if fixed is None else dict(zip(every, fixed, strict=True))
+        self.pools = {} if pools is None else dict(zip(every, pools, strict=True))
         self.mean_qs: list[Tensor] = []  # of each step, over all parameters, as it was before `keep_mean`
         self._micro: dict[Tensor, tuple[Tensor, float, int]] = {}  # gradient so far, sum of squares, micro-batches
         if within_step:
@@ -209,18 +219,28 @@ class SearchedPRM(torch.optim.Optimizer):
             noise = masks.averaging_variance(beta1, t) * s / (1 - rho**t)
         else:
             s.mul_(rho).add_(deviations * c.weight)
-            signal, noise = masks.signal_and_noise(self._mean_sq(m), s, c, estimator="debiased", first_ratio=1.0)
+            squares, variances = self._pooled(self._mean_sq(m), params), self._pooled(s, params)
+            signal, noise = masks.signal_and_noise(squares, variances, c, estimator="debiased", first_ratio=1.0)
         if self.signal_beta is not None:
             wide = [state["wide_avg"] for state in states]
             torch._foreach_lerp_(wide, grads, 1 - self.signal_beta)
             ratio = masks.averaging_variance(self.signal_beta, t) / masks.averaging_variance(beta1, t)
-            square = self._mean_sq(wide) / (1 - self.signal_beta**t) ** 2
+            square = self._pooled(self._mean_sq(wide), params) / (1 - self.signal_beta**t) ** 2
             signal = (square - ratio * noise).clamp(min=0) * (t > 1)  # nothing is known of the noise at t = 1
         self._keep("grad_var", states, s)
         q = masks.mask_values(
             signal, noise, mask="snr", alpha=1.0, softness=self.softness, mask_eps=masks.SCALE_FREE_EPS
         )
         return list(q.split([len(state["grad_var"]) for state in states]))
+
+    def _pooled(self, means: Tensor, params: list[Tensor]) -> Tensor:
+        """Means over tensors, to those over all elements of each tensor's pool, if there are pools."""
+        if not self.pools:
+            return means
+        _, pool = torch.tensor([self.pools[p] for p in params], device=means.device).unique(return_inverse=True)
+        numels = torch.tensor([p.numel() for p in params], dtype=means.dtype, device=means.device)
+        total, size = (torch.zeros_like(means).index_add_(0, pool, x) for x in (means * numels, numels))
+        return (total / size.clamp(min=1))[pool]
 
     @staticmethod
     def _keep(name: str, states: list[dict[str, Tensor]], values: Tensor) -> None:
@@ -288,6 +308,18 @@ def set_up_variant(trainer: Trainer, variant: str, fixed: Path | None = None) ->
                 "all `seeds` and `prm_learning_rates` before it."
             )
         options["fixed"] = torch.load(fixed)
+    params, names = (
+        [p for group in groups for p in group["params"]],
+        {p: n for n, p in trainer.model.named_parameters()},
+    )
+    if (factor := options.pop("embedding", None)) is not None:
+        embedding = trainer.model.get_input_embeddings().weight
+        options["fixed"] = [torch.tensor([factor if p is embedding else 1.0]) for p in params]
+    if options.pop("modules", False):
+        if not all(".lora_" in names[p] for p in params):
+            raise ValueError(f"`{variant}` has one mask for A and B of each LoRA layer: set `use_peft`.")
+        modules = [names[p].split(".lora_")[0] for p in params]
+        options["pools"] = [modules.index(module) for module in modules]
     trainer.optimizer = SearchedPRM(groups, **options)
 
 

@@ -119,6 +119,35 @@ def test_shuffled_rows_are_the_same_masks_elsewhere():
     assert found[0].std() > 0.1 and not torch.allclose(*found, atol=0.1)
 
 
+def test_a_pool_has_the_mask_of_its_tensors_side_by_side():
+    """Of two matrices of one pool the masks are those of one tensor with the elements of both."""
+
+    def grads(t):
+        return [torch.randn(4, 3, generator=torch.Generator().manual_seed(9 * t + i)) + 0.4 * i for i in range(3)]
+
+    parts = [torch.nn.Parameter(torch.zeros(4, 3)) for _ in range(3)]
+    pooled = SearchedPRM(parts, lr=0.1, pools=[7, 2, 7])
+    whole = [torch.nn.Parameter(torch.zeros(8, 3)), torch.nn.Parameter(torch.zeros(4, 3))]
+    joined = SearchedPRM(whole, lr=0.1)
+    for t in range(6):
+        g = grads(t)
+        for p, grad in zip([*parts, *whole], [*g, torch.cat([g[0], g[2]]), g[1]], strict=True):
+            p.grad = grad
+        pooled.step(), joined.step()
+    assert torch.allclose(torch.cat([parts[0], parts[2]]), whole[0], atol=1e-6)
+    assert torch.allclose(parts[1], whole[1], atol=1e-6)
+    assert pooled.mean_qs[-1].item() == pytest.approx(joined.mean_qs[-1].item(), rel=1e-5)
+    separate = [torch.nn.Parameter(torch.zeros(4, 3)) for _ in range(3)]
+    optimizer = SearchedPRM(separate, lr=0.1, pools=[0, 1, 2])
+    for t in range(6):
+        for p, grad in zip(separate, grads(t), strict=True):
+            p.grad = grad
+        optimizer.step()
+    assert not torch.allclose(parts[0], separate[0], atol=1e-3)
+    with pytest.raises(ValueError, match="`rows`"):
+        SearchedPRM(parts, pools=[0, 0, 1], rows=True)
+
+
 def test_a_wider_signal_is_by_its_definition():
     """S = mean of the squared wide average less its own noise; the mask weighs it against the noise of the step's."""
     beta, steps = 0.98, 6
@@ -224,6 +253,27 @@ def test_variants_run_and_are_compared(tmp_path, capsys):
         assert (tmp_path / f"prm_rows_eps10_lr0.03_seed{seed}" / mask_search.ROW_MASKS).is_file()
         metrics = json.loads((tmp_path / f"{mask_search.FIXED}_lr0.03_seed{seed}" / "metrics.json").read_text())
         assert 0 < metrics["mask/mean_q"] < 1
+
+
+def test_variants_of_modules_and_of_the_embedding(tmp_path):
+    short = ["--max_steps", "2", "--logging_steps", "1", "--eval_strategy", "no", "--warmup_steps", "1"]
+    short += ["--learning_rates", "1e-3", "--prm_learning_rates", "3e-2", "--output_dir", str(tmp_path)]
+    embedding, modules = "search_embedding3_eps10", "search_prm_modules_eps10"
+    with pytest.raises(ValueError, match="use_peft"):
+        mask_search.main(["--methods", modules, *short])
+    assert mask_search.main(["--methods", "adamw_eps:10", embedding, *short]) == 0
+    found = [
+        json.loads((tmp_path / f"{name}_lr0.001_seed0" / "metrics.json").read_text())
+        for name in ("adamw_eps10", embedding)
+    ]
+    assert found[1]["drift/params_rel"] > 1.05 * found[0]["drift/params_rel"]
+    lora = ["--use_peft", "--lora_r", "2", "--lora_target_modules", "all-linear"]
+    assert mask_search.main(["--methods", "prm_debiased_eps:10", modules, *short, *lora]) == 0
+    masks = [
+        json.loads((tmp_path / f"{name}_lr0.03_seed0" / "metrics.json").read_text())["mask/mean_q"]
+        for name in ("prm_debiased_eps10", modules)
+    ]
+    assert 0 < masks[1] < 1 and masks[0] != pytest.approx(masks[1], rel=1e-3)
 
 
 def test_the_table_has_known_areas(tmp_path):
