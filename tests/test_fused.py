@@ -431,7 +431,7 @@ def test_flat_partition_by_its_segments(reduction, estimator):
     if reduction == "per_tensor":
         assert torch.equal(flat[-3:], padding)
         variances = torch.stack([theirs.state[p]["grad_var"] for p in whole])
-        torch.testing.assert_close(ours._tensor_vars, variances, rtol=1e-6, atol=0)
+        torch.testing.assert_close(ours._tables.variances["per_tensor"], variances, rtol=1e-6, atol=0)
 
 
 def test_sums_do_not_depend_on_where_a_small_tensor_is_cut(monkeypatch):

@@ -48,7 +48,7 @@ class Held:
     def result(self) -> list[torch.Tensor]:
         states = [self.optimizer.state[p] for p in self.locals if p in self.optimizer.state]
         state = [local_tensor(state[key]) for state in states for key in sorted(state)]
-        variances = self.optimizer._tensor_vars
+        variances = self.optimizer._tables.variances.get("per_tensor")
         everything = [*map(local_tensor, self.locals), *state, *([] if variances is None else [variances])]
         return [x.detach().clone() for x in everything]
 
@@ -303,7 +303,7 @@ CHANGES = {
     "placement_of_gradient": (replicate_a_gradient_in_name, [FSDP2], True),
     "dtype_of_gradient": (halve_a_gradient, [ZeRO2, ZeRO3, BF16Optimizer], False),
     "load": (load, [FSDP2, ZeRO2, BF16Optimizer], None),
-    "load_as_deepspeed": (load_as_deepspeed, [ZeRO2, BF16Optimizer], False),
+    "load_as_deepspeed": (load_as_deepspeed, [ZeRO2, BF16Optimizer], None),
     "load_universally": (load_universally, [ZeRO3], False),
     "lr": (set_to(lr=0.02), SOME, True),
     "betas": (set_to(betas=(0.5, 0.9)), SOME, True),

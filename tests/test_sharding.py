@@ -147,6 +147,16 @@ def test_slices_are_cut_at_rows(offset, length):
         assert count == 1 or (offset + begin) % 3 == (offset + end) % 3 == 0
 
 
+@pytest.mark.parametrize(("reduction", "key"), [("per_tensor", "prm_grad_var"), ("per_row", "prm_row_grad_var")])
+def test_variances_that_were_loaded_are_saved_before_the_next_step(reduction, key):
+    """DeepSpeed puts the settings of a checkpoint's groups into ours, and the tables with them."""
+    optimizer = PRM([torch.nn.Parameter(torch.zeros(2, 3))], reduction=reduction)
+    optimizer.param_groups[0][key] = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    for _ in range(2):
+        assert optimizer.state_dict()["param_groups"][0][key].tolist() == [1.0, 2.0]
+    assert key not in optimizer.param_groups[0]
+
+
 def test_replaced_parameters_of_other_shapes_are_an_error():
     originals = [torch.nn.Parameter(torch.zeros(3, 2)), torch.nn.Parameter(torch.zeros(4))]
     with pytest.raises(RuntimeError, match="group 0 had 2 tensors and has 1"):

@@ -43,7 +43,8 @@ class Part:
     Attributes:
         lists: by name in [`ListStep`], slices that each lie in one original tensor.
         owners: of each slice, the number of its original tensor.
-        spans: for rows in parts, what each slice is of; the slices are matrices.
+        spans: for tensors and rows in parts, what each slice is of; a tensor counts as one row. Slices of rows are
+            matrices.
         tensors: for `per_tensor` and rows in parts, by number of each original tensor that advances: elements,
             `grad_var`, `step`.
         counters: the `step` of each local tensor.

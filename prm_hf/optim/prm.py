@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
 
-from ..sharding import Layout, Locator, RowSpan
+from ..sharding import Locator, RowSpan
 from . import masks
 from .foreach import row_sums_of_squares
 from .parts import Part, hyperparameters, use_fused
 from .quantized import is_quantized, quantized_zeros, read, write
-from .rows import RowTables
 from .statistics import COLUMNS, N_SUMS, add_rows, fill_per_row, fill_per_tensor, mask_summary, slice_table
 from .step import LOW_PRECISION, ListStep, tensor_masks
+from .tables import Tables
 from .validation import check_held_in_parts, check_reduction, check_signal_beta, validate_group
 
 
@@ -48,9 +48,10 @@ _GROUP_DEFAULTS = {
 }
 _STATE_KEYS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var", "exp_avg_signal")
 # Keys of ours in parameter groups, which wrappers and checkpoints carry along: the number that the group was created
-# with, and in checkpoints of flat partitions `grad_var` of all tensors and of all of their rows (DeepSpeed drops or
+# with, and in checkpoints of flat partitions `grad_var` of all tensors or of all of their rows (DeepSpeed drops or
 # trims it in the state).
-_NUMBER, _TENSOR_VARS, _ROW_VARS = "prm_group", "prm_grad_var", "prm_row_grad_var"
+_NUMBER = "prm_group"
+_VARIANCES = {"per_tensor": "prm_grad_var", "per_row": "prm_row_grad_var"}
 
 
 class PRM(Optimizer):
@@ -222,12 +223,10 @@ class PRM(Optimizer):
     def _start_unlocated(self) -> None:
         self._locator = Locator()
         self._created: list[dict[str, Any]] = []  # the settings of each group as they were given
-        self._tensor_vars: Tensor | None = None  # `grad_var` of all tensors, where parameters are flat buffers
-        self._rows = RowTables(self._locator)
+        self._tables = Tables(self._locator)
         self._started = False
         self._fused_tables: dict[tuple, Any] = {}  # of `fused.FusedStep`
         self._plans: dict[tuple[int, ...], Any] = {}  # `plan.FusedPlan`, of what groups show at a step
-        self._indices: dict[tuple, Tensor] = {}
 
     def _register_group(self, group: dict[str, Any]) -> None:
         group[_NUMBER] = self._locator.register(group["params"])
@@ -267,10 +266,10 @@ class PRM(Optimizer):
         """As of any optimizer. Under DeepSpeed ZeRO the variances of all tensors or rows go with each group."""
         self._absorb_loaded()
         state_dict = super().state_dict()
-        for key, table in ((_TENSOR_VARS, self._tensor_vars), (_ROW_VARS, self._rows.variances)):
-            if table is not None:
-                for group in state_dict["param_groups"]:
-                    group[key] = table.detach().cpu().clone()
+        for group in state_dict["param_groups"]:
+            for reduction, key in _VARIANCES.items():
+                if (table := self._tables.saved(reduction, group[_NUMBER])) is not None:
+                    group[key] = table
         return state_dict
 
     @torch._disable_dynamo
@@ -352,7 +351,7 @@ class PRM(Optimizer):
         # DeepSpeed shows one group, or one part of a group, at a time
         shown = tuple(id(group["params"][0]) for group in self.param_groups if group["params"])
         if shown in self._plans:
-            if self._plans[shown].step(self.param_groups, self.state, self._tensor_vars):
+            if self._plans[shown].step(self.param_groups, self.state, self._tables.variances.get("per_tensor")):
                 return
             del self._plans[shown]
         self._locate()
@@ -407,50 +406,17 @@ class PRM(Optimizer):
             return
         from .plan import FusedPlan
 
-        self._plans[shown] = FusedPlan(groups, self.state, self._locator, self._tensor_vars)
+        self._plans[shown] = FusedPlan(groups, self.state, self._locator, self._tables.variances.get("per_tensor"))
         self._fused_tables.clear()
 
     def _tensor_masks(self, parts: list[Part], sums: list[Tensor | None]) -> list[Tensor | None]:
-        """q of each slice of each part, None for parts that decide on their masks. One all-reduce for all of them.
-
-        For rows in parts q of each row of each slice, with one all-reduce more.
-        """
-        of_rows = self._rows.decide(parts, sums)
+        """q of each slice of each part, or of each of its rows; None for parts that decide on their masks."""
         if self._locator.layout is not None:
-            sums = self._total(parts, sums)
-        qs = []
-        for position, (part, x) in enumerate(zip(parts, sums, strict=True)):
-            if part.in_rows or not part.tensors:
-                qs.append(of_rows.get(position))
-                continue
-            q = tensor_masks(x, *map(list, zip(*part.tensors.values(), strict=True)), part.hyper)
-            row = {number: i for i, number in enumerate(part.tensors)}
-            rows = [row[number] for number in part.owners]
-            qs.append(q if rows == list(range(len(row))) else q[self._index(rows, q.device)])
-        return qs
-
-    def _total(self, parts: list[Part], sums: list[Tensor | None]) -> list[Tensor | None]:
-        """From sums over slices to sums over the original tensors of each part, over all processes."""
-        held = {i: part for i, part in enumerate(parts) if part.tensors and not part.in_rows}
-        if not held:
-            return sums
-        numbers = sorted({number for part in held.values() for number in part.tensors})
-        row = {number: i for i, number in enumerate(numbers)}
-        device = next(iter(held.values())).device
-        table = torch.zeros(len(numbers), 2, dtype=masks.statistics_dtype(device), device=device)
-        for i, part in held.items():
-            if part.owners:
-                table.index_add_(0, self._index([row[n] for n in part.owners], device), sums[i])
-        self._locator.all_reduce(table, numbers)
-        totals = {i: table[self._index([row[n] for n in part.tensors], device)] for i, part in held.items()}
-        return [totals.get(i) for i in range(len(parts))]
-
-    def _index(self, rows: list[int], device: torch.device) -> Tensor:
-        """`rows` on the device, sent there once: at each step the host would wait until the device has taken them."""
-        key = (device, *rows)
-        if key not in self._indices:
-            self._indices[key] = torch.tensor(rows, device=device)
-        return self._indices[key]
+            return self._tables.decide(parts, sums)
+        return [
+            tensor_masks(x, *map(list, zip(*part.tensors.values(), strict=True)), part.hyper) if part.tensors else None
+            for part, x in zip(parts, sums, strict=True)
+        ]
 
     def _locate(self) -> None:
         self._absorb_loaded()
@@ -459,14 +425,16 @@ class PRM(Optimizer):
             for group in self.param_groups:
                 check_held_in_parts(group["reduction"], group["state_dtype"], self._locator.layout.path)
                 if self._is_in_rows(group):
-                    self._rows.check(self._locator.numbers(group[_NUMBER]), group["fused"])
+                    self._tables.check_rows(self._locator.numbers(group[_NUMBER]), group["fused"])
         if self._locator.flat:
             self._unshare_steps()
         masked = [group for group in self.param_groups if group["mask"] != "none"]
-        for reduction, place in (("per_tensor", self._place_tensor_vars), ("per_row", self._place_row_vars)):
+        for reduction in _VARIANCES:
             groups = [group for group in masked if group["reduction"] == reduction]
             if self._locator.flat and groups:
-                place(self._locator.layout, groups)
+                if self._tables.is_new(reduction):
+                    self._check_is_fresh(groups, reduction)
+                self._tables.place(reduction)
 
     def _check_is_fresh(self, groups: list[dict[str, Any]], reduction: str) -> None:
         """Raises if a checkpoint gave these groups a state and no table of variances."""
@@ -476,23 +444,6 @@ class PRM(Optimizer):
                 f"The checkpoint has no `grad_var` of reduction={reduction!r} for DeepSpeed ZeRO: it was not "
                 "written by PRM, or with another reduction. Start from the weights alone with a fresh optimizer."
             )
-
-    def _place_row_vars(self, layout: Layout, groups: list[dict[str, Any]]) -> None:
-        if self._rows.is_new:
-            self._check_is_fresh(groups, "per_row")
-        self._rows.place(layout)
-
-    def _place_tensor_vars(self, layout: Layout, groups: list[dict[str, Any]]) -> None:
-        device = layout.locals[0].device
-        if self._tensor_vars is None:
-            self._check_is_fresh(groups, "per_tensor")
-            self._tensor_vars = torch.zeros(len(layout.numels), dtype=masks.statistics_dtype(device), device=device)
-        elif self._tensor_vars.numel() != len(layout.numels):
-            raise ValueError(
-                f"The checkpoint has `grad_var` of {self._tensor_vars.numel()} tensors and the optimizer holds "
-                f"{len(layout.numels)}: it belongs to another model or to other trained parameters."
-            )
-        self._tensor_vars = self._tensor_vars.to(device)
 
     def _absorb_loaded(self) -> None:
         """Takes over what a checkpoint put into the parameter groups, however DeepSpeed put it there."""
@@ -510,15 +461,10 @@ class PRM(Optimizer):
                 group.update(created)
                 group.update({key: created["lr"] * value for key, value in progress.items()})
         for group in self.param_groups:
-            if _TENSOR_VARS in group:
-                # Every group has the whole table, and may be seen for the first time when others have moved on.
-                table = group.pop(_TENSOR_VARS)
-                if self._tensor_vars is None:
-                    self._tensor_vars = torch.zeros_like(table)
-                mine = self._locator.numbers(group[_NUMBER])
-                self._tensor_vars[mine.start : mine.stop] = table[mine.start : mine.stop].to(self._tensor_vars.device)
-            if _ROW_VARS in group:
-                self._rows.load(group[_NUMBER], group.pop(_ROW_VARS))
+            for reduction, key in _VARIANCES.items():
+                if key in group:
+                    self._tables.load(reduction, group[_NUMBER], group.pop(key))
+                    self._plans.clear()  # they go on from what was there
 
     def _unshare_steps(self) -> None:
         """DeepSpeed's stage-3 universal load gives all sub-groups the same `step`, which each would then advance."""
@@ -579,7 +525,10 @@ class PRM(Optimizer):
                 part.spans += spans
                 part.tensors |= self._advancing(p, None, in_rows)
                 continue
-            part.extend(*self._locator.slices(p, tensors | {"grads": grad}, split), state["step"])
+            numbers, lists = self._locator.slices(p, tensors | {"grads": grad}, split)
+            part.extend(numbers, lists, state["step"])
+            if per_tensor and self._locator.layout is not None:
+                part.spans += [RowSpan(number, 0, 1) for number in numbers]
             if per_tensor:
                 part.tensors |= self._advancing(p, part.owners[-1] if part.owners else None)
         for part in parts.values():
@@ -603,10 +552,8 @@ class PRM(Optimizer):
         members, numels = self._locator.members(p), self._locator.layout.numels
         if not self._locator.flat:
             return {n: (numels[n], state["grad_var"], state["step"]) for n in members}
-        if in_rows:
-            variances = self._rows.variances.split(self._locator.layout.rows)
-        else:
-            variances = self._tensor_vars.unbind()
+        tables = self._tables.variances
+        variances = tables["per_row"].split(self._locator.layout.rows) if in_rows else tables["per_tensor"].unbind()
         return {n: (numels[n], variances[n], state["step"]) for n in members}
 
     def _init_state(self, p: Tensor, group: dict[str, Any], split: bool) -> dict[str, Tensor]:
@@ -756,7 +703,8 @@ class PRM(Optimizer):
         elif in_rows:
             device = grad_vars[0].device
             sums = [(spans, row_sums_of_squares(xs).unsqueeze(1) if xs else None) for spans, xs in rows]
-            squares = self._rows.add_up(numbers, sums, 1, device).squeeze(1)
+            units = {number: self._locator.layout.rows[number] for number in numbers}
+            squares = self._tables.add_up(units, sums, 1, device).squeeze(1)
             table = fill_per_row(table, squares, grad_vars, steps, hyper)
         return table, masked
 
