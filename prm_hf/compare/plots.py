@@ -29,6 +29,8 @@ _STYLES = {
     "prm_per_param": ("#56B4E9", "D"),
     "prm_debiased": ("#D55E00", "^"),
     "prm_debiased_per_param": ("#CC6677", "h"),
+    "prm_rows": ("#EE3377", "D"),
+    "prm_rows_eps:10": ("#CC3311", "s"),
     "constant_q": ("#E69F00", "P"),
     "shuffled_q": ("#999933", "X"),
     "cdpo": ("#009E73", "v"),
