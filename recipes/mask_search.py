@@ -23,7 +23,7 @@ import numpy as np
 import sft_noisy
 import torch
 from comparison import Data, Recipe, RunSpec, run_comparisons
-from methods import OPTIMIZERS, enlarge_eps, gradient_scale, is_sharded
+from methods import OPTIMIZERS, enlarge_eps, gradient_scale, is_sharded, scale_embedding
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
@@ -36,7 +36,8 @@ from prm_hf.optim.statistics import local_masks
 from prm_hf.trainers.callbacks import innermost_optimizer
 
 
-# What each variant changes: `eps` as in `adamw_eps`, the rest are arguments of `SearchedPRM`.
+# What each variant changes: `eps` as in `adamw_eps`, `embedding` as in `adamw_embedding`, `modules` one of the `pools`
+# for each LoRA layer; the rest are arguments of `SearchedPRM`.
 VARIANTS: dict[str, dict[str, Any]] = {
     "search_prm_rows": {"rows": True},
     "search_prm_rows_eps10": {"rows": True, "eps": 10},
@@ -85,7 +86,7 @@ class SearchedPRM(torch.optim.Optimizer):
             sees smaller signals. The mask weighs it against the noise of the average that is stepped with.
         keep_mean: q divided by its mean over all parameters, so that the mean step is AdamW's and selection remains.
         shuffle: the masks of a step dealt out anew, at random, to the rows of each tensor.
-        fixed: factors to step with instead of masks that are measured, one vector for each of `params`.
+        fixed: masks to step with instead of those that are measured, one vector for each of `params`.
         pools: for each of `params` a number; those of the same number have one q, from their means together.
         within_step: signal and noise from the gradients of the step's micro-batches, two or more. Of K such gradients,
             each divided by K, Σ|g|² gives the unbiased variance N of their sum; S is the sum's square less N.
@@ -293,14 +294,14 @@ def set_up_variant(trainer: Trainer, variant: str, fixed: Path | None = None) ->
         raise ValueError(f"`{variant}` runs on whole tensors in one process: launch it on one GPU, or on a CPU.")
     options = dict(VARIANTS[variant])
     eps = options.pop("eps", None)
-    groups = [
-        {key: group[key] for key in ("params", "lr", "eps", "betas", "weight_decay")}
-        for group in trainer.create_optimizer().param_groups
-    ]
+    optimizer = trainer.create_optimizer()
     if eps is not None:
         if not trainer.args.max_grad_norm:
             raise ValueError(f"`{variant}` is scaled by the clipped gradient: set `max_grad_norm` above 0.")
-        enlarge_eps(groups, eps, gradient_scale(trainer))
+        enlarge_eps(optimizer.param_groups, eps, gradient_scale(trainer))
+    if "embedding" in options:
+        scale_embedding(trainer, variant, options["embedding"])
+        return
     if fixed is not None:
         if not fixed.is_file():
             raise ValueError(
@@ -308,14 +309,13 @@ def set_up_variant(trainer: Trainer, variant: str, fixed: Path | None = None) ->
                 "all `seeds` and `prm_learning_rates` before it."
             )
         options["fixed"] = torch.load(fixed)
-    params, names = (
-        [p for group in groups for p in group["params"]],
-        {p: n for n, p in trainer.model.named_parameters()},
-    )
-    if (factor := options.pop("embedding", None)) is not None:
-        embedding = trainer.model.get_input_embeddings().weight
-        options["fixed"] = [torch.tensor([factor if p is embedding else 1.0]) for p in params]
+    groups = [
+        {key: group[key] for key in ("params", "lr", "eps", "betas", "weight_decay")}
+        for group in optimizer.param_groups
+    ]
     if options.pop("modules", False):
+        params = [p for group in groups for p in group["params"]]
+        names = {p: name for name, p in trainer.model.named_parameters()}
         if not all(".lora_" in names[p] for p in params):
             raise ValueError(f"`{variant}` has one mask for A and B of each LoRA layer: set `use_peft`.")
         modules = [names[p].split(".lora_")[0] for p in params]

@@ -196,10 +196,7 @@ def set_up_optimizer(
     if eps is not None:
         enlarge_eps(optimizer.param_groups, eps, scale)
     if name == "adamw_embedding":
-        embedding = trainer.model.get_input_embeddings().weight
-        if not embedding.requires_grad:
-            raise ValueError(f"`{method}` changes the embedding's learning rate, and the embedding is not trained.")
-        scale_learning_rates(optimizer, {embedding: value})
+        scale_embedding(trainer, method, value)
     elif name == "fixed_q":
         missing = sorted(name for name, p in named.items() if p.requires_grad and name not in multipliers)
         if missing:
@@ -226,6 +223,18 @@ def _pytorch_optimizer(method: str) -> Any:
     except ImportError as error:
         raise ImportError(f'`{method}` needs pytorch-optimizer: pip install "prm-hf[controls]"') from error
     return pytorch_optimizer
+
+
+def scale_embedding(trainer: Trainer, method: str, factor: float) -> None:
+    """Multiplies the embedding's learning rate in the trainer's optimizer, as [`scale_learning_rates`].
+
+    Raises:
+        ValueError: the embedding is not trained.
+    """
+    embedding = trainer.model.get_input_embeddings().weight
+    if not embedding.requires_grad:
+        raise ValueError(f"`{method}` changes the embedding's learning rate, and the embedding is not trained.")
+    scale_learning_rates(trainer.optimizer, {embedding: factor})
 
 
 def scale_learning_rates(optimizer: torch.optim.Optimizer, factors: dict[Tensor, float]) -> None:

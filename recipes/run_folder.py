@@ -75,11 +75,16 @@ class RunSpec:
 
     def changes_from(self, info: dict[str, Any]) -> list[str]:
         """What makes this another run than that of a `run.json`, by name. A setting that is None may be missing."""
-        theirs = {**info.get("settings", {}), **{key: info.get(key) for key in ("method", "learning_rate", "seed")}}
-        ours = {**self.settings, "method": self.method, "learning_rate": self.learning_rate, "seed": self.seed}
-        ours = json.loads(json.dumps(ours, default=str))  # as the file has them
-        named = {*ours, *theirs} - {key for key in NOT_SETTINGS if key not in ours}
-        return sorted(key for key in named if ours.get(key) != theirs.get(key))
+
+        def counted(settings: dict[str, Any]) -> dict[str, Any]:
+            return {key: value for key, value in settings.items() if key not in NOT_SETTINGS}
+
+        theirs = counted(info.get("settings", {})) | {
+            key: info.get(key) for key in ("method", "learning_rate", "seed")
+        }
+        ours = counted(json.loads(json.dumps(self.settings, default=str)))  # as the file has them
+        ours |= {"method": self.method, "learning_rate": self.learning_rate, "seed": self.seed}
+        return sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
 
 
 def find_run(spec: RunSpec, folder: Path, tell: Callable[[str], None]) -> tuple[dict[str, float] | None, bool]:

@@ -226,26 +226,27 @@ def test_mask_stats_are_those_of_the_same_state_on_the_cpu(reduction, state_dtyp
             assert sum(e.count for e in profile.key_averages() if "LaunchKernel" in e.key) < 200
 
 
+def dpo_trainer(tmp_path, **settings):
+    """In mixed precision, on few pairs that it is also evaluated on."""
+    quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    arguments = PRMDPOConfig(tmp_path, bf16=True, per_device_train_batch_size=4, **quiet, **settings)
+    rows = preference_dataset(16, flipped=False)
+    return PRMDPOTrainer(
+        make_model(), make_model(), arguments, train_dataset=rows, eval_dataset=rows, processing_class=make_tokenizer()
+    )
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"padding_free": True}, {"precompute_ref_log_probs": True}], ids=str)
 def test_an_evaluation_from_trls_passes_is_that_of_our_own(kwargs, tmp_path):
     """In mixed precision, in which packed rows and padded ones differ by the rounding of bfloat16."""
-    arguments = PRMDPOConfig(
+    trainer = dpo_trainer(
         tmp_path,
         max_steps=10,
         learning_rate=1e-2,
         prm_mask="none",
-        bf16=True,
-        per_device_train_batch_size=4,
         per_device_eval_batch_size=3,
         eval_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         **kwargs,
-    )
-    rows = preference_dataset(16, flipped=False)
-    trainer = PRMDPOTrainer(
-        make_model(), make_model(), arguments, train_dataset=rows, eval_dataset=rows, processing_class=make_tokenizer()
     )
     assert trainer.evaluate()["eval_drift/kl"] == 0
     trainer.train()
@@ -260,23 +261,8 @@ def test_an_evaluation_from_trls_passes_is_that_of_our_own(kwargs, tmp_path):
 def test_kernels_of_liger_are_no_drift(tmp_path):
     """Their rounding is another than that of the model's own layers: the reference has to have them too."""
     pytest.importorskip("liger_kernel")
-    arguments = PRMDPOConfig(
-        tmp_path,
-        max_steps=2,
-        learning_rate=0.0,
-        bf16=True,
-        gradient_checkpointing=False,
-        padding_free=True,
-        use_liger_kernel=True,
-        per_device_train_batch_size=4,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    rows = preference_dataset(16, flipped=False)
-    trainer = PRMDPOTrainer(
-        make_model(), make_model(), arguments, train_dataset=rows, eval_dataset=rows, processing_class=make_tokenizer()
-    )
+    settings = {"gradient_checkpointing": False, "padding_free": True, "use_liger_kernel": True}
+    trainer = dpo_trainer(tmp_path, max_steps=2, learning_rate=0.0, **settings)
     trainer.train()
     assert trainer.model.model.norm.forward.__module__.startswith("liger_kernel")
     assert trainer.last_eval_metrics["eval_drift/kl"] == 0
@@ -393,19 +379,23 @@ def test_more_than_2_to_the_31_elements():
     assert p[-1].item() == -0.125 and p.sum(dtype=torch.float64).item() == -0.125 * n
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"estimator": "debiased", "signal_beta": 0.98}], ids=["plain", "signal"])
-@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
-def test_a_step_of_shards_never_waits_for_the_device(reduction, kwargs, tmp_path):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"reduction": reduction} for reduction in masks.REDUCTIONS),
+        {"reduction": "per_row", "estimator": "debiased", "signal_beta": 0.98},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_a_step_of_shards_never_waits_for_the_device(settings, tmp_path):
     """FSDP2, of one process: the shards are stepped in two halves with an all-reduce between them."""
-    if kwargs and reduction != "per_row":
-        pytest.skip("a signal average of its own is of rows")
     torch.manual_seed(0)
     whole = torch.nn.Sequential(torch.nn.Linear(300, 70), torch.nn.Linear(70, 5)).cuda()
     sharded = copy.deepcopy(whole)
     torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         fully_shard(sharded)
-        optimizers = [PRM(model.parameters(), reduction=reduction, **kwargs) for model in (whole, sharded)]
+        optimizers = [PRM(model.parameters(), **settings) for model in (whole, sharded)]
         for t in range(5):
             x = torch.randn(8, 300, device="cuda")
             for model in (whole, sharded):

@@ -303,7 +303,7 @@ CHANGES = {
     "placement_of_gradient": (replicate_a_gradient_in_name, [FSDP2], True),
     "dtype_of_gradient": (halve_a_gradient, [ZeRO2, ZeRO3, BF16Optimizer], False),
     "load": (load, [FSDP2, ZeRO2, BF16Optimizer], None),
-    "load_as_deepspeed": (load_as_deepspeed, [ZeRO2, BF16Optimizer], None),
+    "load_as_deepspeed": (load_as_deepspeed, [ZeRO2, BF16Optimizer], False),
     "load_universally": (load_universally, [ZeRO3], False),
     "lr": (set_to(lr=0.02), SOME, True),
     "betas": (set_to(betas=(0.5, 0.9)), SOME, True),

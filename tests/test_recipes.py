@@ -97,6 +97,15 @@ def test_finished_runs_are_not_repeated_unless_their_settings_change(finished, c
     assert stamps(finished) == before
     assert "finished before" in capsys.readouterr().out
 
+    # A file that is older than an argument that is None, or that has what does not count, is of the same run.
+    for file in finished.glob("*/run.json"):
+        info = read(file)
+        assert info["settings"].pop("prm_signal_beta", None) is None
+        info["settings"]["logging_nan_inf_filter"] = info["settings"]["output_dir"] = "another"
+        file.write_text(json.dumps(info))
+    run(finished)
+    assert stamps(finished) == before
+
     # An interrupted run has no metrics.json: it alone is trained again.
     (finished / "prm_per_tensor_lr0.003_seed0" / "metrics.json").unlink()
     run(finished)

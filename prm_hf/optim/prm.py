@@ -464,7 +464,6 @@ class PRM(Optimizer):
             for reduction, key in _VARIANCES.items():
                 if key in group:
                     self._tables.load(reduction, group[_NUMBER], group.pop(key))
-                    self._plans.clear()  # they go on from what was there
 
     def _unshare_steps(self) -> None:
         """DeepSpeed's stage-3 universal load gives all sub-groups the same `step`, which each would then advance."""
@@ -703,8 +702,7 @@ class PRM(Optimizer):
         elif in_rows:
             device = grad_vars[0].device
             sums = [(spans, row_sums_of_squares(xs).unsqueeze(1) if xs else None) for spans, xs in rows]
-            units = {number: self._locator.layout.rows[number] for number in numbers}
-            squares = self._tables.add_up(units, sums, 1, device).squeeze(1)
+            squares = self._tables.add_up(self._tables.units(numbers, in_rows), sums, 1, device).squeeze(1)
             table = fill_per_row(table, squares, grad_vars, steps, hyper)
         return table, masked
 

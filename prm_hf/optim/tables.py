@@ -6,6 +6,7 @@ has a table of all of them: 24 bytes a unit on every process, and an all-reduce 
 """
 
 import itertools
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class Tables:
     def __init__(self, locator: Locator) -> None:
         self._locator = locator
         self.variances: dict[str, Tensor] = {}
-        # Such from a checkpoint, by reduction and number of the group, until it is known which units are whose
+        # Such from a checkpoint, by reduction and number of the group, until it is known where the tensors are
         self._loaded: dict[str, dict[int, Tensor]] = {}
         self._indices: dict[tuple, Tensor] = {}
 
@@ -42,8 +43,16 @@ class Tables:
             check(known, "reduction", "per_row", message)
 
     def load(self, reduction: str, group: int, variances: Tensor) -> None:
-        """Takes `variances` from a checkpoint, in which every group has all of them, for the units of one group."""
+        """Takes `variances` from a checkpoint, in which every group has all of them, for the units of one group.
+
+        Into the table that is there, if one is: plans step with it.
+
+        Raises:
+            ValueError: as [`place`].
+        """
         self._loaded.setdefault(reduction, {})[group] = variances
+        if reduction in self.variances:
+            self.place(reduction)
 
     def saved(self, reduction: str, group: int) -> Tensor | None:
         """What a checkpoint keeps with a group, for [`load`]."""
@@ -61,7 +70,8 @@ class Tables:
             ValueError: what was loaded is of other tensors.
         """
         layout = self._locator.layout
-        device, units = layout.locals[0].device, self._units(range(len(layout.numels)), reduction)
+        device, units = layout.locals[0].device, self.units(range(len(layout.numels)), reduction == "per_row")
+        units = list(units.values())
         if reduction not in self.variances:
             self.variances[reduction] = torch.zeros(sum(units), dtype=masks.statistics_dtype(device))
         variances = self.variances[reduction] = self.variances[reduction].to(device)
@@ -83,14 +93,14 @@ class Tables:
         held = [(part, x) for part, x in zip(parts, sums, strict=True) if part.tensors]
         if not held:
             return [None] * len(parts)
-        units = {n: count for part, _ in held for n, count in self._units_of(part).items()}
+        units = {n: count for part, _ in held for n, count in self.units(part.tensors, part.in_rows).items()}
         units = {number: units[number] for number in sorted(units)}  # as other processes have them
         device = held[0][0].device
         table = self.add_up(units, [(part.spans, x) for part, x in held], 2, device)
         return [self._decide(part, table, units) if part.tensors else None for part in parts]
 
     def _decide(self, part: Part, table: Tensor, units: dict[int, int]) -> Tensor:
-        own = self._units_of(part)
+        own = self.units(part.tensors, part.in_rows)
         whole = [RowSpan(number, 0, count) for number, count in own.items()]
         sums = table[self._index(whole, units, table.device)]
         numels, grad_vars, steps = map(list, zip(*part.tensors.values(), strict=True))
@@ -123,11 +133,9 @@ class Tables:
         self._locator.layout.all_reduce(table, list(units), counts=list(units.values()))
         return table
 
-    def _units(self, numbers: range, reduction: str) -> list[int]:
-        return [self._locator.layout.rows[number] if reduction == "per_row" else 1 for number in numbers]
-
-    def _units_of(self, part: Part) -> dict[int, int]:
-        return {number: self._locator.layout.rows[number] if part.in_rows else 1 for number in part.tensors}
+    def units(self, numbers: Iterable[int], in_rows: bool) -> dict[int, int]:
+        """How many units each of the tensors `numbers` has."""
+        return {number: self._locator.layout.rows[number] if in_rows else 1 for number in numbers}
 
     def _index(self, spans: list[RowSpan], units: dict[int, int], device: torch.device) -> Tensor:
         """Where the units of `spans` are among all `units`; kept, as the host would wait for the device."""
