@@ -258,6 +258,33 @@ def test_an_evaluation_from_trls_passes_is_that_of_our_own(kwargs, tmp_path):
             torch.testing.assert_close(*values, rtol=0.03, atol=0.05)
 
 
+def test_the_host_does_not_wait_between_steps(tmp_path):
+    """From the end of a step to the layers of the next it goes on while the device is at the backward pass."""
+    trainer = dpo_trainer(
+        tmp_path,
+        max_steps=4,
+        eval_strategy="no",
+        drift_metrics=False,
+        padding_free=True,
+        precompute_ref_log_probs=True,
+        gradient_checkpointing=False,
+        logging_nan_inf_filter=False,
+        accelerator_config={"non_blocking": True},
+    )
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, *more, **kwargs):
+            if state.global_step < state.max_steps:
+                torch.cuda.set_sync_debug_mode("error")
+
+    trainer.add_callback(Watch())
+    trainer.model.model.layers[0].register_forward_pre_hook(lambda *_: torch.cuda.set_sync_debug_mode("default"))
+    try:
+        trainer.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_kernels_of_liger_are_no_drift(tmp_path):
     """Their rounding is another than that of the model's own layers: the reference has to have them too."""
     pytest.importorskip("liger_kernel")

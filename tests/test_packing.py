@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from datasets import Dataset, IterableDataset
 from peft import PromptTuningConfig, TaskType, get_peft_model
 from trl.trainer.utils import add_fused_lm_head
 
@@ -39,10 +40,15 @@ def test_pack(capacity):
     assert len(filled) == -(-sum(LENGTHS) // capacity)  # these lengths leave no row that could have been saved
 
 
-@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"attn_implementation": "eager"}, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}],
+    ids=["sdpa", "eager", "sliding_window"],
+)
 @pytest.mark.parametrize("lengths", [LENGTHS, [6, 6, 6], [1, 4]])
-def test_outputs_and_gradients_are_those_of_padded_batches(attn_implementation, lengths):
-    padded = fused_model(attn_implementation)
+@pytest.mark.parametrize("given", [False, True], ids=["", "lengths_given"])
+def test_outputs_and_gradients_are_those_of_padded_batches(config, lengths, given):
+    padded = fused_model(**config)
     packed = copy.deepcopy(padded)
     add_fused_lm_head(packed, outputs=FIELDS)  # a copy's forward is bound to the original
     add_packing(packed)
@@ -50,7 +56,8 @@ def test_outputs_and_gradients_are_those_of_padded_batches(attn_implementation, 
     packed.model.register_forward_pre_hook(
         lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True
     )
-    expected, actual = (model(**padded_batch(lengths)) for model in (padded, packed))
+    expected = padded(**padded_batch(lengths))
+    actual = packed(**padded_batch(lengths), **({"lengths": lengths} if given else {}))
     for field in FIELDS:
         torch.testing.assert_close(getattr(actual, field), getattr(expected, field), rtol=1e-5, atol=1e-6)
     assert actual.log_sum_sq_probs is None
@@ -91,6 +98,18 @@ def test_a_pass_is_recomputed_with_the_kernels_it_was_made_with(tmp_path, paddin
     )
     trainer.train()
     assert enabled == [not padding_free] * 2 and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_batches_of_training_know_their_lengths(tmp_path):
+    """On the host, which would wait for the device to be told. Those of streams are dealt out by tensors alone."""
+    for kind in (Dataset, IterableDataset):
+        train = TRAIN if kind is Dataset else TRAIN.to_iterable_dataset()
+        trainer = dpo_trainer(tmp_path, train=train, padding_free=True, max_steps=1)
+        batch = next(iter(trainer.get_train_dataloader()))
+        if kind is Dataset:
+            assert batch["lengths"] == batch["attention_mask"].sum(1).tolist()
+        assert ("lengths" in batch) is (kind is Dataset)
+        assert "lengths" not in next(iter(trainer.get_test_dataloader(trainer.train_dataset)))
 
 
 def test_other_calls_stay_as_they_are():

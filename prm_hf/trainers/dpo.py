@@ -1,6 +1,7 @@
 """Direct preference optimization with PRM."""
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ..metrics import (
 )
 from .arguments import PRMDPOConfig, check_deepspeed_config
 from .mixin import PRMTrainerMixin, rows_of
-from .packing import add_packing, unpack_hidden, without_cudnn
+from .packing import add_packing, unpack_hidden, with_lengths, without_cudnn
 from .passes import SharedPassesMixin
 
 
@@ -154,6 +155,17 @@ class PRMDPOTrainer(SharedPassesMixin, PRMTrainerMixin, DPOTrainer):
         if self.ref_model is not None:
             add_packing(self.accelerator.unwrap_model(self.ref_model))
         self._packing_is_due, self.padding_free = False, True
+
+    def get_train_dataloader(self) -> DataLoader:
+        collate = self.data_collator
+        # A stream's batches are cut up by tensors, to be dealt out to the processes
+        dealt_out = self.args.accelerator_config.dispatch_batches or isinstance(self.train_dataset, IterableDataset)
+        if self.padding_free and not dealt_out:
+            self.data_collator = functools.partial(with_lengths, collate)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collate
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         with without_cudnn() if self.padding_free else contextlib.nullcontext():

@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ def add_packing(model: PreTrainedModel) -> None:
     each with positions from 0, from which transformers' masks know the borders. What comes back is what the padded
     call returns for each token, up to the rounding of the attention kernel.
 
+    With `lengths`, the sequences' lengths as a list (see [`with_lengths`]), and `attn_implementation="sdpa"` such a
+    call does not wait for the device, as long as no layer has a window.
+
     Raises:
         ValueError: a layer of the model lets sequences of a row see each other whatever their positions are.
     """
@@ -45,20 +49,27 @@ def add_packing(model: PreTrainedModel) -> None:
             f"`padding_free=True` needs attention that keeps packed sequences apart, and {type(model).__name__} has "
             f"layers of the kind {', '.join(sorted(unsafe))}: set `padding_free=False`."
         )
+    has_windows = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     forward = model.forward
 
     @functools.wraps(type(model).forward)
-    def packed_forward(self, *args, **kwargs):
+    def packed_forward(self, *args, lengths=None, **kwargs):
         mask = kwargs.get("attention_mask")
         if args or mask is None or mask.dim() != 2 or not kwargs.get("fused_lm_head") or "position_ids" in kwargs:
             return forward(*args, **kwargs)
-        lengths = mask.sum(1).tolist()
+        lengths = lengths or mask.sum(1).tolist()
         # Flash attention takes packed sequences in one row
         one_row = "flash" in (config._attn_implementation or "")
-        index = _indices(lengths, sum(lengths) if one_row else max(lengths)).to(mask.device)
+        index = _indices(lengths, sum(lengths) if one_row else max(lengths))
+        index = (index.pin_memory() if mask.is_cuda else index).to(mask.device, non_blocking=True)
         filled, (sequence, position) = index[0] >= 0, index.clamp(min=0)
+        borders = None
+        if config._attn_implementation == "sdpa" and not has_windows:
+            # transformers makes the same mask of the positions, but waits for the device to see that there are borders
+            keys, queries = index[:, :, None, None, :], index[:, :, None, :, None]
+            borders = (queries[0] == keys[0]) & (queries[1] >= keys[1])
         kwargs |= {
-            "attention_mask": None,
+            "attention_mask": borders,
             "input_ids": kwargs["input_ids"][sequence, position],
             # What is left of a row is a sequence of its own, that nothing comes of
             "position_ids": position,
@@ -77,6 +88,16 @@ def add_packing(model: PreTrainedModel) -> None:
         return dataclasses.replace(outputs, **{name: unpack(getattr(outputs, name)) for name in per_token})
 
     model.forward = types.MethodType(packed_forward, model)
+
+
+def with_lengths(collate: Callable[[list[Any]], dict[str, Any]], rows: list[Any]) -> dict[str, Any]:
+    """The batch that `collate` makes of `rows`, with the `lengths` of its sequences.
+
+    For calls on a device, which need them on the host: a host that asks the device has it idle until there is the next
+    pass to run.
+    """
+    batch = collate(rows)
+    return {**batch, "lengths": batch["attention_mask"].sum(1).tolist()}
 
 
 @contextlib.contextmanager
