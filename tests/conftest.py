@@ -3,6 +3,9 @@ import os
 import torch
 
 
+# One GPU, before CUDA is asked: with more of them visible to a process, Trainer splits batches over them with
+# `nn.DataParallel`, which the trainers of this package refuse.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 # Triton's interpreter tests the kernel without a GPU. It has to be chosen before anything imports triton, since
 # triton's own library is decorated then, and other libraries import it on the way.
 if not torch.cuda.is_available():
