@@ -23,7 +23,8 @@ from .test_optim import COMBINATIONS, VARIANTS, assert_close, make_params, train
 
 
 REDUCTIONS = masks.REDUCTIONS
-IN_PARTS = ("per_param", "per_tensor")  # that tensors can have which are held in parts
+# The reduction, the estimator and the signal's own average
+IN_PARTS = [*itertools.product(masks.REDUCTIONS, masks.ESTIMATORS, (None,)), ("per_row", "debiased", 0.98)]
 pytestmark = pytest.mark.skipif(
     not fused.INTERPRETED, reason="on a machine with a GPU tests/test_gpu.py runs it there"
 )
@@ -401,11 +402,13 @@ def test_halves_write_all_that_is_read():
         torch.testing.assert_close(lists["fused"][name], lists["definition"][name], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("estimator", masks.ESTIMATORS)
-@pytest.mark.parametrize("reduction", IN_PARTS)
-def test_flat_partition_by_its_segments(reduction, estimator):
-    """As under DeepSpeed ZeRO: all tensors end to end in one buffer, at odd addresses, and padding behind them."""
-    settings = {"reduction": reduction, "estimator": estimator, "weight_decay": 0.1}
+@pytest.mark.parametrize(("reduction", "estimator", "signal_beta"), IN_PARTS)
+def test_flat_partition_by_its_segments(reduction, estimator, signal_beta):
+    """As under DeepSpeed ZeRO: all tensors end to end in one buffer, at odd addresses, and padding behind them.
+
+    Each is in two parts, cut within a row, as it is where another process begins.
+    """
+    settings = {"reduction": reduction, "estimator": estimator, "signal_beta": signal_beta, "weight_decay": 0.1}
     whole = make_params()
     theirs = PRM(whole, foreach=True, **settings)
     originals = make_params()
@@ -414,8 +417,13 @@ def test_flat_partition_by_its_segments(reduction, estimator):
     flat = torch.cat([p.detach().flatten() for p in originals] + [padding]).requires_grad_()
     numels = [p.numel() for p in originals]
     starts = [sum(numels[:i]) for i in range(len(numels))]
-    layout = Layout(path="a test", flat=True, numels=numels, process_groups=[()] * len(numels))
-    pieces = [Piece(i, start, n) for i, (start, n) in enumerate(zip(starts, numels, strict=True)) if n]
+    rows = [masks.n_rows(p) for p in originals]
+    layout = Layout(path="a test", flat=True, numels=numels, rows=rows, process_groups=[()] * len(numels))
+    pieces = []
+    for i, (start, n) in enumerate(zip(starts, numels, strict=True)):
+        cut = n // 3
+        parts = [Piece(i, start, cut, 0), Piece(i, start + cut, n - cut, cut)]
+        pieces += [piece for piece in parts if piece.length]
     layout.add(flat, pieces, list(range(len(numels))))
     ours._locator.layout, ours._locator._known = layout, {id(flat): flat}
     ours.param_groups[0]["params"] = [flat]
@@ -428,10 +436,11 @@ def test_flat_partition_by_its_segments(reduction, estimator):
         theirs.step()
     for p, start, n in zip(whole, starts, numels, strict=True):
         torch.testing.assert_close(flat[start : start + n], p.flatten(), rtol=1e-6, atol=1e-7)
-    if reduction == "per_tensor":
+    if reduction != "per_param":
         assert torch.equal(flat[-3:], padding)
-        variances = torch.stack([theirs.state[p]["grad_var"] for p in whole])
-        torch.testing.assert_close(ours._tables.variances["per_tensor"], variances, rtol=1e-6, atol=0)
+        variances = torch.cat([theirs.state[p]["grad_var"].view(-1) for p in whole])
+        torch.testing.assert_close(ours._tables.variances[reduction], variances, rtol=1e-6, atol=0)
+        assert len(ours._fused_tables) + len(ours._plans) == 1  # by the kernel
 
 
 def test_sums_do_not_depend_on_where_a_small_tensor_is_cut(monkeypatch):
@@ -456,8 +465,8 @@ def test_sums_do_not_depend_on_where_a_small_tensor_is_cut(monkeypatch):
     torch.testing.assert_close(sums(447, 449), sums(896), rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("reduction", IN_PARTS)
-def test_shards_of_fsdp2(reduction, tmp_path):
+@pytest.mark.parametrize(("reduction", "estimator", "signal_beta"), IN_PARTS)
+def test_shards_of_fsdp2(reduction, estimator, signal_beta, tmp_path):
     """On one process, whose shards are the whole: but DTensors, and halves with an all-reduce between them."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -468,7 +477,8 @@ def test_shards_of_fsdp2(reduction, tmp_path):
         plain = torch.nn.Sequential(torch.nn.Linear(5, 9), torch.nn.Linear(9, 3))
         sharded = copy.deepcopy(plain)
         fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
-        optimizers = [PRM(m.parameters(), fused=f, reduction=reduction) for m, f in ((plain, False), (sharded, True))]
+        settings = {"reduction": reduction, "estimator": estimator, "signal_beta": signal_beta}
+        optimizers = [PRM(m.parameters(), fused=f, **settings) for m, f in ((plain, False), (sharded, True))]
         for _ in range(3):
             x = torch.randn(4, 5)
             for model, optimizer in zip((plain, sharded), optimizers, strict=True):

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 fused = pytest.importorskip("prm_hf.optim.fused", reason="needs triton")
 
-from prm_hf.optim import PRM, plan  # noqa: E402
+from prm_hf.optim import PRM, masks, plan  # noqa: E402
 from prm_hf.sharding import Layout, Piece, local_tensor, local_tensors  # noqa: E402
 
 
@@ -48,8 +48,7 @@ class Held:
     def result(self) -> list[torch.Tensor]:
         states = [self.optimizer.state[p] for p in self.locals if p in self.optimizer.state]
         state = [local_tensor(state[key]) for state in states for key in sorted(state)]
-        variances = self.optimizer._tables.variances.get("per_tensor")
-        everything = [*map(local_tensor, self.locals), *state, *([] if variances is None else [variances])]
+        everything = [*map(local_tensor, self.locals), *state, *self.optimizer._tables.variances.values()]
         return [x.detach().clone() for x in everything]
 
 
@@ -77,7 +76,8 @@ class Flat(Held):
         self.of_groups = [[0, 1], [3, 4]]
         numels = [p.numel() for p in self.originals]
         groups = [(dist.group.WORLD,)] * len(numels)
-        layout = Layout(path="a test", flat=True, numels=numels, process_groups=groups)
+        rows = [masks.n_rows(p) for p in self.originals]
+        layout = Layout(path="a test", flat=True, numels=numels, process_groups=groups, rows=rows)
         for numbers in self.of_groups:
             self.padding = torch.zeros(3)
             flat = torch.cat([self.originals[i].detach().flatten() for i in numbers] + [self.padding]).requires_grad_()
@@ -167,8 +167,11 @@ def run_both(way, change=None, at=2, steps=4, first=None, second=None, **setting
         {"first": {"mask": "none"}},
         {"reduction": "per_param"},
         {"first": {"weight_decay": 0.1, "decoupled_weight_decay": False}, "maximize": True},
+        {"reduction": "per_row"},
+        {"reduction": "per_row", "estimator": "debiased", "signal_beta": 0.98, "first": {"alpha": 0.5}},
+        {"reduction": "per_row", "second": {"reduction": "per_param"}},
     ],
-    ids=["default", "debiased", "two_masks", "one_mask", "per_param", "coupled"],
+    ids=["default", "debiased", "two_masks", "one_mask", "per_param", "coupled", "rows", "signal", "two_reductions"],
 )
 @pytest.mark.parametrize("way", WAYS)
 def test_a_planned_step_equals_one_that_is_not(way, settings, planned):
@@ -178,6 +181,13 @@ def test_a_planned_step_equals_one_that_is_not(way, settings, planned):
     for p in held.optimizer._plans.values():
         if p.masks is not None:
             assert p.masks.q.max() > 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_masks_of_tensors_and_of_rows_in_one_step(way, planned):
+    """Variances that lie in two tables, as of flat buffers, are not planned for."""
+    run_both(way, reduction="per_row", second={"reduction": "per_tensor"})
+    assert planned == [True] * 3 if way is FSDP2 else not any(planned)
 
 
 def state_of(held, i=1):

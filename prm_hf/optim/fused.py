@@ -36,8 +36,14 @@ class FusedList:
     They hold as long as the tensors keep their storages; the gradients may be new tensors at every step.
 
     Args:
-        params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grad_vars, exp_avg_signals: as in [`prm`]; contiguous.
+        params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grad_vars, exp_avg_signals: as in [`prm`]; contiguous. Without
+            `grad_vars` tensors or rows are held in parts, and a step has two halves.
         code: what of the settings is compiled in, see [`code_of`].
+
+    Attributes:
+        sums: Σ(g - center)² and Σm² of each tensor, or of each row of each tensor, float64 `(units, 2)`, after the
+            first half of a step.
+        q: their masks for the second half, float32 `(units,)`.
     """
 
     def __init__(
@@ -62,9 +68,8 @@ class FusedList:
         first = np.concatenate([[0], np.cumsum(n_chunks)]).astype(np.int32)
         chunk_tensors = np.repeat(np.arange(n, dtype=np.int32), n_chunks)
         statistics, updates = 2 * np.arange(first[-1], dtype=np.int32), 2 * np.arange(first[-1], dtype=np.int32) + 1
-        items = {0: updates, 2: updates}
-        if code["PER_TENSOR"]:
-            items |= {0: _schedule(first, chunk_tensors), 1: statistics}
+        whole = _schedule(first, chunk_tensors) if code["PER_TENSOR"] else updates
+        items = {0: whole, 1: statistics, 2: updates}
         self._items = {phase: (self._upload(array), len(array)) for phase, array in items.items()}
         self._chunk_tensors = self._upload(chunk_tensors)
         self.addresses = [_addresses(tensors) for tensors in self._tensors]
@@ -75,14 +80,18 @@ class FusedList:
         rows = np.array([masks.n_rows(p) for p in params], dtype=np.int64)
         self._tiles = self._cut_rows(rows, numels) if code["PER_ROW"] else []
         table = np.zeros((n, len(TENSOR)), dtype=np.int64)
-        for column, values in enumerate((*self.addresses, numels, first[:-1], rows)):
+        first_row = np.cumsum(rows) - rows
+        for column, values in enumerate((*self.addresses, numels, first[:-1], rows, first_row)):
             if len(values):
                 table[:, column] = values
         self._table = self._upload(table)
         self._counters = torch.zeros(1 + 2 * n, dtype=torch.int32, device=self.device)
         self._partials = torch.empty(2 * max(int(first[-1]), 1), dtype=torch.float64, device=self.device)
-        self.sums = torch.zeros(n, 2, dtype=torch.float64, device=self.device)
-        self.q = torch.ones(n, device=self.device)
+        units = n
+        if code["PER_ROW"]:  # whole rows keep their sums and masks to themselves
+            units = 0 if grad_vars else int(rows.sum())
+        self.sums = torch.zeros(units, 2, dtype=torch.float64, device=self.device)
+        self.q = torch.ones(units, device=self.device)
         self._programs = 1
         if self.device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
@@ -142,7 +151,8 @@ class FusedList:
             dtype: the gradients'.
             scalars: float64 (any number, len(SCALARS)).
             rows: int32 (n,), the row of `scalars` that is a tensor's.
-            phase: 0 all; 1 the sums over tensors, which are left in `sums`; 2 the update, with the masks in `q`.
+            phase: 0 all; 1 the sums over tensors or rows, which are left in `sums`; 2 the update, with the masks in
+                `q`.
             found_inf: GradScaler's, on the device: nothing is done unless it is 0. With it gradients are unscaled.
         """
         items, n_items = self._items[phase]
@@ -171,14 +181,15 @@ class FusedList:
             "ALIGNED": self._aligned and self._grads_aligned,
             "N_ENTRIES": len(TENSOR),
             "N_SCALARS": len(SCALARS),
+            "PHASE": phase,
             "num_warps": N_WARPS,
             **self._code,
         }
         found_inf = self._counters if found_inf is None else found_inf
         if self._tiles:
+            arguments = (self._table, self._grads_there, scalars, self.sums, self.q, found_inf)
             for rows_of_tile, tile in self._tiles:
-                grid = (len(rows_of_tile),)
-                row_kernel[grid](rows_of_tile, self._table, self._grads_there, scalars, found_inf, **tile, **given)
+                row_kernel[(len(rows_of_tile),)](rows_of_tile, *arguments, **tile, **given)
             return
         self._counters.zero_()
         step_kernel[(min(n_items, self._programs),)](
@@ -195,7 +206,6 @@ class FusedList:
             self.q,
             found_inf,
             CHUNK=self._chunk,
-            PHASE=phase,
             **given,
         )
 
@@ -219,8 +229,8 @@ class FusedStep:
     ) -> None:
         states = [lists[f"{name}s"] for name in STATES]
         self.grad_vars, self.state_steps = lists["grad_vars"], lists["state_steps"]
-        self.per_tensor = hyper["mask"] != "none" and hyper["reduction"] == "per_tensor"
         code = code_of(hyper)
+        self._pauses = hyper["mask"] != "none" and hyper["reduction"] in ("per_tensor", masks.ROWS_IN_PARTS)
         # Not by identity: slices of flat partitions are new views at each step.
         key = (*((p.data_ptr(), p.numel()) for p in lists["params"]), *code.values())
         self._list = tables.get(key)
@@ -239,7 +249,7 @@ class FusedStep:
         self._run(found_inf=found_inf)
 
     def moments(self) -> Tensor | None:
-        if not self.per_tensor:
+        if not self._pauses:
             return None
         self._run(phase=1)
         return self._list.sums
@@ -256,7 +266,7 @@ def code_of(hyper: dict[str, Any]) -> dict[str, Any]:
         "MASK": _MASKS[hyper["mask"]],
         "DEBIASED": hyper["estimator"] == "debiased",
         "PER_TENSOR": hyper["mask"] != "none" and hyper["reduction"] == "per_tensor",
-        "PER_ROW": hyper["mask"] != "none" and hyper["reduction"] == "per_row",
+        "PER_ROW": hyper["mask"] != "none" and hyper["reduction"] in ("per_row", masks.ROWS_IN_PARTS),
         "SIGNAL": hyper["signal_beta"] is not None,
         "AMSGRAD": hyper["amsgrad"],
         "COUPLED": hyper["weight_decay"] != 0 and not hyper["decoupled_weight_decay"],

@@ -11,7 +11,8 @@ the list, and those are drawn by programs that run already. A tensor's updates f
 reverse order, so that what the statistics read last is still in the L2 cache.
 
 `reduction="per_row"` waits for nobody: the rows of an item are whole, and one program reads their g and m twice in a
-row. It has `row_kernel`, launched once for each shape of tile that the rows of a list are cut into.
+row. It has `row_kernel`, launched once for each shape of tile that the rows of a list are cut into. Where rows are
+held in parts it is launched twice, for the sums and for the update, as `step_kernel` is for tensors in parts.
 """
 
 import triton
@@ -43,9 +44,10 @@ SCALARS = (
     "floor",
     "one_minus_signal_beta",
 )
-# A row of the table of tensors, int64: where each is (0 for none), its elements, the first of its chunks, its rows.
+# A row of the table of tensors, int64: where each is (0 for none), its elements, the first of its chunks, its rows,
+# and the first of them among those of all tensors.
 STATES = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var", "exp_avg_signal")
-TENSOR = (*STATES, "numel", "first_chunk", "rows")
+TENSOR = (*STATES, "numel", "first_chunk", "rows", "first_row")
 
 
 @triton.jit
@@ -364,6 +366,8 @@ def row_kernel(
     tensors,
     grads,
     scalars,
+    sums,
+    qs,
     found_inf,
     P: tl.constexpr,
     G: tl.constexpr,
@@ -381,8 +385,10 @@ def row_kernel(
     EVEN: tl.constexpr,
     N_ENTRIES: tl.constexpr,
     N_SCALARS: tl.constexpr,
+    PHASE: tl.constexpr,
 ):
-    # items: tensor and first row of each; the tables as those of `step_kernel`. EVEN: rows are of whole 16 elements
+    # items: tensor and first row of each; the tables as those of `step_kernel`, `sums` and `qs` of rows.
+    # EVEN: rows are of whole 16 elements
     item = items + 2 * tl.program_id(0)
     tensor = tl.load(item)
     entry = tensors + tensor * N_ENTRIES
@@ -403,54 +409,63 @@ def row_kernel(
     x_ptr = v_ptr
     if AMSGRAD:
         x_ptr = _pointer(entry + 3, tl.float32, ALIGNED)
-    s_ptr = _pointer(entry + 4, tl.float64, False) + rows
-    a_ptr = v_ptr
-    if SIGNAL:
-        a_ptr = _pointer(entry + 5, tl.float32, ALIGNED)
-    deviations = tl.zeros((ROWS,), dtype=tl.float64)
-    squares = tl.zeros((ROWS,), dtype=tl.float64)
-    for start in range(0, n_cols, COLS):
-        columns = start + tl.arange(0, COLS)[None, :]
-        offsets, inside = begins + columns, there[:, None] & (columns < n_cols)
-        p = 0.0
-        if COUPLED:
-            p = _load(p_ptr, offsets, inside, True, "evict_last")
-        g = _gradient(g_ptr, p, offsets, inside, row, COUPLED, MAXIMIZE, SCALED, True, "evict_last")
-        m = _load(m_ptr, offsets, inside, True, "evict_last")
-        deviation = g - m * _scalar(row, 3, tl.float32)
+    number = tl.load(entry + 9) + rows  # among the rows of all tensors
+    if PHASE != 2:
+        a_ptr = v_ptr
         if SIGNAL:
-            m = _load(a_ptr, offsets, inside, True, "evict_first")
-            m = m + _scalar(row, 21, tl.float32) * (g - m)
-            _store(a_ptr, offsets, m, inside, True)
+            a_ptr = _pointer(entry + 5, tl.float32, ALIGNED)
+        deviations = tl.zeros((ROWS,), dtype=tl.float64)
+        squares = tl.zeros((ROWS,), dtype=tl.float64)
+        for start in range(0, n_cols, COLS):
+            columns = start + tl.arange(0, COLS)[None, :]
+            offsets, inside = begins + columns, there[:, None] & (columns < n_cols)
+            p = 0.0
+            if COUPLED:
+                p = _load(p_ptr, offsets, inside, True, "evict_last")
+            g = _gradient(g_ptr, p, offsets, inside, row, COUPLED, MAXIMIZE, SCALED, True, "evict_last")
+            m = _load(m_ptr, offsets, inside, True, "evict_last")
+            deviation = g - m * _scalar(row, 3, tl.float32)
+            if SIGNAL:
+                m = _load(a_ptr, offsets, inside, True, "evict_first")
+                m = m + _scalar(row, 21, tl.float32) * (g - m)
+                _store(a_ptr, offsets, m, inside, True)
+            else:
+                m = m + _scalar(row, 9, tl.float32) * (g - m)
+            deviations += tl.sum(deviation * deviation, 1).to(tl.float64)
+            squares += tl.sum(m * m, 1).to(tl.float64)
+    if PHASE == 1:
+        tl.store(sums + 2 * number, deviations, mask=there)
+        tl.store(sums + 2 * number + 1, squares, mask=there)
+    else:
+        if PHASE == 2:
+            q = tl.load(qs + number, mask=there, other=0.0)
         else:
-            m = m + _scalar(row, 9, tl.float32) * (g - m)
-        deviations += tl.sum(deviation * deviation, 1).to(tl.float64)
-        squares += tl.sum(m * m, 1).to(tl.float64)
-    count = n_cols.to(tl.float64)
-    s = _scalar(row, 12, tl.float64) * tl.load(s_ptr, mask=there, other=0.0)
-    s += _scalar(row, 4, tl.float64) * (deviations / count)
-    tl.store(s_ptr, s, mask=there)
-    q = _mask(squares / count, s, row, tl.float64, MASK, DEBIASED).to(tl.float32)[:, None]
-    for start in range(0, n_cols, COLS):
-        columns = start + tl.arange(0, COLS)[None, :]
-        offsets, inside = begins + columns, there[:, None] & (columns < n_cols)
-        _update_chunk(
-            p_ptr,
-            g_ptr,
-            m_ptr,
-            v_ptr,
-            x_ptr,
-            v_ptr,
-            row,
-            q,
-            offsets,
-            inside,
-            MASK,
-            DEBIASED,
-            True,
-            AMSGRAD,
-            COUPLED,
-            MAXIMIZE,
-            SCALED,
-            True,
-        )
+            count = n_cols.to(tl.float64)
+            s_ptr = _pointer(entry + 4, tl.float64, False) + rows
+            s = _scalar(row, 12, tl.float64) * tl.load(s_ptr, mask=there, other=0.0)
+            s += _scalar(row, 4, tl.float64) * (deviations / count)
+            tl.store(s_ptr, s, mask=there)
+            q = _mask(squares / count, s, row, tl.float64, MASK, DEBIASED).to(tl.float32)
+        for start in range(0, n_cols, COLS):
+            columns = start + tl.arange(0, COLS)[None, :]
+            offsets, inside = begins + columns, there[:, None] & (columns < n_cols)
+            _update_chunk(
+                p_ptr,
+                g_ptr,
+                m_ptr,
+                v_ptr,
+                x_ptr,
+                v_ptr,
+                row,
+                q[:, None],
+                offsets,
+                inside,
+                MASK,
+                DEBIASED,
+                True,
+                AMSGRAD,
+                COUPLED,
+                MAXIMIZE,
+                SCALED,
+                True,
+            )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..sharding import Layout, Locator, local_tensors
+from ..sharding import Layout, Locator, RowSpan, local_tensors
 from .fused import FusedList, code_of, scalar_row
 from .kernels import STATES
 from .masks import statistics_dtype
@@ -30,17 +30,17 @@ class FusedPlan:
         state: the optimizer's state. Each `step` in it becomes an element of one tensor, and so does each `grad_var`
             of masks for which sums are added up over processes.
         locator: where the parameters live.
-        tensor_vars: `grad_var` of all tensors, where parameters are flat buffers.
+        variances: `grad_var` of all tensors or rows, where parameters are flat buffers.
 
     Attributes:
-        masks: of tensors held in parts, or None.
+        masks: of tensors and rows held in parts, or None.
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], state: dict[Tensor, dict], locator: Locator, tensor_vars: Tensor | None
+        self, groups: list[dict[str, Any]], state: dict[Tensor, dict], locator: Locator, variances: Tensor | None
     ) -> None:
         self._groups = [_Settings(group) for group in groups]
-        self._tensor_vars, self._whole = tensor_vars, locator.layout is None
+        self._variances, self._whole = variances, locator.layout is None
         params = [p for group in groups for p in group["params"]]
         self._steps = _share(state, params, "step").numpy()  # the same memory, counted up in a third of the time
         self._expected_steps = self._steps.copy()
@@ -51,12 +51,13 @@ class FusedPlan:
                 key = (p.device, p.dtype, p.grad.dtype, state[p]["exp_avg"].dtype, *settings.code.values())
                 by_code.setdefault(key, []).append((p, number))
         self.masks: _Masks | None = None
-        masked = {i: g["params"] for i, g in enumerate(groups) if self._groups[i].code["PER_TENSOR"]}
+        masked = {i: g["params"] for i, g in enumerate(groups) if self._groups[i].decides_on_units}
         if masked and not self._whole:
             members = {i: [number for p in ps for number in locator.members(p)] for i, ps in masked.items()}
             if not locator.flat:
-                tensor_vars = _share(state, [p for ps in masked.values() for p in ps], "grad_var")
-            self.masks = _Masks(members, locator.layout, tensor_vars, compact=not locator.flat)
+                variances = _share(state, [p for ps in masked.values() for p in ps], "grad_var")
+            in_rows = {i for i in masked if self._groups[i].code["PER_ROW"]}
+            self.masks = _Masks(members, in_rows, locator.layout, variances, compact=not locator.flat)
         self._lists = []
         for pairs in by_code.values():
             ps, numbers = map(list, zip(*pairs, strict=True))
@@ -66,12 +67,12 @@ class FusedPlan:
         self._states = [state[p] for p in params]
         self._values = self._found_values()
 
-    def step(self, groups: list[dict[str, Any]], state: dict[Tensor, dict], tensor_vars: Tensor | None) -> bool:
+    def step(self, groups: list[dict[str, Any]], state: dict[Tensor, dict], variances: Tensor | None) -> bool:
         """Takes a step, or returns False without one if anything else has changed."""
         groups = [group for group in groups if group["params"]]
         if len(groups) != len(self._groups) or not self._same_state(state):
             return False
-        if self.masks is not None and tensor_vars is not self._tensor_vars:
+        if self.masks is not None and variances is not self._variances:
             return False
         for group, settings in zip(groups, self._groups, strict=True):
             if not settings.follow(group):
@@ -85,14 +86,14 @@ class FusedPlan:
         scalars = np.array([scalar_row(t, g.hyper) for t, g in zip(self._counts, self._groups, strict=True)])
         launches = list(zip(self._lists, gradients, strict=True))
         if self.masks is not None:
-            halves = [(x, where) for x, where in launches if x.rows_of_masks is not None]
+            halves = [(x, where) for x, where in launches if x.units is not None]
             for x, where in halves:
                 x.run(where, scalars, phase=1)
             q = self.masks.decide([x for x, _ in halves], [g.hyper for g in self._groups], self._counts)
             for x, _ in halves:
-                x.fused.q.copy_(q[x.rows_of_masks])
+                x.fused.q.copy_(q[x.units])
         for x, where in launches:
-            x.run(where, scalars, phase=0 if x.rows_of_masks is None else 2)
+            x.run(where, scalars, phase=0 if x.units is None else 2)
         return True
 
     def _same_state(self, state: dict[Tensor, dict]) -> bool:
@@ -119,11 +120,12 @@ class _List:
         params: of one device and dtype, with gradients of one dtype, stepped by the same code.
         groups: by parameter, the position of its group.
         settings: of any of these groups.
-        masks: of tensors held in parts, or None.
+        masks: of tensors and rows held in parts, or None.
 
     Attributes:
         fused: the tables of the tensors' slices.
-        rows_of_masks: of each slice, the row of its tensor in [`_Masks`], where the launch has two halves; else None.
+        units: of each slice, or of each of its rows, the place in [`_Masks`], where the launch has two halves; else
+            None.
     """
 
     def __init__(
@@ -137,19 +139,23 @@ class _List:
     ) -> None:
         self._params, self._sharded = params, any(isinstance(p, DTensor) for p in params)
         self._grad_dtype = params[0].grad.dtype
-        halves = settings.code["PER_TENSOR"] and masks is not None
-        has_variances = settings.hyper["mask"] != "none" and not halves
+        halves, masked = settings.decides_on_units and masks is not None, settings.hyper["mask"] != "none"
         names = ["exp_avg", "exp_avg_sq"]
-        names += ["max_exp_avg_sq"] * settings.hyper["amsgrad"] + ["grad_var"] * has_variances
-        names += ["exp_avg_signal"] * (has_variances and settings.hyper["signal_beta"] is not None)
+        names += ["max_exp_avg_sq"] * settings.hyper["amsgrad"] + ["grad_var"] * (masked and not halves)
+        names += ["exp_avg_signal"] * (masked and settings.hyper["signal_beta"] is not None)
         slices: dict[str, list[Tensor]] = {name: [] for name in ("param", *names)}
-        owners, rows, cuts = [], [], []
+        spans, rows, cuts = [], [], []
         for i, (p, group) in enumerate(zip(params, groups, strict=True)):
-            numbers, lists = locator.slices(p, {"param": p} | {name: state[p][name] for name in names}, split=halves)
-            for name, tensors in lists.items():
-                slices[name] += tensors
-            owners += numbers
-            rows += [group] * len(numbers)
+            tensors = {"param": p} | {name: state[p][name] for name in names}
+            if halves and settings.code["PER_ROW"]:
+                own, lists = locator.row_slices(p, tensors)
+            else:
+                numbers, lists = locator.slices(p, tensors, split=halves)
+                own = [RowSpan(number, 0, 1) for number in numbers]
+            for name, pieces in lists.items():
+                slices[name] += pieces
+            spans += own
+            rows += [group] * len(own)
             if halves and locator.flat:
                 starts = (x.storage_offset() - p.storage_offset() for x in lists["param"])
                 cuts += [(i, start * p.grad.element_size()) for start in starts]
@@ -157,7 +163,7 @@ class _List:
         self._cut = np.array(cuts, dtype=np.int64).T if cuts else None
         self._scalar_rows = np.array(rows, dtype=np.int32)
         self.fused = FusedList(*(slices.get(name, []) for name in STATES), settings.code)
-        self.rows_of_masks = masks.rows_of(owners) if halves else None
+        self.units = masks.units_of(spans) if halves else None
         # Whole tensors are told by identity, which is quicker; a library that shards may exchange storages.
         kept = names if locator.layout is not None else []
         self._tensors = params + [state[p][name] for name in kept for p in params]
@@ -189,64 +195,86 @@ class _List:
 
 
 class _Masks:
-    """The masks of tensors held in parts, of all groups with one all-reduce.
+    """The masks of tensors and rows held in parts, of all groups with one all-reduce.
 
     Args:
         members: by position of a group, the numbers of its tensors that advance.
+        in_rows: the groups whose masks are of rows.
         layout: of the tensors.
-        variances: their `grad_var`, which advance with the masks.
-        compact: whether `variances` has these tensors alone, in the order of `members`; else an entry for each number.
+        variances: `grad_var` of the units, each a tensor or a row, which advance with the masks.
+        compact: whether `variances` has the units of these tensors alone, in the order of `members`; else those of
+            all tensors, all of them of the kind of these.
 
     Attributes:
-        numbers: of the tensors, a row each.
-        q: their last masks, float64 (rows,); None before the first.
+        numbers: of the tensors.
+        counts: of the units of each.
+        q: the last masks of their units, one tensor after the other, float64 `(units,)`; None before the first.
     """
 
-    def __init__(self, members: dict[int, list[int]], layout: Layout, variances: Tensor, compact: bool) -> None:
+    def __init__(
+        self, members: dict[int, list[int]], in_rows: set[int], layout: Layout, variances: Tensor, compact: bool
+    ) -> None:
         self._layout, self._variances = layout, variances
-        self._device, dtype = variances.device, statistics_dtype(variances.device)
-        in_order = [number for numbers in members.values() for number in numbers]
-        self.numbers = sorted(in_order)  # as other processes have them, also where they have no plan
-        self._row = {number: row for row, number in enumerate(self.numbers)}
-        self._rows = {i: self._at([self._row[number] for number in numbers]) for i, numbers in members.items()}
-        place = {number: i for i, number in enumerate(in_order)}
-        self._places = self._at([place[number] for number in self.numbers] if compact else self.numbers)
-        numels = torch.tensor([layout.numels[n] for n in self.numbers], dtype=dtype, device=self._device)
-        self._numels = numels.clamp(min=1).unsqueeze(1)
-        self._table = torch.zeros(len(self.numbers), 2, dtype=dtype, device=self._device)
+        device, dtype = variances.device, statistics_dtype(variances.device)
+        rows = {n: layout.rows[n] if i in in_rows else 1 for i, numbers in members.items() for n in numbers}
+        self.numbers = sorted(rows)  # as other processes have them, also where they have no plan
+        self.counts = [rows[n] for n in self.numbers]
+        self._begin = dict(zip(self.numbers, itertools.accumulate(self.counts, initial=0), strict=False))
+        self._groups = {i: self._at(self._units(numbers, rows, self._begin)) for i, numbers in members.items()}
+        in_order = list(rows) if compact else range(len(layout.numels))
+        kept = [rows[n] if compact else layout.rows[n] if in_rows else 1 for n in in_order]
+        begin = dict(zip(in_order, itertools.accumulate(kept, initial=0), strict=False))
+        self._places = self._at(self._units(self.numbers, rows, begin))
+        numels = torch.tensor([layout.numels[n] // max(rows[n], 1) for n in self.numbers], dtype=dtype)
+        numels = numels.repeat_interleave(torch.tensor(self.counts)).clamp(min=1)
+        self._numels = numels.unsqueeze(1).to(device)
+        self._table = torch.zeros(len(numels), 2, dtype=dtype, device=device)
         self.q: Tensor | None = None
 
-    def _at(self, positions: list[int]) -> slice | Tensor:
-        """An index, without a launch where the positions follow each other, as they do unless someone moves them."""
-        if positions == list(range(positions[0], positions[0] + len(positions))):
-            return slice(positions[0], positions[0] + len(positions))
-        return torch.tensor(positions, device=self._device)
+    @staticmethod
+    def _units(numbers: list[int], rows: dict[int, int], begin: dict[int, int]) -> list[RowSpan]:
+        return [RowSpan(n, begin[n], rows[n]) for n in numbers]
 
-    def rows_of(self, numbers: list[int]) -> Tensor:
-        return torch.tensor([self._row[number] for number in numbers], device=self._device)
+    def _at(self, spans: list[RowSpan]) -> slice | Tensor:
+        """An index, without a launch where the units follow each other, as they do unless someone moves them."""
+        units = torch.cat([torch.arange(x.count) + x.first for x in spans])
+        first = int(units[0]) if len(units) else 0
+        if torch.equal(units, torch.arange(len(units)) + first):
+            return slice(first, first + len(units))
+        return units.to(self._variances.device)
+
+    def units_of(self, spans: list[RowSpan]) -> Tensor:
+        """The place of each of the rows of `spans` among all units; a tensor with one mask counts as one row."""
+        units = [torch.arange(x.count) + self._begin[x.tensor] + x.first for x in spans]
+        return torch.cat([torch.zeros(0, dtype=torch.int64), *units]).to(self._variances.device)
 
     def decide(self, lists: list[_List], hypers: list[dict[str, Any]], counts: list[float]) -> Tensor:
         """The masks from the sums that the lists have computed of the parts; advances the variances. Collective."""
         table = self._table.zero_()
         for x in lists:
-            table.index_add_(0, x.rows_of_masks, x.fused.sums)
-        self._layout.all_reduce(table, self.numbers)
+            table.index_add_(0, x.units, x.fused.sums)
+        self._layout.all_reduce(table, self.numbers, counts=self.counts)
         means, var = table / self._numels, self._variances[self._places]
         self.q = torch.empty_like(means[:, 0])
-        for i, rows in self._rows.items():
+        for i, units in self._groups.items():
             c = scalars_of(counts[i], hypers[i])
-            self.q[rows], var[rows] = masks_of_means(means[rows], var[rows], c, hypers[i])
+            self.q[units], var[units] = masks_of_means(means[units], var[units], c, hypers[i])
         self._variances[self._places] = var
         return self.q
 
 
 class _Settings:
-    """The settings of a parameter group as a plan knows them, read and validated anew only where they have changed."""
+    """The settings of a parameter group as a plan knows them, read and validated anew only where they have changed.
+
+    Attributes:
+        decides_on_units: whether there is one q a tensor or a row.
+    """
 
     def __init__(self, group: dict[str, Any]) -> None:
         self._group, self._params = group, tuple(group["params"])
         self._read(group)
         self.code, self._path = code_of(self.hyper), _PATH(group)
+        self.decides_on_units = self.code["PER_TENSOR"] or self.code["PER_ROW"]
 
     def _read(self, group: dict[str, Any]) -> None:
         self.hyper = hyperparameters(group)
@@ -269,10 +297,11 @@ class _Settings:
 
 
 def _share(state: dict[Tensor, dict], params: list[Tensor], name: str) -> Tensor:
-    """Makes a 0-dim state of each parameter an element of one tensor, which is returned."""
-    shared = torch.stack([state[p][name] for p in params])
-    for p, element in zip(params, shared.unbind(), strict=True):
-        state[p][name] = element
+    """Makes a state of each parameter, 0-dim or a vector, a part of one vector, which is returned."""
+    tensors = [state[p][name] for p in params]
+    shared = torch.cat([x.view(-1) for x in tensors])
+    for p, x, part in zip(params, tensors, shared.split([x.numel() for x in tensors]), strict=True):
+        state[p][name] = part.view(x.shape)
     return shared
 
 

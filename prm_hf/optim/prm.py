@@ -351,7 +351,7 @@ class PRM(Optimizer):
         # DeepSpeed shows one group, or one part of a group, at a time
         shown = tuple(id(group["params"][0]) for group in self.param_groups if group["params"])
         if shown in self._plans:
-            if self._plans[shown].step(self.param_groups, self.state, self._tables.variances.get("per_tensor")):
+            if self._plans[shown].step(self.param_groups, self.state, self._tables.only()):
                 return
             del self._plans[shown]
         self._locate()
@@ -393,6 +393,8 @@ class PRM(Optimizer):
             self._plans.clear()
         if not parts or not all(part.fused and not part.hyper["capturable"] for part in parts):
             return
+        if len(self._tables.variances) > 1:
+            return
         if any(step.device.type != "cpu" for part in parts for step in part.counters):
             return
         if self._locator.layout is not None and len({part.device for part in parts}) > 1:
@@ -406,7 +408,7 @@ class PRM(Optimizer):
             return
         from .plan import FusedPlan
 
-        self._plans[shown] = FusedPlan(groups, self.state, self._locator, self._tables.variances.get("per_tensor"))
+        self._plans[shown] = FusedPlan(groups, self.state, self._locator, self._tables.only())
         self._fused_tables.clear()
 
     def _tensor_masks(self, parts: list[Part], sums: list[Tensor | None]) -> list[Tensor | None]:
@@ -425,7 +427,7 @@ class PRM(Optimizer):
             for group in self.param_groups:
                 check_held_in_parts(group["reduction"], group["state_dtype"], self._locator.layout.path)
                 if self._is_in_rows(group):
-                    self._tables.check_rows(self._locator.numbers(group[_NUMBER]), group["fused"])
+                    self._tables.check_rows(self._locator.numbers(group[_NUMBER]))
         if self._locator.flat:
             self._unshare_steps()
         masked = [group for group in self.param_groups if group["mask"] != "none"]
@@ -531,7 +533,7 @@ class PRM(Optimizer):
             if per_tensor:
                 part.tensors |= self._advancing(p, part.owners[-1] if part.owners else None)
         for part in parts.values():
-            part.fused = bool(part) and not in_rows and use_fused(group, part.lists)
+            part.fused = bool(part) and use_fused(group, part.lists)
         return list(parts.values())
 
     def _is_in_rows(self, group: dict[str, Any]) -> bool:

@@ -33,10 +33,9 @@ class Tables:
         self._loaded: dict[str, dict[int, Tensor]] = {}
         self._indices: dict[tuple, Tensor] = {}
 
-    def check_rows(self, numbers: range, fused: bool | None) -> None:
-        """Raises ValueError where the rows of the tensors `numbers` are not known, or a kernel is asked for."""
+    def check_rows(self, numbers: range) -> None:
+        """Raises ValueError where the rows of the tensors `numbers` are not known."""
         layout = self._locator.layout
-        check(not fused, "fused", fused, f"reduction='per_row' has no kernel under {layout.path}; leave fused=None")
         for n in numbers:
             known = n >= len(layout.rows) or layout.rows[n] or not layout.numels[n]
             message = f"under {layout.path} it is not known which rows of tensor {n} a process holds; use 'per_tensor'"
@@ -62,6 +61,10 @@ class Tables:
     def is_new(self, reduction: str) -> bool:
         """Whether no variances are there, nor have any been loaded."""
         return reduction not in self.variances and reduction not in self._loaded
+
+    def only(self) -> Tensor | None:
+        """`variances` where those of one reduction are there alone."""
+        return next(iter(self.variances.values())) if len(self.variances) == 1 else None
 
     def place(self, reduction: str) -> None:
         """Makes `variances` of flat buffers ready for a step.

@@ -48,6 +48,7 @@ def accelerate_launch(
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
+        "TRITON_INTERPRET": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "MASTER_ADDR": "127.0.0.1",
         "HF_HUB_OFFLINE": "1",

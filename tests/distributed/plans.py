@@ -52,10 +52,16 @@ REFUSED_STATE = {"prm": PER_TENSOR | {"state_dtype": "bf16"}}
 PURE_BF16 = PLAIN | {"dtype": "bfloat16"}  # parameters in bfloat16, without float32 copies
 UNIVERSAL_ROWS = {"prm": {"reduction": "per_row"} | DEBIASED, **SAVED}  # universal checkpoints keep all of its state
 REFUSED_ROWS = {"prm": PER_ROW}
+# By the Triton kernels, interpreted, in two halves; whole tensors they mask without telling
+KERNELS = {
+    "per_tensor_kernel": {"prm": PER_TENSOR | {"fused": True}, **SAVED},
+    "per_row_kernel": {"prm": PER_ROW | {"fused": True}, **SAVED},
+}
 SPECIAL = {
     "single": {"pure_bf16": PURE_BF16},
     "ddp": {"pure_bf16": PURE_BF16},
     "fsdp2": {
+        **KERNELS,
         "pure_bf16": PURE_BF16,
         "bf16_state": BF16_STATE,
         "per_row_bf16_state": {"prm": PER_ROW | {"state_dtype": "bf16"}, **SAVED},
@@ -74,6 +80,7 @@ SPECIAL = {
         "round_robin": PLAIN | {"deepspeed": ROUND_ROBIN},
     },
     "zero2": {
+        **KERNELS,
         "per_row_universal": UNIVERSAL_ROWS,
         "bf16_fp32": BF16_FP32,
         "fp16": FP16,
@@ -81,6 +88,7 @@ SPECIAL = {
         "round_robin": PLAIN | {"deepspeed": ROUND_ROBIN},
     },
     "zero3": {
+        **KERNELS,
         "bf16_fp32": BF16_FP32,
         "fp16": FP16,
         "plain": PLAIN,

@@ -116,6 +116,7 @@ def replay(ranks: list[dict], prm: dict) -> tuple[float, float]:
             used = {key: settings[number][key] for key in ("lr", "weight_decay")}
             arguments = {"rho": 0.9, **prm, **used}
             is_rounded = arguments.pop("state_dtype", "float32") == "bf16"
+            arguments.pop("fused", None)
             reference.step(gradient.view(shape).double().numpy(), **arguments)
             if is_rounded:
                 reference.m = torch.from_numpy(reference.m).to(torch.bfloat16).double().numpy()

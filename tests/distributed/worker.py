@@ -82,6 +82,9 @@ class RecordingPRM(PRM):
                     grad, before = (_local(x).detach().clone().flatten() for x in (p.grad, p))
                     stepped.append((group, p, number, grad, before))
         super()._step()
+        for plan in self._plans.values():  # which take steps without `_tensor_masks`
+            if plan.masks is not None and plan.masks.q is not None:
+                self._note_masks_of(plan)
         for group, p, number, grad, before in stepped:
             after = _local(p).detach().clone().flatten()
             q = self._elementwise_masks(group, p)
@@ -104,6 +107,14 @@ class RecordingPRM(PRM):
                         "weight_decay": group["weight_decay"],
                     }
                 )
+
+    def _note_masks_of(self, plan):
+        in_rows = self._is_in_rows(self.param_groups[0])
+        for number, q in zip(plan.masks.numbers, plan.masks.q.split(plan.masks.counts), strict=True):
+            if in_rows:
+                self.steps[-1]["row_q"][number] = dict(enumerate(q.tolist()))
+            else:
+                self.steps[-1]["q"][number] = q.item()
 
     def _shape(self, p, number):
         if self._locator.layout is None:
