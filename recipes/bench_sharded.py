@@ -1,4 +1,4 @@
-"""Per-tensor masks under data parallelism: do they agree with one GPU, and what does a step cost beside AdamW's?
+"""Masks under data parallelism: do they agree with one GPU, and what does a step cost beside AdamW's?
 
 On one GPU, which takes the two GPUs' halves of a batch one after the other, then on two under each way of sharding,
 from the repository's root:
@@ -19,7 +19,8 @@ one JSON object:
 
 - `agreement`: of `steps` training steps. `mask_replay` is the largest relative difference between the masks that were
   used and those of PRM on whole tensors in one process, fed with the gradients that the processes saw; `weight_replay`
-  the largest difference of a weight. In these two is all that sharding could do wrong. `mask_reference` is, step by
+  the largest difference of a weight. In these two is all that sharding could do wrong; with `--reduction per_row`, of
+  whose masks PRM tells nothing, in the second. `mask_reference` is, step by
   step, the largest relative difference to the masks of the `--reference` run. Two halves add up to the same gradient
   on one GPU and on two, bit for bit where kernels are deterministic, as they are made to be here; but not the norm for
   `--max_grad_norm`, which each path adds up in another order.
@@ -43,21 +44,23 @@ from torch.distributed.tensor import DTensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from prm_hf import PRM
+from prm_hf.optim.masks import n_rows
 
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.1
+ROWS = {"reduction": "per_row", "estimator": "debiased", "signal_beta": 0.98}
 OPTIMIZERS = {
     "adamw": (torch.optim.AdamW, {}),
     "adamw_fused": (torch.optim.AdamW, {"fused": True}),
     "prm_per_tensor": (PRM, {"reduction": "per_tensor"}),
     "prm_debiased": (PRM, {"reduction": "per_tensor", "estimator": "debiased"}),
     "prm_per_param": (PRM, {"reduction": "per_param"}),
-    "prm_per_row": (PRM, {"reduction": "per_row", "estimator": "debiased", "signal_beta": 0.98}),
+    "prm_per_row": (PRM, ROWS),
 }
 
 
 class RecordingPRM(PRM):
-    """PRM that keeps what each step saw, as slices of the original tensors, and the masks that it decided on."""
+    """PRM that keeps what each step saw, as slices of the original tensors, and of tensors the masks it decided on."""
 
     def start_record(self) -> None:
         self.masks: dict[int, float] = {}
@@ -73,7 +76,7 @@ class RecordingPRM(PRM):
     def _tensor_masks(self, parts, sums):
         qs = super()._tensor_masks(parts, sums)
         for part, q in zip(parts, qs, strict=True):
-            if q is not None:
+            if q is not None and not part.in_rows:
                 self.masks |= dict(zip(part.numbers, q.tolist(), strict=True))
         return qs
 
@@ -85,11 +88,8 @@ class RecordingPRM(PRM):
             if p.grad is not None
         ]
         super()._step()
-        for plan in self._plans.values():  # which take steps without `_tensor_masks`
-            if plan.masks is not None and plan.masks.q is not None:
-                self.masks |= dict(zip(plan.masks.numbers, plan.masks.q.tolist(), strict=True))
-        if self._locator.layout is None:  # the kernel decides on the masks of whole tensors by itself
-            self.masks = dict(enumerate(itertools.chain(*self.get_tensor_masks())))
+        if self.defaults["reduction"] == "per_tensor":
+            self._note_masks()
         for group, i, p, grad, before in stepped:
             after = _whole(p).detach().clone().flatten()
             if self._locator.flat:
@@ -99,8 +99,15 @@ class RecordingPRM(PRM):
             else:
                 self.slices.append((self._locator.numbers(group["prm_group"])[i], 0, grad, before, after))
 
+    def _note_masks(self):
+        for plan in self._plans.values():  # which take steps without `_tensor_masks`
+            if plan.masks is not None and plan.masks.q is not None:
+                self.masks |= dict(zip(plan.masks.numbers, plan.masks.q.tolist(), strict=True))
+        if self._locator.layout is None:  # the kernel decides on the masks of whole tensors by itself
+            self.masks = dict(enumerate(itertools.chain(*self.get_tensor_masks())))
+
     def whole_tensors(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Gradient and weights before and after the last step of each tensor, put together. Collective."""
+        """Gradient and weights before and after the last step of each tensor, put together, in rows. Collective."""
         n_tensors = sum(len(self._locator.numbers(group)) for group in range(len(self.param_groups)))
         sizes = [0] * n_tensors
         for number, offset, grad, *_ in self.slices:
@@ -117,7 +124,11 @@ class RecordingPRM(PRM):
         if self._locator.flat:
             for whole in (x for triple in tensors for x in triple):
                 torch.distributed.all_reduce(whole)
-        return tensors
+        if self._locator.layout is None:
+            rows = [n_rows(p) for group in self.param_groups for p in group["params"]]
+        else:
+            rows = self._locator.layout.rows
+        return [tuple(x.view(n, -1) if n > 1 else x for x in xs) for n, xs in zip(rows, tensors, strict=True)]
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -207,15 +218,16 @@ def batches(args: argparse.Namespace, accelerator: Accelerator, steps: int):
 
 
 def measure_agreement(args: argparse.Namespace, accelerator: Accelerator) -> dict:
-    settings = {"reduction": "per_tensor", "rho": 0.9}
+    in_rows = args.reduction == "per_row"
+    settings = ROWS if in_rows else {"reduction": "per_tensor", "rho": 0.9}
     model, wrapped, prm = build(args, accelerator, RecordingPRM, settings)
     prm.start_record()
-    replayed, masks, mask_difference, weight_difference = None, [], 0.0, 0.0
+    replayed, all_masks, mask_difference, weight_difference = None, [], 0.0, 0.0
     for batch in batches(args, accelerator, args.steps):
         prm.start_record()
         train_step(args, accelerator, model, wrapped, batch)
         tensors = prm.whole_tensors()
-        decided = _all_masks(accelerator, prm)
+        decided = [] if in_rows else _all_masks(accelerator, prm)
         if replayed is None:
             groups = [{"params": [], "weight_decay": g["weight_decay"]} for g in prm._created]
             for number, group in enumerate(groups):
@@ -226,16 +238,17 @@ def measure_agreement(args: argparse.Namespace, accelerator: Accelerator) -> dic
             p.grad = gradient
         replayed.start_record()
         replayed.step()
-        expected = [replayed.masks[number] for number in range(len(params))]
-        masks.append(decided)
-        mask_difference = max(mask_difference, _relative(decided, expected))
+        if not in_rows:
+            expected = [replayed.masks[number] for number in range(len(params))]
+            mask_difference = max(mask_difference, _relative(decided, expected))
+        all_masks.append(decided)
         for p, (_, _, after) in zip(params, tensors, strict=True):
             weight_difference = max(weight_difference, (p.detach() - after).abs().max().item())
     result = {
         "steps": args.steps,
         "path": prm.describe_sharding(),
         "parameters": sum(p.numel() for p in params),
-        "mask_replay": mask_difference,
+        "mask_replay": None if in_rows else mask_difference,
         "weight_replay": weight_difference,
     }
     if args.reference:
@@ -246,8 +259,8 @@ def measure_agreement(args: argparse.Namespace, accelerator: Accelerator) -> dic
                 f"`--reference {args.reference}` is of another model, of fewer steps or of forward passes of another "
                 f"size: write it with {model_of(args, accelerator)}."
             )
-        result["mask_reference"] = [_relative(a, b) for a, b in zip(masks, reference["masks"], strict=False)]
-    return {"agreement": result, "masks": masks}
+        result["mask_reference"] = [_relative(a, b) for a, b in zip(all_masks, reference["masks"], strict=False)]
+    return {"agreement": result, "masks": all_masks}
 
 
 def _of(prm: RecordingPRM, group: int, tensors: list) -> list:
@@ -319,13 +332,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1, help="forward passes a step and process")
     parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
     parser.add_argument("--max_grad_norm", type=float, default=0.0, help="0 for no clipping: see above")
+    parser.add_argument("--reduction", choices=("per_tensor", "per_row"), default="per_tensor", help="agreement of")
     parser.add_argument("--steps", type=int, default=5, help="steps of which masks are compared; 0 for none")
     parser.add_argument("--warmup", type=int, default=5, help="steps before the timed ones")
     parser.add_argument("--timed_steps", type=int, default=20)
     parser.add_argument("--optimizers", nargs="*", choices=OPTIMIZERS, default=list(OPTIMIZERS), help="to be timed")
     parser.add_argument("--reference", help="output of a run on one GPU, to compare the masks with")
     parser.add_argument("--output", help="JSON file to write")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.reference and args.reduction == "per_row":
+        parser.error("--reference compares the masks of tensors: leave it out with --reduction per_row")
+    return args
 
 
 def main(arguments: list[str] | None = None) -> None:

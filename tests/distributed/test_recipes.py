@@ -72,11 +72,19 @@ def test_bench_sharded(tmp_path):
     tiny += ["--warmup", "1", "--timed_steps", "2"]
     reference = tmp_path / "single.json"
     halves = ["--gradient_accumulation_steps", "2"]
-    for path, more in (("single", halves), ("zero3", ["--reference", str(reference)])):
-        output = tmp_path / f"{path}.json"
-        module = ["tests.distributed.bench", *tiny, *more, "--output", str(output)]
-        accelerate_launch(path, module, tmp_path / f"{path}.log", PATHS[path])
-    result = json.loads(output.read_text())
+    rows = ["--reduction", "per_row", "--optimizers"]
+    launches = {
+        "single": ("single", halves),
+        "zero3": ("zero3", ["--reference", str(reference)]),
+        "rows": ("zero3", rows),
+    }
+    for name, (path, more) in launches.items():
+        module = ["tests.distributed.bench", *tiny, *more, "--output", str(tmp_path / f"{name}.json")]
+        accelerate_launch(path, module, tmp_path / f"{name}.log", PATHS[path])
+    in_rows = json.loads((tmp_path / "rows.json").read_text())["agreement"]
+    assert in_rows["path"] == "26 tensors with per_row masks under DeepSpeed ZeRO-3"
+    assert in_rows["mask_replay"] is None and in_rows["weight_replay"] < 1e-6
+    result = json.loads((tmp_path / "zero3.json").read_text())
     assert result["processes"] == 2
     agreement = result["agreement"]
     assert agreement["path"] == "26 tensors with per_tensor masks under DeepSpeed ZeRO-3"
