@@ -18,6 +18,7 @@ from .kernels import STATES
 from .masks import statistics_dtype
 from .parts import SETTINGS, hyperparameters
 from .step import masks_of_means, scalars_of
+from .tables import begins, places
 from .validation import validate_lr
 
 
@@ -216,37 +217,31 @@ class _Masks:
     ) -> None:
         self._layout, self._variances = layout, variances
         device, dtype = variances.device, statistics_dtype(variances.device)
-        rows = {n: layout.rows[n] if i in in_rows else 1 for i, numbers in members.items() for n in numbers}
-        self.numbers = sorted(rows)  # as other processes have them, also where they have no plan
-        self.counts = [rows[n] for n in self.numbers]
-        self._begin = dict(zip(self.numbers, itertools.accumulate(self.counts, initial=0), strict=False))
-        self._groups = {i: self._at(self._units(numbers, rows, self._begin)) for i, numbers in members.items()}
-        in_order = list(rows) if compact else range(len(layout.numels))
-        kept = [rows[n] if compact else layout.rows[n] if in_rows else 1 for n in in_order]
-        begin = dict(zip(in_order, itertools.accumulate(kept, initial=0), strict=False))
-        self._places = self._at(self._units(self.numbers, rows, begin))
-        numels = torch.tensor([layout.numels[n] // max(rows[n], 1) for n in self.numbers], dtype=dtype)
+        units = {n: layout.rows[n] if i in in_rows else 1 for i, numbers in members.items() for n in numbers}
+        kept = units if compact else dict(enumerate(layout.rows if in_rows else [1] * len(layout.numels)))
+        self.numbers = sorted(units)  # as other processes have them, also where they have no plan
+        self.counts = [units[n] for n in self.numbers]
+        self._begin = begins(dict(zip(self.numbers, self.counts, strict=True)))
+        whole = {n: RowSpan(n, 0, count) for n, count in units.items()}
+        self._groups = {i: self._at([whole[n] for n in numbers], self._begin) for i, numbers in members.items()}
+        self._kept = self._at([whole[n] for n in self.numbers], begins(kept))
+        numels = torch.tensor([layout.numels[n] // max(units[n], 1) for n in self.numbers], dtype=dtype)
         numels = numels.repeat_interleave(torch.tensor(self.counts)).clamp(min=1)
         self._numels = numels.unsqueeze(1).to(device)
         self._table = torch.zeros(len(numels), 2, dtype=dtype, device=device)
         self.q: Tensor | None = None
 
-    @staticmethod
-    def _units(numbers: list[int], rows: dict[int, int], begin: dict[int, int]) -> list[RowSpan]:
-        return [RowSpan(n, begin[n], rows[n]) for n in numbers]
-
-    def _at(self, spans: list[RowSpan]) -> slice | Tensor:
+    def _at(self, spans: list[RowSpan], begin: dict[int, int]) -> slice | Tensor:
         """An index, without a launch where the units follow each other, as they do unless someone moves them."""
-        units = torch.cat([torch.arange(x.count) + x.first for x in spans])
-        first = int(units[0]) if len(units) else 0
-        if torch.equal(units, torch.arange(len(units)) + first):
-            return slice(first, first + len(units))
-        return units.to(self._variances.device)
+        index = places(spans, begin)
+        first = int(index[0]) if len(index) else 0
+        if torch.equal(index, torch.arange(len(index)) + first):
+            return slice(first, first + len(index))
+        return index.to(self._variances.device)
 
     def units_of(self, spans: list[RowSpan]) -> Tensor:
-        """The place of each of the rows of `spans` among all units; a tensor with one mask counts as one row."""
-        units = [torch.arange(x.count) + self._begin[x.tensor] + x.first for x in spans]
-        return torch.cat([torch.zeros(0, dtype=torch.int64), *units]).to(self._variances.device)
+        """The place of each row of `spans` among all units; a tensor with one mask counts as one row."""
+        return places(spans, self._begin).to(self._variances.device)
 
     def decide(self, lists: list[_List], hypers: list[dict[str, Any]], counts: list[float]) -> Tensor:
         """The masks from the sums that the lists have computed of the parts; advances the variances. Collective."""
@@ -254,12 +249,12 @@ class _Masks:
         for x in lists:
             table.index_add_(0, x.units, x.fused.sums)
         self._layout.all_reduce(table, self.numbers, counts=self.counts)
-        means, var = table / self._numels, self._variances[self._places]
+        means, var = table / self._numels, self._variances[self._kept]
         self.q = torch.empty_like(means[:, 0])
         for i, units in self._groups.items():
             c = scalars_of(counts[i], hypers[i])
             self.q[units], var[units] = masks_of_means(means[units], var[units], c, hypers[i])
-        self._variances[self._places] = var
+        self._variances[self._kept] = var
         return self.q
 
 

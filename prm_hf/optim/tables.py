@@ -144,7 +144,16 @@ class Tables:
         """Where the units of `spans` are among all `units`; kept, as the host would wait for the device."""
         key = (device, tuple(spans), tuple(units.items()))
         if key not in self._indices:
-            begin = dict(zip(units, itertools.accumulate(units.values(), initial=0), strict=False))
-            pieces = [torch.arange(x.count) + begin[x.tensor] + x.first for x in spans]
-            self._indices[key] = torch.cat([torch.zeros(0, dtype=torch.int64), *pieces]).to(device)
+            self._indices[key] = places(spans, begins(units)).to(device)
         return self._indices[key]
+
+
+def begins(units: dict[int, int]) -> dict[int, int]:
+    """Where the units of each tensor begin, of those of one tensor after the other."""
+    return dict(zip(units, itertools.accumulate(units.values(), initial=0), strict=False))
+
+
+def places(spans: list[RowSpan], begin: dict[int, int]) -> Tensor:
+    """Where the units of `spans` are, int64, on the CPU, if those of each tensor `begin` there."""
+    pieces = [torch.arange(x.count) + begin[x.tensor] + x.first for x in spans]
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *pieces])
