@@ -17,6 +17,7 @@ SHORT = ["--max_steps", "2", "--logging_steps", "1", "--eval_steps", "2", "--war
 RATE = ["--learning_rates", "3e-3", "--prm_learning_rates", "3e-3", "--seeds", "0"]
 MASKED = ["prm_per_tensor", "prm_rows"]
 RUNS = ["--methods", "adamw", *MASKED, *RATE]
+PACKED = ("ddp", "fsdp2", "zero3")  # paths on which DPO runs without padding, with the numbers of one process with it
 # By recipe, metrics that are means over many tokens, and shares, in which one decision may tip over
 MEANS = {
     "dpo_noisy": ["drift/kl", "drift/reward_abs", "drift/logratio_abs", "drift/params_rel", "mask/mean_q"],
@@ -36,7 +37,8 @@ def launch(recipe: str, path: str, folder: Path) -> dict[str, dict[str, float]]:
     """The metrics of the masked methods."""
     build_demo()  # trains its model when it is first asked for, on one process sooner than on two
     log = folder.with_suffix(".log")
-    module = ["tests.distributed.recipe", recipe, "--output_dir", str(folder), *SHORT, *RUNS]
+    more = ["--padding_free", "true"] if recipe == "dpo_noisy" and path in PACKED else []
+    module = ["tests.distributed.recipe", recipe, "--output_dir", str(folder), *SHORT, *RUNS, *more]
     accelerate_launch(path, module, log, PATHS[path], timeout=600)
     assert len(list(folder.glob("*/metrics.json"))) == 3  # one run after the other in the same processes
     runs = {method: folder / f"{method}_lr0.003_seed0" for method in MASKED}
