@@ -250,6 +250,14 @@ def test_policy_equal_to_its_reference_has_drift_zero(accelerator):
     assert not pairs.chosen.kl.any() and not pairs.rejected.logratio.any()
 
 
+def test_cudnn_has_no_part_in_the_passes(accelerator):
+    """It plans for each shape anew, and each batch has one of its own."""
+    model, enabled = make_model(), []
+    model.model.register_forward_pre_hook(lambda *_: enabled.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    evaluate_pairs(model, tokenized_rows(4), COLLATE, accelerator, ref_model=make_model(1), batch_size=2)
+    assert enabled and not any(enabled) and torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_dropout_is_off_and_the_mode_comes_back(accelerator):
     ref_model = make_model(attention_dropout=0.5)
     model = perturbed(ref_model).train()

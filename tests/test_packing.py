@@ -69,8 +69,8 @@ def test_outputs_and_gradients_are_those_of_padded_batches(config, lengths, give
     assert widths[0].numel() < sum(lengths) + max(lengths)
 
 
-def test_cudnn_has_no_part_in_packed_passes_alone():
-    """It plans for each shape anew."""
+def test_cudnn_has_no_part_in_packed_passes():
+    """It plans for each shape anew. Other calls of the model are not ours."""
     model, enabled = fused_model(), []
     add_packing(model)
     model.model.register_forward_pre_hook(lambda *_: enabled.append(torch.backends.cuda.cudnn_sdp_enabled()))

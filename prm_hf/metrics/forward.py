@@ -94,7 +94,7 @@ def forward(
 
     logits = None
     if hidden is None:
-        with captured_hidden_states([model], accelerator) as captured, accelerator.autocast():
+        with captured_hidden_states([model], accelerator) as captured, accelerator.autocast(), without_cudnn():
             logits = model(**inputs, use_cache=False, logits_to_keep=1).logits
         hidden = captured[-1]
     # Prompt-learning adapters put virtual tokens in front: keep the positions of the real ones
@@ -128,6 +128,23 @@ def captured_hidden_states(models: Sequence[nn.Module], accelerator: Accelerator
             handle = decoder.register_forward_hook(lambda _module, _args, output: captured.append(output[0]))
             stack.callback(handle.remove)
         yield captured
+
+
+@contextlib.contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Attention by torch's other kernels.
+
+    cuDNN's is planned anew for each shape of a batch, and no two batches of packed rows, or of rows sorted by length,
+    have the same: on an H200 that is a tenth of a second or more, half of a step of a 0.5 B model. To be around the
+    backward pass too, which runs the forward pass once more under gradient checkpointing, and raises an error if
+    another kernel is at work then.
+    """
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
 @contextlib.contextmanager

@@ -23,9 +23,10 @@ from ..metrics import (
     memorization_rows,
     reward_metrics,
 )
+from ..metrics.forward import without_cudnn
 from .arguments import PRMDPOConfig, check_deepspeed_config
 from .mixin import PRMTrainerMixin, rows_of
-from .packing import add_packing, unpack_hidden, with_lengths, without_cudnn
+from .packing import add_packing, unpack_hidden, with_lengths
 from .passes import SharedPassesMixin
 
 

@@ -1,15 +1,16 @@
 """Forward passes without padding: the sequences of a batch are packed into as few rows as they fit in."""
 
-import contextlib
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from ..metrics.forward import without_cudnn
 
 
 def pack(lengths: list[int], capacity: int) -> tuple[list[tuple[int, int]], list[int]]:
@@ -98,22 +99,6 @@ def with_lengths(collate: Callable[[list[Any]], dict[str, Any]], rows: list[Any]
     """
     batch = collate(rows)
     return {**batch, "lengths": batch["attention_mask"].sum(1).tolist()}
-
-
-@contextlib.contextmanager
-def without_cudnn() -> Iterator[None]:
-    """Attention by torch's other kernels.
-
-    cuDNN's is planned anew for each shape of a batch, and no two packed batches have the same: on an H200 that is a
-    tenth of a second, half of a step of a 0.5 B model. For the backward pass too, which runs the forward pass once
-    more under gradient checkpointing, and raises an error if another kernel is at work then.
-    """
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
 def unpack_hidden(hidden: Tensor, attention_mask: Tensor) -> Tensor:
