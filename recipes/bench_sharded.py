@@ -20,10 +20,10 @@ one JSON object:
 - `agreement`: of `steps` training steps. `mask_replay` is the largest relative difference between the masks that were
   used and those of PRM on whole tensors in one process, fed with the gradients that the processes saw; `weight_replay`
   the largest difference of a weight. In these two is all that sharding could do wrong; with `--reduction per_row`, of
-  whose masks PRM tells nothing, in the second. `mask_reference` is, step by
-  step, the largest relative difference to the masks of the `--reference` run. Two halves add up to the same gradient
-  on one GPU and on two, bit for bit where kernels are deterministic, as they are made to be here; but not the norm for
-  `--max_grad_norm`, which each path adds up in another order.
+  whose masks PRM tells nothing, in the second. `mask_reference` is, step by step, the largest relative difference to
+  the masks of the `--reference` run. Two halves add up to the same gradient on one GPU and on two, bit for bit where
+  kernels are deterministic, as they are made to be here; but not the norm for `--max_grad_norm`, which each path adds
+  up in another order.
 - `optimizer_step_ms`: median time of the optimizer's step under this wrapper (under DeepSpeed of the engine's, which
   clips and gathers parameters too), by optimizer; `relative_to_adamw` the ratio; `train_step_ms` of the whole step.
 """
@@ -222,7 +222,7 @@ def measure_agreement(args: argparse.Namespace, accelerator: Accelerator) -> dic
     settings = ROWS if in_rows else {"reduction": "per_tensor", "rho": 0.9}
     model, wrapped, prm = build(args, accelerator, RecordingPRM, settings)
     prm.start_record()
-    replayed, all_masks, mask_difference, weight_difference = None, [], 0.0, 0.0
+    replayed, masks, mask_difference, weight_difference = None, [], 0.0, 0.0
     for batch in batches(args, accelerator, args.steps):
         prm.start_record()
         train_step(args, accelerator, model, wrapped, batch)
@@ -241,7 +241,7 @@ def measure_agreement(args: argparse.Namespace, accelerator: Accelerator) -> dic
         if not in_rows:
             expected = [replayed.masks[number] for number in range(len(params))]
             mask_difference = max(mask_difference, _relative(decided, expected))
-        all_masks.append(decided)
+        masks.append(decided)
         for p, (_, _, after) in zip(params, tensors, strict=True):
             weight_difference = max(weight_difference, (p.detach() - after).abs().max().item())
     result = {
@@ -259,8 +259,8 @@ def measure_agreement(args: argparse.Namespace, accelerator: Accelerator) -> dic
                 f"`--reference {args.reference}` is of another model, of fewer steps or of forward passes of another "
                 f"size: write it with {model_of(args, accelerator)}."
             )
-        result["mask_reference"] = [_relative(a, b) for a, b in zip(all_masks, reference["masks"], strict=False)]
-    return {"agreement": result, "masks": all_masks}
+        result["mask_reference"] = [_relative(a, b) for a, b in zip(masks, reference["masks"], strict=False)]
+    return {"agreement": result, "masks": masks}
 
 
 def _of(prm: RecordingPRM, group: int, tensors: list) -> list:

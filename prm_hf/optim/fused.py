@@ -12,7 +12,7 @@ from torch import Tensor
 from . import masks
 from .kernels import SCALARS, STATES, TENSOR, row_kernel, step_kernel
 from .quantized import is_quantized
-from .step import scalars_of
+from .step import needs_sums, scalars_of
 
 
 CHUNK = 4096  # elements an item,
@@ -230,7 +230,7 @@ class FusedStep:
         states = [lists[f"{name}s"] for name in STATES]
         self.grad_vars, self.state_steps = lists["grad_vars"], lists["state_steps"]
         code = code_of(hyper)
-        self._pauses = hyper["mask"] != "none" and hyper["reduction"] in ("per_tensor", masks.ROWS_IN_PARTS)
+        self._pauses = needs_sums(hyper)
         # Not by identity: slices of flat partitions are new views at each step.
         key = (*((p.data_ptr(), p.numel()) for p in lists["params"]), *code.values())
         self._list = tables.get(key)

@@ -178,6 +178,28 @@ def _update_chunk(
 
 
 @triton.jit
+def _before_update(
+    p_ptr,
+    g_ptr,
+    m_ptr,
+    row,
+    offsets,
+    mask,
+    COUPLED: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    SCALED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """g, m and g - center, of elements that are read again for their update; 0 where the mask leaves them out."""
+    p = 0.0
+    if COUPLED:
+        p = _load(p_ptr, offsets, mask, MASKED, "evict_last")
+    g = _gradient(g_ptr, p, offsets, mask, row, COUPLED, MAXIMIZE, SCALED, MASKED, "evict_last")
+    m = _load(m_ptr, offsets, mask, MASKED, "evict_last")
+    return g, m, g - m * _scalar(row, 3, tl.float32)
+
+
+@triton.jit
 def _chunk_sums(
     p_ptr,
     g_ptr,
@@ -191,13 +213,7 @@ def _chunk_sums(
     MASKED: tl.constexpr,
 ):
     """Σ(g - center)² and Σm² of a chunk, float64, m being what the update will make of it."""
-    p = 0.0
-    if COUPLED:
-        p = _load(p_ptr, offsets, mask, MASKED, "evict_last")
-    # Where the mask leaves elements out, p, g and m are 0 and so are the sums.
-    g = _gradient(g_ptr, p, offsets, mask, row, COUPLED, MAXIMIZE, SCALED, MASKED, "evict_last")
-    m = _load(m_ptr, offsets, mask, MASKED, "evict_last")
-    deviation = g - m * _scalar(row, 3, tl.float32)
+    g, m, deviation = _before_update(p_ptr, g_ptr, m_ptr, row, offsets, mask, COUPLED, MAXIMIZE, SCALED, MASKED)
     m = m + _scalar(row, 9, tl.float32) * (g - m)
     if MASKED:
         # A tensor of one chunk has no other sums among which the rounding of this one would vanish, and would get
@@ -419,12 +435,9 @@ def row_kernel(
         for start in range(0, n_cols, COLS):
             columns = start + tl.arange(0, COLS)[None, :]
             offsets, inside = begins + columns, there[:, None] & (columns < n_cols)
-            p = 0.0
-            if COUPLED:
-                p = _load(p_ptr, offsets, inside, True, "evict_last")
-            g = _gradient(g_ptr, p, offsets, inside, row, COUPLED, MAXIMIZE, SCALED, True, "evict_last")
-            m = _load(m_ptr, offsets, inside, True, "evict_last")
-            deviation = g - m * _scalar(row, 3, tl.float32)
+            g, m, deviation = _before_update(
+                p_ptr, g_ptr, m_ptr, row, offsets, inside, COUPLED, MAXIMIZE, SCALED, True
+            )
             if SIGNAL:
                 m = _load(a_ptr, offsets, inside, True, "evict_first")
                 m = m + _scalar(row, 21, tl.float32) * (g - m)

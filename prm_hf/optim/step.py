@@ -145,7 +145,7 @@ class ListStep:
         self.per_tensor = masked and reduction == "per_tensor"
         self._in_parts = masked and reduction == masks.ROWS_IN_PARTS
         self._per_row = masked and (reduction == "per_row" or self._in_parts)
-        self._pauses = self.per_tensor or self._in_parts
+        self._pauses = needs_sums(hyper)
         elementwise = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
         self._lists = (*elementwise, [] if self._pauses else grad_vars, exp_avg_signals)
         self.grad_vars, self.state_steps = grad_vars, state_steps
@@ -223,6 +223,11 @@ class ListStep:
                 if olds is not kept[1]:  # gradients stay
                     for old, new in zip(olds, news, strict=True):
                         write(old, new)
+
+
+def needs_sums(hyper: dict[str, Any]) -> bool:
+    """Whether between the halves of a step stand sums over tensors, or over rows that are held in parts."""
+    return hyper["mask"] != "none" and hyper["reduction"] in ("per_tensor", masks.ROWS_IN_PARTS)
 
 
 def divide(lists: Sequence[list[Tensor]], size: int, by_rows: bool = False) -> list[list[tuple[int, slice | None]]]:
