@@ -87,9 +87,10 @@ def test_bfloat16_is_rounded_once(reduction):
 
 @pytest.mark.parametrize("reduction", masks.REDUCTIONS)
 def test_runs_are_bitwise_repeatable(reduction):
+    """With rows that several warps share, parts of which, in 1 of 400, a race once stepped with another mask."""
     results = []
     for _ in range(2):
-        params = make_params()
+        params = make_params(extra=((5000, 33), (37, 896), (300_003,), (150_000, 896), (20_000, 4864)))
         train(PRM(params, reduction=reduction, estimator="debiased"), params)
         results.append(params)
     assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))

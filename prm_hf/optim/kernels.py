@@ -457,6 +457,8 @@ def row_kernel(
             s_ptr = _pointer(entry + 4, tl.float64, False) + rows
             s = _scalar(row, 12, tl.float64) * tl.load(s_ptr, mask=there, other=0.0)
             s += _scalar(row, 4, tl.float64) * (deviations / count)
+            # Several threads hold a row's s: none may read what another has written already
+            tl.debug_barrier()
             tl.store(s_ptr, s, mask=there)
             q = _mask(squares / count, s, row, tl.float64, MASK, DEBIASED).to(tl.float32)
         for start in range(0, n_cols, COLS):
