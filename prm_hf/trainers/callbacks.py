@@ -90,7 +90,8 @@ class PopulationRiskStopping(TrainerCallback):
     Args:
         threshold (`float`, *optional*, defaults to `0.4`):
             Signal-to-noise ratio, above 0. The default is what served best on the built-in task with
-            `prm_reduction="per_tensor"`.
+            `prm_reduction="per_tensor"`. In DPO of a model of 0.5 B parameters the ratio was .04 to .09 in the first
+            epoch already, so that it ended each run there.
 
     Raises:
         ValueError: `threshold` is not a positive number; when training begins, PRM is not the optimizer, masks
