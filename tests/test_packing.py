@@ -8,8 +8,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 from prm_hf.trainers.packing import add_packing, pack
 
-from .test_trainers import HELDOUT, TRAIN, dpo_trainer, evaluations, lora, quiet, weights  # noqa: F401
 from .tiny import make_model
+from .trainer_runs import HELDOUT, TRAIN, dpo_trainer, evaluations, lora, quiet, weights  # noqa: F401
 
 
 LENGTHS = [3, 17, 5, 5, 1, 9, 12, 2]

@@ -14,8 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from torch import nn
+from peft import LoraConfig
 from transformers import (
     Qwen2Config,
     Qwen2ForSequenceClassification,
@@ -36,7 +35,6 @@ from prm_hf.metrics import (
 from prm_hf.noise import flip_preferences
 from prm_hf.optim import PRM
 from prm_hf.trainers import (
-    PopulationRiskStopping,
     PRMArguments,
     PRMCallback,
     PRMDPOConfig,
@@ -46,20 +44,24 @@ from prm_hf.trainers import (
 )
 
 from .distributed.launch import kill_with_children
-from .tiny import make_model, make_tokenizer, preference_dataset
+from .tiny import make_model, make_tokenizer
+from .trainer_runs import (  # noqa: F401
+    HELDOUT,
+    MASK_KEYS,
+    OTHER,
+    SENTENCES,
+    TRAIN,
+    count_passes,
+    dpo_trainer,
+    evaluations,
+    lora,
+    quiet,
+    settings,
+    sft_trainer,
+    weights,
+)
 
 
-MASK_KEYS = {
-    "mask/mean_q",
-    "mask/active_fraction",
-    "mask/min_q",
-    "mask/max_q",
-    "mask/parameter_count",
-    "mask/noise_scale",
-    "mask/signal_sq",
-    "mask/snr",
-    "mask/nonfinite_count",
-}
 PAIR_KEYS = {
     "rewards/accuracies",
     "rewards/margins",
@@ -71,64 +73,6 @@ PAIR_KEYS = {
     "drift/logratio_abs",
     "drift/kl",
 }
-TRAIN = preference_dataset(14)
-HELDOUT = preference_dataset(7, seed=1, flipped=False)
-OTHER = preference_dataset(5, seed=2, flipped=False)
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch, tmp_path):
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-
-
-def settings(output_dir, **kwargs) -> dict:
-    return {
-        "output_dir": str(output_dir),
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "max_steps": 3,
-        "logging_steps": 1,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "learning_rate": 1e-2,
-        **kwargs,
-    }
-
-
-def dpo_trainer(
-    output_dir, *, model=None, ref_model=None, train=TRAIN, eval_dataset=None, trainer_kwargs=None, **kwargs
-):
-    if model is None:
-        model, ref_model = make_model(), make_model()
-    return PRMDPOTrainer(
-        model,
-        ref_model,
-        PRMDPOConfig(**settings(output_dir, **kwargs)),
-        train_dataset=train,
-        eval_dataset=eval_dataset,
-        processing_class=make_tokenizer(),
-        **(trainer_kwargs or {}),
-    )
-
-
-def lora(model: nn.Module) -> nn.Module:
-    torch.manual_seed(0)
-    return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
-
-
-def weights(model: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def evaluations(trainer) -> list[dict]:
-    return [log for log in trainer.state.log_history if any(key.startswith("eval_") for key in log)]
-
-
 # ---- Arguments ----
 
 
@@ -492,15 +436,6 @@ def test_splits_are_kept_apart_by_name(tmp_path):
     assert {k for k in returned if k.startswith("eval_") and not k.startswith(apart)} == run_keys
 
 
-def count_passes(model: nn.Module) -> list[int]:
-    """Grows by the rows of a batch with each forward pass of a model's decoder."""
-    rows = []
-    model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    return rows
-
-
 @pytest.mark.parametrize("kind", ["full", "lora", "precomputed", "precomputed_ref_model", "precomputed_lora", "ref"])
 @pytest.mark.parametrize("padding_free", [False, True], ids=["padded", "padding_free"])
 def test_evaluation_takes_no_passes_but_trls(tmp_path, kind, padding_free):
@@ -689,114 +624,6 @@ def test_evaluate_takes_a_dataset_and_evaluate_pairs_needs_one(tmp_path):
     trainer.eval_dataset = {"a": OTHER, "b": HELDOUT}
     with pytest.raises(ValueError, match=r"\['a', 'b'\]. Name one"):
         trainer.evaluate_pairs()
-
-
-# ---- Stopping ----
-
-
-class Ratios(PRMDPOTrainer):
-    """Logs the ratios that it is given, an entry a step."""
-
-    ratios: tuple[float, ...] = ()
-
-    def log(self, logs, start_time=None):
-        is_step = "loss" in logs
-        super().log(logs, start_time)
-        if is_step:
-            self.state.log_history[-1]["mask/snr"] = self.ratios[self.state.global_step - 1]
-
-
-def stopping_trainer(tmp_path, ratios=None, threshold=0.4, trainer_class=Ratios, **kwargs):
-    """14 rows, 4 a step: 4 steps an epoch, of up to 4 epochs."""
-    kwargs = {"max_steps": -1, "num_train_epochs": 4, "prm_estimator": "debiased", **kwargs}
-    trainer = trainer_class(
-        make_model(),
-        make_model(),
-        PRMDPOConfig(**settings(tmp_path, **kwargs)),
-        train_dataset=TRAIN,
-        processing_class=make_tokenizer(),
-        callbacks=[PopulationRiskStopping(threshold)],
-    )
-    trainer.ratios = ratios
-    return trainer
-
-
-@pytest.mark.parametrize(
-    "ratios, steps",
-    [
-        ([0.1, 0.1, 0.1, 1.4, *[0.5] * 4, 0.5, 0.4, 0.3, 0.2, *[0.1] * 4], 12),  # .425, .5, .35
-        ([0.1, 0.1, 0.1, 1.0, *[9.0] * 12], 4),  # .325
-        ([math.nan, 0.5, 0.5, 0.5, *[math.nan] * 4, *[0.4] * 8], 16),  # .5, unknown, .4, which is not below
-    ],
-)
-def test_stops_after_an_epoch_of_noise(tmp_path, ratios, steps):
-    trainer = stopping_trainer(tmp_path, ratios)
-    trainer.train()
-    assert trainer.state.global_step == steps
-
-
-def test_the_warm_up_does_not_decide(tmp_path):
-    """4 steps an epoch, of which 6 are the warm-up: the first epoch has no say, of the second only steps 7 and 8."""
-    trainer = stopping_trainer(tmp_path, [*[0.1] * 6, 0.5, 0.5, 0.1, *[0.4] * 3, *[9.0] * 4], warmup_steps=6)
-    trainer.train()
-    assert trainer.state.global_step == 12
-
-
-def test_stopping_goes_by_prms_own_statistics(tmp_path):
-    trainer = stopping_trainer(tmp_path, threshold=1e-9, trainer_class=PRMDPOTrainer)
-    trainer.train()
-    assert trainer.state.global_step == 16
-    logged = [entry["mask/snr"] for entry in trainer.state.log_history if "mask/snr" in entry]
-    first = [ratio for ratio in logged[:4] if math.isfinite(ratio)]
-    assert len(logged) == 16 and len(first) == 3
-    trainer = stopping_trainer(tmp_path, threshold=sum(first) / 3 * 1.01, trainer_class=PRMDPOTrainer)
-    trainer.train()
-    assert trainer.state.global_step == 4 and trainer.state.epoch == 1
-
-
-def test_a_resumed_run_stops_where_it_would_have(tmp_path):
-    """The first two of the epoch's ratios come from the checkpoint."""
-    ratios = [9.0] * 4 + [9.0, 0.1, 0.1, 0.1] + [0.1] * 8
-    saving = {"save_strategy": "steps", "save_steps": 6}
-    trainer = stopping_trainer(tmp_path, ratios, **saving)
-    trainer.train()
-    assert trainer.state.global_step == 12
-    resumed = stopping_trainer(tmp_path, ratios, **saving)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    assert resumed.state.global_step == 12
-
-
-@pytest.mark.parametrize(
-    "kwargs, message",
-    [
-        ({"optimizer_name": "adamw"}, "the optimizer is AdamW: train with `optimizer_name='prm'`"),
-        ({"prm_mask": "none"}, "`mask` is 'none'"),
-        ({"logging_strategy": "epoch"}, "set it to 'steps', and `logging_steps` to several an epoch"),
-    ],
-)
-def test_stopping_needs_ratios(tmp_path, kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        stopping_trainer(tmp_path, **kwargs).train()
-
-
-def test_a_trainer_without_ratios_in_its_logs_raises(tmp_path):
-    trainer = DPOTrainer(
-        make_model(),
-        make_model(),
-        DPOConfig(**settings(tmp_path, max_steps=-1, num_train_epochs=1)),
-        train_dataset=TRAIN,
-        processing_class=make_tokenizer(),
-        callbacks=[PopulationRiskStopping()],
-    )
-    trainer.optimizer = PRM(trainer.model.parameters(), lr=1e-3)
-    with pytest.raises(ValueError, match="this trainer does not log it: use `PRMDPOTrainer`"):
-        trainer.train()
-
-
-@pytest.mark.parametrize("threshold", [0, -1.0, math.nan, math.inf, True])
-def test_a_threshold_is_above_zero(threshold):
-    with pytest.raises(ValueError, match="`threshold` is a signal-to-noise ratio and must be above 0, got"):
-        PopulationRiskStopping(threshold)
 
 
 # ---- What TRL's trainer can do ----
@@ -989,113 +816,6 @@ def test_resuming_equals_not_stopping(tmp_path):
     # Drift counts from the beginning of training, not from the checkpoint
     key = "eval_drift/params_rel"
     assert resumed.last_eval_metrics[key] == pytest.approx(whole.last_eval_metrics[key], rel=1e-6)
-
-
-# ---- Supervised fine-tuning ----
-
-
-SENTENCES = Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in TRAIN])
-
-
-def sft_trainer(output_dir, model, *, eval_dataset=SENTENCES, trainer_kwargs=None, **kwargs) -> PRMSFTTrainer:
-    return PRMSFTTrainer(
-        model,
-        PRMSFTConfig(**settings(output_dir, **kwargs)),
-        train_dataset=SENTENCES,
-        eval_dataset=eval_dataset,
-        processing_class=make_tokenizer(),
-        **(trainer_kwargs or {}),
-    )
-
-
-def sft_kl(model: nn.Module, ref_model: nn.Module, trainer) -> float:
-    """Mean KL over the completion tokens, from whole logits, row by row."""
-    total, tokens = 0.0, 0
-    for row in trainer.eval_dataset:
-        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
-        with torch.no_grad():
-            log_p = model(input_ids=ids).logits.log_softmax(-1)[0, :-1]
-            log_r = ref_model(input_ids=ids).logits.log_softmax(-1)[0, :-1]
-        mask = labels[1:] != -100
-        total += (log_p.exp() * (log_p - log_r)).sum(-1)[mask].sum().item()
-        tokens += mask.sum().item()
-    return total / tokens
-
-
-def test_sft_without_a_reference_measures_the_weights(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
-        trainer = sft_trainer(tmp_path, make_model())
-    assert "pass `ref_model`" in caplog.text
-    trainer.train()
-    assert trainer.last_eval_metrics["eval_drift/params_rel"] > 0
-    assert not {"eval_drift/kl", "eval_drift/logratio_abs"} & trainer.last_eval_metrics.keys()
-    assert MASK_KEYS <= trainer.state.log_history[0].keys()
-
-
-def test_sft_with_a_reference(tmp_path):
-    trainer = sft_trainer(tmp_path, make_model(), trainer_kwargs={"ref_model": make_model()})
-    trainer.train()
-    expected = sft_kl(trainer.model.eval(), make_model().eval(), trainer)
-    assert trainer.last_eval_metrics["eval_drift/kl"] == pytest.approx(expected, rel=1e-3)
-    assert trainer.last_eval_metrics["eval_drift/logratio_abs"] > 0
-
-
-def test_sft_with_lora_and_named_splits(tmp_path):
-    trainer = sft_trainer(
-        tmp_path,
-        make_model(),
-        eval_dataset={"a": SENTENCES, "b": SENTENCES.select(range(5))},
-        trainer_kwargs={"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"])},
-    )
-    trainer.train()
-    metrics = trainer.last_eval_metrics
-    assert metrics["eval_a_drift/kl"] > 0 and metrics["eval_b_drift/kl"] > 0 and metrics["eval_drift/params_rel"] > 0
-    assert "eval_a_entropy" in metrics and "eval_entropy" not in metrics
-
-
-@pytest.mark.parametrize("kind", ["full", "ref_model", "lora", "padding_free"])
-@pytest.mark.filterwarnings("ignore:.*(padding|packing).*")
-def test_sft_evaluation_takes_the_policys_passes_from_trl(tmp_path, kind):
-    model = make_model() if kind != "lora" else lora(make_model())
-    reference = make_model() if kind == "ref_model" else None
-    flat = {"padding_free": True, "max_length": None} if kind == "padding_free" else {}
-    trainer = sft_trainer(tmp_path, model, trainer_kwargs={"ref_model": reference}, **flat)
-    trainer.train()
-    policy = count_passes(model.get_base_model() if kind == "lora" else model)
-    of_reference = [] if reference is None else count_passes(reference)
-    trainer.evaluate()
-    # 14 rows in batches of 4: TRL's passes, with LoRA the reference's; and flattened rows are taken one by one
-    assert len(policy) == {"lora": 4 + 4, "padding_free": 4 + 14}.get(kind, 4)
-    assert len(of_reference) == (0 if reference is None else 4)
-    expected = trainer.evaluate_sequences(trainer.get_eval_dataloader())
-    for column in dataclasses.fields(SequenceEvaluation):
-        values = [getattr(table, column.name) for table in (trainer.sequence_evaluations["eval"], expected)]
-        assert (values[0] is None) == (values[1] is None)
-        if values[0] is not None:
-            torch.testing.assert_close(*values, rtol=1e-4, atol=2e-5)
-
-
-@pytest.mark.filterwarnings("ignore:.*(padding|packing).*")
-def test_sft_with_packing(tmp_path):
-    trainer = sft_trainer(
-        tmp_path, make_model(), packing=True, max_length=24, trainer_kwargs={"ref_model": make_model()}
-    )
-    trainer.train()
-    assert trainer.last_eval_metrics["eval_drift/kl"] > 0
-    assert "eval_drift/logratio_abs" not in trainer.last_eval_metrics
-
-
-def test_sft_explicit_optimizer_and_wrong_references(tmp_path):
-    model = make_model()
-    trainer = sft_trainer(
-        tmp_path, model, max_steps=1, trainer_kwargs={"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})}
-    )
-    trainer.train()
-    assert type(trainer.innermost_optimizer()) is torch.optim.SGD
-    with pytest.raises(ValueError, match="`ref_model` is `model` itself"):
-        sft_trainer(tmp_path, model, trainer_kwargs={"ref_model": model})
-    with pytest.raises(ValueError, match="`ref_model` only serves `drift_metrics`"):
-        sft_trainer(tmp_path, model, drift_metrics=False, trainer_kwargs={"ref_model": make_model()})
 
 
 # ---- Trainers that are not ours ----
