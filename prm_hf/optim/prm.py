@@ -13,10 +13,9 @@ from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiab
 
 from ..sharding import Locator, RowSpan
 from . import masks
-from .foreach import row_sums_of_squares
 from .parts import Part, hyperparameters, use_fused
 from .quantized import is_quantized, quantized_zeros, read, write
-from .statistics import COLUMNS, N_SUMS, add_rows, fill_per_row, fill_per_tensor, mask_summary, slice_table
+from .statistics import group_table, mask_summary, mean_masks
 from .step import LOW_PRECISION, ListStep, tensor_masks
 from .tables import Tables
 from .validation import check_held_in_parts, check_reduction, check_signal_beta, validate_group
@@ -426,7 +425,7 @@ class PRM(Optimizer):
         if self._locator.layout is not None:
             for group in self.param_groups:
                 check_held_in_parts(group["reduction"], group["state_dtype"], self._locator.layout.path)
-                if self._is_in_rows(group):
+                if self._tables.in_rows(group):
                     self._tables.check_rows(self._locator.numbers(group[_NUMBER]))
         if self._locator.flat:
             self._unshare_steps()
@@ -489,7 +488,7 @@ class PRM(Optimizer):
         """The tensors of a group that have a gradient, in slices that each lie in one original tensor."""
         hyper = hyperparameters(group)
         per_tensor = group["mask"] != "none" and group["reduction"] == "per_tensor"
-        in_rows = self._is_in_rows(group)
+        in_rows = self._tables.in_rows(group)
         if in_rows:
             hyper["reduction"] = masks.ROWS_IN_PARTS
         split = (per_tensor or in_rows) and self._locator.flat
@@ -524,38 +523,17 @@ class PRM(Optimizer):
                 spans, lists = self._locator.row_slices(p, tensors | {"grads": grad.contiguous()})
                 part.extend([span.tensor for span in spans], lists, state["step"])
                 part.spans += spans
-                part.tensors |= self._advancing(p, None, in_rows)
+                part.tensors |= self._tables.advancing(p, state, in_rows=True)
                 continue
             numbers, lists = self._locator.slices(p, tensors | {"grads": grad}, split)
             part.extend(numbers, lists, state["step"])
             if per_tensor and self._locator.layout is not None:
                 part.spans += [RowSpan(number, 0, 1) for number in numbers]
             if per_tensor:
-                part.tensors |= self._advancing(p, part.owners[-1] if part.owners else None)
+                part.tensors |= self._tables.advancing(p, state, part.owners[-1] if part.owners else None)
         for part in parts.values():
             part.fused = bool(part) and use_fused(group, part.lists)
         return list(parts.values())
-
-    def _is_in_rows(self, group: dict[str, Any]) -> bool:
-        """Whether a group's masks are of rows of tensors that are held in parts."""
-        return group["mask"] != "none" and group["reduction"] == "per_row" and self._locator.layout is not None
-
-    def _advancing(
-        self, p: Tensor, number: int | None, in_rows: bool = False
-    ) -> dict[int, tuple[int, Tensor, Tensor]]:
-        """By number of each original tensor that advances with `p`: elements, `grad_var`, `step`.
-
-        For `per_tensor`, and for rows in parts, of which `grad_var` has all of a tensor.
-        """
-        state = self.state[p]
-        if self._locator.layout is None:
-            return {number: (p.numel(), state["grad_var"], state["step"])}
-        members, numels = self._locator.members(p), self._locator.layout.numels
-        if not self._locator.flat:
-            return {n: (numels[n], state["grad_var"], state["step"]) for n in members}
-        tables = self._tables.variances
-        variances = tables["per_row"].split(self._locator.layout.rows) if in_rows else tables["per_tensor"].unbind()
-        return {n: (numels[n], variances[n], state["step"]) for n in members}
 
     def _init_state(self, p: Tensor, group: dict[str, Any], split: bool) -> dict[str, Tensor]:
         state = self.state[p]
@@ -611,7 +589,7 @@ class PRM(Optimizer):
             where every mask is `"none"`, the means are NaN.
         """
         self._locate()
-        tables = [self._group_stats(group) for group in self.param_groups]
+        tables = self._mask_tables()
         return [mask_summary([table]) for table in tables] if per_group else mask_summary(tables)
 
     @torch.no_grad()
@@ -622,9 +600,11 @@ class PRM(Optimizer):
         those that were never stepped are left out.
         """
         self._locate()
-        numel, q = COLUMNS.index("numel"), COLUMNS.index("q")
-        tables = [self._group_stats(group)[0] for group in self.param_groups]
-        return [(table[:, q] / table[:, numel].clamp(min=1)).tolist() if len(table) else [] for table in tables]
+        return [mean_masks(table) for table, _ in self._mask_tables()]
+
+    def _mask_tables(self) -> list[tuple[Tensor, bool]]:
+        groups = [(group, self._locator.local_tensors(group[_NUMBER], group["params"])) for group in self.param_groups]
+        return [group_table(group, params, self.state, self._locator, self._tables) for group, params in groups]
 
     def describe_sharding(self) -> str | None:
         """How many tensors are trained, with which masks, and how they are held; None before the first step.
@@ -641,72 +621,6 @@ class PRM(Optimizer):
             number = len({number for members in layout.members.values() for number in members})
             path = f"under {layout.path}"
         return f"{number} tensors with {' and '.join(reductions)} masks {path}"
-
-    def _group_stats(self, group: dict[str, Any]) -> tuple[Tensor, bool]:
-        """A row of `statistics.COLUMNS` for each trained tensor of a group, and whether the group is masked."""
-        hyper = hyperparameters(group)
-        masked = group["mask"] != "none"
-        per_tensor = masked and group["reduction"] == "per_tensor"
-        if self._locator.layout is None:  # whole tensors: this is all there is to a log of a step, so it is short
-            states = [state for state in map(self.state.get, group["params"]) if state]
-            if not states:
-                return torch.zeros(0, 0), masked
-            steps = [state["step"] for state in states]
-            table = slice_table(states, steps, hyper)
-            if per_tensor:
-                table = fill_per_tensor(table, [state["grad_var"] for state in states], steps, hyper)
-            return table, masked
-        in_rows = self._is_in_rows(group)
-        rows: list[tuple[list[RowSpan], list[Tensor]]] = []
-        numbers: list[int] = []
-        views: list[dict[str, Tensor]] = []
-        steps: list[Tensor] = []
-        tensors: dict[int, tuple[int, Tensor, Tensor]] = {}
-        for p in self._locator.local_tensors(group[_NUMBER], group["params"]):
-            state = self.state.get(p)
-            if not state:
-                continue
-            kept = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
-            if in_rows:
-                average = {"average": state["exp_avg_signal" if group["signal_beta"] is not None else "exp_avg"]}
-                spans, parts = self._locator.row_slices(p, average)
-                rows.append((spans, parts["average"]))
-                tensors |= self._advancing(p, None, in_rows)
-            elif masked and not per_tensor:
-                kept["grad_var"] = state["grad_var"]
-                if group["signal_beta"] is not None:
-                    kept["exp_avg_signal"] = state["exp_avg_signal"]
-            owners, lists = self._locator.slices(p, kept, split=True)
-            slices = [dict(zip(lists, views_of, strict=True)) for views_of in zip(*lists.values(), strict=True)]
-            if self._locator.flat:  # a row also for tensors of which this process holds nothing
-                members = self._locator.members(p)
-                slices += [{name: tensor.narrow(0, 0, 0) for name, tensor in kept.items()}] * len(members)
-                owners += members
-            numbers += owners
-            views += slices
-            steps += [state["step"]] * len(slices)
-            if per_tensor:
-                tensors |= self._advancing(p, numbers[-1])
-        if not numbers:
-            return torch.zeros(0, 0), masked
-        # Of rows in parts the masks come last, as of tensors
-        of_slices = hyper | {"reduction": "per_tensor"} if in_rows else hyper
-        table, numbers = add_rows(slice_table(views, steps, of_slices), numbers)
-        sums, lowest, highest = table[:, :N_SUMS].clone(), table[:, N_SUMS].clone(), table[:, N_SUMS + 1].clone()
-        self._locator.all_reduce(sums, numbers)
-        self._locator.all_reduce(lowest, numbers, torch.distributed.ReduceOp.MIN)
-        self._locator.all_reduce(highest, numbers, torch.distributed.ReduceOp.MAX)
-        table = torch.column_stack([sums, lowest, highest])
-        if per_tensor or in_rows:
-            _, grad_vars, steps = map(list, zip(*(tensors[number] for number in numbers), strict=True))
-        if per_tensor:
-            table = fill_per_tensor(table, grad_vars, steps, hyper)
-        elif in_rows:
-            device = grad_vars[0].device
-            sums = [(spans, row_sums_of_squares(xs).unsqueeze(1) if xs else None) for spans, xs in rows]
-            squares = self._tables.add_up(self._tables.units(numbers, in_rows), sums, 1, device).squeeze(1)
-            table = fill_per_row(table, squares, grad_vars, steps, hyper)
-        return table, masked
 
 
 def _state_dtype(param: Tensor) -> torch.dtype:

@@ -1,4 +1,7 @@
-"""What `PRM.get_mask_stats` reports: the mask of the last step, recomputed from the state, summed over tensors."""
+"""What `PRM.get_mask_stats` reports: the mask of the last step, recomputed from the state, summed over tensors.
+
+A group's table has a row of `COLUMNS` for each tensor; rows of slices that processes hold are added up.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..sharding import Locator, RowSpan
 from . import masks
-from .foreach import multi_row_mean_squares, row_mean_squares, sums_of_squares
+from .foreach import multi_row_mean_squares, row_mean_squares, row_sums_of_squares, sums_of_squares
+from .parts import hyperparameters
 from .quantized import flat_slice, is_quantized, read
 from .step import CPU_BLOCK, QUANTIZED_BLOCK, buckets, divide, mask_arguments, scalars_of
+from .tables import Tables
 
 
 # Sums over the scalar parameters of a tensor, then the extremes. For `per_tensor` q is only known of the whole tensor:
@@ -31,7 +37,85 @@ SUMMARY = (
 )
 
 
-def slice_table(slices: list[dict[str, Tensor]], steps: list[Tensor], hyper: dict[str, Any]) -> Tensor:
+def group_table(
+    group: dict[str, Any], params: list[Tensor], state: dict[Tensor, dict], locator: Locator, tables: Tables
+) -> tuple[Tensor, bool]:
+    """The table of a parameter group, and whether the group is masked. Collective where tensors are held in parts.
+
+    Args:
+        params: the local tensors that the group steps; those that were never stepped are left out.
+        state: the optimizer's.
+    """
+    hyper, masked = hyperparameters(group), group["mask"] != "none"
+    states = [(p, own) for p in params if (own := state.get(p))]
+    if not states:
+        return torch.zeros(0, 0), masked
+    if locator.layout is not None:
+        return _table_of_parts(group, states, locator, tables, hyper), masked
+    # This is all there is to a log of a step where tensors are whole, so it is short
+    whole = [own for _, own in states]
+    steps = [own["step"] for own in whole]
+    table = _slice_table(whole, steps, hyper)
+    if masked and group["reduction"] == "per_tensor":
+        table = _fill_per_tensor(table, [own["grad_var"] for own in whole], steps, hyper)
+    return table, masked
+
+
+def _table_of_parts(
+    group: dict[str, Any],
+    states: list[tuple[Tensor, dict[str, Tensor]]],
+    locator: Locator,
+    tables: Tables,
+    hyper: dict[str, Any],
+) -> Tensor:
+    in_rows, reduction = tables.in_rows(group), group["reduction"] if group["mask"] != "none" else None
+    names = ["exp_avg", "exp_avg_sq"] + ["grad_var"] * (reduction == "per_param")
+    average = "exp_avg" if group["signal_beta"] is None else "exp_avg_signal"
+    numbers: list[int] = []
+    slices: list[dict[str, Tensor]] = []
+    steps: list[Tensor] = []
+    rows: list[tuple[list[RowSpan], list[Tensor]]] = []
+    advancing: dict[int, tuple[int, Tensor, Tensor]] = {}
+    for p, own in states:
+        kept = {name: own[name] for name in names}
+        owners, lists = locator.slices(p, kept, split=True)
+        pieces = [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+        if locator.flat:  # a row also for tensors of which this process holds nothing
+            members = locator.members(p)
+            pieces += [{name: tensor.narrow(0, 0, 0) for name, tensor in kept.items()}] * len(members)
+            owners += members
+        numbers += owners
+        slices += pieces
+        steps += [own["step"]] * len(pieces)
+        if in_rows:
+            spans, averages = locator.row_slices(p, {"average": own[average]})
+            rows.append((spans, averages["average"]))
+        if in_rows or reduction == "per_tensor":
+            advancing |= tables.advancing(p, own, in_rows=in_rows)
+    # Of rows in parts the masks come last, as of tensors
+    of_slices = hyper | {"reduction": "per_tensor"} if in_rows else hyper
+    table, numbers = _add_rows(_slice_table(slices, steps, of_slices), numbers)
+    sums, lowest, highest = table[:, :N_SUMS].clone(), table[:, N_SUMS].clone(), table[:, N_SUMS + 1].clone()
+    locator.all_reduce(sums, numbers)
+    locator.all_reduce(lowest, numbers, torch.distributed.ReduceOp.MIN)
+    locator.all_reduce(highest, numbers, torch.distributed.ReduceOp.MAX)
+    table = torch.column_stack([sums, lowest, highest])
+    if not advancing:
+        return table
+    _, grad_vars, steps = map(list, zip(*(advancing[number] for number in numbers), strict=True))
+    if not in_rows:
+        return _fill_per_tensor(table, grad_vars, steps, hyper)
+    of_rows = [(spans, row_sums_of_squares(xs).unsqueeze(1) if xs else None) for spans, xs in rows]
+    squares = tables.add_up(tables.units(numbers, in_rows), of_rows, 1, grad_vars[0].device).squeeze(1)
+    return _fill_per_row(table, squares, grad_vars, steps, hyper)
+
+
+def mean_masks(table: Tensor) -> list[float]:
+    """The mean mask of each tensor of a table."""
+    return (table[:, _AT["q"]] / table[:, _AT["numel"]].clamp(min=1)).tolist() if len(table) else []
+
+
+def _slice_table(slices: list[dict[str, Tensor]], steps: list[Tensor], hyper: dict[str, Any]) -> Tensor:
     """The rows of slices of tensors, each with its `exp_avg`, `exp_avg_sq` and what the mask has of the rest.
 
     The rest is `grad_var`, unless masks are `per_tensor`, and `exp_avg_signal`.
@@ -132,14 +216,14 @@ def _masked_rows(slices: list[dict[str, Tensor]], steps: list[Tensor], hyper: di
             parts.append(torch.cat([sums, extremes]).view(len(_MASKED), -1))
     rows = torch.zeros(len(owners), len(COLUMNS), dtype=torch.float64)
     rows[:, [_AT[name] for name in _MASKED]] = _on_host(torch.cat(parts, dim=1).t())
-    rows = add_rows(rows, owners)[0]
+    rows = _add_rows(rows, owners)[0]
     if per_row:  # each stands for all parameters of its row
         lengths = [x["exp_avg"].numel() // x["grad_var"].numel() for x in slices]
         rows[:, :N_SUMS] *= torch.tensor(lengths, dtype=torch.float64).unsqueeze(1)
     return rows
 
 
-def add_rows(table: Tensor, numbers: list[int]) -> tuple[Tensor, list[int]]:
+def _add_rows(table: Tensor, numbers: list[int]) -> tuple[Tensor, list[int]]:
     """The rows that have the same number together, in the order of the numbers, and these."""
     unique, index = torch.tensor(numbers).unique(return_inverse=True)
     sums = table.new_zeros(len(unique), N_SUMS).index_add_(0, index, table[:, :N_SUMS])
@@ -148,7 +232,7 @@ def add_rows(table: Tensor, numbers: list[int]) -> tuple[Tensor, list[int]]:
     return torch.column_stack([sums, lowest, highest]), unique.tolist()
 
 
-def fill_per_tensor(table: Tensor, grad_vars: list[Tensor], steps: list[Tensor], hyper: dict[str, Any]) -> Tensor:
+def _fill_per_tensor(table: Tensor, grad_vars: list[Tensor], steps: list[Tensor], hyper: dict[str, Any]) -> Tensor:
     """Completes the rows of whole tensors for `reduction="per_tensor"`: the single q stands for all parameters."""
 
     def vector(scalars: list[Tensor]) -> Tensor:
@@ -165,7 +249,7 @@ def fill_per_tensor(table: Tensor, grad_vars: list[Tensor], steps: list[Tensor],
     return torch.stack([columns[name].to(table.dtype) for name in COLUMNS], dim=1)
 
 
-def fill_per_row(
+def _fill_per_row(
     table: Tensor, squares: Tensor, grad_vars: list[Tensor], steps: list[Tensor], hyper: dict[str, Any]
 ) -> Tensor:
     """Completes the rows of whole tensors for masks of rows in parts, from Σa² of each row of each tensor.

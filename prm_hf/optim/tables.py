@@ -7,6 +7,7 @@ has a table of all of them: 24 bytes a unit on every process, and an all-reduce 
 
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +88,30 @@ class Tables:
             mine = self._locator.numbers(group)
             begin, end = sum(units[: mine.start]), sum(units[: mine.stop])
             variances[begin:end] = table[begin:end].to(device)
+
+    def in_rows(self, group: dict[str, Any]) -> bool:
+        """Whether a group's masks are of rows of tensors that are held in parts."""
+        return group["mask"] != "none" and group["reduction"] == "per_row" and self._locator.layout is not None
+
+    def advancing(
+        self, p: Tensor, state: dict[str, Tensor], number: int | None = None, in_rows: bool = False
+    ) -> dict[int, tuple[int, Tensor, Tensor]]:
+        """By number of each original tensor that advances with local tensor `p`: elements, `grad_var`, `step`.
+
+        For `per_tensor`, and for rows in parts, of which `grad_var` has all of a tensor.
+
+        Args:
+            state: of `p`.
+            number: of `p` where it is a whole tensor, which only the caller counts.
+        """
+        if self._locator.layout is None:
+            return {number: (p.numel(), state["grad_var"], state["step"])}
+        members, numels = self._locator.members(p), self._locator.layout.numels
+        if not self._locator.flat:
+            return {n: (numels[n], state["grad_var"], state["step"]) for n in members}
+        rows = self._locator.layout.rows
+        variances = self.variances["per_row"].split(rows) if in_rows else self.variances["per_tensor"].unbind()
+        return {n: (numels[n], variances[n], state["step"]) for n in members}
 
     def decide(self, parts: list[Part], sums: list[Tensor | None]) -> list[Tensor | None]:
         """From the sums over slices of [`ListStep.moments`], of each part: q of each slice, or of each of its rows.

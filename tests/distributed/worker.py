@@ -109,7 +109,7 @@ class RecordingPRM(PRM):
                 )
 
     def _note_masks_of(self, plan):
-        in_rows = self._is_in_rows(self.param_groups[0])
+        in_rows = self._tables.in_rows(self.param_groups[0])
         for number, q in zip(plan.masks.numbers, plan.masks.q.split(plan.masks.counts), strict=True):
             if in_rows:
                 self.steps[-1]["row_q"][number] = dict(enumerate(q.tolist()))
@@ -123,7 +123,7 @@ class RecordingPRM(PRM):
         return (rows, -1) if rows > 1 else None
 
     def _elementwise_masks(self, group, p):
-        if group["reduction"] == "per_tensor" or self._is_in_rows(group) or p.numel() == 0:
+        if group["reduction"] == "per_tensor" or self._tables.in_rows(group) or p.numel() == 0:
             return None
         state = {name: _local(value).double() for name, value in self.state[p].items()}
         kept = state["exp_avg"], state["grad_var"], state.get("exp_avg_signal"), state["step"]
