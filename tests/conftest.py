@@ -1,5 +1,6 @@
 import os
 
+import pytest
 import torch
 
 
@@ -10,3 +11,10 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 # triton's own library is decorated then, and other libraries import it on the way.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    """For tests that run trainers: no bars, and nothing asked of a hub."""
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -9,9 +9,10 @@ from trl.trainer.utils import add_fused_lm_head
 from prm_hf.trainers.packing import add_packing, pack
 
 from .tiny import make_model
-from .trainer_runs import HELDOUT, TRAIN, dpo_trainer, evaluations, lora, quiet, weights  # noqa: F401
+from .trainer_runs import HELDOUT, TRAIN, dpo_trainer, evaluations, lora, weights
 
 
+pytestmark = pytest.mark.usefixtures("quiet")
 LENGTHS = [3, 17, 5, 5, 1, 9, 12, 2]
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1")
 

@@ -8,12 +8,13 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from prm_hf.metrics import (
-    SequenceEvaluation,
-)
+from prm_hf.metrics import SequenceEvaluation
 
 from .tiny import make_model
-from .trainer_runs import MASK_KEYS, SENTENCES, count_passes, lora, quiet, settings, sft_trainer  # noqa: F401
+from .trainer_runs import MASK_KEYS, SENTENCES, count_passes, lora, sft_trainer
+
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def sft_kl(model: nn.Module, ref_model: nn.Module, trainer) -> float:

@@ -6,14 +6,13 @@ import pytest
 from trl import DPOConfig, DPOTrainer
 
 from prm_hf.optim import PRM
-from prm_hf.trainers import (
-    PopulationRiskStopping,
-    PRMDPOConfig,
-    PRMDPOTrainer,
-)
+from prm_hf.trainers import PopulationRiskStopping, PRMDPOConfig, PRMDPOTrainer
 
 from .tiny import make_model, make_tokenizer
-from .trainer_runs import TRAIN, quiet, settings  # noqa: F401
+from .trainer_runs import TRAIN, settings
+
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 class Ratios(PRMDPOTrainer):

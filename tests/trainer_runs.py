@@ -1,17 +1,12 @@
 """Short runs of the trainers on a tiny model, which several files of tests share."""
 
-import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from prm_hf.trainers import (
-    PRMDPOConfig,
-    PRMDPOTrainer,
-    PRMSFTConfig,
-    PRMSFTTrainer,
-)
+from prm_hf.metrics import drift_metrics, reward_metrics
+from prm_hf.trainers import PRMDPOConfig, PRMDPOTrainer, PRMSFTConfig, PRMSFTTrainer
 
 from .tiny import make_model, make_tokenizer, preference_dataset
 
@@ -31,12 +26,6 @@ TRAIN = preference_dataset(14)
 HELDOUT = preference_dataset(7, seed=1, flipped=False)
 OTHER = preference_dataset(5, seed=2, flipped=False)
 SENTENCES = Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in TRAIN])
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch, tmp_path):
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def settings(output_dir, **kwargs) -> dict:
@@ -95,6 +84,11 @@ def weights(model: nn.Module) -> torch.Tensor:
 
 def evaluations(trainer) -> list[dict]:
     return [log for log in trainer.state.log_history if any(key.startswith("eval_") for key in log)]
+
+
+def expected_pair_metrics(trainer, dataset) -> dict[str, float]:
+    pairs = trainer.evaluate_pairs(dataset)
+    return {**reward_metrics(pairs, trainer.beta), **drift_metrics(pairs, trainer.beta)}
 
 
 def count_passes(model: nn.Module) -> list[int]:
