@@ -68,8 +68,8 @@ def _table_of_parts(
     tables: Tables,
     hyper: dict[str, Any],
 ) -> Tensor:
-    in_rows, reduction = tables.in_rows(group), group["reduction"] if group["mask"] != "none" else None
-    names = ["exp_avg", "exp_avg_sq"] + ["grad_var"] * (reduction == "per_param")
+    masked, reduction, in_rows = group["mask"] != "none", group["reduction"], tables.in_rows(group)
+    names = ["exp_avg", "exp_avg_sq"] + ["grad_var"] * (masked and reduction == "per_param")
     average = "exp_avg" if group["signal_beta"] is None else "exp_avg_signal"
     numbers: list[int] = []
     slices: list[dict[str, Tensor]] = []
@@ -90,7 +90,7 @@ def _table_of_parts(
         if in_rows:
             spans, averages = locator.row_slices(p, {"average": own[average]})
             rows.append((spans, averages["average"]))
-        if in_rows or reduction == "per_tensor":
+        if masked and reduction != "per_param":
             advancing |= tables.advancing(p, own, in_rows=in_rows)
     # Of rows in parts the masks come last, as of tensors
     of_slices = hyper | {"reduction": "per_tensor"} if in_rows else hyper
