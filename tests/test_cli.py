@@ -9,7 +9,7 @@ import pytest
 
 from prm_hf import cli
 
-from .test_compare import write_grid
+from .compared_runs import write_grid
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from prm_hf.optim import PRM, masks, plan  # noqa: E402
 from prm_hf.optim.parts import SETTINGS, hyperparameters  # noqa: E402
 from prm_hf.sharding import Layout, Piece  # noqa: E402
 
+from .optimizer_runs import COMBINATIONS, VARIANTS, assert_close, make_params, train  # noqa: E402
 from .reference_prm import ReferenceTensor  # noqa: E402
-from .test_optim import COMBINATIONS, VARIANTS, assert_close, make_params, train  # noqa: E402
 
 
 REDUCTIONS = masks.REDUCTIONS

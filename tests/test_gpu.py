@@ -12,7 +12,7 @@ from prm_hf.metrics import evaluation
 from prm_hf.optim import PRM, masks
 from prm_hf.trainers import PRMDPOConfig, PRMDPOTrainer
 
-from .test_optim import MEASURED, SHAPES, schedule
+from .optimizer_runs import MEASURED, SHAPES, schedule
 from .tiny import make_model, make_tokenizer, preference_dataset
 
 

@@ -11,7 +11,7 @@ import torch
 from prm_hf import PRM
 from prm_hf.compare import compare_runs
 
-from .test_compare import write_grid, write_run
+from .compared_runs import write_grid, write_run
 
 
 ROOT = Path(__file__).parents[1]

@@ -1,88 +1,29 @@
-"""The optimizer against an independent float64 reference, torch's AdamW, and the statistics it claims to estimate."""
+"""The optimizer's step against an independent float64 reference, torch's AdamW, and the statistics it claims to
+estimate."""
 
-import copy
 import itertools
-import pickle
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from prm_hf.optim import PRM, masks, prm, statistics, step
+from prm_hf.optim import PRM, masks, prm, step
 from prm_hf.optim.foreach import sums_of_squares
 from prm_hf.optim.parts import hyperparameters
 from prm_hf.optim.statistics import local_masks
 
+from .optimizer_runs import (
+    COMBINATIONS,
+    MEASURED,
+    SIGNAL,
+    VARIANTS,
+    assert_close,
+    make_params,
+    random_gradient,
+    schedule,
+    train,
+)
 from .reference_prm import ReferenceTensor
-
-
-SHAPES = [(7, 5), (), (0,), (13,), (3, 4, 2)]
-SKIPS_STEPS = 3  # position of the parameter that has no gradient in some steps
-EMPIRICAL = {"boundary": "empirical", "batch_size": 8, "n_dataset": 100}
-SIGNAL = {"reduction": "per_row", "estimator": "debiased", "signal_beta": 0.98}
-# How signal and noise are measured, and what goes with any other setting.
-MEASURED = [{"reduction": r, "estimator": e} for r, e in itertools.product(masks.REDUCTIONS, masks.ESTIMATORS)]
-MEASURED.append(SIGNAL)
-COMBINATIONS = [
-    {"mask": mask, **measured, **boundary}
-    for mask, measured, boundary in itertools.product(masks.MASKS, MEASURED, [{}, EMPIRICAL])
-]
-VARIANTS = {
-    "plain": {},
-    "amsgrad": {"amsgrad": True},
-    "coupled_weight_decay": {"decoupled_weight_decay": False},
-    "no_bias_correction": {"bias_correction": False},
-    "maximize": {"maximize": True},
-    "warmup": {"warmup_steps": 3},
-    "alpha": {"alpha": 0.05, "softness": 0.5},
-    "published_eps": {"mask_eps": 1e-8},
-    "betas_rho": {"betas": (0.0, 0.9), "rho": 0.5},
-}
-
-
-def schedule(t, steps=50):
-    """Warm-up, a plateau, a jump and a cosine: what a scheduler may do to lr."""
-    if t < 5:
-        return 1e-2 * (t + 1) / 5
-    return 1e-2 if t < 20 else 5e-3 * (1 + np.cos(np.pi * t / steps)) * (2 if t == 30 else 1)
-
-
-def random_gradient(shape, i, generator):
-    return torch.randn(shape, generator=generator) * 0.3 + 0.1 * (i + 1)
-
-
-def train(optimizer, params, steps=50, references=None, seed=1, start=0, before_step=None, **reference_settings):
-    generator = torch.Generator().manual_seed(seed)
-    for t in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = schedule(t)
-        for i, p in enumerate(params):
-            g = random_gradient(p.shape, i, generator).to(p.dtype)
-            p.grad = None if i == SKIPS_STEPS and t % 3 == 1 else g
-        if t < start:  # only draw: a resumed run sees the gradients of its own steps
-            continue
-        if before_step is not None:
-            before_step(t)
-        if references is not None:
-            for p, reference in zip(params, references, strict=True):
-                if p.grad is not None:
-                    reference.step(p.grad.double().numpy(), lr=schedule(t), **reference_settings)
-        optimizer.step()
-
-
-def make_params(dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in SHAPES]
-
-
-def assert_close(p, expected, tolerance):
-    expected = np.asarray(expected)
-    actual = p.detach().double().numpy()
-    assert actual.shape == expected.shape
-    if expected.size:
-        scale = max(np.abs(expected).max(), 1.0)  # the weights start at order one, some end near zero
-        assert np.abs(actual - expected).max() <= tolerance * scale, (actual, expected)
 
 
 @pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
@@ -373,78 +314,6 @@ def test_kappa():
         )
 
 
-@pytest.mark.parametrize("measured", MEASURED, ids=lambda m: "-".join(map(str, m.values())))
-def test_mask_stats_equal_the_reference(measured):
-    for mask in masks.MASKS:
-        settings = {"mask": mask, **measured}
-        params = make_params()
-        references = [ReferenceTensor(p.detach().numpy()) for p in params]
-        optimizer = PRM(params, **settings)
-        train(optimizer, params, references=references, steps=12, **settings)
-        stats = optimizer.get_mask_stats()
-        q, signal, noise = (
-            np.concatenate([getattr(r, name).ravel() for r in references]) for name in ("q", "signal", "noise")
-        )
-        expected = {
-            "mean_q": q.mean(),
-            "active_fraction": (q > 0).mean(),
-            "min_q": q.min(),
-            "max_q": q.max(),
-            "parameter_count": q.size,
-            "nonfinite_count": 0,
-        }
-        if mask != "none":
-            expected |= {
-                "noise_scale": noise.mean(),
-                "signal_sq": signal.mean(),
-                "snr": signal.mean() / noise.mean(),
-            }
-        for key, value in expected.items():
-            assert stats[key] == pytest.approx(value, rel=1e-5, abs=1e-12), key
-        expected_means = [r.q.mean() for r in references if r.q is not None and r.q.size]
-        means = [q for q, p in zip(optimizer.get_tensor_masks()[0], params, strict=True) if p.numel()]
-        assert means == pytest.approx(expected_means, rel=1e-5, abs=1e-12)
-        if mask == "none":
-            assert np.isnan([stats[key] for key in ("noise_scale", "signal_sq", "snr")]).all()
-
-
-class CountCalls(TorchDispatchMode):
-    """Counts what is called on tensors: on a device a launch each, or as many as the elements take."""
-
-    calls = 0
-    free = (torch.ops.aten.view.default, torch.ops.aten.promote_types.default)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.calls += function not in self.free
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("settings", [{"reduction": "per_tensor"}, {"reduction": "per_param"}, {"mask": "none"}])
-def test_mask_stats_of_many_tensors_take_no_more_calls(settings):
-    calls = []
-    for number in (3, 30):
-        params = [torch.ones(5, 3, requires_grad=True) for _ in range(number)]
-        optimizer = PRM(params, **settings)
-        for p in params:
-            p.grad = torch.ones(5, 3)
-        optimizer.step()
-        with CountCalls() as count:
-            assert optimizer.get_mask_stats()["parameter_count"] == 15 * number
-        calls.append(count.calls)
-    assert calls[0] == calls[1]
-
-
-def test_mask_stats_of_tensors_in_several_blocks_are_those_of_one(monkeypatch):
-    params = make_params()
-    optimizer = PRM(params)
-    train(optimizer, params, steps=12)  # one of them skips steps
-    whole, whole_masks = optimizer.get_mask_stats(), optimizer.get_tensor_masks()
-    for size in (5, 20):
-        monkeypatch.setattr(statistics, "CPU_BLOCK", size)
-        assert optimizer.get_mask_stats() == pytest.approx(whole, rel=1e-12)
-        assert optimizer.get_tensor_masks()[0] == pytest.approx(whole_masks[0], rel=1e-12)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_sums_of_squares_are_exact_whatever_the_shapes(dtype):
     generator = torch.Generator().manual_seed(0)
@@ -453,19 +322,6 @@ def test_sums_of_squares_are_exact_whatever_the_shapes(dtype):
     xs.append(xs[0].t())
     expected = torch.stack([x.double().square().sum() for x in xs])
     torch.testing.assert_close(sums_of_squares(xs), expected, rtol=1e-7, atol=0)
-
-
-def test_mask_stats_per_group_and_before_the_first_step():
-    params = make_params()
-    optimizer = PRM([{"params": params[:2], "mask": "none"}, {"params": params[2:]}], reduction="per_tensor")
-    empty = optimizer.get_mask_stats()
-    assert empty["parameter_count"] == 0 and np.isnan(empty["mean_q"])
-    train(optimizer, params, steps=3)
-    groups = optimizer.get_mask_stats(per_group=True)
-    assert [g["parameter_count"] for g in groups] == [36, 37]
-    assert groups[0]["mean_q"] == 1.0 and 0 < groups[1]["mean_q"] < 1
-    total = optimizer.get_mask_stats()
-    assert total["mean_q"] == pytest.approx((36 * 1 + 37 * groups[1]["mean_q"]) / 73)
 
 
 @pytest.mark.parametrize("reduction", masks.REDUCTIONS)
@@ -484,100 +340,6 @@ def test_nonfinite_gradients_follow_adamw_and_are_counted(bad, reduction):
     assert bool((poisoned >= ~torch.isfinite(theirs)).all())  # wherever AdamW shows it, PRM does
     assert optimizer.get_mask_stats()["nonfinite_count"] == 1
     assert torch.isfinite(other).all()  # and it stays in its tensor
-
-
-@pytest.mark.parametrize("state_dtype", ["float32", "bf16"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
-def test_resume_is_bit_exact(dtype, foreach, state_dtype):
-    for measured, amsgrad in itertools.product(MEASURED, [False, True]):
-        settings = {**measured, "amsgrad": amsgrad, "foreach": foreach, "state_dtype": state_dtype}
-        whole = make_params(dtype)
-        train(PRM(whole, **settings), whole, steps=12)
-
-        params = make_params(dtype)
-        optimizer = PRM(params, **settings)
-        train(optimizer, params, steps=7)
-        saved = copy.deepcopy(optimizer.state_dict())
-        resumed = [p.detach().clone().requires_grad_() for p in params]
-        fresh = PRM(resumed, **settings)
-        fresh.load_state_dict(saved)
-        for old, new in zip(params, resumed, strict=True):
-            for key, value in optimizer.state[old].items():
-                assert fresh.state[new][key].dtype == value.dtype and torch.equal(fresh.state[new][key], value)
-                assert fresh.state[new][key] is not value
-        train(fresh, resumed, steps=12, start=7)
-        for p, q in zip(whole, resumed, strict=True):
-            assert torch.equal(p, q)
-
-
-def test_old_checkpoints_without_newer_keys_load():
-    params = make_params()
-    optimizer = PRM(params, softness=0.5)
-    train(optimizer, params, steps=2)
-    saved = optimizer.state_dict()
-    for key in ("estimator", "signal_beta", "mask_eps", "alpha", "fused", "capturable"):
-        del saved["param_groups"][0][key]
-    for state in saved["state"].values():
-        state["step"] = float(state["step"])  # torch kept a number here once
-    fresh = PRM(params, estimator="debiased")
-    fresh.load_state_dict(saved)
-    assert fresh.param_groups[0]["softness"] == 0.5 and fresh.param_groups[0]["mask_eps"] is None
-    assert all(torch.is_tensor(state["step"]) for state in fresh.state.values())
-    train(fresh, params, steps=1)
-
-
-def test_checkpoint_of_the_other_reduction_is_refused():
-    params = make_params()
-    optimizer = PRM(params, reduction="per_param")
-    train(optimizer, params, steps=1)
-    with pytest.raises(ValueError, match=r"group 0 was trained with reduction='per_param'.*'per_tensor'"):
-        PRM(params, reduction="per_tensor").load_state_dict(optimizer.state_dict())
-    with pytest.raises(ValueError, match=r"group 0 was trained with reduction='per_param'.*'per_row'"):
-        PRM(params, reduction="per_row").load_state_dict(optimizer.state_dict())
-
-
-def test_checkpoint_with_and_without_a_signal_average_are_told_apart():
-    params = make_params()
-    for theirs, ours in ((None, 0.98), (0.98, None)):
-        optimizer = PRM(params, **{**SIGNAL, "signal_beta": theirs})
-        train(optimizer, params, steps=1)
-        other = PRM(params, **{**SIGNAL, "signal_beta": ours})
-        with pytest.raises(ValueError, match=rf"signal_beta={theirs}, .*signal_beta={ours}: .*`exp_avg_signal`"):
-            other.load_state_dict(optimizer.state_dict())
-        optimizer.param_groups[0]["signal_beta"] = ours
-        with pytest.raises(ValueError, match=rf"signal_beta={ours}, .*signal_beta={theirs}: .*`exp_avg_signal`"):
-            optimizer.step()
-
-
-def test_an_optimizer_pickled_before_a_setting_was_there_goes_on():
-    params = make_params()
-    optimizer = PRM(params)
-    train(optimizer, params, steps=2)
-    for settings in (optimizer.defaults, *optimizer.param_groups):
-        del settings["signal_beta"]
-    old = pickle.loads(pickle.dumps(optimizer))
-    copies = old.param_groups[0]["params"]
-    train(old, copies, steps=2)
-    assert old.param_groups[0]["signal_beta"] is None and old.state[copies[0]]["step"] == 4
-
-
-@pytest.mark.parametrize("measured", [{"reduction": "per_tensor"}, SIGNAL], ids=["per_tensor", "signal"])
-def test_pickle_deepcopy_and_added_groups(measured):
-    params = make_params()
-    optimizer = PRM(params[:3], **measured)
-    optimizer.add_param_group({"params": params[3:], "mask": "none", "lr": 1e-4})
-    train(optimizer, params, steps=4)
-    for clone in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
-        assert clone.get_mask_stats() == optimizer.get_mask_stats()
-        copies = [p for group in clone.param_groups for p in group["params"]]
-        train(clone, copies, steps=3, seed=5)
-        mine = [p.detach().clone().requires_grad_() for p in params]
-        again = PRM([{"params": mine[:3]}, {"params": mine[3:], "mask": "none"}], **measured)
-        again.load_state_dict(optimizer.state_dict())
-        train(again, mine, steps=3, seed=5)
-        for p, q in zip(copies, mine, strict=True):
-            assert torch.equal(p, q)
 
 
 def test_lr_schedulers_and_closure():

@@ -10,8 +10,8 @@ import torch
 from prm_hf.optim import PRM, masks
 from prm_hf.optim.validation import check_held_in_parts
 
+from .optimizer_runs import MEASURED, SKIPS_STEPS, assert_close, make_params, random_gradient, schedule, train
 from .reference_prm import ReferenceTensor
-from .test_optim import MEASURED, SKIPS_STEPS, assert_close, make_params, random_gradient, schedule, train
 
 
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
