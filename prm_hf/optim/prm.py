@@ -527,10 +527,11 @@ class PRM(Optimizer):
                 continue
             numbers, lists = self._locator.slices(p, tensors | {"grads": grad}, split)
             part.extend(numbers, lists, state["step"])
-            if per_tensor and self._locator.layout is not None:
+            if per_tensor and self._locator.layout is None:
+                part.tensors[part.owners[-1]] = (p.numel(), state["grad_var"], state["step"])
+            elif per_tensor:
                 part.spans += [RowSpan(number, 0, 1) for number in numbers]
-            if per_tensor:
-                part.tensors |= self._tables.advancing(p, state, part.owners[-1] if part.owners else None)
+                part.tensors |= self._tables.advancing(p, state, in_rows=False)
         for part in parts.values():
             part.fused = bool(part) and use_fused(group, part.lists)
         return list(parts.values())

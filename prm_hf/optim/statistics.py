@@ -91,7 +91,7 @@ def _table_of_parts(
             spans, averages = locator.row_slices(p, {"average": own[average]})
             rows.append((spans, averages["average"]))
         if masked and reduction != "per_param":
-            advancing |= tables.advancing(p, own, in_rows=in_rows)
+            advancing |= tables.advancing(p, own, in_rows)
     # Of rows in parts the masks come last, as of tensors
     of_slices = hyper | {"reduction": "per_tensor"} if in_rows else hyper
     table, numbers = _add_rows(_slice_table(slices, steps, of_slices), numbers)

@@ -93,19 +93,11 @@ class Tables:
         """Whether a group's masks are of rows of tensors that are held in parts."""
         return group["mask"] != "none" and group["reduction"] == "per_row" and self._locator.layout is not None
 
-    def advancing(
-        self, p: Tensor, state: dict[str, Tensor], number: int | None = None, in_rows: bool = False
-    ) -> dict[int, tuple[int, Tensor, Tensor]]:
+    def advancing(self, p: Tensor, state: dict[str, Tensor], in_rows: bool) -> dict[int, tuple[int, Tensor, Tensor]]:
         """By number of each original tensor that advances with local tensor `p`: elements, `grad_var`, `step`.
 
-        For `per_tensor`, and for rows in parts, of which `grad_var` has all of a tensor.
-
-        Args:
-            state: of `p`.
-            number: of `p` where it is a whole tensor, which only the caller counts.
+        For `per_tensor`, and for rows, of which `grad_var` has all of a tensor. `state` is that of `p`.
         """
-        if self._locator.layout is None:
-            return {number: (p.numel(), state["grad_var"], state["step"])}
         members, numels = self._locator.members(p), self._locator.layout.numels
         if not self._locator.flat:
             return {n: (numels[n], state["grad_var"], state["step"]) for n in members}
