@@ -9,31 +9,9 @@ on another machine that has the folder, and on another number of GPUs. The outpu
 `worker<i>.log` in the working folder. Without a GPU there is one process.
 """
 
-import contextlib
-import os
-import subprocess
 import sys
-from pathlib import Path
 
-import torch
-
-
-def main(arguments: list[str]) -> int:
-    """Returns the first exit code of a worker that is not 0, a failure before being out of time."""
-    if not arguments or not Path(arguments[0]).is_file():
-        raise ValueError(f"The first argument must be a recipe, as recipes/dpo_noisy.py, got {arguments[:1]}.")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    with contextlib.ExitStack() as stack:
-        workers = []
-        for number, device in enumerate(devices or [""]):
-            log = stack.enter_context(open(f"worker{number}.log", "w", encoding="utf-8")) if number else None
-            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": device}
-            worker = subprocess.Popen([sys.executable, *arguments], env=environment, stdout=log, stderr=log)
-            stack.callback(worker.terminate)  # no effect on one that has ended
-            workers.append(worker)
-        codes = [worker.wait() for worker in workers]
-    return min((code for code in codes if code), key=lambda code: code == 75, default=0)
+from prm_hf.experiments.sweep import main
 
 
 if __name__ == "__main__":

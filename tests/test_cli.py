@@ -9,7 +9,7 @@ import pytest
 
 from prm_hf import cli
 
-from .compared_runs import write_grid
+from .compare.compared_runs import write_grid
 
 
 @pytest.mark.parametrize(

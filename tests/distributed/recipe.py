@@ -1,15 +1,13 @@
-"""A recipe under `accelerate launch` on a CPU: `-m tests.distributed.recipe dpo_noisy <its arguments>`."""
+"""A recipe under `accelerate launch` on a CPU: `-m tests.distributed.recipe dpo <its arguments>`."""
 
 import importlib
 import sys
-from pathlib import Path
 
 from .worker import prepare_cpu
 
 
 def main(name: str, arguments: list[str]) -> None:
-    sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-    recipe = importlib.import_module(name)
+    recipe = importlib.import_module(f"prm_hf.experiments.{name}")
     trainer_name = next(key for key in ("PRMDPOTrainer", "PRMSFTTrainer") if hasattr(recipe, key))
 
     class CPUTrainer(getattr(recipe, trainer_name)):

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..reference_prm import ReferenceTensor
+from ..optim.reference_prm import ReferenceTensor
 
 
 def assemble(ranks: list[dict], step: int, field: str) -> dict[int, torch.Tensor]:

@@ -20,12 +20,12 @@ RUNS = ["--methods", "adamw", *MASKED, *RATE]
 PACKED = ("ddp", "fsdp2", "zero3")  # paths on which DPO runs without padding, with the numbers of one process with it
 # By recipe, metrics that are means over many tokens, and shares, in which one decision may tip over
 MEANS = {
-    "dpo_noisy": ["drift/kl", "drift/reward_abs", "drift/logratio_abs", "drift/params_rel", "mask/mean_q"],
-    "sft_noisy": ["drift/kl", "drift/logratio_abs", "drift/params_rel", "memorization/corrupted_loss", "mask/mean_q"],
+    "dpo": ["drift/kl", "drift/reward_abs", "drift/logratio_abs", "drift/params_rel", "mask/mean_q"],
+    "sft": ["drift/kl", "drift/logratio_abs", "drift/params_rel", "memorization/corrupted_loss", "mask/mean_q"],
 }
 SHARES = {
-    "dpo_noisy": ["rewards/accuracies", "memorization/flipped_fit", "memorization/clean_fit"],
-    "sft_noisy": ["token_accuracy", "memorization/corrupted_fit", "memorization/clean_fit"],
+    "dpo": ["rewards/accuracies", "memorization/flipped_fit", "memorization/clean_fit"],
+    "sft": ["token_accuracy", "memorization/corrupted_fit", "memorization/clean_fit"],
 }
 
 
@@ -37,7 +37,7 @@ def launch(recipe: str, path: str, folder: Path) -> dict[str, dict[str, float]]:
     """The metrics of the masked methods."""
     build_demo()  # trains its model when it is first asked for, on one process sooner than on two
     log = folder.with_suffix(".log")
-    more = ["--padding_free", "true"] if recipe == "dpo_noisy" and path in PACKED else []
+    more = ["--padding_free", "true"] if recipe == "dpo" and path in PACKED else []
     module = ["tests.distributed.recipe", recipe, "--output_dir", str(folder), *SHORT, *RUNS, *more]
     accelerate_launch(path, module, log, PATHS[path], timeout=600)
     assert len(list(folder.glob("*/metrics.json"))) == 3  # one run after the other in the same processes

@@ -1,0 +1,378 @@
+"""Masks under data parallelism: do they agree with one GPU, and what does a step cost beside AdamW's?
+
+On one GPU, which takes the two GPUs' halves of a batch one after the other, then on two under each way of sharding,
+from the repository's root:
+
+    launch="accelerate launch --config_file accelerate_configs"
+    halves="--num_processes 1 benchmarks/sharded.py --gradient_accumulation_steps 2"
+    $launch/single.yaml $halves --output single.json
+    for path in ddp fsdp2 zero2; do
+        $launch/$path.yaml benchmarks/sharded.py --reference single.json --output $path.json
+    done
+    $launch/zero3.yaml $halves --output zero3_1.json
+    $launch/zero3.yaml benchmarks/sharded.py --reference zero3_1.json --output zero3.json
+
+The reference has to round as the path does, and DeepSpeed's stage 3 has linear layers of its own. So with `--precision
+bf16` the reference of each path but `ddp` is the same path on one GPU. The model is a Qwen2 of random weights, by
+default of the size of Qwen2.5-0.5B, the batches are random tokens: nothing is downloaded. Each run prints, and writes,
+one JSON object:
+
+- `agreement`: of `steps` training steps. `mask_replay` is the largest relative difference between the masks that were
+  used and those of PRM on whole tensors in one process, fed with the gradients that the processes saw; `weight_replay`
+  the largest difference of a weight. In these two is all that sharding could do wrong; with `--reduction per_row`, of
+  whose masks PRM tells nothing, in the second. `mask_reference` is, step by step, the largest relative difference to
+  the masks of the `--reference` run. Two halves add up to the same gradient on one GPU and on two, bit for bit where
+  kernels are deterministic, as they are made to be here; but not the norm for `--max_grad_norm`, which each path adds
+  up in another order.
+- `optimizer_step_ms`: median time of the optimizer's step under this wrapper (under DeepSpeed of the engine's, which
+  clips and gathers parameters too), by optimizer; `relative_to_adamw` the ratio; `train_step_ms` of the whole step.
+"""
+
+import argparse
+import contextlib
+import gc
+import itertools
+import json
+import os
+import statistics
+import time
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, set_seed
+from torch.distributed.tensor import DTensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from prm_hf import PRM
+from prm_hf.optim.masks import n_rows
+
+
+LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.1
+ROWS = {"reduction": "per_row", "estimator": "debiased", "signal_beta": 0.98}
+OPTIMIZERS = {
+    "adamw": (torch.optim.AdamW, {}),
+    "adamw_fused": (torch.optim.AdamW, {"fused": True}),
+    "prm_per_tensor": (PRM, {"reduction": "per_tensor"}),
+    "prm_debiased": (PRM, {"reduction": "per_tensor", "estimator": "debiased"}),
+    "prm_per_param": (PRM, {"reduction": "per_param"}),
+    "prm_per_row": (PRM, ROWS),
+}
+
+
+class RecordingPRM(PRM):
+    """PRM that keeps what each step saw, as slices of the original tensors, and of tensors the masks it decided on."""
+
+    def start_record(self) -> None:
+        self.masks: dict[int, float] = {}
+        self.slices: list[tuple[int, int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def _parts(self, group):
+        parts = super()._parts(group)
+        for part in parts:
+            first = self._locator.numbers(group["prm_group"]).start
+            part.numbers = [first + i for i in part.owners] if self._locator.layout is None else part.owners
+        return parts
+
+    def _tensor_masks(self, parts, sums):
+        qs = super()._tensor_masks(parts, sums)
+        for part, q in zip(parts, qs, strict=True):
+            if q is not None and not part.in_rows:
+                self.masks |= dict(zip(part.numbers, q.tolist(), strict=True))
+        return qs
+
+    def _step(self):
+        stepped = [
+            (group, i, p, _whole(p.grad).detach().clone().flatten(), _whole(p).detach().clone().flatten())
+            for group in self.param_groups
+            for i, p in enumerate(group["params"])
+            if p.grad is not None
+        ]
+        super()._step()
+        if self.defaults["reduction"] == "per_tensor":
+            self._note_masks()
+        for group, i, p, grad, before in stepped:
+            after = _whole(p).detach().clone().flatten()
+            if self._locator.flat:
+                for piece in self._locator.layout.pieces[id(p)]:
+                    part = slice(piece.start, piece.start + piece.length)
+                    self.slices.append((piece.tensor, piece.offset, grad[part], before[part], after[part]))
+            else:
+                self.slices.append((self._locator.numbers(group["prm_group"])[i], 0, grad, before, after))
+
+    def _note_masks(self):
+        for plan in self._plans.values():  # which take steps without `_tensor_masks`
+            if plan.masks is not None and plan.masks.q is not None:
+                self.masks |= dict(zip(plan.masks.numbers, plan.masks.q.tolist(), strict=True))
+        if self._locator.layout is None:  # the kernel decides on the masks of whole tensors by itself
+            self.masks = dict(enumerate(itertools.chain(*self.get_tensor_masks())))
+
+    def whole_tensors(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Gradient and weights before and after the last step of each tensor, put together, in rows. Collective."""
+        n_tensors = sum(len(self._locator.numbers(group)) for group in range(len(self.param_groups)))
+        sizes = [0] * n_tensors
+        for number, offset, grad, *_ in self.slices:
+            sizes[number] = max(sizes[number], offset + len(grad))
+        device = self.slices[0][2].device
+        if self._locator.flat:
+            table = torch.tensor(sizes, device=device)
+            torch.distributed.all_reduce(table, torch.distributed.ReduceOp.MAX)
+            sizes = table.tolist()
+        tensors = [tuple(torch.zeros(size, device=device) for _ in range(3)) for size in sizes]
+        for number, offset, *slices in self.slices:
+            for whole, part in zip(tensors[number], slices, strict=True):
+                whole[offset : offset + len(part)] = part.float()
+        if self._locator.flat:
+            for whole in (x for triple in tensors for x in triple):
+                torch.distributed.all_reduce(whole)
+        if self._locator.layout is None:
+            rows = [n_rows(p) for group in self.param_groups for p in group["params"]]
+        else:
+            rows = self._locator.layout.rows
+        return [tuple(x.view(n, -1) if n > 1 else x for x in xs) for n, xs in zip(rows, tensors, strict=True)]
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    accelerator = Accelerator(mixed_precision="bf16" if args.precision == "bf16" else "no")
+    if args.batch_size % (accelerator.num_processes * args.gradient_accumulation_steps):
+        raise ValueError(
+            f"`--batch_size {args.batch_size}` cannot be shared evenly by {accelerator.num_processes} processes in "
+            f"`--gradient_accumulation_steps {args.gradient_accumulation_steps}`."
+        )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": share_of(args, accelerator),
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "gradient_clipping": args.max_grad_norm,
+        }
+    return accelerator
+
+
+def build(args: argparse.Namespace, accelerator: Accelerator, optimizer_class: type, settings: dict) -> tuple:
+    """The wrapped model, the wrapped optimizer, and the optimizer inside."""
+    set_seed(0)
+    config = Qwen2Config(
+        vocab_size=args.vocab_size,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.intermediate_size,
+        num_hidden_layers=args.num_layers,
+        num_attention_heads=args.num_heads,
+        num_key_value_heads=args.num_key_value_heads,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    with accelerator.device:  # where random weights are made sooner
+        model = Qwen2ForCausalLM(config)
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decay, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = optimizer_class(groups, lr=LEARNING_RATE, **settings)
+    return *accelerator.prepare(model, optimizer), optimizer
+
+
+def share_of(args: argparse.Namespace, accelerator: Accelerator) -> int:
+    """Sequences of one forward pass of one process."""
+    return args.batch_size // (accelerator.num_processes * args.gradient_accumulation_steps)
+
+
+def train_step(
+    args: argparse.Namespace, accelerator: Accelerator, model, optimizer, batch: list[torch.Tensor]
+) -> float:
+    """One training step on the accumulated gradients of a batch in parts; returns the optimizer's milliseconds."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        for tokens in batch:
+            model.backward(model(input_ids=tokens, labels=tokens).loss)
+            begin = now()
+            model.step()  # does nothing until the last part
+        return now() - begin
+    for i, tokens in enumerate(batch):
+        last = i == len(batch) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            accelerator.backward(model(input_ids=tokens, labels=tokens).loss / len(batch))
+    if args.max_grad_norm:
+        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    begin = now()
+    optimizer.step()
+    milliseconds = now() - begin
+    optimizer.zero_grad()
+    return milliseconds
+
+
+def now() -> float:
+    """Milliseconds, when the device has done all it was asked to."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return 1e3 * time.perf_counter()
+
+
+def batches(args: argparse.Namespace, accelerator: Accelerator, steps: int):
+    """The same global batches whatever the number of processes, of this one's share the parts."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        tokens = torch.randint(args.vocab_size, (args.batch_size, args.length), generator=generator)
+        mine = tokens.chunk(accelerator.num_processes)[accelerator.process_index].to(accelerator.device)
+        yield mine.split(share_of(args, accelerator))
+
+
+def measure_agreement(args: argparse.Namespace, accelerator: Accelerator) -> dict:
+    in_rows = args.reduction == "per_row"
+    settings = ROWS if in_rows else {"reduction": "per_tensor", "rho": 0.9}
+    model, wrapped, prm = build(args, accelerator, RecordingPRM, settings)
+    prm.start_record()
+    replayed, masks, mask_difference, weight_difference = None, [], 0.0, 0.0
+    for batch in batches(args, accelerator, args.steps):
+        prm.start_record()
+        train_step(args, accelerator, model, wrapped, batch)
+        tensors = prm.whole_tensors()
+        decided = [] if in_rows else _all_masks(accelerator, prm)
+        if replayed is None:
+            groups = [{"params": [], "weight_decay": g["weight_decay"]} for g in prm._created]
+            for number, group in enumerate(groups):
+                group["params"] = [before.clone().requires_grad_() for _, before, _ in _of(prm, number, tensors)]
+            replayed = RecordingPRM(groups, lr=LEARNING_RATE, **settings)
+        params = [p for group in replayed.param_groups for p in group["params"]]
+        for p, (gradient, _, _) in zip(params, tensors, strict=True):
+            p.grad = gradient
+        replayed.start_record()
+        replayed.step()
+        if not in_rows:
+            expected = [replayed.masks[number] for number in range(len(params))]
+            mask_difference = max(mask_difference, _relative(decided, expected))
+        masks.append(decided)
+        for p, (_, _, after) in zip(params, tensors, strict=True):
+            weight_difference = max(weight_difference, (p.detach() - after).abs().max().item())
+    result = {
+        "steps": args.steps,
+        "path": prm.describe_sharding(),
+        "parameters": sum(p.numel() for p in params),
+        "mask_replay": None if in_rows else mask_difference,
+        "weight_replay": weight_difference,
+    }
+    if args.reference:
+        with open(args.reference, encoding="utf-8") as file:
+            reference = json.load(file)
+        if reference["model"] != model_of(args, accelerator) or len(reference["masks"]) < args.steps:
+            raise ValueError(
+                f"`--reference {args.reference}` is of another model, of fewer steps or of forward passes of another "
+                f"size: write it with {model_of(args, accelerator)}."
+            )
+        result["mask_reference"] = [_relative(a, b) for a, b in zip(masks, reference["masks"], strict=False)]
+    return {"agreement": result, "masks": masks}
+
+
+def _of(prm: RecordingPRM, group: int, tensors: list) -> list:
+    numbers = prm._locator.numbers(group)
+    return tensors[numbers.start : numbers.stop]
+
+
+def _all_masks(accelerator: Accelerator, prm: RecordingPRM) -> list[float]:
+    """By number of each tensor; a process knows those of the tensors that it holds something of."""
+    masks = dict(prm.masks)
+    if accelerator.num_processes > 1:
+        found = [None] * accelerator.num_processes
+        torch.distributed.all_gather_object(found, prm.masks)
+        for other in found:
+            for number, q in other.items():
+                if masks.setdefault(number, q) != q:
+                    raise RuntimeError(f"The processes disagree on the mask of tensor {number}.")
+    return [masks[number] for number in range(len(masks))]
+
+
+def _relative(values: list[float], expected: list[float]) -> float:
+    return max(abs(a - b) / abs(b) if a != b else 0.0 for a, b in zip(values, expected, strict=True))
+
+
+def measure_time(args: argparse.Namespace, accelerator: Accelerator) -> dict:
+    optimizer_ms, train_ms = {}, {}
+    for name in args.optimizers:
+        with released_memory(accelerator):
+            model, wrapped, _ = build(args, accelerator, *OPTIMIZERS[name])
+            times, wholes = [], []
+            for batch in batches(args, accelerator, args.warmup + args.timed_steps):
+                begin = now()
+                times.append(train_step(args, accelerator, model, wrapped, batch))
+                wholes.append(now() - begin)
+            optimizer_ms[name] = round(statistics.median(times[args.warmup :]), 3)
+            train_ms[name] = round(statistics.median(wholes[args.warmup :]), 3)
+            del model, wrapped
+    result = {"optimizer_step_ms": optimizer_ms, "train_step_ms": train_ms}
+    if "adamw" in optimizer_ms:
+        result["relative_to_adamw"] = {k: round(v / optimizer_ms["adamw"], 3) for k, v in optimizer_ms.items()}
+    return result
+
+
+@contextlib.contextmanager
+def released_memory(accelerator: Accelerator):
+    yield
+    accelerator.free_memory()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def model_of(args: argparse.Namespace, accelerator: Accelerator) -> dict:
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_key_value_heads")
+    settings = {name: getattr(args, name) for name in (*names, "batch_size", "length", "precision")}
+    return settings | {"sequences_a_pass": share_of(args, accelerator)}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--vocab_size", type=int, default=151936)
+    parser.add_argument("--hidden_size", type=int, default=896)
+    parser.add_argument("--intermediate_size", type=int, default=4864)
+    parser.add_argument("--num_layers", type=int, default=24)
+    parser.add_argument("--num_heads", type=int, default=14)
+    parser.add_argument("--num_key_value_heads", type=int, default=2)
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences in a global batch")
+    parser.add_argument("--gradient_accumulation_steps", type=int, default=1, help="forward passes a step and process")
+    parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
+    parser.add_argument("--max_grad_norm", type=float, default=0.0, help="0 for no clipping: see above")
+    parser.add_argument("--reduction", choices=("per_tensor", "per_row"), default="per_tensor", help="agreement of")
+    parser.add_argument("--steps", type=int, default=5, help="steps of which masks are compared; 0 for none")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before the timed ones")
+    parser.add_argument("--timed_steps", type=int, default=20)
+    parser.add_argument("--optimizers", nargs="*", choices=OPTIMIZERS, default=list(OPTIMIZERS), help="to be timed")
+    parser.add_argument("--reference", help="output of a run on one GPU, to compare the masks with")
+    parser.add_argument("--output", help="JSON file to write")
+    args = parser.parse_args(arguments)
+    if args.reference and args.reduction == "per_row":
+        parser.error("--reference compares the masks of tensors: leave it out with --reduction per_row")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to be deterministic
+    accelerator = make_accelerator(args)
+    result = {
+        "distributed_type": accelerator.distributed_type.value,
+        "processes": accelerator.num_processes,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "model": model_of(args, accelerator),
+    }
+    masks = None
+    if args.steps:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        with released_memory(accelerator):
+            measured = measure_agreement(args, accelerator)
+        torch.use_deterministic_algorithms(False)
+        result["agreement"], masks = measured["agreement"], measured["masks"]
+    if args.optimizers:
+        result |= measure_time(args, accelerator)
+    if accelerator.is_main_process:
+        print(json.dumps(result, indent=2))
+        if args.output:
+            with open(args.output, "w", encoding="utf-8") as file:
+                json.dump(result | {"masks": masks}, file)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,342 @@
+"""The randomization tests: can a model fit pure noise, how long does it take, and what does PRM change?
+
+A small ViT and a small ResNet on scikit-learn's digits, SFT and DPO on the built-in task, each on true labels and on
+the five corruptions of Zhang et al. (2017, arXiv 1611.03530), with AdamW and PRM, until the training rows are fitted:
+
+    pip install -c constraints.txt -e ".[report,vision]"
+    python recipes/randomization.py
+
+On two CPU cores it takes minutes. `--models`, `--kinds`, `--methods` and `--seeds` choose among the runs; those that
+are finished are not repeated, and those of one model and kind are also a comparison of their own:
+`prm-hf compare runs/randomization/vit/partial_labels`.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, disable_progress_bars
+from tqdm.auto import tqdm
+from transformers import (
+    AutoTokenizer,
+    HfArgumentParser,
+    PrinterCallback,
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.utils import logging as transformers_logging
+
+from .. import PRM, PRMDPOConfig, PRMDPOTrainer, PRMSFTConfig, PRMSFTTrainer
+from ..noise import corrupt
+from ..noise.corrupt import KINDS
+from ..trainers import MemorizationCallback
+from .controls import OPTIMIZERS
+from .randomization_report import FITTED, HELDOUT_FIT, TRAIN_FIT, report, steps_to
+from .run_folder import RunSpec, find_run, history, make_run
+
+
+CLASSES = 10
+METHODS = ("adamw", "prm_per_tensor", "prm_per_param", "prm_debiased", "prm_debiased_per_param")
+
+
+@dataclass(frozen=True)
+class Model:
+    """How a model is trained, and on how many rows.
+
+    Each method has a learning rate of its own, since at one for all the mask alone would make PRM slower: of three
+    (AdamW 1e-3, 3e-3, 1e-2, PRM 3e-3, 1e-2, 3e-2) the one at which it had learnt all random labels by heart in the
+    fewest steps, under seed 1.
+    """
+
+    learning_rates: dict[str, float]
+    max_steps: int
+    batch_size: int
+    rows: int
+    heldout_rows: int
+
+
+def rates(*values: float) -> dict[str, float]:
+    return dict(zip(METHODS, values, strict=True))
+
+
+MODELS = {
+    "vit": Model(rates(3e-3, 3e-2, 3e-2, 1e-2, 3e-3), 400, 32, 128, 256),
+    "resnet": Model(rates(3e-3, 3e-2, 1e-2, 3e-2, 3e-3), 320, 32, 256, 256),
+    "sft": Model(rates(3e-3, 3e-2, 3e-2, 1e-2, 1e-2), 400, 16, 48, 128),
+    "dpo": Model(rates(3e-3, 3e-2, 3e-2, 3e-2, 1e-2), 240, 16, 100, 192),
+}
+TRAINING = {
+    "eval_steps": 8,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 16,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+}
+
+
+@dataclass
+class Arguments:
+    """Which runs to make."""
+
+    output_dir: str = field(default="runs/randomization", metadata={"help": "Folder of the runs and the report."})
+    models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": f"Among {', '.join(MODELS)}."})
+    kinds: list[str] = field(default_factory=lambda: list(KINDS), metadata={"help": f"Among {', '.join(KINDS)}."})
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS), metadata={"help": f"Among {', '.join(METHODS)}."}
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "Seeds of noise, weights and order of the data."}
+    )
+    noise_rate: float = field(default=0.3, metadata={"help": "Share of the rows that partial_labels corrupts."})
+    max_steps: int | None = field(default=None, metadata={"help": "At most so many steps. Default: each model's."})
+    workers: int = field(default=2, metadata={"help": "Runs at a time, each on one core."})
+
+    def __post_init__(self):
+        for name, known in (("models", MODELS), ("kinds", KINDS), ("methods", METHODS), ("seeds", None)):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values) or (known and not set(values) <= set(known)):
+                among = f" of {', '.join(known)}" if known else ""
+                raise ValueError(f"`{name}` must name at least one{among}, and none twice, got {values}.")
+        if not 0 < self.noise_rate <= 1:
+            raise ValueError(f"`noise_rate` must be in (0, 1], got {self.noise_rate}.")
+        for name in ("max_steps", "workers"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if {"vit", "resnet"} & set(self.models):
+            load_digits()
+
+
+def specify(args: Arguments) -> list[RunSpec]:
+    """All runs, with all that they depend on in their settings."""
+    specs = []
+    for name in args.models:
+        model = MODELS[name]
+        for kind in args.kinds:
+            settings = {**asdict(model), **TRAINING, "model": name, "kind": kind}
+            del settings["learning_rates"]
+            settings["p"] = args.noise_rate if kind == "partial_labels" else 1.0
+            settings["max_steps"] = args.max_steps or model.max_steps
+            specs += [
+                RunSpec(method, model.learning_rates[method], seed, {**settings, **OPTIMIZERS[method]})
+                for method in args.methods
+                for seed in args.seeds
+            ]
+    return specs
+
+
+def folder_of(spec: RunSpec, output_dir: str) -> Path:
+    return Path(output_dir) / spec.settings["model"] / spec.settings["kind"] / spec.name
+
+
+# ---- Data and models ----
+
+
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's 1797 digits of 8 x 8 pixels, in [0, 1], float32 of shape (1797, 1, 8, 8), and their classes."""
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise ImportError('The digits need scikit-learn: pip install "prm-hf[vision]"') from error
+    pixels, labels = datasets.load_digits(return_X_y=True)
+    return (pixels / 16).astype("float32").reshape(-1, 1, 8, 8), labels
+
+
+def digits(rows: int, heldout_rows: int) -> DatasetDict:
+    pixels, labels = load_digits()
+    order = np.random.default_rng(0).permutation(len(labels))
+    features = Features({"pixel_values": Array3D((1, 8, 8), "float32"), "label": ClassLabel(num_classes=CLASSES)})
+
+    def split(chosen: np.ndarray) -> Dataset:
+        return Dataset.from_dict({"pixel_values": pixels[chosen], "label": labels[chosen]}, features=features)
+
+    return DatasetDict(train=split(order[:rows]), test=split(order[rows : rows + heldout_rows]))
+
+
+def collate_digits(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        "labels": torch.stack([row["label"] for row in rows]),
+    }
+
+
+def make_classifier(name: str) -> torch.nn.Module:
+    """A model of random weights: 40,000 parameters the ViT, 74,000 the ResNet."""
+    if name == "vit":
+        config = ViTConfig(
+            image_size=8,
+            patch_size=2,
+            num_channels=1,
+            hidden_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=96,
+            num_labels=CLASSES,
+            initializer_range=0.15,  # 1/√48; the usual 0.02 is that of wide models
+        )
+        return ViTForImageClassification(config)
+    config = ResNetConfig(
+        num_channels=1,
+        embedding_size=16,
+        hidden_sizes=[32, 64],
+        depths=[1, 1],
+        layer_type="basic",
+        num_labels=CLASSES,
+        downsample_in_first_stage=False,
+    )
+    return ResNetForImageClassification(config)
+
+
+# ---- One run ----
+
+
+class StopWhenFitted(TrainerCallback):
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if (logs or {}).get(f"eval_{TRAIN_FIT}", 0.0) == 1.0:
+            control.should_training_stop = True
+
+
+def make_trainer(spec: RunSpec, folder: Path) -> Trainer:
+    settings, method = spec.settings, OPTIMIZERS[spec.method]
+    config = {
+        "output_dir": str(folder),
+        "seed": spec.seed,
+        "learning_rate": spec.learning_rate,
+        **{name: settings[name] for name in (*TRAINING, "max_steps")},
+        "per_device_train_batch_size": settings["batch_size"],
+        "per_device_eval_batch_size": 256,
+        "eval_strategy": "steps",
+        "eval_on_start": True,
+        "logging_steps": settings["eval_steps"],
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+    }
+    noise = {"kind": settings["kind"], "p": settings["p"], "seed": spec.seed}
+    if settings["model"] in ("vit", "resnet"):
+        data = corrupt(digits(settings["rows"], settings["heldout_rows"]), **noise).with_format("torch")
+        torch.manual_seed(spec.seed)
+        prm = {name.removeprefix("prm_"): value for name, value in method.items() if name.startswith("prm_")}
+        return Trainer(
+            make_classifier(settings["model"]),
+            TrainingArguments(**config, remove_unused_columns=False),
+            data_collator=collate_digits,
+            train_dataset=data["train"],
+            eval_dataset=data["test"],
+            optimizer_cls_and_kwargs=(PRM, {"lr": spec.learning_rate, **prm}) if prm else None,
+        )
+
+    from ..demo import build_demo, completion_rows
+
+    demo = build_demo()
+    data = DatasetDict(
+        train=demo.train.select(range(settings["rows"])), test=demo.test.select(range(settings["heldout_rows"]))
+    )
+    trainer_class, config_class = PRMDPOTrainer, PRMDPOConfig
+    if settings["model"] == "sft":
+        data = DatasetDict({name: completion_rows(split) for name, split in data.items()})
+        trainer_class, config_class = PRMSFTTrainer, PRMSFTConfig
+    if settings["kind"] in KINDS[3:]:
+        noise["tokenizer"] = AutoTokenizer.from_pretrained(demo.model_path)
+    data = corrupt(data, **noise)
+    args = config_class(**config, **method, max_length=64, drift_metrics=False, gradient_checkpointing=False)
+    return trainer_class(demo.model_path, args=args, train_dataset=data["train"], eval_dataset=data["test"])
+
+
+def train_run(spec: RunSpec, folder: Path, resume: bool) -> Trainer:
+    trainer = make_trainer(spec, folder)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(MemorizationCallback(trainer))
+    trainer.add_callback(StopWhenFitted())
+    trainer.train()
+    return trainer
+
+
+def outcomes(trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
+    """When the training rows were fitted, how many of them are corrupted, and the fit of held-out rows by chance."""
+    points = [(row["step"], row[TRAIN_FIT]) for row in history(trainer) if TRAIN_FIT in row]
+    more = {"corrupted_rows": sum(trainer.train_dataset.with_format(None)["corrupted"][:])}
+    if isinstance(trainer, PRMDPOTrainer):
+        more["chance"] = 0.5
+    elif isinstance(trainer, PRMSFTTrainer):
+        # What another row's completion would score: all of them have some words in common
+        completions = [[token for token in row if token != -100] for row in trainer.eval_dataset["labels"]]
+        others = completions[1:] + completions[:1]
+        shares = [
+            np.mean([x == y for x, y in zip(*pair, strict=False)]) for pair in zip(completions, others, strict=True)
+        ]
+        more["chance"] = float(np.mean(shares))
+    else:
+        more["chance"] = 1 / CLASSES
+    step = steps_to(points, FITTED)
+    return (more if step is None else {**more, "steps_to_fit": step}), {}
+
+
+def prepare_worker() -> None:
+    """Runs in each worker, before its first run: matrices this small are multiplied soonest by one thread."""
+    torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("prm_hf").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    disable_progress_bars()
+
+
+def run(spec: RunSpec, output_dir: str) -> tuple[dict[str, float], str]:
+    info = {"task": "randomization", "noise_rate": spec.settings["p"], "model": spec.settings["model"]}
+    folder = folder_of(spec, output_dir)
+    metrics, resume = find_run(spec, folder, print)
+    if metrics is not None:
+        return metrics, "finished before"
+    metrics = make_run(spec, folder, resume, train_run, outcomes, info)
+    return metrics, f"{metrics['wall_seconds']:.0f} s"
+
+
+def run_all(specs: list[RunSpec], args: Arguments) -> Iterator[tuple[RunSpec, dict[str, float], str]]:
+    """Yields each run as soon as it is finished: its specification, its metrics and how it came about."""
+    if args.workers == 1:
+        prepare_worker()
+        for spec in specs:
+            yield spec, *run(spec, args.output_dir)
+        return
+    # Such small models gain nothing from a second thread; several runs at a time do.
+    pool = ProcessPoolExecutor(args.workers, mp_context=get_context("spawn"), initializer=prepare_worker)
+    try:
+        futures = {pool.submit(run, spec, args.output_dir): spec for spec in specs}
+        for future in as_completed(futures):
+            yield futures[future], *future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def main(arguments: list[str]) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("Each run has a process of its own: start one with `python`, and set `--workers`.")
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
+    specs = specify(args)
+    if {"sft", "dpo"} & set(args.models):
+        from ..demo import build_demo
+
+        print("Built-in task: the reference policy is trained now, for about 30 s, unless it is cached.", flush=True)
+        build_demo()
+    with tqdm(total=len(specs), desc="runs", unit="run") as bar:
+        for spec, metrics, note in run_all(specs, args):
+            steps = f"{metrics['steps_to_fit']:.0f}" if "steps_to_fit" in metrics else f">{metrics['steps']}"
+            fits = f"train {metrics[TRAIN_FIT]:.2f}  held-out {metrics[HELDOUT_FIT]:.2f}"
+            bar.update()
+            name = folder_of(spec, args.output_dir).relative_to(args.output_dir)
+            bar.write(f"{name!s:<64} steps {steps:>4}  {fits}  ({note})")
+    report([folder_of(spec, args.output_dir) for spec in specs], Path(args.output_dir))

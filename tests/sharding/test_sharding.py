@@ -1,0 +1,190 @@
+"""What is refused before training, and the layout's own check. `tests/distributed/` runs the paths themselves."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from prm_hf.optim import PRM
+from prm_hf.sharding import Layout, Piece, find_layout
+from prm_hf.sharding.deepspeed import check_config
+from prm_hf.sharding.fsdp import check_plugin
+from prm_hf.sharding.locator import _cut_at_rows
+
+
+CONFIGS = Path(__file__).parents[2] / "accelerate_configs" / "deepspeed"
+OFFLOAD = {"device": "cpu"}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_our_own_configurations_are_accepted(path):
+    check_config(json.loads(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"optimizer": {"type": "AdamW"}}, "section `optimizer`.*Remove"),
+        ({"zero_optimization": {"offload_optimizer": OFFLOAD}}, "`zero_force_ds_cpu_optimizer: false`"),
+        (
+            {"zero_optimization": {"offload_optimizer": OFFLOAD}, "zero_force_ds_cpu_optimizer": True},
+            "`zero_force_ds_cpu_optimizer: false`",
+        ),
+        ({"zero_optimization": {"cpu_offload": True}}, "`zero_force_ds_cpu_optimizer: false`"),
+        (
+            {
+                "zero_optimization": {"offload_optimizer": OFFLOAD | {"ratio": 0.3}},
+                "zero_force_ds_cpu_optimizer": False,
+            },
+            "ratio: 0.3.*Set it to 1",
+        ),
+        (
+            {
+                "zero_optimization": {"offload_optimizer": OFFLOAD | {"super_offload": True}},
+                "zero_force_ds_cpu_optimizer": False,
+            },
+            "super_offload: true",
+        ),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device: nvme.*`cpu`"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "offload_param.device: nvme.*`cpu`"),
+        ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, "zenflow.*Remove"),
+        ({"zero_optimization": {"elastic_checkpoint": True}}, "elastic_checkpoint: true.*ds_to_universal"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "autotp_size: 2"),
+    ],
+)
+def test_a_configuration_that_cannot_be_exact_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        check_config(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}, "offload_param": None}},
+        {"zero_optimization": {"offload_param": OFFLOAD}, "tensor_parallel": {"autotp_size": "auto"}},
+        {"zero_optimization": {"offload_optimizer": OFFLOAD}, "zero_force_ds_cpu_optimizer": False},
+    ],
+)
+def test_other_configurations_are_accepted(config):
+    check_config(config)
+
+
+def test_flat_parameters_are_refused():
+    with pytest.raises(ValueError, match="fsdp_use_orig_params: true"):
+        check_plugin(1, use_orig_params=False)
+    check_plugin(1, use_orig_params=True)
+    check_plugin(2, use_orig_params=None)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_a_layout_with_a_gap_is_an_error(process_group):
+    layout = Layout(path="somewhere", flat=True, numels=[6, 4], process_groups=[(process_group,)] * 2)
+    flat = torch.zeros(10)
+    layout.add(flat, [Piece(0, 0, 6), Piece(1, 6, 4)], [0, 1])
+    layout.verify()
+    layout.pieces[id(flat)][1] = Piece(1, 6, 3)
+    with pytest.raises(RuntimeError, match="under somewhere.*tensor 1: found 3 of 4 elements"):
+        layout.verify()
+
+
+def _sharded(values, placements):
+    mesh = init_device_mesh("cpu", (1,))
+    return torch.nn.Parameter(distribute_tensor(values, mesh, placements))
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate()])
+def test_masks_of_rows_of_shards(process_group, placement, foreach):
+    """In processes of their own they are tested in `tests/distributed/`; here all kinds of shards and steps."""
+    settings = {"reduction": "per_row", "estimator": "debiased", "signal_beta": 0.98, "foreach": foreach}
+    values = [torch.randn(5, 3), torch.randn(4, 2, 3), torch.randn(7), torch.zeros(0, 3)]
+    whole = [torch.nn.Parameter(x.clone()) for x in values]
+    parts = [_sharded(x, [placement if x.dim() > 1 else Shard(0)]) for x in values]
+    optimizers = [PRM(ps, **settings) for ps in (whole, parts)]
+    for t in range(4):
+        for x, y in zip(whole, parts, strict=True):
+            x.grad = torch.randn_like(x) if t != 2 else x.grad * 0.5
+            y.grad = distribute_tensor(x.grad, y.device_mesh, y.placements)
+        for optimizer in optimizers:
+            optimizer.step()
+    for x, y in zip(whole, parts, strict=True):
+        torch.testing.assert_close(y.full_tensor(), x)
+        torch.testing.assert_close(optimizers[1].state[y]["grad_var"], optimizers[0].state[x]["grad_var"])
+    assert optimizers[0].get_mask_stats() == pytest.approx(optimizers[1].get_mask_stats(), rel=1e-6)
+
+
+def test_masks_of_rows_where_it_is_not_known_whose_they_are(process_group):
+    p = _sharded(torch.ones(4, 3), [Shard(0)])
+    p.grad = torch.ones_like(p)
+    optimizer = PRM([p], reduction="per_row")
+    optimizer._locate()
+    optimizer._locator.layout.rows[0] = 0  # as of a strided shard
+    with pytest.raises(ValueError, match="reduction='per_row'.*not known which rows of tensor 0.*use 'per_tensor'"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("offset", range(7))
+@pytest.mark.parametrize("length", range(1, 14))
+def test_slices_are_cut_at_rows(offset, length):
+    cuts = list(_cut_at_rows(offset, length, in_row=3))
+    assert [begin for begin, _, _ in cuts] == [0, *(end for _, end, _ in cuts[:-1])] and cuts[-1][1] == length
+    for begin, end, count in cuts:
+        first, last = (offset + begin) // 3, (offset + end - 1) // 3
+        assert count == last - first + 1
+        assert count == 1 or (offset + begin) % 3 == (offset + end) % 3 == 0
+
+
+@pytest.mark.parametrize(("reduction", "key"), [("per_tensor", "prm_grad_var"), ("per_row", "prm_row_grad_var")])
+def test_variances_that_were_loaded_are_saved_before_the_next_step(reduction, key):
+    """DeepSpeed puts the settings of a checkpoint's groups into ours, and the tables with them."""
+    optimizer = PRM([torch.nn.Parameter(torch.zeros(2, 3))], reduction=reduction)
+    optimizer.param_groups[0][key] = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    for _ in range(2):
+        assert optimizer.state_dict()["param_groups"][0][key].tolist() == [1.0, 2.0]
+    assert key not in optimizer.param_groups[0]
+
+
+def test_replaced_parameters_of_other_shapes_are_an_error():
+    originals = [torch.nn.Parameter(torch.zeros(3, 2)), torch.nn.Parameter(torch.zeros(4))]
+    with pytest.raises(RuntimeError, match="group 0 had 2 tensors and has 1"):
+        find_layout([originals], [(0, [torch.nn.Parameter(torch.zeros(10))])])
+    clones = [p.detach().clone() for p in originals]
+    assert find_layout([originals], [(0, clones)]) is None
+
+
+def test_the_description_of_the_path():
+    optimizer = PRM([torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))], reduction="per_tensor")
+    assert optimizer.describe_sharding() is None
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.describe_sharding() == "2 tensors with per_tensor masks as whole tensors"
+
+
+def test_a_reduction_that_changes_on_the_way_is_refused():
+    optimizer = PRM([torch.nn.Parameter(torch.ones(3))], reduction="per_tensor")
+    optimizer.param_groups[0]["reduction"] = "per_param"  # as DeepSpeed's universal checkpoints do
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
+    with pytest.raises(ValueError, match="trained with reduction='per_param'.*created with reduction='per_tensor'"):
+        optimizer.step()
+
+
+def test_each_set_of_process_groups_reduces_its_own_rows(process_group, monkeypatch):
+    """Tensors that nobody shares, as FSDP2 leaves some, keep their rows; also where others are asked for later."""
+    monkeypatch.setattr("prm_hf.sharding.layout._all_reduce", lambda part, group, op: part.mul_(2))
+    layout = Layout("somewhere", flat=False, numels=[1] * 4, process_groups=[(process_group,), ()] * 2)
+    for tensors, expected in ([0, 1, 2], [2, 1, 2]), ([1, 2, 3], [1, 2, 1]), ([0, 1, 2], [2, 1, 2]), ([0, 2], [2, 2]):
+        table = torch.ones(len(tensors), 1)
+        layout.all_reduce(table, tensors)
+        assert table[:, 0].tolist() == expected

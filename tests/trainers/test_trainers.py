@@ -1,0 +1,576 @@
+"""The trainers: their optimizer, and what TRL lets one do with a trainer."""
+
+import copy
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import Qwen2Config, Qwen2ForSequenceClassification, Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+from prm_hf.metrics import evaluate_pairs
+from prm_hf.noise import flip_preferences
+from prm_hf.optim import PRM
+from prm_hf.trainers import PRMCallback, PRMDPOConfig, PRMDPOTrainer, PRMSFTConfig, PRMSFTTrainer
+
+from ..distributed.launch import kill_with_children
+from ..tiny import make_model, make_tokenizer
+from .trainer_runs import (
+    HELDOUT,
+    MASK_KEYS,
+    OTHER,
+    SENTENCES,
+    TRAIN,
+    dpo_trainer,
+    evaluations,
+    expected_pair_metrics,
+    lora,
+    settings,
+    sft_trainer,
+    weights,
+)
+
+
+pytestmark = pytest.mark.usefixtures("quiet")
+
+
+# ---- The optimizer ----
+
+
+def test_prm_is_built_from_the_arguments_with_decay_groups(tmp_path):
+    trainer = dpo_trainer(
+        tmp_path,
+        weight_decay=0.1,
+        adam_beta1=0.8,
+        adam_beta2=0.95,
+        adam_epsilon=1e-6,
+        prm_mask="hard",
+        prm_reduction="per_param",
+        prm_softness=2.0,
+        prm_estimator="debiased",
+        prm_rho=0.95,
+        prm_alpha=0.5,
+        prm_mask_eps=1e-9,
+        prm_warmup_steps=2,
+        prm_state_dtype="bf16",
+    )
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is PRM
+    decay, no_decay = optimizer.param_groups
+    assert decay["weight_decay"] == 0.1 and no_decay["weight_decay"] == 0.0
+    norms = [p for n, p in trainer.model.named_parameters() if "norm" in n or "bias" in n]
+    assert {id(p) for p in no_decay["params"]} == {id(p) for p in norms}
+    assert len(decay["params"]) + len(norms) == len(list(trainer.model.parameters()))
+    expected = {
+        "lr": 1e-2,
+        "betas": (0.8, 0.95),
+        "eps": 1e-6,
+        "mask": "hard",
+        "reduction": "per_param",
+        "softness": 2.0,
+        "estimator": "debiased",
+        "rho": 0.95,
+        "boundary": "batch",
+        "alpha": 0.5,
+        "mask_eps": 1e-9,
+        "warmup_steps": 2,
+        "state_dtype": "bf16",
+    }
+    for group in optimizer.param_groups:
+        assert {key: group[key] for key in expected} == expected
+
+
+def test_the_control_trains_exactly_as_the_parent(tmp_path):
+    control = dpo_trainer(tmp_path, optimizer_name="adamw", prm_mask="hard", eval_dataset=HELDOUT)
+    parent = DPOTrainer(
+        make_model(),
+        make_model(),
+        DPOConfig(**settings(tmp_path)),
+        train_dataset=TRAIN,
+        processing_class=make_tokenizer(),
+    )
+    control.train()
+    parent.train()
+    assert torch.equal(weights(control.model), weights(parent.model))
+    assert not any(key.startswith("mask/") for log in control.state.log_history for key in log)
+
+
+def test_mask_none_trains_as_adamw_and_masks_do_not(tmp_path):
+    runs = {
+        name: dpo_trainer(tmp_path, **kwargs)
+        for name, kwargs in {
+            "adamw": {"optimizer_name": "adamw"},
+            "none": {"prm_mask": "none"},
+            "snr": {},
+        }.items()
+    }
+    for trainer in runs.values():
+        trainer.train()
+    adamw, none, snr = (weights(runs[name].model) for name in ("adamw", "none", "snr"))
+    torch.testing.assert_close(none, adamw, rtol=0, atol=1e-5)  # of steps of 1e-2
+    assert (snr - adamw).abs().max() > 1e-3
+
+
+def test_explicit_optimizers_win(tmp_path):
+    model = make_model()
+    given = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = dpo_trainer(
+        tmp_path, model=model, ref_model=make_model(), trainer_kwargs={"optimizers": (given, None)}, max_steps=1
+    )
+    trainer.train()
+    assert trainer.innermost_optimizer() is given and trainer.find_prm() is None
+    assert "prm-optimizer" not in trainer._tag_names
+
+    chosen = (PRM, {"lr": 1e-3, "mask": "soft"})
+    trainer = dpo_trainer(
+        tmp_path, optimizer_name="adamw", trainer_kwargs={"optimizer_cls_and_kwargs": chosen}, max_steps=1
+    )
+    trainer.train()
+    assert trainer.find_prm().param_groups[0]["mask"] == "soft"
+    assert MASK_KEYS <= trainer.state.log_history[0].keys() and "prm-optimizer" in trainer._tag_names
+
+    with pytest.raises(RuntimeError, match="optimizers.*optimizer_cls_and_kwargs"):
+        dpo_trainer(
+            tmp_path,
+            model=model,
+            ref_model=make_model(),
+            trainer_kwargs={"optimizers": (given, None), "optimizer_cls_and_kwargs": chosen},
+        )
+
+
+def test_empirical_boundary_takes_its_sizes_from_the_run(tmp_path):
+    empirical = {"prm_boundary": "empirical", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    trainer = dpo_trainer(tmp_path, **empirical, max_steps=1)
+    trainer.train()
+    for group in trainer.find_prm().param_groups:
+        assert (group["boundary"], group["batch_size"], group["n_dataset"]) == ("empirical", 6, 14)
+
+    with pytest.raises(ValueError, match="14 examples and 16 a step.*per_device_train_batch_size"):
+        dpo_trainer(tmp_path, prm_boundary="empirical", per_device_train_batch_size=16)
+    with pytest.raises(ValueError, match="`prm_boundary='empirical'`.*`IterableDataset`"):
+        dpo_trainer(tmp_path, train=TRAIN.to_iterable_dataset(), prm_boundary="empirical")
+    with pytest.raises(ValueError, match="`auto_find_batch_size=True`"):
+        dpo_trainer(tmp_path, prm_boundary="empirical", auto_find_batch_size=True)
+    # A number for alpha needs no sizes
+    dpo_trainer(
+        tmp_path, train=TRAIN.to_iterable_dataset(), prm_boundary="empirical", prm_alpha=0.1
+    ).create_optimizer()
+
+
+@pytest.mark.parametrize(
+    "trainer_class, config", [(PRMDPOTrainer, PRMDPOConfig), (PRMSFTTrainer, PRMSFTConfig)], ids=["dpo", "sft"]
+)
+def test_a_deepspeed_optimizer_raises(trainer_class, config, tmp_path):
+    args = config(**settings(tmp_path))
+    # What `--deepspeed` and `accelerate launch` both end in
+    args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"optimizer": {"type": "AdamW"}}, zero_stage=2)
+    with pytest.raises(ValueError, match="section `optimizer`.*optimizer_name='adamw'"):
+        trainer_class(make_model(), args=args, train_dataset=TRAIN, processing_class=make_tokenizer())
+
+
+def test_bf16_state_under_deepspeed_zero_raises(tmp_path):
+    args = PRMDPOConfig(**settings(tmp_path, prm_state_dtype="bf16"))
+    args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 2}}, zero_stage=2)
+    with pytest.raises(ValueError, match="state_dtype='bf16'.*under DeepSpeed ZeRO-2"):
+        PRMDPOTrainer(make_model(), args=args, train_dataset=TRAIN, processing_class=make_tokenizer())
+
+
+def test_masks_of_rows_under_fsdp1_raise(tmp_path, monkeypatch):
+    args = PRMSFTConfig(**settings(tmp_path, prm_reduction="per_row", drift_metrics=False))
+    with pytest.raises(ValueError, match="'per_row': it is not supported under FSDP1.*Use FSDP2.*'per_tensor'"):
+        under_fsdp(monkeypatch, 1)(make_model(), args=args, train_dataset=SENTENCES, processing_class=make_tokenizer())
+
+
+def test_training_with_masks_of_rows(tmp_path):
+    trainer = dpo_trainer(tmp_path, max_steps=4, prm_reduction="per_row", prm_signal_beta=0.98, eval_dataset=HELDOUT)
+    trainer.train()
+    prm = trainer.find_prm()
+    p = trainer.model.get_input_embeddings().weight
+    assert prm.state[p]["grad_var"].shape == p.shape[:1] and prm.state[p]["exp_avg_signal"].shape == p.shape
+    (*_, last) = [log for log in trainer.state.log_history if "mask/mean_q" in log]
+    assert 0 < last["mask/mean_q"] < 1 and last["mask/mean_q"] == prm.get_mask_stats()["mean_q"]
+    trainer.create_model_card()
+    card = (Path(trainer.args.output_dir) / "README.md").read_text()
+    assert "| `reduction` | per_row |" in card and "| `signal_beta` | 0.98 |" in card
+
+
+def test_an_optimizer_in_prms_place_raises(tmp_path):
+    class Replaced(PRMDPOTrainer):
+        def create_optimizer(self, *args, **kwargs):
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+            return self.optimizer
+
+    args = PRMDPOConfig(**settings(tmp_path))
+    trainer = Replaced(make_model(), make_model(), args, train_dataset=TRAIN, processing_class=make_tokenizer())
+    with pytest.raises(
+        RuntimeError, match="to train with PRM.*optimizer in effect is SGD.*zero_force_ds_cpu_optimizer"
+    ):
+        trainer.train()
+
+
+def test_the_first_step_says_where_the_tensors_are(tmp_path, caplog):
+    trainer = dpo_trainer(tmp_path, max_steps=2)
+    with caplog.at_level(logging.WARNING, logger="prm_hf"):
+        trainer.train()
+    number = sum(p.requires_grad for p in trainer.model.parameters())
+    assert caplog.text.count(f"PRM trains {number} tensors with per_row masks as whole tensors on 1 process.") == 1
+
+
+def under_fsdp(monkeypatch, version):
+    class UnderFSDP(PRMSFTTrainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            plugin = SimpleNamespace(fsdp_version=version, use_orig_params=True)
+            monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
+            self.is_fsdp_enabled = True
+
+    return UnderFSDP
+
+
+def test_fsdp_version_1_raises_where_drift_is_measured(tmp_path, monkeypatch):
+    args = PRMSFTConfig(**settings(tmp_path, prm_reduction="per_tensor"))
+    with pytest.raises(ValueError, match="FSDP version 2, got version 1.*drift_metrics=False"):
+        under_fsdp(monkeypatch, 1)(
+            make_model(),
+            args=args,
+            train_dataset=SENTENCES,
+            eval_dataset=SENTENCES,
+            processing_class=make_tokenizer(),
+        )
+
+
+# ---- What TRL's trainer can do ----
+
+
+def test_precomputed_reference(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer = PRMDPOTrainer(
+            make_model(),
+            args=PRMDPOConfig(**settings(tmp_path, precompute_ref_log_probs=True)),
+            train_dataset=TRAIN,
+            eval_dataset=HELDOUT,
+            processing_class=make_tokenizer(),
+        )
+    assert caplog.text.count("`drift/kl` is not measured") == 1 and "precompute_ref_log_probs=False" in caplog.text
+    trainer.train()
+    usual = dpo_trainer(tmp_path, eval_dataset=HELDOUT)
+    usual.train()
+    torch.testing.assert_close(weights(trainer.model), weights(usual.model), rtol=1e-4, atol=1e-6)
+    assert "eval_drift/kl" not in trainer.last_eval_metrics
+    names = {key for key in usual.last_eval_metrics if "drift/" in key or "memorization/" in key or "rewards/" in key}
+    assert len(names) == 4 + 4 + 2
+    for key in names - {"eval_drift/kl"}:
+        assert trainer.last_eval_metrics[key] == pytest.approx(usual.last_eval_metrics[key], rel=1e-3, abs=1e-6)
+
+
+def test_rows_with_a_reference_are_taken_as_they_are(tmp_path, monkeypatch):
+    """Rows that another trainer prepared spare tokenizing and the reference in training, and nothing else changes."""
+    first = dpo_trainer(tmp_path, eval_dataset=HELDOUT, precompute_ref_log_probs=True)
+    train, heldout = first.train_dataset, first.eval_dataset
+    usual = dpo_trainer(tmp_path, eval_dataset=HELDOUT)
+    usual.train()
+
+    monkeypatch.setattr(DPOTrainer, "_prepare_dataset", None)
+    ref_model, calls = make_model(), []
+    ref_model.model.register_forward_pre_hook(lambda module, args: calls.append(trainer.model.training))
+    trainer = dpo_trainer(tmp_path, model=make_model(), ref_model=ref_model, train=train, eval_dataset=heldout)
+    trainer.train()
+    assert calls and not any(calls)  # in evaluation alone, for the KL
+    torch.testing.assert_close(weights(trainer.model), weights(usual.model), rtol=1e-4, atol=1e-6)
+    for key, value in usual.last_eval_metrics.items():
+        if "drift/" in key or "memorization/" in key or "rewards/" in key:
+            assert trainer.last_eval_metrics[key] == pytest.approx(value, rel=1e-3, abs=1e-6)
+
+    monkeypatch.undo()
+    expected = usual.evaluate(OTHER)["eval_drift/kl"]
+    assert trainer.evaluate(OTHER)["eval_drift/kl"] == pytest.approx(expected, rel=1e-3)
+    # Where one of the datasets comes without, the reference is run as usual
+    mixed = dpo_trainer(tmp_path, train=train, eval_dataset=HELDOUT)
+    assert not mixed.precompute_ref_logps and mixed.evaluate()["eval_drift/kl"] == 0
+
+
+def test_flipping_takes_the_reference_along(tmp_path):
+    rows = dpo_trainer(tmp_path, train=TRAIN.remove_columns("flipped"), precompute_ref_log_probs=True).train_dataset
+    flipped = flip_preferences(rows, 0.5)
+    expected = dpo_trainer(
+        tmp_path, train=flip_preferences(TRAIN.remove_columns("flipped"), 0.5), precompute_ref_log_probs=True
+    ).train_dataset
+    assert any(flipped["flipped"])
+    for name in ("chosen_ids", "rejected_ids", "flipped"):
+        assert flipped[name][:] == expected[name][:]
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        assert flipped[name][:] == pytest.approx(expected[name][:], rel=1e-5)
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_mixed_precision_starts_at_drift_zero(tmp_path, precompute):
+    """Log-probabilities that TRL precomputed from bf16 logits must meet the policy's from bf16 logits."""
+    model = make_model(hidden_size=64, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    trainer = PRMDPOTrainer(
+        copy.deepcopy(model),
+        model,
+        PRMDPOConfig(**settings(tmp_path, bf16=True, precompute_ref_log_probs=precompute)),
+        train_dataset=TRAIN,
+        eval_dataset=HELDOUT,
+        processing_class=make_tokenizer(),
+    )
+    if precompute:
+        trainer.ref_model = None  # as for a model that TRL loads by name
+    assert trainer.evaluate()["eval_drift/logratio_abs"] < 1e-5
+
+
+@pytest.mark.parametrize("task", ["dpo", "sft"])
+def test_the_reference_has_the_kernels_of_the_model(tmp_path, monkeypatch, task):
+    """Liger's, which transformers gives to the model when training begins; a GPU is needed to run them."""
+    patched = []
+    for module in ("transformers.trainer", "prm_hf.trainers.mixin"):
+        monkeypatch.setattr(f"{module}.apply_liger_kernel", lambda model, config: patched.append((model, config)))
+    model, ref_model = make_model(), make_model()
+    settings = {"use_liger_kernel": True, "liger_kernel_config": {"rope": False}, "max_steps": 1}
+    if task == "dpo":
+        trainer = dpo_trainer(tmp_path, model=model, ref_model=ref_model, eval_dataset=HELDOUT, **settings)
+    else:
+        trainer = sft_trainer(tmp_path, model, trainer_kwargs={"ref_model": ref_model}, **settings)
+    trainer.evaluate()
+    assert not patched
+    trainer.train()
+    assert {id(patient) for patient, _ in patched} == {id(model), id(ref_model)}
+    assert all(config == patched[0][1] and config["rope"] is False for _, config in patched)
+
+
+@pytest.mark.parametrize("loss", [["ipo"], ["robust"], ["sigmoid", "sft"]], ids="-".join)
+def test_losses(tmp_path, loss):
+    smoothing = {"label_smoothing": 0.3} if loss == ["robust"] else {}
+    trainer = dpo_trainer(tmp_path, eval_dataset=HELDOUT, loss_type=loss, **smoothing)
+    trainer.train()
+    assert trainer.last_eval_metrics["eval_drift/kl"] > 0
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_lora(tmp_path, precompute):
+    base = make_model()
+    trainer = PRMDPOTrainer(
+        copy.deepcopy(base),
+        args=PRMDPOConfig(
+            **settings(tmp_path, precompute_ref_log_probs=precompute, eval_strategy="steps", eval_steps=1)
+        ),
+        train_dataset=TRAIN,
+        eval_dataset=HELDOUT,
+        processing_class=make_tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    )
+    trainer.train()
+    drifts = [log["eval_drift/params_rel"] for log in evaluations(trainer)]
+    assert drifts[0] < drifts[1] < drifts[2]  # training goes on after an evaluation with the adapter off
+    assert trainer.last_eval_metrics["eval_drift/kl"] > 0
+    expected = evaluate_pairs(
+        trainer.model, trainer.eval_dataset, trainer.data_collator, trainer.accelerator, ref_model=base
+    )
+    assert torch.allclose(trainer.pair_evaluations["eval"].chosen.kl, expected.chosen.kl, atol=1e-6)
+    prm_params = {id(p) for group in trainer.find_prm().param_groups for p in group["params"]}
+    assert prm_params == {id(p) for n, p in trainer.model.named_parameters() if "lora_" in n}
+
+
+def test_a_continued_adapter_drifts_from_where_it_was(tmp_path):
+    model = lora(make_model())
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.add_(0.1)
+    trainer = dpo_trainer(tmp_path, model=model, eval_dataset=HELDOUT)
+    before = trainer.evaluate()
+    assert before["eval_drift/kl"] == 0 and before["eval_drift/params_rel"] == 0
+    trainer.train()
+    assert trainer.last_eval_metrics["eval_drift/kl"] > 0 and trainer.last_eval_metrics["eval_drift/params_rel"] > 0
+
+
+def test_streams(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer = dpo_trainer(
+            tmp_path, train=TRAIN.to_iterable_dataset(), eval_dataset=HELDOUT.to_iterable_dataset(), max_steps=2
+        )
+    assert "Memorization is not measured: `train_dataset` is an `IterableDataset`" in caplog.text
+    trainer.train()
+    for key, value in expected_pair_metrics(trainer, HELDOUT).items():
+        assert trainer.last_eval_metrics[f"eval_{key}"] == pytest.approx(value, rel=1e-6)
+
+
+def test_compute_metrics_sees_each_split(tmp_path):
+    rows = []
+
+    def compute_metrics(prediction):
+        rows.append(len(prediction.label_ids))
+        return {"rows": len(prediction.label_ids)}
+
+    trainer = dpo_trainer(
+        tmp_path, eval_dataset={"a": HELDOUT, "b": OTHER}, trainer_kwargs={"compute_metrics": compute_metrics}
+    )
+    metrics = trainer.evaluate()
+    assert [metrics["eval_a_rows"], metrics["eval_b_rows"]] == rows
+    assert metrics["eval_a_drift/kl"] == 0 and "eval_b_rewards/margins" in metrics
+
+
+def test_gradient_accumulation_and_clipping_see_prm(tmp_path):
+    trainer = dpo_trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.1)
+    trainer.train()
+    steps = {int(state["step"]) for state in trainer.find_prm().state.values()}
+    assert steps == {3}
+
+
+def test_resuming_equals_not_stopping(tmp_path):
+    kwargs = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_dataset": HELDOUT}
+    whole = dpo_trainer(tmp_path / "whole", **kwargs)
+    whole.train()
+    resumed = dpo_trainer(tmp_path / "whole", **kwargs)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    # Drift counts from the beginning of training, not from the checkpoint
+    key = "eval_drift/params_rel"
+    assert resumed.last_eval_metrics[key] == pytest.approx(whole.last_eval_metrics[key], rel=1e-6)
+
+
+# ---- Trainers that are not ours ----
+
+
+def plain_trainer(tmp_path, model, **kwargs):
+    rows = [{"input_ids": list(range(3, 12)), "labels": list(range(3, 12))}] * 8
+    return Trainer(model, TrainingArguments(**settings(tmp_path)), train_dataset=Dataset.from_list(rows), **kwargs)
+
+
+def trl_sft_trainer(tmp_path, model, **kwargs):
+    args = SFTConfig(**settings(tmp_path))
+    return SFTTrainer(model, args, train_dataset=SENTENCES, processing_class=make_tokenizer(), **kwargs)
+
+
+def trl_reward_trainer(tmp_path, model, **kwargs):
+    config = Qwen2Config(**{**make_model().config.to_dict(), "num_labels": 1})
+    torch.manual_seed(0)
+    model = Qwen2ForSequenceClassification(config)
+    if "optimizers" in kwargs:
+        kwargs["optimizers"] = (PRM(model.parameters(), lr=1e-2), None)
+    args = RewardConfig(**settings(tmp_path))
+    return RewardTrainer(model, args, train_dataset=TRAIN, processing_class=make_tokenizer(), **kwargs)
+
+
+@pytest.mark.parametrize("how", ["optimizer_cls_and_kwargs", "optimizers"])
+@pytest.mark.parametrize("make", [plain_trainer, trl_sft_trainer, trl_reward_trainer])
+def test_prm_in_other_trainers(tmp_path, make, how):
+    model = make_model()
+    if how == "optimizers":
+        trainer = make(tmp_path, model, optimizers=(PRM(model.parameters(), lr=1e-2), None))
+    else:
+        trainer = make(tmp_path, model, optimizer_cls_and_kwargs=(PRM, {"lr": 1e-2, "reduction": "per_tensor"}))
+    before = weights(trainer.model)
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert type(optimizer) is PRM and {int(s["step"]) for s in optimizer.state.values()} == {3}
+    assert optimizer.param_groups[0]["reduction"] == ("per_param" if how == "optimizers" else "per_tensor")
+    assert not torch.equal(weights(trainer.model), before)
+
+
+@pytest.mark.parametrize("make", [plain_trainer, trl_sft_trainer])
+def test_the_check_of_our_trainers_in_other_ones(tmp_path, caplog, make):
+    trainer = make(tmp_path, make_model(), optimizer_cls_and_kwargs=(PRM, {"lr": 1e-2}), callbacks=[PRMCallback()])
+    trainer.train()
+    number = sum(p.requires_grad for p in trainer.model.parameters())
+    assert caplog.text.count(f"PRM trains {number} tensors with per_param masks as whole tensors on 1 process.") == 1
+    trainer = make(tmp_path, make_model(), callbacks=[PRMCallback()])
+    with pytest.raises(RuntimeError, match="to train with PRM, but the optimizer in effect is AdamW"):
+        trainer.train()
+
+
+# ---- Several processes ----
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(tmp_path):
+    """7, 5 and 14 rows on two processes in batches of 2: no count is even, and each row must count once."""
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += [
+        "--mixed_precision",
+        "no",
+        "--main_process_port",
+        "0",
+        "-m",
+        "tests.trainers.launched_dpo",
+        str(tmp_path),
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+    with log.open("w") as stream:
+        run = subprocess.Popen(
+            command, cwd=Path(__file__).parents[2], env=env, stdout=stream, stderr=subprocess.STDOUT
+        )
+        try:
+            code = run.wait(timeout=300)
+        except subprocess.TimeoutExpired:
+            code = "a timeout"
+            kill_with_children(run)
+    assert code == 0, f"exit with {code}:\n{log.read_text()[-5000:]}"
+
+    results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    assert [result["world_size"] for result in results] == [2, 2]
+    assert [result["passes"] for result in results] == [2 + 2 + 4] * 2  # of the splits TRL's own, and the train rows'
+    assert results[0]["metrics"] == results[1]["metrics"]
+    for name, table in results[0]["tables"].items():
+        for side in table:
+            for key, value in table[side].items():
+                assert torch.equal(value, results[1]["tables"][name][side][key])
+
+    trainer = dpo_trainer(tmp_path, eval_dataset={"clean": HELDOUT, "other": OTHER}, per_device_eval_batch_size=1)
+    trainer.model.load_state_dict(results[0]["weights"])
+    metrics = trainer.evaluate()
+    assert trainer.pair_evaluations.keys() == results[0]["tables"].keys() == {"eval_clean", "eval_other", "train"}
+    for name, pairs in trainer.pair_evaluations.items():
+        for side, columns in results[0]["tables"][name].items():
+            for key, value in columns.items():
+                expected = getattr(getattr(pairs, side), key)
+                torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+    for key, value in metrics.items():
+        if any(part in key for part in ("rewards/", "drift/", "memorization/", "logps/")):
+            assert results[0]["metrics"][key] == pytest.approx(value, rel=1e-4, abs=1e-6)
+    assert results[0]["metrics"]["eval_drift/params_rel"] > 0
+    # b of the empirical boundary counts both processes
+    assert results[0]["sizes"] == (2 * 2 * 2, 14)
+
+
+# ---- Model card ----
+
+
+def test_model_card(tmp_path):
+    trainer = dpo_trainer(tmp_path, eval_dataset=HELDOUT, prm_estimator="debiased", prm_alpha=0.5, weight_decay=0.1)
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "prm-optimizer" in card.split("---")[1] and "prm-optimizer" in trainer.model.model_tags
+    assert "## Optimizer" in card and "Population Risk Minimization" in card and "2605.01172" in card
+    for line in (
+        "| `estimator` | debiased |",
+        "| `alpha` | 0.5 |",
+        "| `lr` | 0.01 |",
+        "| `weight_decay` | 0.0 and 0.1 |",
+    ):
+        assert line in card
+    kl = trainer.last_eval_metrics["eval_drift/kl"]
+    assert f"| `eval_drift/kl` | {kl:.4g} |" in card and "at step 3" in card and "eval_runtime" not in card
+
+    control = dpo_trainer(tmp_path / "control", optimizer_name="adamw")
+    control.create_model_card()
+    card = (tmp_path / "control" / "README.md").read_text()
+    assert "Population Risk" not in card and "prm-optimizer" not in card
+
+
+def test_model_card_of_a_checkpoint(tmp_path):
+    trainer = dpo_trainer(tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    assert (tmp_path / "README.md").read_text().count("## Optimizer") == 1
