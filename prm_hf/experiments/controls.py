@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from .. import PRM
-from ..compare.comparison import baseline_of
+from ..runs.methods import find_method
 
 
 # What a method changes in the configuration. A recipe may know more methods, as losses.
@@ -102,10 +102,10 @@ def check_methods(methods: list[str], known: list[str], seeds: list[int], max_gr
             )
         if control == ADAMW_MATCHED:
             for method in filter(has_controls, methods):
-                if baseline_of(method) not in methods:
+                if find_method(method).baseline not in methods:
                     raise ValueError(
                         f"`adamw_matched` of `{method}` lies between runs of AdamW with the same eps: add "
-                        f"`{baseline_of(method)}` to `methods`."
+                        f"`{find_method(method).baseline}` to `methods`."
                     )
         if control == FIXED_Q and len(seeds) < 2:
             raise ValueError(f"`fixed_q` takes the masks of another seed: give two `seeds` or more, got {seeds}.")

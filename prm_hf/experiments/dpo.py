@@ -31,9 +31,10 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from .. import PRMDPOConfig, PRMDPOTrainer, flip_preferences
 from ..metrics import PairEvaluation, reward_margins
+from ..runs.read import read_json
+from ..runs.write import evaluation_metrics, write_json
 from .arguments import BuiltIn, ComparisonArguments, Data, parse_arguments
 from .controls import OPTIMIZERS
-from .run_folder import evaluation_metrics, read_json, write_json
 from .runner import Recipe, RunSpec, run_comparisons
 
 

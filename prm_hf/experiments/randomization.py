@@ -42,10 +42,11 @@ from transformers.utils import logging as transformers_logging
 from .. import PRM, PRMDPOConfig, PRMDPOTrainer, PRMSFTConfig, PRMSFTTrainer
 from ..noise import corrupt
 from ..noise.corrupt import KINDS
+from ..runs.write import RunSpec, find_run, history_of
 from ..trainers import MemorizationCallback
 from .controls import OPTIMIZERS
+from .progress import make_run
 from .randomization_report import FITTED, HELDOUT_FIT, TRAIN_FIT, report, steps_to
-from .run_folder import RunSpec, find_run, history, make_run
 
 
 CLASSES = 10
@@ -268,7 +269,7 @@ def train_run(spec: RunSpec, folder: Path, resume: bool) -> Trainer:
 
 def outcomes(trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
     """When the training rows were fitted, how many of them are corrupted, and the fit of held-out rows by chance."""
-    points = [(row["step"], row[TRAIN_FIT]) for row in history(trainer) if TRAIN_FIT in row]
+    points = [(row["step"], row[TRAIN_FIT]) for row in history_of(trainer.state.log_history) if TRAIN_FIT in row]
     more = {"corrupted_rows": sum(trainer.train_dataset.with_format(None)["corrupted"][:])}
     if isinstance(trainer, PRMDPOTrainer):
         more["chance"] = 0.5

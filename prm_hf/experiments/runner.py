@@ -23,8 +23,9 @@ from trl import ModelConfig
 
 from .. import PopulationRiskStopping
 from ..compare import compare_runs, format_comparison, load_runs, rate_at_kl, write_report
-from ..compare.comparison import baseline_of
-from ..compare.measures import measures_of
+from ..runs.methods import find_method
+from ..runs.schema import NOT_SETTINGS, measures_of
+from ..runs.write import RunSpec, find_run
 from .arguments import BuiltIn, ComparisonArguments, Data, load_data
 from .controls import (
     ADAMW_MATCHED,
@@ -43,7 +44,7 @@ from .controls import (
     set_up_optimizer,
     split_method,
 )
-from .run_folder import NOT_SETTINGS, RunSpec, find_run, make_run, show_progress
+from .progress import make_run, show_progress
 
 
 STARTED = time.monotonic()
@@ -314,7 +315,7 @@ class Grid:
 
     def _specify(self, method: str, learning_rate: float, seed: int, source: str | None = None, **extra) -> RunSpec:
         """`source`: of a control the method of the run that it is the control of."""
-        configured_as = (source if method == SHUFFLED_Q else baseline_of(source)) if source else method
+        configured_as = (source if method == SHUFFLED_Q else find_method(source).baseline) if source else method
         described = settings_of(self._configure(configured_as, {}), **self.settings, **extra)
         return RunSpec(method, learning_rate, seed, described, configured_as)
 
@@ -329,7 +330,7 @@ class Grid:
             name = self._specify(*row, other).name
             detail = {"masks_of": name, "mean_q": self._mean_q(name)}
         elif control == ADAMW_MATCHED:
-            adamw = baseline_of(row[0])
+            adamw = find_method(row[0]).baseline
             kl, *kls = (
                 metrics[key][seed].get("drift/kl", float("nan"))
                 for key in (row, *((adamw, rate) for rate in self.rates[adamw]))

@@ -18,7 +18,7 @@ from prm_hf.demo import build_demo
 from prm_hf.experiments import arguments as inputs
 from prm_hf.experiments import controls as methods
 from prm_hf.experiments import dpo as dpo_noisy
-from prm_hf.experiments import run_folder
+from prm_hf.experiments import progress
 from prm_hf.experiments import runner as comparison
 
 
@@ -387,7 +387,7 @@ def test_a_sweep_spreads_the_runs_over_processes(tmp_path):
 def test_a_run_whose_gradients_are_not_finite_ends_there(tmp_path, capsys):
     state, control = TrainerState(global_step=7), TrainerControl()
     args = SimpleNamespace(output_dir=tmp_path / "adamw", fp16=False)
-    stop = run_folder.StopWhereNotFinite()
+    stop = progress.StopWhereNotFinite()
     stop.on_log(args, state, control, logs={"eval_loss": 0.5})
     stop.on_log(args, state, control, logs={"grad_norm": 3.0})
     stop.on_log(SimpleNamespace(fp16=True), state, control, logs={"grad_norm": float("inf")})
