@@ -305,9 +305,6 @@ def test_processes_share_the_runs(files, tmp_path):
     lock.parent.mkdir(parents=True)
     code = f"""
 import filelock, pathlib, time
-
-
-ROOT = Path(__file__).parents[2]
 with filelock.FileLock({str(lock)!r}):
     print("held", flush=True)
     while not pathlib.Path({str(other)!r}).is_file():
