@@ -51,9 +51,7 @@ def is_sharded(trainer: Trainer) -> bool:
     return trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
 
 
-def set_up_optimizer(
-    trainer: Trainer, method: Method, seed: int, multipliers: dict[str, float] | None = None
-) -> None:
+def set_up_optimizer(trainer: Trainer, method: Method, seed: int, multipliers: dict[str, float] | None = None) -> None:
     """Gives the trainer the optimizer of a method that the configuration alone cannot express.
 
     Args:

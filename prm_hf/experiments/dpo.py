@@ -1,27 +1,9 @@
-"""DPO on preferences with flipped labels: PRM against AdamW, compared fairly.
-
-The built-in task, on two CPU cores, in minutes:
-
-    accelerate launch recipes/dpo_noisy.py
-
-`prm-hf dpo` and `accelerate launch -m prm_hf dpo` do the same without a clone. A model and a dataset of your own:
-
-    accelerate launch recipes/dpo_noisy.py \
-        --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
-        --dataset_name trl-lib/ultrafeedback_binarized \
-        --noise_rate 0.3 --seeds 0 1 2 \
-        --methods adamw prm_per_tensor prm_debiased constant_q cdpo robust \
-        --learning_rates 1e-7 2.5e-7 5e-7 --prm_learning_rates 1e-6 2.5e-6 5e-6 \
-        --output_dir runs/ultrafeedback
-
-or with everything in a file: `--config recipes/qwen2.5-0.5b/dpo_noisy.yaml`. All flags of `PRMDPOConfig` and TRL's
-`ModelConfig` work. Finished runs are not repeated; `prm-hf compare runs/…` prints the table again.
-"""
+"""DPO on preferences with flipped labels: `prm-hf dpo`, and recipes/dpo_noisy.py, which has the commands."""
 
 import copy
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -29,10 +11,10 @@ from transformers import TrainerCallback
 
 from .. import PRMDPOConfig, PRMDPOTrainer, flip_preferences
 from ..metrics import PairEvaluation, reward_margins
-from .data import Data
-from .experiment import BUILT_IN, Experiment
 from ..runs.read import read_json
 from ..runs.write import RunSpec, evaluation_metrics, write_json
+from .data import Data
+from .experiment import BUILT_IN, Experiment
 from .runner import run_comparisons
 
 
@@ -91,7 +73,7 @@ class DPOExperiment(Experiment):
     task = "preferences"
     output_dir = "runs/dpo_noisy"
     config_class = PRMDPOConfig
-    built_in = {
+    built_in: ClassVar[dict[str, Any]] = {
         **BUILT_IN,
         "beta": 0.1,
         "learning_rates": [3e-4, 1e-3, 3e-3],

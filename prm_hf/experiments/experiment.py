@@ -9,9 +9,9 @@ from transformers import Trainer, TrainingArguments
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from ..runs.methods import METHODS
+from ..runs.write import RunSpec
 from .arguments import ComparisonArguments
 from .data import Data
-from ..runs.write import RunSpec
 
 
 BUILT_IN_BATCH = 16  # examples a step of the built-in task, over all processes

@@ -4,7 +4,6 @@
 writes what `prm-hf compare` reads, and prints the result.
 """
 
-import gc
 import time
 from pathlib import Path
 
@@ -21,14 +20,12 @@ from ..compare import compare_runs, format_comparison, write_report
 from ..runs.methods import parse_method
 from ..runs.schema import KL, MEAN_Q, METRICS_FILE, measures_of
 from ..runs.write import RunSpec, find_run
+from . import OUT_OF_TIME
 from .controls import MaskRecorder, is_sharded, mean_masks, set_up_optimizer
 from .data import load_data
 from .experiment import Experiment
 from .grid import Grid
 from .progress import make_run, show_progress
-
-
-OUT_OF_TIME = 75  # the exit code by which programs say "not now, try again"
 
 
 class OutOfTime(Exception):
@@ -80,10 +77,6 @@ class Runner:
         self.bar = tqdm(total=len(grid), desc="runs", unit="run", disable=not self.state.is_main_process)
         if grid.left_out:
             self._tell(f"Without {', '.join(grid.left_out)}, which are not for the noise rate {grid.noise_rate:g}.")
-        # After a run its trainer is collected, which holds references to itself. Python need not look for garbage
-        # among the objects of the libraries each time.
-        gc.collect()
-        gc.freeze()
 
     def run(self) -> None:
         """Makes all runs, then their controls. Collective.
@@ -168,6 +161,7 @@ class Runner:
         return self.grid.experiment.outcomes(trainer, self.grid.data)
 
     def _clean_up(self) -> None:
+        # A trainer holds references to itself, by way of its callbacks.
         clear_device_cache(garbage_collection=True)
         if self.state.distributed_type != DistributedType.NO:
             # accelerate takes one DeepSpeed configuration in the life of its state, and with a second Accelerator it

@@ -1,28 +1,12 @@
-"""SFT on prompts of which some have another row's completion: PRM against AdamW, compared fairly.
-
-The built-in task, on two CPU cores, in minutes:
-
-    accelerate launch recipes/sft_noisy.py
-
-`prm-hf sft` and `accelerate launch -m prm_hf sft` do the same without a clone. A model and a dataset of your own
-(`prompt` and `completion`, as text or as messages):
-
-    accelerate launch recipes/sft_noisy.py \
-        --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
-        --dataset_name openai/gsm8k --dataset_config main --prompt_column question --completion_column answer \
-        --as_messages --answer_pattern "#### (.+)" \
-        --noise_rate 0.3 --seeds 0 1 2 --learning_rates 5e-6 1e-5 3e-5 --prm_learning_rates 2e-5 5e-5 1e-4 \
-        --output_dir runs/gsm8k
-
-or with everything in a file: `--config recipes/qwen2.5-0.5b/sft_noisy.yaml`. All flags of `PRMSFTConfig` and TRL's
-`ModelConfig` work. Finished runs are not repeated; `prm-hf compare runs/…` prints the table again.
+"""SFT on prompts of which some have another row's completion: `prm-hf sft`, and recipes/sft_noisy.py, which has the
+commands.
 """
 
 import dataclasses
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object
@@ -34,11 +18,11 @@ from .. import PRMSFTConfig, PRMSFTTrainer
 from ..demo import completion_rows
 from ..noise import corrupt
 from ..runs.methods import LOSS, METHODS
+from ..runs.write import RunSpec
 from ..trainers import MemorizationCallback
 from .arguments import ComparisonArguments
 from .data import Data
 from .experiment import BUILT_IN, Experiment
-from ..runs.write import RunSpec
 from .runner import run_comparisons
 
 
@@ -172,7 +156,7 @@ class SFTExperiment(Experiment):
     output_dir = "runs/sft_noisy"
     arguments_class = SFTArguments
     config_class = PRMSFTConfig
-    built_in = {
+    built_in: ClassVar[dict[str, Any]] = {
         **BUILT_IN,
         "learning_rates": [3e-4, 1e-3, 3e-3, 1e-2],
         "prm_learning_rates": [3e-3, 1e-2, 3e-2, 1e-1],
