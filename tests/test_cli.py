@@ -74,8 +74,8 @@ def test_command_line_and_room_load_little():
         "try: cli.main(['compare', '--help'])\n"
         "except SystemExit: pass\n"
         "new = set(sys.modules) - before; import prm_hf.compare; later = set(sys.modules) - before\n"
-        "heavy = {'matplotlib', 'torch', 'transformers', 'trl', 'scipy', 'datasets'}\n"
-        "rooms = ('prm_hf.trainers', 'prm_hf.optim', 'prm_hf.noise', 'prm_hf.metrics')\n"
+        "heavy = {'matplotlib', 'torch', 'transformers', 'trl', 'scipy.stats', 'datasets'}\n"
+        "rooms = ('prm_hf.trainers', 'prm_hf.experiments', 'prm_hf.optim', 'prm_hf.noise', 'prm_hf.metrics')\n"
         "print(json.dumps([sorted(m for m in new if m.split('.')[0] not in sys.stdlib_module_names),"
         " sorted(m for m in later if m in heavy or m.startswith(rooms))]))"
     )
