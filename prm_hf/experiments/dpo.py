@@ -90,7 +90,7 @@ class DPOExperiment(Experiment):
         config = copy.deepcopy(self.training_args)
         if config.world_size > 1 or config.deepspeed_plugin is not None or config.sync_ref_model:
             return data
-        config.precompute_ref_log_probs, config.drift_metrics, config.optimizer_name = True, False, "adamw"
+        config.precompute_ref_log_probs, config.drift_metrics, config.optim = True, False, "adamw_torch"
         trainer = self._trainer(config, data, data.train)
         shared = {"train": trainer.train_dataset, "heldout": trainer.eval_dataset}
         return dataclasses.replace(data, **shared, processing_class=trainer.processing_class)

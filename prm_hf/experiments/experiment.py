@@ -65,7 +65,7 @@ class Experiment:
             ValueError: for what cannot be run.
         """
         parser = TrlParser((cls.arguments_class, cls.config_class, ModelConfig))
-        parser.set_defaults(output_dir=cls.output_dir, report_to="none")
+        parser.set_defaults(output_dir=cls.output_dir, report_to="none", drift_metrics=True)
         if not any(argument.split("=")[0] in ("--dataset_name", "--config") for argument in arguments):
             world_size = int(os.environ.get("WORLD_SIZE", "1"))
             if BUILT_IN_BATCH % world_size:
@@ -76,6 +76,10 @@ class Experiment:
             parser.set_defaults(**cls.built_in, per_device_train_batch_size=BUILT_IN_BATCH // world_size)
         script_args, training_args, model_args = parser.parse_args_and_config(arguments)
         script_args.check(cls.known_methods(), training_args.learning_rate, training_args.max_grad_norm)
+        if training_args.optim != "prm":
+            raise ValueError(
+                f"`methods` choose the optimizers, and `optim` is {training_args.optim!r}: leave it unset."
+            )
         model = model_args.model_name_or_path
         if script_args.dataset_name is None and model is not None:
             raise ValueError(

@@ -88,7 +88,7 @@ class Grid:
     def configure(self, method: str, **overrides: Any) -> TrainingArguments:
         """The training configuration of a method."""
         config = copy.deepcopy(self.experiment.training_args)
-        config.optimizer_name = "prm"
+        config.optim = "prm"
         for key, value in {**parse_method(method).changes(self.noise_rate), **overrides}.items():
             setattr(config, key, value)
         return config
@@ -131,7 +131,7 @@ class Grid:
 def settings_of(config: TrainingArguments, **others: Any) -> dict[str, Any]:
     """The settings of a training configuration that make a run what it is, and `others`."""
     values = {key: value for key, value in config.to_dict().items() if key not in NOT_SETTINGS}
-    if config.optimizer_name != "prm":  # no control is trained again because PRM is tried with other settings
+    if config.optim != "prm":  # no control is trained again because PRM is tried with other settings
         values = {key: value for key, value in values.items() if not key.startswith("prm_")}
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     return json.loads(json.dumps({**values, "effective_batch_size": per_step, **others}, sort_keys=True, default=str))

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from transformers import Trainer
 
-from .. import PopulationRiskStopping
+from .. import PopulationRiskStoppingCallback
 from ..compare import compare_runs, format_comparison, write_report
 from ..runs.methods import parse_method
 from ..runs.schema import KL, MEAN_Q, METRICS_FILE, measures_of
@@ -150,7 +150,7 @@ class Runner:
         if method.has_controls and method.tensor_masks and not is_sharded(trainer):
             trainer.add_callback(MaskRecorder(trainer, folder))
         if method.name == "prm_stopping":
-            trainer.add_callback(PopulationRiskStopping())
+            trainer.add_callback(PopulationRiskStoppingCallback())
         show_progress(trainer, spec.name)
         trainer.train(resume_from_checkpoint=resume or None)
         if config.save_strategy != "no":

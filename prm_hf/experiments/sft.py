@@ -196,7 +196,9 @@ class SFTExperiment(Experiment):
             ref_model=reference,
             **settings,
         )
-        trainer.add_callback(MemorizationCallback(trainer, max_rows=self.script_args.memorization_max_rows))
+        trainer.add_callback(
+            MemorizationCallback(trainer, memorization_max_rows=self.script_args.memorization_max_rows)
+        )
         return trainer
 
     def outcomes(self, trainer: PRMSFTTrainer, data: Data) -> tuple[dict[str, float], dict[str, list]]:

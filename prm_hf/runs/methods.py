@@ -140,7 +140,7 @@ def _rdpo(noise_rate: float) -> dict[str, Any]:
     return {"loss_type": ["robust"], "label_smoothing": noise_rate}
 
 
-_ADAMW = {"optimizer_name": "adamw"}
+_ADAMW = {"optim": "adamw_torch_fused"}
 _TENSOR = {"prm_reduction": "per_tensor", "prm_estimator": "debiased"}
 _ROW = {"prm_reduction": "per_row", "prm_estimator": "debiased", "prm_signal_beta": 0.98}
 # Early stopping evaluates ten times a run.
