@@ -187,7 +187,7 @@ def parse_arguments(
         ValueError: for what cannot be run.
     """
     parser = TrlParser((arguments_class, config_class, ModelConfig))
-    parser.set_defaults(output_dir=output_dir, report_to="none")
+    parser.set_defaults(output_dir=output_dir, report_to="none", drift_metrics=True)
     if not any(argument.split("=")[0] in ("--dataset_name", "--config") for argument in arguments):
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if built_in.batch_size % world_size:

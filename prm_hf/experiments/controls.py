@@ -17,7 +17,7 @@ from ..compare.comparison import baseline_of
 
 
 # What a method changes in the configuration. A recipe may know more methods, as losses.
-_ADAMW = {"optimizer_name": "adamw"}
+_ADAMW = {"optim": "adamw_torch_fused"}
 _ROWS = {"prm_reduction": "per_row", "prm_estimator": "debiased", "prm_signal_beta": 0.98}
 OPTIMIZERS = {
     "adamw": _ADAMW,

@@ -168,7 +168,7 @@ def prepare(data: Data, config: PRMDPOConfig, model_args: ModelConfig) -> Data:
     if config.world_size > 1 or config.deepspeed_plugin is not None or config.sync_ref_model:
         return data
     config = copy.deepcopy(config)
-    config.precompute_ref_log_probs, config.drift_metrics, config.optimizer_name = True, False, "adamw"
+    config.precompute_ref_log_probs, config.drift_metrics, config.optim = True, False, "adamw_torch"
     trainer = make_trainer(config, data, data.train, model_args)
     shared = {"train": trainer.train_dataset, "heldout": trainer.eval_dataset}
     return dataclasses.replace(data, **shared, processing_class=trainer.processing_class)

@@ -20,6 +20,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..trainers.callbacks import find_prm, innermost_optimizer
+from ..trainers.config import renamed_settings
 
 
 # Where a run is written and how it is shown do not make it another run.
@@ -79,7 +80,7 @@ class RunSpec:
         def counted(settings: dict[str, Any]) -> dict[str, Any]:
             return {key: value for key, value in settings.items() if key not in NOT_SETTINGS}
 
-        theirs = counted(info.get("settings", {})) | {
+        theirs = counted(renamed_settings(info.get("settings", {}))) | {
             key: info.get(key) for key in ("method", "learning_rate", "seed")
         }
         ours = counted(json.loads(json.dumps(self.settings, default=str)))  # as the file has them

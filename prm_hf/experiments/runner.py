@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 from trl import ModelConfig
 
-from .. import PopulationRiskStopping
+from .. import PopulationRiskStoppingCallback
 from ..compare import compare_runs, format_comparison, load_runs, rate_at_kl, write_report
 from ..compare.comparison import baseline_of
 from ..compare.measures import measures_of
@@ -53,7 +53,7 @@ OUT_OF_TIME = 75  # the exit code by which programs say "not now, try again"
 def settings_of(config: TrainingArguments, **others: Any) -> dict[str, Any]:
     """The settings of a training configuration that make a run what it is, and `others`."""
     values = {key: value for key, value in config.to_dict().items() if key not in NOT_SETTINGS}
-    if config.optimizer_name != "prm":  # no control is trained again because PRM is tried with other settings
+    if config.optim != "prm":  # no control is trained again because PRM is tried with other settings
         values = {key: value for key, value in values.items() if not key.startswith("prm_")}
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     return json.loads(json.dumps({**values, "effective_batch_size": per_step, **others}, sort_keys=True, default=str))
@@ -307,7 +307,7 @@ class Grid:
 
     def _configure(self, method: str, overrides: dict[str, Any]) -> TrainingArguments:
         config = copy.deepcopy(self.training_args)
-        config.optimizer_name = "prm"
+        config.optim = "prm"
         for key, value in (self.changes[split_method(method)[0]] | overrides).items():
             setattr(config, key, value)
         return config
@@ -357,7 +357,7 @@ class Grid:
         if has_tensor_masks(spec.method) and not is_sharded(trainer):
             trainer.add_callback(MaskRecorder(trainer, folder))
         if spec.method == STOPPING:
-            trainer.add_callback(PopulationRiskStopping())
+            trainer.add_callback(PopulationRiskStoppingCallback())
         show_progress(trainer, spec.name)
         trainer.train(resume_from_checkpoint=resume or None)
         if config.save_strategy != "no":

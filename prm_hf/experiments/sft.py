@@ -227,7 +227,7 @@ def make_recipe(script_args: SFTArguments, model_args: ModelConfig) -> Recipe:
             peft_config=peft_config,
             ref_model=reference,
         )
-        trainer.add_callback(MemorizationCallback(trainer, max_rows=script_args.memorization_max_rows))
+        trainer.add_callback(MemorizationCallback(trainer, memorization_max_rows=script_args.memorization_max_rows))
         return trainer
 
     def outcomes(trainer: PRMSFTTrainer, data: Data) -> tuple[dict[str, float], dict[str, list]]:

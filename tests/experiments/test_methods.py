@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from prm_hf import PRM, PopulationRiskStopping
+from prm_hf import PRM, PopulationRiskStoppingCallback
 from prm_hf.compare import compare_runs
 from prm_hf.demo import build_demo
 from prm_hf.experiments import controls as methods
@@ -248,7 +248,7 @@ def test_an_eps_goes_with_the_controls(finished, tmp_path):
 
 def test_stopping_by_the_ratio_is_a_method(finished, tmp_path, monkeypatch):
     """40 pairs, 4 a step and a threshold that every ratio is below: one epoch of 10 steps and no more."""
-    monkeypatch.setattr(comparison, "PopulationRiskStopping", lambda: PopulationRiskStopping(1e9))
+    monkeypatch.setattr(comparison, "PopulationRiskStoppingCallback", lambda: PopulationRiskStoppingCallback(1e9))
     longer = ["--max_steps", "-1", "--num_train_epochs", "3", "--prm_learning_rates", "3e-3"]
     run(finished, tmp_path, "--methods", "prm_stopping", "prm_debiased", "--learning_rates", "1e-2", *longer)
     steps = {path.parent.name.split("_lr")[0]: read(path)["steps"] for path in tmp_path.glob("*/metrics.json")}
