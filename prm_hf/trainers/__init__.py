@@ -1,9 +1,18 @@
 """TRL's trainers with PRM as their optimizer."""
 
-from .arguments import PRMArguments, PRMDPOConfig, PRMSFTConfig
-from .callbacks import PopulationRiskStopping, PRMCallback
+from .._extras import require
+
+
+require("prm_hf.trainers", "transformers", "trl", "accelerate", "datasets", "peft")
+
+from .callbacks import (
+    MemorizationCallback,
+    PopulationRiskStopping,
+    PopulationRiskStoppingCallback,
+    PRMCallback,
+)
+from .config import PRMArguments, PRMDPOConfig, PRMSFTConfig
 from .dpo import PRMDPOTrainer
-from .memorization import MemorizationCallback
 from .mixin import PRMTrainerMixin
 from .sft import PRMSFTTrainer
 
@@ -18,4 +27,5 @@ __all__ = [
     "PRMSFTTrainer",
     "PRMTrainerMixin",
     "PopulationRiskStopping",
+    "PopulationRiskStoppingCallback",
 ]

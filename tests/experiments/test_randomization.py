@@ -1,6 +1,7 @@
-"""recipes/randomization.py as a user runs it, and what its report says about runs whose answer is known."""
+"""The randomization tests as a user runs them, and what their report says about runs whose answer is known."""
 
 import base64
+import dataclasses
 import json
 import logging
 import re
@@ -31,11 +32,11 @@ def run(output_dir, *arguments):
     randomization.main(["--output_dir", str(output_dir), "--workers", "1", *arguments])
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("randomization")
-    run(folder, *QUICK)
-    return folder
+@pytest.fixture
+def few_rows(monkeypatch):
+    """Reading rows takes longest; these tests need few of them."""
+    model = dataclasses.replace(randomization.MODELS["resnet"], rows=160, heldout_rows=64)
+    monkeypatch.setitem(randomization.MODELS, "resnet", model)
 
 
 QUICK = ["--models", "resnet", "--kinds", *LABELS, "--methods", "adamw", "prm_debiased", "--max_steps", "8"]
@@ -44,13 +45,14 @@ QUICK = ["--models", "resnet", "--kinds", *LABELS, "--methods", "adamw", "prm_de
 # ---- The recipe ----
 
 
-def test_it_writes_what_it_says(finished):
-    folders = sorted(path.parent for path in finished.glob("*/*/*/metrics.json"))
+def test_it_writes_what_it_says(tmp_path, few_rows):
+    run(tmp_path, *QUICK)
+    folders = sorted(path.parent for path in tmp_path.glob("*/*/*/metrics.json"))
     assert len(folders) == 6
     corrupted = {}
     for found in load_runs(folders):
         kind, metrics = found.settings["kind"], found.metrics
-        assert found.path.parent.name == kind and found.path.parents[2].name == "resnet"
+        assert found.path.parent.name == kind and found.path.parents[1].name == "resnet"
         assert metrics["steps"] == 8 and metrics["chance"] == 0.1 and "steps_to_fit" not in metrics
         assert found.series("memorization/train_fit")[0].tolist() == [0, 8]
         assert found.series("memorization/heldout_fit")[0].tolist() == [0, 8]
@@ -59,29 +61,31 @@ def test_it_writes_what_it_says(finished):
     assert corrupted["partial_labels"] == pytest.approx(0.27, abs=0.08)
     assert corrupted["random_labels"] == pytest.approx(0.9, abs=0.08)
 
-    summary = json.loads((finished / "randomization.json").read_text())
+    summary = json.loads((tmp_path / "randomization.json").read_text())
     assert len(summary["runs"]) == 6 and summary["statements"]
     assert {row["kind"] for row in summary["runs"]} == set(LABELS)
     assert all(len(row["curve"]) == 2 for row in summary["runs"])
-    page = (finished / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
     assert all(text in page for text in (*LABELS, "AdamW", "PRM debiased", "random/true"))
     (picture,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert base64.b64decode(picture).startswith(b"\x89PNG")
     # The runs of one model and kind are a comparison of their own
-    assert len(compare_runs(finished / "resnet" / "partial_labels").rows) == 2
+    assert len(compare_runs(tmp_path / "resnet" / "partial_labels").rows) == 2
 
 
-def test_finished_runs_are_not_repeated_unless_their_settings_change(finished, capsys):
+def test_finished_runs_are_not_repeated_unless_their_settings_change(tmp_path, capsys, few_rows, no_pictures):
     def stamps():
-        return {path: path.stat().st_mtime_ns for path in finished.glob("*/*/*/metrics.json")}
+        return {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/*/metrics.json")}
 
+    arguments = ["--models", "resnet", "--kinds", *LABELS, "--methods", "adamw", "--max_steps", "2"]
+    run(tmp_path, *arguments)
     before = stamps()
-    run(finished, *QUICK)
+    run(tmp_path, *arguments)
     assert stamps() == before
     output = capsys.readouterr().out
-    assert output.count("(finished before)") == 6 and ">8 " in output
-    run(finished, *QUICK, "--noise_rate", "0.5")
-    changed = {path.parents[2].name for path, stamp in stamps().items() if stamp != before[path]}
+    assert output.count("(finished before)") == 3 and ">2 " in output
+    run(tmp_path, *arguments, "--noise_rate", "0.5")
+    changed = {path.parents[1].name for path, stamp in stamps().items() if stamp != before[path]}
     assert changed == {"partial_labels"}
     assert "trained again, since these settings changed: p" in capsys.readouterr().out
 
