@@ -51,8 +51,6 @@ _STYLES = {
 _MORE_COLOURS = ("#332288", "#117733", "#AA4499", "#88CCEE", "#6B5B2E", "#7F7F7F", "#DDAA33")
 _MORE_MARKERS = ("p", "d", "8", "H", "o", "s")  # as many as is coprime to the colours, so that pairs differ
 _RC = {
-    "font.family": "sans-serif",
-    "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#888888",
@@ -68,19 +66,14 @@ _RC = {
     "ytick.color": "#555555",
     "legend.frameon": False,
     "legend.fontsize": 9,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
 }
 
 
 def method_styles(methods: list[str]) -> dict[str, tuple[str, str]]:
     """(colour, marker) of each method: fixed for the known ones, the rest in alphabetical order."""
-    unknown = sorted(set(methods) - set(_STYLES))
-    more = {
-        method: (_MORE_COLOURS[i % len(_MORE_COLOURS)], _MORE_MARKERS[i % len(_MORE_MARKERS)])
-        for i, method in enumerate(unknown)
-    }
-    return {method: _STYLES.get(method) or more[method] for method in methods}
+    more = zip(itertools.cycle(_MORE_COLOURS), itertools.cycle(_MORE_MARKERS), strict=False)
+    styles = {**_STYLES, **dict(zip(sorted(set(methods) - set(_STYLES)), more, strict=False))}
+    return {method: styles[method] for method in methods}
 
 
 def house_style() -> AbstractContextManager[None]:
@@ -98,12 +91,10 @@ def house_style() -> AbstractContextManager[None]:
 
 def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, list[list[Axes]]]:
     """A figure, inches wide and high, and its axes, a list a row."""
-    # Figure and Agg canvas directly: pyplot would keep global state and might choose an interactive backend.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    # Not through pyplot, which would keep global state and might choose an interactive backend.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False).tolist()
 
 
@@ -164,7 +155,7 @@ def plot_frontier(comparison: Comparison) -> Figure | None:
         note = f"{bars}Labels: learning rate. Upper left is better: more accurate, closer to the reference."
         figure.supxlabel(note, fontsize=8.5, color="#666666")
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=1.8, labelspacing=0.7)
-        figure.canvas.draw()  # the layout is final from here on, so that labels can be placed in pixels
+        figure.draw_without_rendering()  # the layout is final from here on, so that labels can be placed in pixels
         _place_labels(axes, labels)
     return figure
 
