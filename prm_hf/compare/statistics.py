@@ -12,12 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-
-try:
-    from scipy.special import stdtr, stdtrit
-except ImportError as error:
-    raise ImportError('Comparisons need scipy: pip install "prm-hf[report]"') from error
+from scipy.special import stdtr, stdtrit
 
 
 Z_95 = 1.959964
