@@ -203,7 +203,7 @@ def _row_as_dict(row: Row) -> dict[str, Any]:
         "group": row.group,
         "name": row.label,
         "learning_rate": row.learning_rate,
-        "seeds": row.seeds,
+        "seeds": [run.seed for run in row.runs],
         "runs": [run.name for run in row.runs],
         "accuracy_standard_error": {"value": error, "over": over} if over else None,
         "metrics": {
