@@ -86,7 +86,9 @@ class RecordingPRM(PRM):
 
     def _note_unit_masks(self):
         per_row = self.param_groups[0]["reduction"] == "per_row"
-        if self._locator.layout is None and not per_row:
+        if self._locator.layout is None:
+            if self.param_groups[0]["reduction"] != "per_tensor":
+                return
             for group, values in zip(self.param_groups, self.get_tensor_masks(), strict=True):
                 before = sum(self._sizes()[: group["prm_group"]])
                 numbers = [before + i for i, p in enumerate(group["params"]) if self.state.get(p)]
