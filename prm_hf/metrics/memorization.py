@@ -32,7 +32,7 @@ def memorization_metrics(pairs: PairEvaluation, flipped: torch.Tensor, beta: flo
     Raises:
         ValueError: if `flipped` does not have one entry a pair.
     """
-    fits = fit_metrics(row_fit(pairs, beta), _checked("flipped", flipped, len(pairs)))
+    fits = fit_metrics(row_fit(pairs, beta), _checked("flipped", flipped, len(pairs), "pairs"))
     wanted = ("corrupted_fit", "clean_fit")
     return {name.replace("corrupted", "flipped"): fits[name] for name in fits if name.endswith(wanted)}
 
@@ -86,7 +86,7 @@ def fit_metrics(
         and each only if there is such a row; `memorization/train_fit` over both; `memorization/heldout_fit` and
         `…_loss`, and `memorization/gap`, the train fit minus the held-out fit.
     """
-    corrupted = _checked("corrupted", corrupted, len(train[0]))
+    corrupted = _checked("corrupted", corrupted, len(train[0]), "rows")
     metrics = {}
     for name, mask in (("corrupted", corrupted), ("clean", ~corrupted)):
         if mask.any():
@@ -100,12 +100,12 @@ def fit_metrics(
     return metrics
 
 
-def _checked(name: str, flags: torch.Tensor, n: int) -> torch.Tensor:
-    """The flags of `n` rows, as a bool tensor."""
+def _checked(name: str, flags: torch.Tensor, n: int, what: str) -> torch.Tensor:
+    """The flags of `n` rows or pairs, as a bool tensor."""
     flags = torch.as_tensor(flags, dtype=torch.bool)
     if flags.shape != (n,):
         raise ValueError(
-            f"`{name}` must have one entry for each of the {n} rows, got shape {tuple(flags.shape)}: pass that column "
+            f"`{name}` must have one entry for each of the {n} {what}, got shape {tuple(flags.shape)}: pass that column "
             "of the rows that were evaluated."
         )
     return flags
