@@ -3,17 +3,18 @@
 import torch
 
 from .evaluation import ClassEvaluation, PairEvaluation, SequenceEvaluation
-from .rewards import reward_accuracy, reward_margins
+from .rewards import reward_margins
 
 
-def memorization_rows(n: int, max_rows: int | None) -> list[int]:
-    """The training rows on which memorisation is measured: all `n`, or `max_rows` spread evenly over them.
+def memorization_rows(n: int, memorization_max_rows: int | None) -> list[int]:
+    """The training rows on which memorisation is measured: all `n`, or `memorization_max_rows`
+    spread evenly over them.
 
     A function of its arguments alone, so that every process, run and evaluation measures on the same rows.
     """
-    if max_rows is None or n <= max_rows:
+    if memorization_max_rows is None or n <= memorization_max_rows:
         return list(range(n))
-    return [i * n // max_rows for i in range(max_rows)]
+    return [i * n // memorization_max_rows for i in range(memorization_max_rows)]
 
 
 def memorization_metrics(pairs: PairEvaluation, flipped: torch.Tensor, beta: float) -> dict[str, float]:
@@ -31,17 +32,9 @@ def memorization_metrics(pairs: PairEvaluation, flipped: torch.Tensor, beta: flo
     Raises:
         ValueError: if `flipped` does not have one entry a pair.
     """
-    flipped = torch.as_tensor(flipped, dtype=torch.bool)
-    if flipped.shape != (len(pairs),):
-        raise ValueError(
-            f"`flipped` must have one entry for each of the {len(pairs)} pairs, got shape {tuple(flipped.shape)}: "
-            "pass the `flipped` column of the rows that were evaluated."
-        )
-    metrics = {}
-    for name, mask in (("memorization/flipped_fit", flipped), ("memorization/clean_fit", ~flipped)):
-        if mask.any():
-            metrics[name] = reward_accuracy(pairs.select(mask), beta)
-    return metrics
+    fits = fit_metrics(row_fit(pairs, beta), _checked("flipped", flipped, len(pairs), "pairs"))
+    wanted = ("corrupted_fit", "clean_fit")
+    return {name.replace("corrupted", "flipped"): fits[name] for name in fits if name.endswith(wanted)}
 
 
 def completion_metrics(sequences: SequenceEvaluation) -> dict[str, float]:
@@ -93,12 +86,7 @@ def fit_metrics(
         and each only if there is such a row; `memorization/train_fit` over both; `memorization/heldout_fit` and
         `…_loss`, and `memorization/gap`, the train fit minus the held-out fit.
     """
-    corrupted = torch.as_tensor(corrupted, dtype=torch.bool)
-    if corrupted.shape != train[0].shape:
-        raise ValueError(
-            f"`corrupted` must have one entry for each of the {len(train[0])} rows, got shape "
-            f"{tuple(corrupted.shape)}: pass that column of the rows that were evaluated."
-        )
+    corrupted = _checked("corrupted", corrupted, len(train[0]), "rows")
     metrics = {}
     for name, mask in (("corrupted", corrupted), ("clean", ~corrupted)):
         if mask.any():
@@ -110,3 +98,14 @@ def fit_metrics(
             metrics[f"memorization/heldout_{what}"] = values.mean().item()
         metrics["memorization/gap"] = metrics["memorization/train_fit"] - metrics["memorization/heldout_fit"]
     return metrics
+
+
+def _checked(name: str, flags: torch.Tensor, n: int, what: str) -> torch.Tensor:
+    """The flags of `n` rows or pairs, as a bool tensor."""
+    flags = torch.as_tensor(flags, dtype=torch.bool)
+    if flags.shape != (n,):
+        raise ValueError(
+            f"`{name}` must have one entry for each of the {n} {what}, got shape {tuple(flags.shape)}: pass that column "
+            "of the rows that were evaluated."
+        )
+    return flags

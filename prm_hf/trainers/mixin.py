@@ -13,8 +13,9 @@ from ..optim import PRM
 from ..sharding import ShardingPath, deepspeed, fsdp
 from .callbacks import PRMCallback
 from .checkpoints import CheckpointMixin
-from .config import PRMArguments, preset_note, prm_kwargs, scaled_by_relative_eps, with_preset
+from .config import PRMArguments, check_relative_eps, check_sharding, prm_kwargs, scaled_by_relative_eps
 from .evaluation import EvaluationMixin
+from .presets import preset_note, with_preset
 
 
 logger = get_logger(__name__)
@@ -61,7 +62,8 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
         else:
             self.trains_with_prm = self.optimizer_cls_and_kwargs[0] is PRM
         self._is_peft = is_peft_model(self.model)
-        if self._arguments_choose and self.trains_with_prm and self.args.prm_preset is not None:
+        # Raises where arguments contradict each other
+        if self._settings() is not self.args and self.args.prm_preset is not None:
             logger.warning(preset_note(self.args, self._is_peft))
         # Counted before shards are made, of which FSDP1 would not say how large the tensors are
         self._trained_numel = sum(
@@ -74,11 +76,7 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
                 plugin = self.accelerator.state.fsdp_plugin
                 fsdp.check_plugin(plugin.fsdp_version, plugin.use_orig_params)
                 if self._arguments_choose:
-                    path = ShardingPath[f"FSDP{plugin.fsdp_version}"]
-                    try:
-                        path.check(self._settings().prm_reduction, self.args.prm_state_dtype)
-                    except ValueError as error:
-                        raise ValueError(f"{error} {preset_note(self.args, None)}".rstrip()) from error
+                    check_sharding(self.args, ShardingPath[f"FSDP{plugin.fsdp_version}"])
             self.add_callback(PRMCallback)
             self._tag_names = [*self._tag_names, "prm-optimizer"]
             self.model.add_model_tags(self._tag_names)
@@ -106,16 +104,13 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
         if self.optimizer is not None or not self._arguments_choose:
             return super().create_optimizer(*args, **kwargs)
         settings = self._settings()
-        if self.trains_with_prm:
-            optimizer_cls, optimizer_kwargs = PRM, prm_kwargs(settings)
-            if self._needs_sizes():
-                optimizer_kwargs |= self._sizes()
-        elif settings.relative_eps is None:
+        if not self.trains_with_prm and settings.relative_eps is None:
             return super().create_optimizer(*args, **kwargs)
-        else:
-            optimizer_cls, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(settings, self.model)
+        optimizer_cls, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(settings, self.model)
         if optimizer_cls is not PRM:
             optimizer_kwargs = scaled_by_relative_eps(settings, optimizer_kwargs, self._trained_numel)
+        if self._needs_sizes():
+            optimizer_kwargs |= self._sizes()
         self.optimizer_cls_and_kwargs = optimizer_cls, optimizer_kwargs
         try:
             optimizer = super().create_optimizer(*args, **kwargs)
@@ -128,7 +123,11 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
 
     def _settings(self) -> PRMArguments:
         """The arguments, with what the preset sets where PRM is the optimizer."""
-        return with_preset(self.args, self._is_peft) if self.trains_with_prm else self.args
+        if not (self._arguments_choose and self.trains_with_prm):
+            return self.args
+        settings = with_preset(self.args, self._is_peft)
+        check_relative_eps(settings)
+        return settings
 
     def _needs_sizes(self) -> bool:
         arguments_choose_prm = self._arguments_choose and self.args.optim == "prm"

@@ -202,7 +202,7 @@ def test_the_published_setting_parses():
         (["--noise_rate", "0", "--methods", "cdpo"], "`cdpo` and `robust` need a noise rate between 0 and 0.5"),
         (["--model_name_or_path", "somewhere"], "needs a `--dataset_name`"),
         (["--dataset_name", "somewhere", *ON_CPU], "needs a `--model_name_or_path`"),
-        (["--prm_rho", "1.5"], "prm_rho"),
+        (["--prm_variance_beta", "1.5"], "prm_variance_beta=1.5"),
         (["--max_minutes", "0"], "`max_minutes` must be above 0, got 0"),
         (["--task_seed", "-1"], "`task_seed` is the built-in task's and at least 0, got -1"),
         (["--dataset_name", "a", "b", "--eval_dataset_name", "c", *ON_CPU], "has 1 values and `dataset_name` 2"),
