@@ -8,21 +8,31 @@ from __future__ import annotations
 
 import io
 import itertools
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .comparison import Comparison, Row, best, display_name, format_rate
-from .runs import KL, MEAN_Q, finite
-from .statistics import noise_floor
+from ..runs.methods import find_method
+from ..runs.read import Run
+from ..runs.schema import KL, MEAN_Q
+from .comparison import Comparison, Row, best, format_rate
+from .statistics import finite, noise_floor
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 
+CAPTIONS = {
+    "frontier": "Held-out accuracy against drift from the reference policy, a curve a method through its learning "
+    "rates. At one learning rate a mask below 1 always drifts less; methods differ where their curves do.",
+    "curves": "Over the steps of training; lines are means over seeds, bands the range of the seeds.",
+    "mask": "The mean of the mask over the steps.",
+}
 _STYLES = {
     "adamw": ("#333333", "o"),
     "prm_per_tensor": ("#0072B2", "s"),
@@ -41,8 +51,6 @@ _STYLES = {
 _MORE_COLOURS = ("#332288", "#117733", "#AA4499", "#88CCEE", "#6B5B2E", "#7F7F7F", "#DDAA33")
 _MORE_MARKERS = ("p", "d", "8", "H", "o", "s")  # as many as is coprime to the colours, so that pairs differ
 _RC = {
-    "font.family": "sans-serif",
-    "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#888888",
@@ -58,26 +66,14 @@ _RC = {
     "ytick.color": "#555555",
     "legend.frameon": False,
     "legend.fontsize": 9,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
 }
-
-
-def _require_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError('Pictures and report.html need matplotlib: pip install "prm-hf[report]"') from error
 
 
 def method_styles(methods: list[str]) -> dict[str, tuple[str, str]]:
     """(colour, marker) of each method: fixed for the known ones, the rest in alphabetical order."""
-    unknown = sorted(set(methods) - set(_STYLES))
-    more = {
-        method: (_MORE_COLOURS[i % len(_MORE_COLOURS)], _MORE_MARKERS[i % len(_MORE_MARKERS)])
-        for i, method in enumerate(unknown)
-    }
-    return {method: _STYLES.get(method) or more[method] for method in methods}
+    more = zip(itertools.cycle(_MORE_COLOURS), itertools.cycle(_MORE_MARKERS), strict=False)
+    styles = {**_STYLES, **dict(zip(sorted(set(methods) - set(_STYLES)), more, strict=False))}
+    return {method: styles[method] for method in methods}
 
 
 def house_style() -> AbstractContextManager[None]:
@@ -86,20 +82,19 @@ def house_style() -> AbstractContextManager[None]:
     Raises:
         ImportError: matplotlib is not installed; names the extra that brings it.
     """
-    _require_matplotlib()
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError('Pictures and report.html need matplotlib: pip install "prm-hf[report]"') from error
     return matplotlib.rc_context(_RC)
 
 
 def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, list[list[Axes]]]:
     """A figure, inches wide and high, and its axes, a list a row."""
-    # Figure and Agg canvas directly: pyplot would keep global state and might choose an interactive backend.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    # Not through pyplot, which would keep global state and might choose an interactive backend.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False).tolist()
 
 
@@ -108,6 +103,12 @@ def to_png(figure: Figure, dpi: int = 150) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
+
+
+def draw(comparison: Comparison) -> dict[str, bytes]:
+    """The pictures of a comparison that there is something to draw for, by the keys of `CAPTIONS`, as PNG bytes."""
+    drawn = zip(CAPTIONS, (plot_frontier(comparison), plot_curves(comparison), plot_mask(comparison)), strict=True)
+    return {name: to_png(figure) for name, figure in drawn if figure is not None}
 
 
 def plot_frontier(comparison: Comparison) -> Figure | None:
@@ -119,96 +120,83 @@ def plot_frontier(comparison: Comparison) -> Figure | None:
     Raises:
         ImportError: matplotlib is not installed; names the extra that brings it.
     """
-    drawn = {
-        method: sorted(placed, key=lambda row: _geometric_kl(row))
-        for method, rows in comparison.methods().items()
-        if (placed := [row for row in rows if _on_frontier(row)])
-    }
-    if not drawn:
+    points = {row: [run for run in row.runs if _has_point(run)] for row in comparison.rows}
+    kls = {row: [run.metrics[KL] for run in runs] for row, runs in points.items() if runs}
+    if not kls:
         return None
-    styles = method_styles(list(comparison.methods()))
+    drawn = {
+        method: sorted((row for row in rows if row in kls), key=lambda row: _geometric_mean(kls[row]))
+        for method, rows in comparison.methods().items()
+    }
+    styles = method_styles(list(drawn))
     with house_style():
         figure, [[axes]] = new_figure(9.2, 5.6)
         axes.set_xscale("log")
-        labels, kinds, handles = [], set(), []
+        labels = []
         for method, rows in drawn.items():
-            colour, marker = styles[method]
-            kls, accuracies = [_geometric_kl(row) for row in rows], [row.accuracy for row in rows]
-            errors, over = zip(*(row.accuracy_error() for row in rows), strict=True)
-            kinds |= {kind for kind in over if kind}
-            # Controls are points of their own, each bound to another PRM run: no curve joins them.
-            line = "none" if any(row.source for row in rows) else "-"
-            axes.errorbar(
-                kls,
-                accuracies,
-                yerr=np.nan_to_num(errors),
-                color=colour,
-                marker=marker,
-                markersize=7,
-                markeredgecolor="white",
-                markeredgewidth=0.8,
-                linestyle=line,
-                linewidth=1.8,
-                elinewidth=1.0,
-                capsize=2.5,
-                ecolor=(colour, 0.55),
-                zorder=3,
-            )
-            handles.append(
-                axes.plot([], [], color=colour, marker=marker, markersize=7, linestyle=line, linewidth=1.8)[0]
-            )
+            if rows:
+                labels += _draw_curve(axes, rows, kls, *styles[method])
             for row in rows:
                 if len(row.runs) > 1:
-                    runs = [run for run in row.runs if _has_point(run)]
-                    axes.scatter(
-                        [run.metrics[KL] for run in runs],
-                        [run.metrics[run.measures.accuracy] for run in runs],
-                        s=14,
-                        color=colour,
-                        alpha=0.35,
-                        linewidths=0,
-                        zorder=2,
-                    )
-            labels += [
-                (kl, accuracy, error, format_rate(row.learning_rate), colour)
-                for kl, accuracy, error, row in zip(kls, accuracies, np.nan_to_num(errors), rows, strict=True)
-                if row.learning_rate is not None
-            ]
-        every = [run.metrics[KL] for rows in drawn.values() for row in rows for run in row.runs if _has_point(run)]
-        margin = max(1.35, 2 / np.sqrt(max(every) / min(every)))  # at least a factor of 4 in all
-        axes.set_xlim(min(every) / margin, max(every) * margin)
+                    accuracies = [run.metrics[run.measures.accuracy] for run in points[row]]
+                    look = {"color": styles[method][0], "alpha": 0.35, "linewidths": 0}
+                    axes.scatter(kls[row], accuracies, s=14, zorder=2, **look)
+        low, high = min(map(min, kls.values())), max(map(max, kls.values()))
+        margin = max(1.35, 2 / np.sqrt(high / low))  # at least a factor of 4 in all
+        axes.set_xlim(low / margin, high * margin)
         axes.margins(y=0.1)
         _plain_log_ticks(axes, "x")
         axes.set_xlabel("drift/kl: KL(π‖π_ref), nats a token, log scale")
         axes.set_ylabel(f"held-out accuracy ({comparison.measures.accuracy})")
         axes.set_title("Held-out accuracy against drift")
-        bars = " or ".join(
-            {"seeds": "over seeds", "examples": f"over {comparison.measures.examples} (one seed)"}[kind]
-            for kind in sorted(kinds)
-        )
-        note = f"Bars: ± one standard error {bars}. " if bars else ""
-        figure.supxlabel(
-            f"{note}Labels: learning rate. Upper left is better: more accurate, closer to the reference.",
-            fontsize=8.5,
-            color="#666666",
-        )
-        names = [display_name(method) for method in drawn]
-        axes.legend(handles, names, loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=1.8, labelspacing=0.7)
-        figure.canvas.draw()  # the layout is final from here on, so that labels can be placed in pixels
+        over = sorted({row.accuracy_error()[1] for row in kls} - {""})
+        words = {"seeds": "over seeds", "examples": f"over {comparison.measures.examples} (one seed)"}
+        bars = f"Bars: ± one standard error {' or '.join(words[kind] for kind in over)}. " if over else ""
+        note = f"{bars}Labels: learning rate. Upper left is better: more accurate, closer to the reference."
+        figure.supxlabel(note, fontsize=8.5, color="#666666")
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=1.8, labelspacing=0.7)
+        figure.draw_without_rendering()  # the layout is final from here on, so that labels can be placed in pixels
         _place_labels(axes, labels)
     return figure
 
 
-def _has_point(run) -> bool:
+Label = tuple[float, float, float, str, str]  # x, y, its error, text and colour
+
+
+def _draw_curve(axes: Axes, rows: list[Row], kls: dict[Row, list[float]], colour: str, marker: str) -> list[Label]:
+    """Draws one method and returns the labels of its points."""
+    x, y = [_geometric_mean(kls[row]) for row in rows], [row.accuracy for row in rows]
+    errors = np.nan_to_num([row.accuracy_error()[0] for row in rows])
+    axes.errorbar(
+        x,
+        y,
+        yerr=errors,
+        label=rows[0].kind.label,
+        color=colour,
+        marker=marker,
+        markersize=7,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        # Controls are points of their own, each bound to another PRM run: no curve joins them.
+        linestyle="none" if any(row.source for row in rows) else "-",
+        linewidth=1.8,
+        elinewidth=1.0,
+        capsize=2.5,
+        ecolor=(colour, 0.55),
+        zorder=3,
+    )
+    places = zip(x, y, errors, rows, strict=True)
+    return [
+        (*place, format_rate(row.learning_rate), colour) for *place, row in places if row.learning_rate is not None
+    ]
+
+
+def _has_point(run: Run) -> bool:
     return finite(run.metrics.get(KL)) and run.metrics[KL] > 0 and finite(run.metrics.get(run.measures.accuracy))
 
 
-def _on_frontier(row: Row) -> bool:
-    return any(_has_point(run) for run in row.runs)
-
-
-def _geometric_kl(row: Row) -> float:
-    return float(np.exp(np.mean([np.log(run.metrics[KL]) for run in row.runs if _has_point(run)])))
+def _geometric_mean(values: list[float]) -> float:
+    return float(np.exp(np.mean(np.log(values))))
 
 
 def _plain_log_ticks(axes: Axes, which: str) -> None:
@@ -223,44 +211,37 @@ def _plain_log_ticks(axes: Axes, which: str) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _place_labels(axes: Axes, labels: list[tuple[float, float, float, str, str]]) -> None:
-    """Writes each (x, y, error, text, colour) beside its point, in the place around it that covers the least."""
+def _place_labels(axes: Axes, labels: list[Label]) -> None:
+    """Writes each label beside its point, in the place around it that covers the least."""
     from matplotlib.patheffects import withStroke
 
-    scale = axes.figure.dpi / 72
-    frame = axes.get_window_extent()
-    points = axes.transData.transform([(x, y) for x, y, *_ in labels]) if labels else np.empty((0, 2))
-    taken = [(x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale) for x, y in points]
-    for x, y, error, *_ in labels:  # the error bars
+    scale, frame = axes.figure.dpi / 72, axes.get_window_extent()
+    taken = []  # boxes (left, bottom, right, top) in pixels: the points, their error bars, and pieces of the curves
+    for x, y, error, *_ in labels:
         (left, bottom), (right, top) = axes.transData.transform([(x, y - error), (x, y + error)])
-        taken.append((left - scale, bottom, right + scale, top))
-    for line in axes.get_lines():  # the curves, as a string of small boxes
-        if line.get_linestyle() == "-" and len(line.get_xdata()) > 1:
-            path = axes.transData.transform(line.get_xydata())
-            for start, end in itertools.pairwise(path):
-                steps = np.linspace(start, end, 2 + int(np.hypot(*(end - start)) / (4 * scale)))
-                taken += [(px - 1.5 * scale, py - 1.5 * scale, px + 1.5 * scale, py + 1.5 * scale) for px, py in steps]
-    for (x, y, _, text, colour), (px, py) in zip(labels, points, strict=True):
-        width, height = 5.2 * scale * len(text), 9 * scale
-        places = [
-            (dx * (step + width / 2), dy * ((0 if dx else step) + height / 2))
+        taken += [_box(*axes.transData.transform((x, y)), 5 * scale, 5 * scale), (left - scale, bottom, right, top)]
+    for line in axes.get_lines():
+        if line.get_linestyle() == "-":
+            for start, end in itertools.pairwise(axes.transData.transform(line.get_xydata())):
+                pieces = np.linspace(start, end, 2 + int(np.hypot(*(end - start)) / (4 * scale)))
+                taken += [_box(*piece, 1.5 * scale, 1.5 * scale) for piece in pieces]
+    sides = ((1, 1), (-1, 1), (1, -1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))
+    for x, y, _, text, colour in labels:
+        width, height = 2.6 * scale * len(text), 4.5 * scale  # half of each
+        offsets = [
+            (dx * (step + width), dy * ((0 if dx else step) + height))
             for step in (6 * scale, 12 * scale)
-            for dx, dy in ((1, 1), (-1, 1), (1, -1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))
+            for dx, dy in sides
         ]
-        boxes = [
-            (px + dx - width / 2, py + dy - height / 2, px + dx + width / 2, py + dy + height / 2) for dx, dy in places
-        ]
-        costs = [
-            sum(_overlap(box, other) for other in taken)
-            + (1e6 if box[0] < frame.x0 or box[2] > frame.x1 or box[1] < frame.y0 or box[3] > frame.y1 else 0)
-            for box in boxes
-        ]
-        chosen = int(np.argmin(costs))
-        taken.append(boxes[chosen])
+        boxes = np.array([_box(*offset, width, height) for offset in offsets])
+        boxes += np.tile(axes.transData.transform((x, y)), 2)
+        outside = (boxes[:, :2] < frame.min).any(axis=1) | (boxes[:, 2:] > frame.max).any(axis=1)
+        chosen = int(np.argmin(_overlaps(boxes, np.array(taken)) + 1e6 * outside))
+        taken.append(tuple(boxes[chosen]))
         axes.annotate(
             text,
             (x, y),
-            xytext=(places[chosen][0] / scale, places[chosen][1] / scale),
+            xytext=np.divide(offsets[chosen], scale),
             textcoords="offset points",
             ha="center",
             va="center",
@@ -271,8 +252,15 @@ def _place_labels(axes: Axes, labels: list[tuple[float, float, float, str, str]]
         )
 
 
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+def _box(x: float, y: float, half_width: float, half_height: float) -> tuple[float, float, float, float]:
+    return x - half_width, y - half_height, x + half_width, y + half_height
+
+
+def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """`[boxes]`: the area that each of `[boxes, 4]` shares with all of `[others, 4]`."""
+    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    return (high - low).clip(min=0).prod(axis=2).sum(axis=1)
 
 
 def plot_curves(comparison: Comparison) -> Figure | None:
@@ -281,97 +269,86 @@ def plot_curves(comparison: Comparison) -> Figure | None:
     Lines are means over seeds with the range of the seeds as a band. None if nothing of this was logged.
     """
     names = comparison.measures
-    panels = (
-        (names.accuracy, f"Held-out accuracy ({names.accuracy})", False),
-        (names.noise_fit, f"{names.noise_label.capitalize()} ({names.noise_fit})", False),
-        (KL, "KL to the reference (drift/kl), log scale", True),
-    )
-    return _plot_over_steps(comparison, panels, note="Thick: each method's most accurate learning rate. Thin: others.")
+    panels = {
+        names.accuracy: f"Held-out accuracy ({names.accuracy})",
+        names.noise_fit: f"{names.noise_label.capitalize()} ({names.noise_fit})",
+        KL: f"KL to the reference ({KL}), log scale",
+    }
+    return _plot_over_steps(comparison, panels)
 
 
 def plot_mask(comparison: Comparison) -> Figure | None:
     """`mask/mean_q` over the steps, with the level at which pure noise holds the `"ema"` `snr` mask. None if no run
     logged a mask."""
     return _plot_over_steps(
-        comparison,
-        ((MEAN_Q, "Mean of the mask (mask/mean_q), log scale", True),),
-        note="Thick: each method's most accurate learning rate. Thin: others.",
-        floors=_noise_floors(comparison),
+        comparison, {MEAN_Q: f"Mean of the mask ({MEAN_Q}), log scale"}, floors=_noise_floors(comparison)
     )
 
 
-def _plot_over_steps(
-    comparison: Comparison,
-    panels: tuple[tuple[str, str, bool], ...],
-    note: str,
-    floors: dict[float, str] | None = None,
-) -> Figure | None:
-    panels = tuple(panel for panel in panels if any(_mean_series(row, panel[0])[0].size for row in comparison.rows))
+def _plot_over_steps(comparison: Comparison, panels: dict[str, str], floors: Iterable[float] = ()) -> Figure | None:
+    """A panel for each metric that was logged, by its title; None if none was."""
+    panels = {name: title for name, title in panels.items() if any(_mean_series(r, name) for r in comparison.rows)}
     if not panels:
         return None
-    styles = method_styles(list(comparison.methods()))
+    styles, handles = method_styles(list(comparison.methods())), {}
     with house_style():
         figure, [all_axes] = new_figure(4.4 * len(panels) + 2.0 if len(panels) > 1 else 8.2, 4.0, len(panels))
-        handles = {}
-        for axes, (name, title, log) in zip(all_axes, panels, strict=True):
+        for axes, (name, title) in zip(all_axes, panels.items(), strict=True):
+            axes.set_title(title, fontsize=10)
+            axes.set_xlabel("optimizer step")
+            if title.endswith("log scale"):
+                axes.set_yscale("log", nonpositive="mask")  # the KL is 0 before the first step
             for method, rows in comparison.methods().items():
                 top = best(rows) or rows[0]
                 for row in sorted(rows, key=lambda row, top=top: row is top):
-                    steps, mean, low, high = _mean_series(row, name)
-                    if not steps.size:
-                        continue
-                    if log:  # the KL is 0 before the first step
-                        mean, low, high = (np.where(values > 0, values, np.nan) for values in (mean, low, high))
-                    thick = row is top
-                    style = {"color": styles[method][0], "alpha": 1.0 if thick else 0.4}
-                    if steps.size == 1:
-                        (line,) = axes.plot(steps, mean, marker=styles[method][1], linestyle="none", **style)
-                    else:
-                        (line,) = axes.plot(steps, mean, linewidth=2.0 if thick else 1.0, **style)
-                        if len(row.runs) > 1 and thick:
-                            axes.fill_between(steps, low, high, color=styles[method][0], alpha=0.15, linewidth=0)
-                    if thick or method not in handles:
+                    line = _draw_series(axes, row, name, styles[method], thick=row is top)
+                    if line is not None and (row is top or method not in handles):
                         handles[method] = line
-            if log:
-                axes.set_yscale("log")
+            if title.endswith("log scale"):
                 _plain_log_ticks(axes, "y")
-            axes.set_title(title, fontsize=10)
-            axes.set_xlabel("optimizer step")
-        lines = list(handles.values())
-        names = [display_name(method) for method in handles]
-        for level, label in (floors or {}).items():
+        lines, labels = list(handles.values()), [find_method(method).label for method in handles]
+        for level in floors:
             lines.append(all_axes[0].axhline(level, color="#666666", linestyle="--", linewidth=1.2, zorder=1))
-            names.append(label)
-        figure.legend(lines, names, loc="outside right center", handlelength=1.6, labelspacing=0.7)
+            labels.append(f"pure noise, ema snr\nper_tensor: q = {level:.3f}")
+        figure.legend(lines, labels, loc="outside right center", handlelength=1.6, labelspacing=0.7)
+        note = "Thick: each method's most accurate learning rate. Thin: others."
         figure.supxlabel(note, fontsize=8.5, color="#666666")
     return figure
 
 
-def _mean_series(row: Row, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _draw_series(axes: Axes, row: Row, name: str, style: tuple[str, str], thick: bool) -> Line2D | None:
+    """Draws the mean over seeds of a metric, and with a thick line their range; None if it was not logged."""
+    series = _mean_series(row, name)
+    if series is None:
+        return None
+    steps, mean, low, high = series
+    look = {"color": style[0], "alpha": 1.0 if thick else 0.4}
+    if steps.size == 1:
+        return axes.plot(steps, mean, marker=style[1], linestyle="none", **look)[0]
+    if len(row.runs) > 1 and thick:
+        axes.fill_between(steps, low, high, color=style[0], alpha=0.15, linewidth=0)
+    return axes.plot(steps, mean, linewidth=2.0 if thick else 1.0, **look)[0]
+
+
+def _mean_series(row: Row, name: str) -> tuple[np.ndarray, ...] | None:
     """Steps that all seeds of a row logged, and mean, minimum and maximum over the seeds there: four `[n]` arrays."""
     series = [dict(zip(*run.series(name), strict=True)) for run in row.runs]
     series = [each for each in series if each]
     steps = sorted(set.intersection(*map(set, series))) if series else []
-    values = np.array([[each[step] for step in steps] for each in series]).reshape(len(series), len(steps))
     if not steps:
-        return (np.empty(0),) * 4
+        return None
+    values = np.array([[each[step] for step in steps] for each in series])
     return np.array(steps), values.mean(axis=0), values.min(axis=0), values.max(axis=0)
 
 
-def _noise_floors(comparison: Comparison) -> dict[float, str]:
+def _noise_floors(comparison: Comparison) -> set[float]:
     """Noise floor of each `"ema"` `snr` setting among the runs; those not on record have the optimizer's default."""
-    floors = {}
+    floors = set()
     for run in comparison.runs:
-        settings = {key.removeprefix("prm_"): value for key, value in run.settings.items()}
-        estimator = settings.get("estimator", "ema" if run.method in ("prm_per_tensor", "prm_per_param") else None)
-        if estimator != "ema" or settings.get("mask", "snr") != "snr" or not run.series(MEAN_Q)[0].size:
-            continue
-        alpha = settings.get("alpha")
-        if alpha is None and settings.get("boundary", "batch") != "batch":
-            continue  # α = b/(n-b) is not on record
-        alpha = 1.0 if alpha is None else alpha
-        beta1 = settings.get("adam_beta1", 0.9)
-        softness = settings.get("softness", 1.0)
-        level = noise_floor(beta1, softness, alpha)
-        floors[level] = f"pure noise, ema snr\nper_tensor: q = {level:.3f}"
+        settings = {key.removeprefix("prm_"): value for key, value in run.settings.items() if value is not None}
+        estimator = settings.get("estimator", find_method(run.method).settings.get("prm_estimator"))
+        known_alpha = "alpha" in settings or settings.get("boundary", "batch") == "batch"  # b/(n-b) is not on record
+        if estimator == "ema" and settings.get("mask", "snr") == "snr" and known_alpha and run.series(MEAN_Q)[0].size:
+            used = {"adam_beta1": "beta1", "softness": "softness", "alpha": "alpha"}
+            floors.add(noise_floor(**{used[key]: value for key, value in settings.items() if key in used}))
     return floors

@@ -6,13 +6,13 @@ methods see the same pairs, and the same seeds give the same data order, so both
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtr, stdtrit
 
 
 Z_95 = 1.959964
@@ -48,6 +48,11 @@ class Interval:
         if not self.known:
             return "no interval"
         return "higher" if self.low > 0 else "lower" if self.high < 0 else "within noise"
+
+
+def finite(value: float | None) -> bool:
+    """Whether `value` was measured and is a finite number."""
+    return value is not None and math.isfinite(value)
 
 
 def mean_and_standard_error(values: np.ndarray) -> tuple[float, float, int]:
@@ -110,7 +115,8 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 4000, seed: int = 0)
         known = mean == 0 and values.size > 1
         end, p_value = (0.0, 1.0) if known else (float("nan"),) * 2
         return Interval(mean, end, end, seeds, examples, p_value)
-    half = t_quantile_975(df) * np.sqrt(variance)
+    quantile = float(stdtrit(df, 0.975))  # of Student's t
+    half = quantile * np.sqrt(variance)
     low, high = -half, half
     if examples > 1:
         rng = np.random.default_rng(seed)
@@ -127,7 +133,7 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 4000, seed: int = 0)
         low, high = np.quantile(deviations, [0.025, 0.975]) * half / deviations.std() / Z_95
     # The side of the interval that is towards 0 says how far away 0 is.
     towards_zero = abs(low if mean > 0 else high) or half
-    p_value = t_tails(abs(mean) / towards_zero * t_quantile_975(df), df)
+    p_value = 2 * float(stdtr(df, -abs(mean) / towards_zero * quantile))
     return Interval(mean, float(mean + low), float(mean + high), seeds, examples, p_value)
 
 
@@ -156,37 +162,6 @@ def _two_way_variance(values: np.ndarray) -> tuple[float, float]:
     return float(variance), float(variance**2 / uncertainty) if uncertainty > 0 else float("inf")
 
 
-def t_tails(t: float, df: float) -> float:
-    """P(|T| > t) of Student's t with `df` >= 1 degrees of freedom, not necessarily a whole number; `t` >= 0.
-
-    With t = √df tan φ the density is proportional to cos(φ)^(df-1), which is integrated over the tail. (numpy has no
-    such function, and scipy for this alone would be much.)
-    """
-    if df > 1e6:
-        return math.erfc(t / math.sqrt(2))
-    start = math.atan(t / math.sqrt(df))
-    end = min(math.pi / 2, start + 12 / math.sqrt(df))  # beyond it there is nothing left
-    points, weights = _gauss_legendre()
-    angles = start + (end - start) * (points + 1) / 2
-    logs = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) + (df - 1) * np.log(np.cos(angles))
-    return min(1.0, float((end - start) * weights @ np.exp(logs)) / math.sqrt(math.pi))
-
-
-@functools.cache
-def _gauss_legendre() -> tuple[np.ndarray, np.ndarray]:
-    return np.polynomial.legendre.leggauss(64)
-
-
-@functools.cache
-def t_quantile_975(df: float) -> float:
-    """97.5 % quantile of Student's t with `df` >= 1 degrees of freedom: where `t_tails` is 0.05."""
-    low, high = 1.0, 13.0
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_tails(middle, df) > 0.05 else (low, middle)
-    return middle
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values (1979, Scand. J. Stat. 6): those below 0.05 are differences that 5 % of such families
     would show by chance, whatever their dependence. NaN, a comparison that was not made, stays and does not count.
@@ -197,6 +172,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(known) - rank) * p))
         adjusted[i] = largest
     return adjusted
+
+
+def _curve(kl: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The points of a curve whose KL is positive and finite, by ascending KL; points of one KL are averaged."""
+    kl, values = np.asarray(kl, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    if kl.ndim != 1 or values.ndim != 2 or len(kl) != len(values):
+        raise ValueError(f"`kl` and `values` must be [points] and [points, examples], got {kl.shape}, {values.shape}.")
+    known = np.unique(kl[np.isfinite(kl) & (kl > 0)])
+    return known, np.array([values[kl == at].mean(axis=0) for at in known])
 
 
 def interpolate_at_kl(kl: np.ndarray, values: np.ndarray, at: float) -> np.ndarray | None:
@@ -212,20 +196,20 @@ def interpolate_at_kl(kl: np.ndarray, values: np.ndarray, at: float) -> np.ndarr
     Returns:
         `[examples]` float64, or None where `at` lies outside the range that the runs cover: nothing is extrapolated.
     """
-    kl, values = np.asarray(kl, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    if kl.ndim != 1 or values.ndim != 2 or len(kl) != len(values):
-        raise ValueError(f"`kl` and `values` must be [points] and [points, examples], got {kl.shape}, {values.shape}.")
-    usable = np.isfinite(kl) & (kl > 0)
-    kl, values = kl[usable], values[usable]
-    if not (np.isfinite(at) and at > 0) or kl.size == 0 or not kl.min() <= at <= kl.max():
+    kl, values = _curve(kl, values)
+    if not (kl.size and kl[0] <= at <= kl[-1]):
         return None
-    order = np.argsort(kl, kind="stable")
-    kl, values = kl[order], values[order]
     right = int(np.searchsorted(kl, at))  # kl[right - 1] < at <= kl[right]
     if kl[right] == at:
-        return values[kl == at].mean(axis=0)
+        return values[right]
     weight = np.log(at / kl[right - 1]) / np.log(kl[right] / kl[right - 1])
     return (1 - weight) * values[right - 1] + weight * values[right]
+
+
+def bracket_ratio(kl: np.ndarray, at: float) -> float:
+    """Ratio of the two neighbouring KLs in `kl` (`[points]`) that `interpolate_at_kl` uses; 1 at a point itself."""
+    kl = np.asarray(kl, dtype=np.float64)
+    return float(kl[kl >= at].min() / kl[(kl > 0) & (kl <= at)].max())
 
 
 def mean_over_log_kl(kl: np.ndarray, values: np.ndarray, low: float, high: float) -> np.ndarray | None:
@@ -235,32 +219,27 @@ def mean_over_log_kl(kl: np.ndarray, values: np.ndarray, low: float, high: float
     the larger area is the more accurate at equal drift, over all drifts and with no learning rate picked.
 
     Args:
-        kl: `[points]` and
-        values: `[points, examples]`, as in `interpolate_at_kl`. Linear in `values`, so areas can be paired by example.
-        low: lower end of the range, nats a token.
-        high: upper end, above `low`.
+        kl, values: as in `interpolate_at_kl`. The result is linear in `values`, so areas can be paired by example.
+        low, high: the range, nats a token.
 
     Returns:
         `[examples]` float64, or None where the runs do not cover the range: nothing is extrapolated.
     """
-    ends = [interpolate_at_kl(kl, values, at) for at in (low, high)]
-    if not low < high or any(end is None for end in ends):
+    points = [low, *(at for at in _curve(kl, values)[0] if low < at < high), high]
+    heights = [interpolate_at_kl(kl, values, at) for at in points]
+    if not low < high or any(height is None for height in heights):
         return None
-    kl = np.asarray(kl, dtype=np.float64)
-    inside = sorted({at for at in kl[np.isfinite(kl)] if low < at < high})
-    heights = np.stack([ends[0], *(interpolate_at_kl(kl, values, at) for at in inside), ends[1]])
-    widths = np.diff(np.log([low, *inside, high]))
-    return (widths @ (heights[1:] + heights[:-1])) / 2 / widths.sum()
+    widths, heights = np.diff(np.log(points)), np.stack(heights)
+    return widths @ (heights[1:] + heights[:-1]) / 2 / widths.sum()
 
 
 def shared_range(curves: Sequence[np.ndarray]) -> tuple[float, float] | None:
     """The range of KL that all curves cover, each a `[points]` array of KLs; None if there is none."""
-    usable = [np.asarray(kl, dtype=np.float64) for kl in curves]
-    usable = [kl[np.isfinite(kl) & (kl > 0)] for kl in usable]
-    if not usable or any(kl.size == 0 for kl in usable):
+    usable = [[x for x in kl if 0 < x < math.inf] for kl in curves]
+    if not usable or not all(usable):
         return None
-    low, high = max(float(kl.min()) for kl in usable), min(float(kl.max()) for kl in usable)
-    return (low, high) if low < high else None
+    low, high = max(map(min, usable)), min(map(max, usable))
+    return (float(low), float(high)) if low < high else None
 
 
 def rate_at_kl(learning_rates: np.ndarray, kl: np.ndarray, at: float) -> float | None:
@@ -280,13 +259,6 @@ def rate_at_kl(learning_rates: np.ndarray, kl: np.ndarray, at: float) -> float |
             weight = math.log(at / x) / math.log(next_x / x) if next_x != x else 0.0
             return float(rate * (next_rate / rate) ** weight)
     return None
-
-
-def bracket_ratio(kl: np.ndarray, at: float) -> float:
-    """Ratio of the two neighbouring KLs in `kl` (`[points]`) that `interpolate_at_kl` uses; 1 at a point itself."""
-    kl = np.asarray(kl, dtype=np.float64)
-    kl = kl[np.isfinite(kl) & (kl > 0)]
-    return float(kl[kl >= at].min() / kl[kl <= at].max())
 
 
 def noise_floor(beta1: float = 0.9, softness: float = 1.0, alpha: float = 1.0) -> float:

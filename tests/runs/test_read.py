@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from prm_hf.compare import compare_runs, format_comparison, load_runs
-from prm_hf.compare.comparison import method_group
-
-from .compared_runs import ACCURACY, KL, PAIRS, write_grid, write_run
+from prm_hf.runs.methods import find_method
+from tests.compare.compared_runs import ACCURACY, KL, PAIRS, write_grid, write_run
 
 
 def test_reads_a_run_folder(tmp_path):
@@ -37,7 +36,7 @@ def test_unfinished_runs_are_named(tmp_path):
     comparison = compare_runs(tmp_path)
     assert [run.name for run in comparison.unfinished] == ["adamw_lr1e-05_seed0"]
     assert len(comparison.runs) == 6
-    assert any("unfinished" in words and "adamw_lr1e-05_seed0" in words for words in comparison.statements)
+    assert "adamw_lr1e-05_seed0" in comparison.findings["unfinished"]
     with pytest.raises(ValueError, match="No finished run.*adamw_lr1e-05_seed0"):
         compare_runs(tmp_path / "adamw_lr1e-05_seed0")
 
@@ -100,7 +99,7 @@ def test_reads_a_trainer_folder(tmp_path):
     write_trainer_state(tmp_path / "qwen-prm_seed3", log)
     (run,) = load_runs(tmp_path)
     assert (run.method, run.learning_rate, run.seed, run.source) == ("qwen-prm", 1e-3, 3, "trainer")
-    assert method_group(run.method) == "PRM"
+    assert find_method(run.method).group == "PRM"
     assert run.metrics[ACCURACY] == 0.7 and run.metrics[KL] == 0.2 and run.metrics["wall_seconds"] == 33.0
     assert "memorization/flipped_fit" not in run.metrics and run.heldout is None and "old" not in run.metrics
     assert run.series(ACCURACY)[1].tolist() == [0.6, 0.7] and run.series("train/rewards/accuracies")[1].tolist() == [
