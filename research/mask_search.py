@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from prm_hf.compare import Comparison, Interval, Row, compare_runs
-from prm_hf.compare.comparison import BASELINE, display_name, frontier_difference
+from prm_hf.compare.comparison import display_name, frontier_difference
 from prm_hf.compare.statistics import holm
 from prm_hf.experiments import dpo as dpo_noisy
 from prm_hf.experiments import sft as sft_noisy
@@ -33,6 +33,7 @@ from prm_hf.experiments.runner import Data, Recipe, RunSpec, run_comparisons
 from prm_hf.optim import masks
 from prm_hf.optim.parts import hyperparameters
 from prm_hf.optim.statistics import local_masks
+from prm_hf.runs.methods import BASELINE, CONTROL, OTHER, PRM, Method, find_method, register
 from prm_hf.trainers.callbacks import innermost_optimizer
 
 
@@ -67,6 +68,10 @@ FIXED, FIXED_FROM = "search_prm_rows_fixed_eps10", "prm_rows_eps:10"
 VARIANTS[FIXED] = {"rows": True, "eps": 10}
 # For LoRA alone: one mask for A and B of a layer. Not among `METHODS` either.
 VARIANTS |= {"search_prm_modules": {"modules": True}, "search_prm_modules_eps10": {"modules": True, "eps": 10}}
+for _name, _options in VARIANTS.items():
+    _masked = not {"keep_mean", "embedding"} & set(_options)
+    _group = CONTROL if _name == FIXED or "shuffle" in _options else PRM if _masked else OTHER
+    register(Method(_name, _name, _group, find_method("adamw").settings, has_mask=_masked))
 ROW_MASKS = "row_masks.pt"
 RECIPES = {"dpo_noisy": dpo_noisy, "sft_noisy": sft_noisy}
 MICRO_BATCHES = 4  # a step's, for noise that is measured within it

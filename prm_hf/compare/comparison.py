@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..runs.methods import BASELINE, CONTROL, GROUPS, LOSS, METHODS, OTHER, PRM, find_method
 from .measures import Measures
 from .runs import KL, Run, finite
 from .statistics import (
@@ -28,8 +29,6 @@ from .statistics import (
 )
 
 
-BASELINE, PRM, CONTROL, LOSS_SIDE, OTHER = GROUPS = ("baseline", "PRM", "control", "loss-side", "other")
-
 SAME_LR = "same learning rate"
 BEST_LR = "best learning rates"
 EQUAL_KL = "equal KL"
@@ -37,56 +36,15 @@ EQUAL_KL_MEAN = "equal KL, mean over learning rates"
 FRONTIER = "frontier area"
 CONTROLLED = "control"
 
-_DISPLAY = {
-    "adamw": "AdamW",
-    "adamw_eps": "AdamW eps",
-    "adamw_embedding": "AdamW embedding lr ×",
-    "cautious": "Cautious AdamW",
-    "msvag": "M-SVAG",
-    "prm_per_tensor": "PRM per_tensor",
-    "prm_per_param": "PRM per_param",
-    "prm_debiased": "PRM debiased",
-    "prm_debiased_eps": "PRM debiased eps",
-    "prm_debiased_per_param": "PRM debiased per_param",
-    "prm_rows": "PRM per_row",
-    "prm_rows_eps": "PRM per_row eps",
-    "prm_stopping": "PRM stopping",
-    "constant_q": "constant q",
-    "shuffled_q": "shuffled q",
-    "fixed_q": "fixed q",
-    "adamw_matched": "AdamW at the KL",
-    "cdpo": "cDPO",
-    "robust": "rDPO (robust)",
-    "ipo": "IPO",
-    "early_stopping": "early stopping",
-    "early_stopping_clean": "early stopping, clean labels",
-}
-_CONTROLS = {"constant", "shuffled", "fixed", "matched"}
-_LOSSES = ("cdpo", "robust", "rdpo", "ipo", "hinge")
-
 
 def display_name(method: str) -> str:
     """Name of a method for people; an unknown method is called as it is, and a value after `:` stays behind it."""
-    base, _, value = method.partition(":")
-    return f"{_DISPLAY.get(base, base)} {value}".strip()
+    return find_method(method).label
 
 
 def baseline_of(method: str) -> str:
     """The AdamW that a PRM method adds its mask to: `adamw`, of `prm_debiased_eps:10` `adamw_eps:10`."""
-    name, _, value = method.partition(":")
-    return f"adamw_eps:{value}" if name.endswith("_eps") else "adamw"
-
-
-def method_group(method: str) -> str:
-    """One of `GROUPS`, from the words of the method's name; unknown methods are `"other"`."""
-    words = re.split(r"[^a-z0-9]+", method.lower())
-    if _CONTROLS.intersection(words):
-        return CONTROL
-    if "prm" in words:
-        return PRM
-    if any(loss in words for loss in _LOSSES) or "early" in words:
-        return LOSS_SIDE
-    return BASELINE if "adamw" in words else OTHER
+    return find_method(method).baseline
 
 
 def format_rate(rate: float | None) -> str:
@@ -119,7 +77,7 @@ class Row:
 
     @property
     def group(self) -> str:
-        return method_group(self.method)
+        return find_method(self.method).group
 
     @property
     def name(self) -> str:
@@ -214,7 +172,7 @@ class Comparison:
     @property
     def rivals(self) -> dict[str, list[Row]]:
         """Rows by method of all that is neither PRM nor AdamW nor a control of one run."""
-        others = self.methods(BASELINE, LOSS_SIDE, OTHER) if self.baseline else self.methods(LOSS_SIDE, OTHER)
+        others = self.methods(BASELINE, LOSS, OTHER) if self.baseline else self.methods(LOSS, OTHER)
         return {method: rows for method, rows in others.items() if rows != self.baseline}
 
 
@@ -300,11 +258,11 @@ def _rows(runs: list[Run]) -> list[Row]:
         rows[key] = Row(key[0], rate, sorted(members, key=lambda run: -1 if run.seed is None else run.seed))
     for row in rows.values():
         row.source = next((rows[names[of]] for run in row.runs if (of := _source(run)) in names), None)
-    order = {method: index for index, method in enumerate(_DISPLAY)}
+    order = {key: index for index, key in enumerate(METHODS)}
 
     def place(row: Row) -> tuple:
-        base = row.method.partition(":")[0]
-        return GROUPS.index(row.group), order.get(base, len(order)), row.name, row.learning_rate or 0
+        method = find_method(row.method)
+        return GROUPS.index(method.group), order.get(method.key, len(order)), row.name, row.learning_rate or 0
 
     return sorted(rows.values(), key=place)
 
@@ -335,7 +293,7 @@ def _contrasts(comparison: Comparison) -> list[Contrast]:
     if lead is None and not baseline:
         lead = best(comparison.rows)
     if lead is not None:
-        for method, rows in (rivals if baseline else comparison.methods(LOSS_SIDE, OTHER, BASELINE)).items():
+        for method, rows in (rivals if baseline else comparison.methods(LOSS, OTHER, BASELINE)).items():
             rival = best(rows)
             if rival is not None and method != lead.method:
                 contrasts.append(_between(BEST_LR, lead, rival))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..runs.methods import find_method
 from .comparison import Comparison, Row, best, display_name, format_rate
 from .runs import KL, MEAN_Q, finite
 from .statistics import noise_floor
@@ -363,7 +364,7 @@ def _noise_floors(comparison: Comparison) -> dict[float, str]:
     floors = {}
     for run in comparison.runs:
         settings = {key.removeprefix("prm_"): value for key, value in run.settings.items()}
-        estimator = settings.get("estimator", "ema" if run.method in ("prm_per_tensor", "prm_per_param") else None)
+        estimator = settings.get("estimator", find_method(run.method).settings.get("prm_estimator"))
         if estimator != "ema" or settings.get("mask", "snr") != "snr" or not run.series(MEAN_Q)[0].size:
             continue
         alpha = settings.get("alpha")

@@ -17,8 +17,8 @@ from prm_hf.compare.comparison import (
     SAME_LR,
     display_name,
     format_rate,
-    method_group,
 )
+from prm_hf.runs.methods import find_method
 
 from .compared_runs import ACCURACY, KL, PAIRS, contrast, write_grid, write_run
 
@@ -187,7 +187,7 @@ def test_names():
         "early_stopping": "loss-side",
         "my thing": "other",
     }
-    assert {method: method_group(method) for method in groups} == groups
+    assert {method: find_method(method).group for method in groups} == groups
     assert display_name("adamw_eps:0.1") == "AdamW eps 0.1" and display_name("my thing") == "my thing"
 
 

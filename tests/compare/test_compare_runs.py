@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from prm_hf.compare import compare_runs, format_comparison, load_runs
-from prm_hf.compare.comparison import method_group
+from prm_hf.runs.methods import find_method
 
 from .compared_runs import ACCURACY, KL, PAIRS, write_grid, write_run
 
@@ -100,7 +100,7 @@ def test_reads_a_trainer_folder(tmp_path):
     write_trainer_state(tmp_path / "qwen-prm_seed3", log)
     (run,) = load_runs(tmp_path)
     assert (run.method, run.learning_rate, run.seed, run.source) == ("qwen-prm", 1e-3, 3, "trainer")
-    assert method_group(run.method) == "PRM"
+    assert find_method(run.method).group == "PRM"
     assert run.metrics[ACCURACY] == 0.7 and run.metrics[KL] == 0.2 and run.metrics["wall_seconds"] == 33.0
     assert "memorization/flipped_fit" not in run.metrics and run.heldout is None and "old" not in run.metrics
     assert run.series(ACCURACY)[1].tolist() == [0.6, 0.7] and run.series("train/rewards/accuracies")[1].tolist() == [

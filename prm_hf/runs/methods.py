@@ -1,0 +1,206 @@
+"""The methods that are compared, in one table: what each changes, what it is called, and what it is compared with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+BASELINE, PRM, CONTROL, LOSS, OTHER = GROUPS = ("baseline", "PRM", "control", "loss-side", "other")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of a comparison.
+
+    Attributes:
+        name: as in the argument `methods` and in `run.json`, with its value: `"prm_rows_eps:10"`.
+        title: what people call it, without its value.
+        group: one of `GROUPS`.
+        settings: what it changes in the training configuration.
+        noise_settings: further changes, from the noise rate, for a method that is told the rate. Such a method exists
+            for rates between 0 and 0.5 only.
+        value: the number behind the colon of its name.
+        value_help: what that number is; None for a method without a value.
+        value_setting: the field of the training configuration that takes the value, if there is one.
+        base: the method whose step the mask or the control multiplies, without its value, which is this method's.
+        has_mask: whether a mask shrinks its step. Such methods get the learning rates of PRM.
+        has_controls: whether the controls can be bound to its runs.
+        tensor_masks: of a PRM method, whether it has one mask value a tensor; of a control, whether it needs those.
+    """
+
+    name: str
+    title: str
+    group: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    noise_settings: Callable[[float], dict[str, Any]] | None = None
+    value: float | None = None
+    value_help: str | None = None
+    value_setting: str | None = None
+    base: str = "adamw"
+    has_mask: bool = False
+    has_controls: bool = False
+    tensor_masks: bool = False
+
+    @property
+    def key(self) -> str:
+        """The name without the value."""
+        return self.name.partition(":")[0]
+
+    @property
+    def label(self) -> str:
+        """What people call it, with its value."""
+        return f"{self.title} {self.name.partition(':')[2]}".strip()
+
+    @property
+    def baseline(self) -> str:
+        """The AdamW that the method adds its mask to: `adamw`, of `prm_rows_eps:10` `adamw_eps:10`."""
+        value = self.name.partition(":")[2]
+        return f"{self.base}:{value}" if value and METHODS[self.base].value_help else self.base
+
+    def changes(self, noise_rate: float = 0.3) -> dict[str, Any] | None:
+        """What the method changes in the training configuration; None if it does not exist for that noise rate."""
+        if self.noise_settings is None:
+            more = {self.value_setting: self.value} if self.value_setting else {}
+            return {**self.settings, **more}
+        return {**self.settings, **self.noise_settings(noise_rate)} if 0 < noise_rate < 0.5 else None
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register(*methods: Method) -> None:
+    """Adds methods to the table, as a script with methods of its own does."""
+    METHODS.update({method.name: method for method in methods})
+
+
+def parse_method(name: str, known: Collection[str] | None = None) -> Method:
+    """The method of a name that may end in a value: `adamw_eps:0.3`.
+
+    Args:
+        name: an element of the argument `methods`.
+        known: the names, without values, that are allowed; by default all of `METHODS`.
+
+    Raises:
+        ValueError: the name is not known, or a value is missing, not wanted or not a positive number.
+    """
+    key, colon, text = name.partition(":")
+    known = METHODS if known is None else known
+    if key not in known or key not in METHODS:
+        raise ValueError(f"`methods`: {key} unknown. Known are {', '.join(known)}.")
+    method = METHODS[key]
+    if method.value_help is None:
+        if colon:
+            raise ValueError(f"`methods`: {key!r} takes no value, got {name!r}.")
+        return method
+    value = _number(text)
+    if value is None:
+        raise ValueError(
+            f"`methods`: {key!r} needs a positive number behind a colon: {method.value_help}; got {name!r}."
+        )
+    return replace(method, name=name, value=value)
+
+
+def find_method(name: str) -> Method:
+    """The method of a run that may come from elsewhere; of a name that is not known the group is guessed."""
+    key, _, text = name.partition(":")
+    if key in METHODS:
+        return replace(METHODS[key], name=name, value=_number(text))
+    return Method(name, key, _guess_group(name))
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 < value < float("inf") else None
+
+
+def _guess_group(name: str) -> str:
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    if words & {"constant", "shuffled", "fixed", "matched"}:
+        return CONTROL
+    if "prm" in words:
+        return PRM
+    if words & {"cdpo", "robust", "rdpo", "ipo", "hinge", "early"}:
+        return LOSS
+    return BASELINE if "adamw" in words else OTHER
+
+
+def _cdpo(noise_rate: float) -> dict[str, Any]:
+    # TRL's "sigmoid" loss ignores `label_smoothing`. cDPO with noise rate e is its "robust" loss at -e/(1-2e): the
+    # two labels get the same weights, and the loss the same scale.
+    return {"loss_type": ["robust"], "label_smoothing": -noise_rate / (1 - 2 * noise_rate)}
+
+
+def _rdpo(noise_rate: float) -> dict[str, Any]:
+    return {"loss_type": ["robust"], "label_smoothing": noise_rate}
+
+
+_ADAMW = {"optimizer_name": "adamw"}
+_TENSOR = {"prm_reduction": "per_tensor", "prm_estimator": "debiased"}
+_ROW = {"prm_reduction": "per_row", "prm_estimator": "debiased", "prm_signal_beta": 0.98}
+# Early stopping evaluates ten times a run.
+_EVALUATIONS = {**_ADAMW, "eval_strategy": "steps", "eval_steps": 0.1}
+
+
+def _eps(example: str) -> dict[str, str]:
+    """Of a method whose value is eps, relative to the scale of the clipped gradient."""
+    text = f"eps, relative to the gradient's scale, as in `{example}`"
+    return {"base": "adamw_eps", "value_help": text, "value_setting": "relative_eps"}
+
+
+def _adamw(name: str, title: str, group: str = BASELINE, **more: Any) -> Method:
+    return Method(name, title, group, _ADAMW, **more)
+
+
+def _prm(name: str, title: str, settings: dict[str, Any], has_controls: bool = True, **more: Any) -> Method:
+    tensors = has_controls and settings.get("prm_reduction") == "per_tensor"
+    return Method(name, title, PRM, settings, has_mask=True, has_controls=has_controls, tensor_masks=tensors, **more)
+
+
+# The order is that of the rows of a comparison within a group.
+register(
+    _adamw("adamw", "AdamW"),
+    _adamw("adamw_eps", "AdamW eps", **_eps("adamw_eps:0.3")),
+    _adamw(
+        "adamw_embedding",
+        "AdamW embedding lr ×",
+        value_help="the factor of the embedding's learning rate, as in `adamw_embedding:3`",
+    ),
+    _adamw("cautious", "Cautious AdamW", OTHER),
+    _adamw("msvag", "M-SVAG", OTHER),
+    _prm("prm_per_tensor", "PRM per_tensor", {"prm_reduction": "per_tensor", "prm_estimator": "ema"}),
+    _prm("prm_per_param", "PRM per_param", {"prm_reduction": "per_param", "prm_estimator": "ema"}),
+    _prm("prm_debiased", "PRM debiased", _TENSOR),
+    _prm("prm_debiased_eps", "PRM debiased eps", _TENSOR, **_eps("prm_debiased_eps:10")),
+    _prm(
+        "prm_debiased_per_param",
+        "PRM debiased per_param",
+        {"prm_reduction": "per_param", "prm_estimator": "debiased"},
+    ),
+    _prm("prm_rows", "PRM per_row", _ROW),
+    _prm("prm_rows_eps", "PRM per_row eps", _ROW, **_eps("prm_rows_eps:10")),
+    # With full fine-tuning the preset is `prm_rows_eps:10`, with LoRA `prm_rows`: bind controls to those.
+    _prm("prm_noisy_labels", "PRM noisy_labels", {"prm_preset": "noisy_labels"}, has_controls=False),
+    # Its runs end when the gradients of an epoch were mostly noise, and those of its controls would end later.
+    _prm("prm_stopping", "PRM stopping", {**_TENSOR, "logging_steps": 1}, has_controls=False),
+    # A control is bound to a PRM run, from which it takes something. Does the selection matter, or the smaller step:
+    # AdamW at η·q̄, q̄ the run's mean mask; AdamW at the learning rate that drifts as far. Does it matter which tensor
+    # is slowed, and when: the run with its masks permuted over the tensors at each step; AdamW with each tensor
+    # slowed as in the run of another seed. AdamW is here the baseline of the PRM method, with the same eps.
+    Method("constant_q", "constant q", CONTROL),
+    Method("adamw_matched", "AdamW at the KL", CONTROL),
+    Method("shuffled_q", "shuffled q", CONTROL, tensor_masks=True),
+    Method("fixed_q", "fixed q", CONTROL, tensor_masks=True),
+    _adamw("cdpo", "cDPO", LOSS, noise_settings=_cdpo),
+    _adamw("robust", "rDPO (robust)", LOSS, noise_settings=_rdpo),
+    Method("ipo", "IPO", LOSS, {**_ADAMW, "loss_type": ["ipo"]}),
+    # AdamW as it was at the evaluation at which validation pairs had the smallest loss: pairs as noisy as those that
+    # are trained on, and the same pairs with their clean labels, which shows what better labels would be worth.
+    Method("early_stopping", "early stopping", LOSS, _EVALUATIONS),
+    Method("early_stopping_clean", "early stopping, clean labels", LOSS, _EVALUATIONS),
+)
