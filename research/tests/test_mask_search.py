@@ -9,7 +9,7 @@ import torch
 from prm_hf import PRM
 from prm_hf.compare import compare_runs
 from research import mask_search
-from research.mask_search import SearchedPRM
+from research.searched_prm import SearchedPRM
 from tests.compare.compared_runs import write_grid, write_run
 
 
