@@ -1,8 +1,10 @@
 """The settings of a run with PRM, as dataclass fields: command-line flags and YAML keys through `trl.TrlParser`."""
 
+import copy
+import inspect
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -15,6 +17,16 @@ from ..sharding.deepspeed import check_config
 
 
 OPTIMIZER_NAMES = ("prm", "adamw")
+# What the evidence supports, by the preset's name; with LoRA the larger eps costs accuracy.
+PRESETS = {
+    "noisy_labels": {
+        "prm_reduction": "per_row",
+        "prm_estimator": "debiased",
+        "prm_signal_beta": 0.98,
+        "relative_eps": 10.0,
+    }
+}
+WITH_LORA = {"noisy_labels": {"relative_eps": None}}
 
 
 @dataclass
@@ -31,6 +43,15 @@ class PRMArguments:
         optimizer_name (`str`, *optional*, defaults to `"prm"`):
             `"prm"`, or `"adamw"` to train the control with the same script: then `optim` chooses the optimizer as in
             any other trainer, and the `prm_*` arguments have no effect.
+        relative_eps (`float`, *optional*):
+            Adam's ε relative to the root mean square of the clipped gradient, in place of `adam_epsilon`: ε is
+            `relative_eps * max_grad_norm / sqrt(d)`, with d the number of trained parameters over all processes, and
+            the step is `1 + relative_eps` times as long, so that it is about as long as AdamW's at `learning_rate`.
+            For `optimizer_name="adamw"` too.
+        prm_preset (`str`, *optional*):
+            `"noisy_labels"` for the setting that the evidence supports where labels are wrong: `prm_reduction`
+            `"per_row"`, `prm_estimator` `"debiased"` and `prm_signal_beta` 0.98, in full fine-tuning with
+            `relative_eps` 10. What it sets is logged once.
         prm_mask (`str`, *optional*, defaults to `"snr"`):
             Mask: `"snr"`, `"soft"`, `"hard"`, or `"none"` for plain AdamW computed by PRM.
         prm_reduction (`str`, *optional*, defaults to `"per_row"`):
@@ -79,6 +100,21 @@ class PRMArguments:
             "help": "Optimizer: `'prm'`, or `'adamw'` to train the control with the same script; then `optim` chooses "
             "the optimizer, and the `prm_*` arguments have no effect.",
             "choices": list(OPTIMIZER_NAMES),
+        },
+    )
+    relative_eps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Adam's epsilon relative to the root mean square of the clipped gradient, in place of "
+            "`adam_epsilon`; the step is `1 + relative_eps` times as long, so that it is about as long as AdamW's. "
+            "For `optimizer_name='adamw'` too."
+        },
+    )
+    prm_preset: Literal["noisy_labels"] | None = field(
+        default=None,
+        metadata={
+            "help": "`'noisy_labels'` for the setting that the evidence supports where labels are wrong: per_row, "
+            "debiased and `prm_signal_beta=0.98`, in full fine-tuning with `relative_eps=10`."
         },
     )
     prm_mask: str = field(
@@ -236,15 +272,105 @@ class PRMSFTConfig(PRMArguments, SFTConfig):
         check_optimizer(self)
 
 
+def preset_values(args: PRMArguments, is_peft: bool | None) -> dict[str, Any]:
+    """The fields that `prm_preset` sets for a PEFT model or for any other one; for None, those that it sets for both.
+
+    Raises:
+        ValueError: a field was set to something else than its default and the preset's value.
+    """
+    if args.prm_preset is None:
+        return {}
+    if args.prm_preset not in PRESETS:
+        raise ValueError(
+            f"`prm_preset` is {args.prm_preset!r}: set it to one of {', '.join(map(repr, PRESETS))}, or to None."
+        )
+    others = WITH_LORA[args.prm_preset]
+    values = {**PRESETS[args.prm_preset], **others}
+    if not is_peft:
+        values = {k: v for k, v in PRESETS[args.prm_preset].items() if is_peft is not None or k not in others}
+    defaults = {f.name: f.default for f in fields(PRMArguments)}
+    for name, value in values.items():
+        if getattr(args, name) not in (defaults[name], value):
+            raise ValueError(
+                f"`{name}={getattr(args, name)!r}` and `prm_preset={args.prm_preset!r}`, which sets it to {value!r}"
+                f"{' with LoRA' if is_peft else ''}, contradict each other. Leave `{name}` unset, or set the other "
+                f"fields of the preset yourself instead of `prm_preset`: {_listed(values)}."
+            )
+    return values
+
+
+def with_preset(args: PRMArguments, is_peft: bool | None) -> PRMArguments:
+    """A copy of `args` with the [`preset_values`]; the user's own stays as it is, for other trainers."""
+    result = copy.copy(args)
+    for name, value in preset_values(args, is_peft).items():
+        setattr(result, name, value)
+    check_relative_eps(result)
+    return result
+
+
+def preset_note(args: PRMArguments, is_peft: bool | None) -> str:
+    """A sentence about what the preset sets; empty without a preset."""
+    values = preset_values(args, is_peft)
+    return f"`prm_preset={args.prm_preset!r}` sets {_listed(values)}." if values else ""
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}={value!r}`" for name, value in values.items())
+
+
+def check_relative_eps(args: TrainingArguments) -> None:
+    relative_eps = args.relative_eps
+    if relative_eps is None:
+        return
+    if isinstance(relative_eps, bool) or not 0 < relative_eps < math.inf:
+        raise ValueError(
+            f"`relative_eps` is {relative_eps!r}: set it to a positive finite number, or to None for `adam_epsilon`."
+        )
+    if not args.max_grad_norm:
+        raise ValueError(
+            f"`relative_eps={relative_eps!r}` is relative to the clipped gradient, and `max_grad_norm` is "
+            f"{args.max_grad_norm!r}: set `max_grad_norm` above 0."
+        )
+    default = next(f.default for f in fields(TrainingArguments) if f.name == "adam_epsilon")
+    if args.adam_epsilon != default:
+        raise ValueError(
+            f"`adam_epsilon={args.adam_epsilon!r}` and `relative_eps={relative_eps!r}` contradict each other: set one "
+            "of them."
+        )
+
+
+def scaled_by_relative_eps(args: TrainingArguments, kwargs: dict[str, Any], numel: int) -> dict[str, Any]:
+    """The keyword arguments of Adam's kin with the eps and the learning rate that `args.relative_eps` stands for.
+
+    Args:
+        numel: Number of trained parameters, over all processes.
+    """
+    if args.relative_eps is None:
+        return kwargs
+    if "eps" not in kwargs:
+        raise ValueError(
+            f"`relative_eps={args.relative_eps!r}` sets Adam's eps, and `optim={args.optim.value!r}` has none: leave "
+            "one of them unset."
+        )
+    eps = args.relative_eps * args.max_grad_norm / numel**0.5
+    return {**kwargs, "eps": eps, "lr": kwargs["lr"] * (1 + args.relative_eps)}
+
+
+# Whether PRM scales its step by itself. Otherwise its arguments are scaled as AdamW's are.
+PRM_SCALES = "relative_eps" in inspect.signature(PRM).parameters
+
+
 def prm_kwargs(args: PRMArguments) -> dict[str, Any]:
     """The keyword arguments of [`PRM`] that `args`, which are also `TrainingArguments`, stand for.
 
     With `prm_boundary="empirical"` the run's `batch_size` and `n_dataset` have to be added.
     """
+    scaling = {"relative_eps": args.relative_eps, "max_grad_norm": args.max_grad_norm}
     return {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
+        **(scaling if PRM_SCALES and args.relative_eps is not None else {}),
         "mask": args.prm_mask,
         "reduction": args.prm_reduction,
         "softness": args.prm_softness,
@@ -261,6 +387,7 @@ def prm_kwargs(args: PRMArguments) -> dict[str, Any]:
 
 def check_optimizer(args: TrainingArguments) -> None:
     """Raises before anything is loaded if PRM would refuse its arguments or another optimizer is asked for."""
+    check_relative_eps(args)
     if args.optimizer_name != "prm":
         return
     default = next(f.default for f in fields(TrainingArguments) if f.name == "optim")
@@ -270,13 +397,15 @@ def check_optimizer(args: TrainingArguments) -> None:
             f"`{name}={value!r}` and `optimizer_name='prm'` contradict each other. Leave `{name}` unset to train with "
             "PRM, whose arguments start with `prm_`, or set `optimizer_name='adamw'` to let `optim` choose."
         )
+    probed = with_preset(args, is_peft=None)
     sizes = {"batch_size": 1, "n_dataset": 2} if args.prm_boundary == "empirical" else {}
     try:
-        PRM([torch.zeros(1, requires_grad=True)], weight_decay=args.weight_decay, **prm_kwargs(args), **sizes)
+        PRM([torch.zeros(1, requires_grad=True)], weight_decay=args.weight_decay, **prm_kwargs(probed), **sizes)
     except ValueError as error:
         raise ValueError(
             f"PRM refuses an argument: {error} Its `lr`, `betas` and `eps` are `learning_rate`, `adam_beta1`, "
-            "`adam_beta2` and `adam_epsilon`; the others are those that start with `prm_`."
+            "`adam_beta2` and `adam_epsilon`; the others are those that start with `prm_`. "
+            f"{preset_note(args, is_peft=None)}".rstrip()
         ) from error
 
 
@@ -290,4 +419,10 @@ def check_deepspeed_config(args: TrainingArguments) -> None:
             if stage != 0:
                 check_held_in_parts(args.prm_reduction, args.prm_state_dtype, f"DeepSpeed ZeRO-{stage}")
         except ValueError as error:
-            raise ValueError(f"{error} Or set `optimizer_name='adamw'`.") from error
+            note = preset_note(args, is_peft=None)
+            raise ValueError(f"{error} Or set `optimizer_name='adamw'`. {note}".rstrip()) from error
+    elif args.relative_eps is not None and plugin is not None and "optimizer" in plugin.deepspeed_config:
+        raise ValueError(
+            "The DeepSpeed configuration has a section `optimizer`, whose eps `relative_eps` does not set. Remove the "
+            "section, or leave `relative_eps` unset."
+        )

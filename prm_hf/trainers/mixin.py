@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from accelerate.data_loader import IterableDatasetShard
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import (
@@ -22,10 +24,12 @@ from ..metrics import ParameterDrift
 from ..optim import PRM
 from ..optim.validation import check_held_in_parts
 from ..sharding import deepspeed, fsdp
-from .arguments import prm_kwargs
+from .arguments import PRM_SCALES, PRMArguments, preset_note, prm_kwargs, scaled_by_relative_eps, with_preset
 from .callbacks import PRMCallback
 from .checkpoints import CheckpointMixin
 
+
+logger = get_logger(__name__)
 
 _SETTINGS = (
     "lr",
@@ -93,6 +97,13 @@ class PRMTrainerMixin(CheckpointMixin):
             self.trains_with_prm = isinstance(self.optimizer, PRM)
         else:
             self.trains_with_prm = self.optimizer_cls_and_kwargs[0] is PRM
+        self._is_peft = is_peft_model(self.model)
+        if self._arguments_choose and self.trains_with_prm and self.args.prm_preset is not None:
+            logger.warning(preset_note(self.args, self._is_peft))
+        # Counted before shards are made, of which FSDP1 would not say how large the tensors are
+        self._trained_numel = sum(
+            getattr(p, "ds_numel", p.numel()) for p in self.model.parameters() if p.requires_grad
+        )
         if self.trains_with_prm:
             if self.args.deepspeed_plugin is not None:
                 deepspeed.check_config(self.args.deepspeed_plugin.deepspeed_config)
@@ -101,7 +112,10 @@ class PRMTrainerMixin(CheckpointMixin):
                 fsdp.check_plugin(plugin.fsdp_version, plugin.use_orig_params)
                 if self._arguments_choose:
                     path = f"FSDP{plugin.fsdp_version}"
-                    check_held_in_parts(self.args.prm_reduction, self.args.prm_state_dtype, path)
+                    try:
+                        check_held_in_parts(self._settings().prm_reduction, self.args.prm_state_dtype, path)
+                    except ValueError as error:
+                        raise ValueError(f"{error} {preset_note(self.args, None)}".rstrip()) from error
             self.add_callback(PRMCallback)
             self._tag_names = [*self._tag_names, "prm-optimizer"]
             self.model.add_model_tags(self._tag_names)
@@ -140,21 +154,36 @@ class PRMTrainerMixin(CheckpointMixin):
     ) -> tuple[type[Optimizer], dict[str, Any]]:
         """The optimizer class and the keyword arguments that `args` stand for.
 
-        With `prm_boundary="empirical"`, `create_optimizer` adds the sizes of batch and dataset, which are the run's.
+        `create_optimizer` adds what is known of the run alone: with `prm_boundary="empirical"` the sizes of batch and
+        dataset, with `relative_eps` the number of trained parameters.
         """
         if args.optimizer_name == "prm":
-            return PRM, prm_kwargs(args)
+            return PRM, prm_kwargs(args if model is None else with_preset(args, is_peft_model(model)))
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def create_optimizer(self, *args, **kwargs) -> Optimizer:
-        if self.optimizer is not None or not self._needs_sizes():
+        if self.optimizer is not None or not self._arguments_choose:
             return super().create_optimizer(*args, **kwargs)
-        optimizer_cls, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer_cls_and_kwargs = optimizer_cls, {**optimizer_kwargs, **self._sizes()}
+        settings = self._settings()
+        if self.trains_with_prm:
+            optimizer_cls, optimizer_kwargs = PRM, prm_kwargs(settings)
+            if self._needs_sizes():
+                optimizer_kwargs |= self._sizes()
+        elif settings.relative_eps is None:
+            return super().create_optimizer(*args, **kwargs)
+        else:
+            optimizer_cls, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(settings, self.model)
+        if optimizer_cls is not PRM or not PRM_SCALES:
+            optimizer_kwargs = scaled_by_relative_eps(settings, optimizer_kwargs, self._trained_numel)
+        self.optimizer_cls_and_kwargs = optimizer_cls, optimizer_kwargs
         try:
             return super().create_optimizer(*args, **kwargs)
         finally:
             self.optimizer_cls_and_kwargs = None
+
+    def _settings(self) -> PRMArguments:
+        """The arguments, with what the preset sets where PRM is the optimizer."""
+        return with_preset(self.args, self._is_peft) if self.trains_with_prm else self.args
 
     def _needs_sizes(self) -> bool:
         arguments_choose_prm = self._arguments_choose and self.args.optimizer_name == "prm"
@@ -247,7 +276,7 @@ class PRMTrainerMixin(CheckpointMixin):
 
     def _model_card_section(self) -> str:
         prm = self.find_prm()
-        settings = prm_kwargs(self.args) if prm is None else {**prm.defaults, **_decay(prm)}
+        settings = prm_kwargs(self._settings()) if prm is None else {**prm.defaults, **_decay(prm)}
         lines = [
             "\n\n## Optimizer\n",
             _DESCRIPTION,
