@@ -16,6 +16,7 @@ __all__ = [
     "PRMSFTConfig",
     "PRMSFTTrainer",
     "PopulationRiskStopping",
+    "PopulationRiskStoppingCallback",
     "flip_preferences",
 ]
 
@@ -26,13 +27,21 @@ _LAZY = {
     "PRMSFTConfig": "trainers",
     "PRMSFTTrainer": "trainers",
     "PopulationRiskStopping": "trainers",
+    "PopulationRiskStoppingCallback": "trainers",
     "flip_preferences": "noise",
 }
 
 if TYPE_CHECKING:
     from .noise import flip_preferences
     from .optim import PRM
-    from .trainers import PopulationRiskStopping, PRMDPOConfig, PRMDPOTrainer, PRMSFTConfig, PRMSFTTrainer
+    from .trainers import (
+        PopulationRiskStopping,
+        PopulationRiskStoppingCallback,
+        PRMDPOConfig,
+        PRMDPOTrainer,
+        PRMSFTConfig,
+        PRMSFTTrainer,
+    )
 
 
 def __getattr__(name: str):

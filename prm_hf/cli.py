@@ -1,16 +1,31 @@
-"""`prm-hf compare …`: the comparison of finished runs, as a table, markdown, JSON or an HTML page."""
+"""`prm-hf dpo | sft | randomization | sweep | compare …`; `python -m prm_hf …` is the same."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import __version__
+
+
+EXPERIMENTS = {
+    "dpo": "DPO on preferences with flipped labels: PRM against AdamW",
+    "sft": "SFT on prompts with wrong completions: PRM against AdamW",
+    "randomization": "can a model fit pure noise, and what does PRM change?",
+    "sweep": "run `dpo` or `sft` on every GPU of this machine, one process each",
+}
+TRAINING_PACKAGES = ("trl", "transformers", "datasets", "accelerate", "peft")
+
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="prm-hf", description="Tools around the PRM optimizer.")
+    parser = argparse.ArgumentParser(prog="prm-hf", description="Experiments with the PRM optimizer.")
+    parser.add_argument("--version", action="version", version=f"prm-hf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in EXPERIMENTS.items():
+        commands.add_parser(name, help=text)
     compare = commands.add_parser(
         "compare",
         help="compare finished runs",
@@ -32,8 +47,22 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _run_experiment(name: str, arguments: list[str]) -> int:
+    try:
+        experiment = importlib.import_module(f"prm_hf.experiments.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in TRAINING_PACKAGES:
+            raise
+        print(f'prm-hf {name}: error: {error.name} is not installed: pip install "prm-hf[trl]"', file=sys.stderr)
+        return 2
+    return experiment.main(arguments) or 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code, 2 if the input is wrong."""
+    """Runs the command line; returns the exit code: of an experiment its own, otherwise 2 if the input is wrong."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in EXPERIMENTS:  # each has a parser of its own, which is slow to load
+        return _run_experiment(argv[0], argv[1:])
     arguments = _make_parser().parse_args(argv)
 
     from prm_hf.compare import compare_runs, format_comparison
@@ -48,7 +77,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"prm-hf {arguments.command}: error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

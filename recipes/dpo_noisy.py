@@ -4,7 +4,7 @@ The built-in task, on two CPU cores, in minutes:
 
     accelerate launch recipes/dpo_noisy.py
 
-A model and a dataset of your own:
+`accelerate launch -m prm_hf dpo` and `prm-hf dpo` do the same without a clone. A model and a dataset of your own:
 
     accelerate launch recipes/dpo_noisy.py \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \

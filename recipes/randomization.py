@@ -6,7 +6,7 @@ the five corruptions of Zhang et al. (2017, arXiv 1611.03530), with AdamW and PR
     pip install -c constraints.txt -e ".[report,vision]"
     python recipes/randomization.py
 
-On two CPU cores it takes minutes. `--models`, `--kinds`, `--methods` and `--seeds` choose among the runs; those that
+`prm-hf randomization` does the same without a clone. On two CPU cores it takes minutes. `--models`, `--kinds`, `--methods` and `--seeds` choose among the runs; those that
 are finished are not repeated, and those of one model and kind are also a comparison of their own:
 `prm-hf compare runs/randomization/vit/partial_labels`.
 """

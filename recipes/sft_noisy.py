@@ -4,7 +4,8 @@ The built-in task, on two CPU cores, in minutes:
 
     accelerate launch recipes/sft_noisy.py
 
-A model and a dataset of your own (`prompt` and `completion`, as text or as messages):
+`accelerate launch -m prm_hf sft` and `prm-hf sft` do the same without a clone. A model and a dataset of your own
+(`prompt` and `completion`, as text or as messages):
 
     accelerate launch recipes/sft_noisy.py \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \

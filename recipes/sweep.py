@@ -1,12 +1,13 @@
-"""Runs a recipe on every GPU of this machine, one process each, until all of its runs are finished or time is up.
+"""Runs an experiment on every GPU of this machine, one process each, until all of its runs are finished or time is up.
 
-    python recipes/sweep.py recipes/dpo_noisy.py --config recipes/qwen2.5-0.5b/gsm8k_pairs.yaml \
+    python recipes/sweep.py dpo --config recipes/qwen2.5-0.5b/gsm8k_pairs.yaml \
         --dataset_name gsm8k_pairs.train.jsonl --eval_dataset_name gsm8k_pairs.test.jsonl --max_minutes 25
 
-All arguments are the recipe's. The processes share its folder: each takes the next run that no other is at, and a run
-is never spread over GPUs. Interrupted, or out of time (exit code 75), the same command goes on where it stopped, also
-on another machine that has the folder, and on another number of GPUs. The output of all but the first process goes to
-`worker<i>.log` in the working folder. Without a GPU there is one process.
+`prm-hf sweep` does the same without a clone. The first argument is `dpo` or `sft`, or the path of a recipe such as
+recipes/dpo_noisy.py; all others are that experiment's. The processes share its folder: each takes the next run that no
+other is at, and a run is never spread over GPUs. Interrupted, or out of time (exit code 75), the same command goes on
+where it stopped, also on another machine that has the folder, and on another number of GPUs. The output of all but the
+first process goes to `worker<i>.log` in the working folder. Without a GPU there is one process.
 """
 
 import sys

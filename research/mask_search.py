@@ -23,7 +23,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from prm_hf.compare import Comparison, Interval, Row, compare_runs
-from prm_hf.compare.comparison import display_name, frontier_difference
+from prm_hf.compare.comparison import frontier_difference
 from prm_hf.compare.statistics import holm
 from prm_hf.experiments import dpo as dpo_noisy
 from prm_hf.experiments import sft as sft_noisy
@@ -198,12 +198,12 @@ def table(comparison: Comparison) -> str:
         ]
 
     heads = ["method", "seeds", "best accuracy"]
-    for name in ("AdamW", *([display_name(strongest)] if strongest else [])):
+    for name in ("AdamW", *([find_method(strongest).label] if strongest else [])):
         heads += [f"accuracy against {name}", "p (Holm)", adamw[0].measures.noise_label]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for method, its in rows.items():
         top = max(its, key=lambda row: row.accuracy)
-        start = [display_name(method), str(min(len(row.runs) for row in its))]
+        start = [find_method(method).label, str(min(len(row.runs) for row in its))]
         start.append(f"{top.accuracy:.3f} ± {top.accuracy_error()[0]:.3f}")
         more = [cell for rival in ("adamw", *([strongest] if strongest else [])) for cell in cells((method, rival))]
         lines.append("| " + " | ".join([*start, *more]) + " |")

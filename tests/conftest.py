@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -18,3 +19,13 @@ def quiet(monkeypatch):
     """For tests that run trainers: no bars, and nothing asked of a hub."""
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def pytest_collection_finish(session):
+    """Each run of a trainer collects garbage; half a second of that would go to the objects of imported libraries."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure(config):
+    gc.unfreeze()

@@ -1,5 +1,6 @@
-"""The command line: `prm-hf compare`."""
+"""The command line: `prm-hf compare`, and that each experiment is reached."""
 
+import importlib
 import json
 import runpy
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 
+import prm_hf
 from prm_hf import cli
 
 from .compare.compared_runs import write_grid
@@ -72,8 +74,8 @@ def test_command_line_and_room_load_little():
         "try: cli.main(['compare', '--help'])\n"
         "except SystemExit: pass\n"
         "new = set(sys.modules) - before; import prm_hf.compare; later = set(sys.modules) - before\n"
-        "heavy = {'matplotlib', 'torch', 'transformers', 'trl', 'scipy', 'datasets'}\n"
-        "rooms = ('prm_hf.trainers', 'prm_hf.optim', 'prm_hf.noise', 'prm_hf.metrics')\n"
+        "heavy = {'matplotlib', 'torch', 'transformers', 'trl', 'scipy.stats', 'datasets'}\n"
+        "rooms = ('prm_hf.trainers', 'prm_hf.experiments', 'prm_hf.optim', 'prm_hf.noise', 'prm_hf.metrics')\n"
         "print(json.dumps([sorted(m for m in new if m.split('.')[0] not in sys.stdlib_module_names),"
         " sorted(m for m in later if m in heavy or m.startswith(rooms))]))"
     )
@@ -85,7 +87,29 @@ def test_command_line_and_room_load_little():
 def test_runs_as_a_module(tmp_path, capsys, monkeypatch):
     write_grid(tmp_path)
     monkeypatch.setattr(sys, "argv", ["prm-hf", "compare", str(tmp_path), "--format", "json"])
-    monkeypatch.delitem(sys.modules, "prm_hf.cli")
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_module("prm_hf.cli", run_name="__main__")
+        runpy.run_module("prm_hf", run_name="__main__")
     assert stopped.value.code == 0 and len(json.loads(capsys.readouterr().out)["rows"]) == 6
+
+
+@pytest.mark.parametrize(("name", "code"), [("dpo", 75), ("sft", 0), ("randomization", None), ("sweep", 1)])
+def test_experiments_get_their_arguments(name, code, monkeypatch):
+    experiment = importlib.import_module(f"prm_hf.experiments.{name}")
+    given = []
+    monkeypatch.setattr(experiment, "main", lambda arguments: given.append(arguments) or code)
+    assert cli.main([name, "--methods", "adamw", "--help"]) == (code or 0)
+    assert given == [["--methods", "adamw", "--help"]]
+    assert set(cli.EXPERIMENTS) == {"dpo", "sft", "randomization", "sweep"}
+
+
+def test_a_missing_package_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.delitem(sys.modules, "prm_hf.experiments.dpo", raising=False)
+    assert cli.main(["dpo"]) == 2
+    assert capsys.readouterr().err == ('prm-hf dpo: error: datasets is not installed: pip install "prm-hf[trl]"\n')
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out == f"prm-hf {prm_hf.__version__}\n"

@@ -9,9 +9,9 @@ write_report(comparison, "runs/dpo_noisy")
 ```
 """
 
+from ..runs.read import Run, load_runs
 from .comparison import Comparison, Contrast, Row
 from .report import FORMATS, compare_runs, format_comparison, write_report
-from .runs import Run, load_runs
 from .statistics import Interval, bootstrap_interval, interpolate_at_kl, mean_over_log_kl, noise_floor, rate_at_kl
 
 

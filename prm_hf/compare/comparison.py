@@ -8,18 +8,19 @@ method's whole curve against AdamW's, by the area under accuracy over log KL.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..runs.methods import BASELINE, CONTROL, GROUPS, LOSS, METHODS, OTHER, PRM, find_method
-from .measures import Measures
-from .runs import KL, Run, finite
+from ..runs.methods import BASELINE, CONTROL, GROUPS, LOSS, METHODS, OTHER, PRM, Method, find_method
+from ..runs.read import Run
+from ..runs.schema import KL, Measures
 from .statistics import (
     Interval,
     bootstrap_interval,
     bracket_ratio,
+    finite,
     holm,
     interpolate_at_kl,
     mean_and_standard_error,
@@ -35,16 +36,7 @@ EQUAL_KL = "equal KL"
 EQUAL_KL_MEAN = "equal KL, mean over learning rates"
 FRONTIER = "frontier area"
 CONTROLLED = "control"
-
-
-def display_name(method: str) -> str:
-    """Name of a method for people; an unknown method is called as it is, and a value after `:` stays behind it."""
-    return find_method(method).label
-
-
-def baseline_of(method: str) -> str:
-    """The AdamW that a PRM method adds its mask to: `adamw`, of `prm_debiased_eps:10` `adamw_eps:10`."""
-    return find_method(method).baseline
+MORE, LESS, LEVEL = "more accurate", "less accurate", "within noise"
 
 
 def format_rate(rate: float | None) -> str:
@@ -72,18 +64,20 @@ class Row:
     source: Row | None = None
 
     @property
+    def kind(self) -> Method:
+        return find_method(self.method)
+
+    @property
+    def group(self) -> str:
+        return self.kind.group
+
+    @property
     def measures(self) -> Measures:
         return self.runs[0].measures
 
     @property
-    def group(self) -> str:
-        return find_method(self.method).group
-
-    @property
     def name(self) -> str:
-        if self.source is None:
-            return display_name(self.method)
-        return f"{display_name(self.method)} of {display_name(self.source.method)}"
+        return self.kind.label if self.source is None else f"{self.kind.label} of {self.source.kind.label}"
 
     @property
     def label(self) -> str:
@@ -138,16 +132,48 @@ class Contrast:
     missing: str = ""
     p_holm: float = float("nan")
 
+    @property
+    def known(self) -> bool:
+        return self.interval is not None and self.interval.known
+
+    @property
+    def verdict(self) -> str:
+        """`MORE`, `LESS`, `LEVEL` or `no interval`, of the left side; or why the difference is unknown."""
+        if self.interval is None:
+            return self.missing
+        return {"higher": MORE, "lower": LESS, "within noise": LEVEL}.get(self.interval.verdict, "no interval")
+
+    @property
+    def text(self) -> str:
+        """`+0.010 [-0.008, +0.028]`, or the difference alone, or `unknown`."""
+        if self.interval is None:
+            return "unknown"
+        ends = f" [{self.interval.low:+.3f}, {self.interval.high:+.3f}]" if self.known else ""
+        return f"{self.interval.mean:+.3f}{ends}"
+
 
 @dataclass(eq=False)
 class Comparison:
-    """The result: `rows`, `contrasts`, `statements` (the first is the sentence that sums up), `runs`, `unfinished`."""
+    """The result of a comparison.
+
+    Attributes:
+        rows: in the order of the table.
+        contrasts: all paired differences.
+        runs: that are finished.
+        unfinished: runs without `metrics.json`.
+        findings: what the numbers show and what they do not, as sentences by the keys of `findings.CASES`.
+    """
 
     rows: list[Row]
     contrasts: list[Contrast]
     runs: list[Run]
     unfinished: list[Run] = field(default_factory=list)
-    statements: list[str] = field(default_factory=list)
+    findings: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def statements(self) -> list[str]:
+        """The sentences of `findings`; the first one sums up."""
+        return list(self.findings.values())
 
     @property
     def measures(self) -> Measures:
@@ -175,6 +201,18 @@ class Comparison:
         others = self.methods(BASELINE, LOSS, OTHER) if self.baseline else self.methods(LOSS, OTHER)
         return {method: rows for method, rows in others.items() if rows != self.baseline}
 
+    @property
+    def curve(self) -> list[Row]:
+        """The rows whose runs are points of AdamW's curve: its own, and controls that are AdamW at another rate."""
+        controls = self.methods(CONTROL)
+        controls = [row for method in ("constant_q", "adamw_matched") for row in controls.get(method, [])]
+        plain = [row for row in controls if row.source is None or row.source.kind.baseline == "adamw"]
+        return [*self.baseline, *plain]
+
+    def find(self, kind: str, left: Row) -> Contrast | None:
+        """The first contrast of a row of that kind; against AdamW, if it is judged against that."""
+        return next((c for c in self.contrasts if c.kind == kind and c.left is left), None)
+
 
 def best(rows: Iterable[Row]) -> Row | None:
     """The row with the highest accuracy, of equal ones that with the smaller KL; None if no accuracy is known."""
@@ -183,7 +221,7 @@ def best(rows: Iterable[Row]) -> Row | None:
 
 
 def build_comparison(runs: list[Run]) -> Comparison:
-    """Rows and contrasts of `runs`; `statements` are still empty.
+    """Rows and contrasts of `runs`; `findings` are still empty.
 
     Raises:
         ValueError: no run is finished, or the runs cannot be compared: another data set, model or noise rate, another
@@ -195,8 +233,7 @@ def build_comparison(runs: list[Run]) -> Comparison:
         names = ", ".join(run.name for run in unfinished)
         raise ValueError(f"No finished run (one with metrics.json); unfinished: {names or 'none'}.")
     _check_comparable(finished)
-    rows = _rows(finished)
-    comparison = Comparison(rows, [], finished, unfinished)
+    comparison = Comparison(_rows(finished), [], finished, unfinished)
     comparison.contrasts = [*_contrasts(comparison), *_frontier_contrasts(comparison)]
     adjusted = holm([c.interval.p_value if c.interval else float("nan") for c in comparison.contrasts])
     for contrast, p in zip(comparison.contrasts, adjusted, strict=True):
@@ -267,28 +304,25 @@ def _rows(runs: list[Run]) -> list[Row]:
     return sorted(rows.values(), key=place)
 
 
-def _contrasts(comparison: Comparison) -> list[Contrast]:
-    baseline, baseline_best = comparison.baseline, best(comparison.baseline)
-    curve = _curve(comparison)
-    prm, rivals = comparison.methods(PRM), comparison.rivals
-    contrasts: list[Contrast] = []
+def _contrasts(comparison: Comparison) -> Iterator[Contrast]:
+    """The contrasts of single rows."""
+    baseline, curve, rivals = comparison.baseline, comparison.curve, comparison.rivals
+    baseline_best, prm = best(baseline), comparison.methods(PRM)
     # Without PRM among the runs, the other methods are what AdamW is compared with.
     for rows in (prm or rivals).values() if baseline else ():
         lead = best(rows)
         if lead is None:
             continue
         same = [row for row in baseline if format_rate(row.learning_rate) == format_rate(lead.learning_rate)]
-        contrasts += [_between(SAME_LR, lead, row) for row in same]
+        yield from (_between(SAME_LR, lead, row) for row in same)
         if baseline_best is not None:
-            contrasts.append(_between(BEST_LR, lead, baseline_best))
+            yield _between(BEST_LR, lead, baseline_best)
         at_kl = [_at_equal_kl(EQUAL_KL, [row], curve) for row in (lead, *(r for r in rows if r is not lead))]
-        contrasts += at_kl
+        yield from at_kl
         covered = [contrast.left for contrast in at_kl if contrast.interval]
         if len(covered) > 1:
-            contrasts.append(_at_equal_kl(EQUAL_KL_MEAN, covered, curve))
-    for row in comparison.rows:
-        if row.source is not None:
-            contrasts.append(_between(CONTROLLED, row.source, row))
+            yield _at_equal_kl(EQUAL_KL_MEAN, covered, curve)
+    yield from (_between(CONTROLLED, row.source, row) for row in comparison.rows if row.source is not None)
     lead = best(row for rows in prm.values() for row in rows)
     if lead is None and not baseline:
         lead = best(comparison.rows)
@@ -296,16 +330,7 @@ def _contrasts(comparison: Comparison) -> list[Contrast]:
         for method, rows in (rivals if baseline else comparison.methods(LOSS, OTHER, BASELINE)).items():
             rival = best(rows)
             if rival is not None and method != lead.method:
-                contrasts.append(_between(BEST_LR, lead, rival))
-    return contrasts
-
-
-def _curve(comparison: Comparison) -> list[Row]:
-    """The rows whose runs are points of AdamW's curve: its own, and controls that are AdamW at another rate."""
-    controls = comparison.methods(CONTROL)
-    controls = [row for method in ("constant_q", "adamw_matched") for row in controls.get(method, [])]
-    plain = [row for row in controls if row.source is None or baseline_of(row.source.method) == "adamw"]
-    return [*comparison.baseline, *plain]
+                yield _between(BEST_LR, lead, rival)
 
 
 def _frontier_contrasts(comparison: Comparison) -> list[Contrast]:
@@ -313,34 +338,27 @@ def _frontier_contrasts(comparison: Comparison) -> list[Contrast]:
     if not comparison.baseline:
         return []
     rivals, prm = comparison.rivals, comparison.methods(PRM)
-    contrasts = [_areas(rows, comparison, None) for rows in (*prm.values(), *rivals.values()) if len(rows) > 1]
+    contrasts = [_areas(rows, comparison.curve) for rows in (*prm.values(), *rivals.values()) if len(rows) > 1]
     ranked = [(c.interval.mean, c.left.method) for c in contrasts if c.interval and c.left.method in rivals]
     if ranked:
         strongest = rivals[max(ranked)[1]]
-        contrasts += [_areas(rows, comparison, strongest) for rows in prm.values() if len(rows) > 1]
+        contrasts += [_areas(rows, strongest, best(strongest)) for rows in prm.values() if len(rows) > 1]
     return contrasts
 
 
-def _areas(rows: list[Row], comparison: Comparison, rival: list[Row] | None) -> Contrast:
-    """Mean accuracy over log KL, of one method minus another (AdamW's whole curve if `rival` is None).
-
-    Over the range of KL that both curves cover in every seed that they share, so that all seeds measure one thing.
-    """
-    curve = _curve(comparison) if rival is None else rival
-    against = f"{display_name(curve[0].method)}, frontier area"
-    right = best(rival or ())
+def _areas(rows: list[Row], curve: list[Row], right: Row | None = None) -> Contrast:
+    """Mean accuracy over log KL, of one method minus another, over the range of KL that both curves cover."""
+    against = f"{curve[0].kind.label}, frontier area"
     found = frontier_difference(rows, curve)
     if isinstance(found, str):
         return Contrast(FRONTIER, rows[0], right, against, None, found, found)
-    interval, span = found
-    note = ""
-    if span[1] / span[0] < 2:
-        note = f"over a range of KL of a factor of {span[1] / span[0]:.1f} only"
-    return Contrast(FRONTIER, rows[0], right, f"{against}, KL {span[0]:.2g}-{span[1]:.2g}", interval, note)
+    interval, (low, high) = found
+    note = f"over a range of KL of a factor of {high / low:.1f} only" if high / low < 2 else ""
+    return Contrast(FRONTIER, rows[0], right, f"{against}, KL {low:.2g}-{high:.2g}", interval, note)
 
 
 def frontier_difference(
-    mine: list[Row], theirs: list[Row], outcomes: Callable[[Run], np.ndarray | None] | None = None
+    mine: list[Row], theirs: list[Row], outcomes: Callable[[Run], np.ndarray | None] = Run.outcomes
 ) -> tuple[Interval, tuple[float, float]] | str:
     """Mean over log KL of one curve minus another's, and the range of KL that both cover in every seed they share.
 
@@ -351,13 +369,9 @@ def frontier_difference(
     Returns:
         The interval over seeds and examples, and the range, nats a token; or why there is none.
     """
-    outcomes = outcomes or _outcomes
-
-    def points(rows: list[Row], seed: int | None) -> list[Run]:
-        runs = [run for row in rows for run in row.runs if run.seed == seed]
-        return [run for run in runs if finite(run.metrics.get(KL)) and outcomes(run) is not None]
-
-    seeds = {run.seed: (points(mine, run.seed), points(theirs, run.seed)) for row in mine for run in row.runs}
+    seeds = {
+        run.seed: [_points(rows, run.seed, outcomes) for rows in (mine, theirs)] for row in mine for run in row.runs
+    }
     seeds = {seed: both for seed, both in seeds.items() if min(map(len, both)) > 1}
     span = shared_range([np.array([run.metrics[KL] for run in runs]) for both in seeds.values() for runs in both])
     if span is None:
@@ -371,12 +385,10 @@ def frontier_difference(
     return bootstrap_interval(_stack(differences)), span
 
 
-def _outcomes(run: Run) -> np.ndarray | None:
-    """`[examples]`: 1 where the held-out example is right; `[1]`, the accuracy, where they are not known."""
-    if run.heldout is not None:
-        return (run.heldout > 0).astype(np.float64)
-    accuracy = run.metrics.get(run.measures.accuracy)
-    return np.array([accuracy]) if finite(accuracy) else None
+def _points(rows: list[Row], seed: int | None, outcomes: Callable[[Run], np.ndarray | None]) -> list[Run]:
+    """The runs of a seed that are points of the rows' curve: those with a KL and with outcomes."""
+    runs = [run for row in rows for run in row.runs if run.seed == seed]
+    return [run for run in runs if finite(run.metrics.get(KL)) and outcomes(run) is not None]
 
 
 def _stack(outcomes: list[np.ndarray]) -> np.ndarray:
@@ -388,17 +400,13 @@ def _stack(outcomes: list[np.ndarray]) -> np.ndarray:
 
 def _between(kind: str, left: Row, right: Row) -> Contrast:
     """Left minus right over the seeds that both have."""
-    outcomes = [{run.seed: _outcomes(run) for run in row.runs} for row in (left, right)]
-    shared = [seed for seed in outcomes[0] if seed in outcomes[1]]
-    differences = [
-        np.subtract(*_stack([outcomes[0][seed], outcomes[1][seed]]))
-        for seed in shared
-        if outcomes[0][seed] is not None and outcomes[1][seed] is not None
-    ]
+    of_right = {run.seed: run.outcomes() for run in right.runs}
+    pairs = [(run.outcomes(), of_right.get(run.seed)) for run in left.runs]
+    differences = [np.subtract(*_stack(pair)) for pair in pairs if not any(values is None for values in pair)]
     against = right.label
     if right.method in ("constant_q", "adamw_matched"):
-        adamw = display_name(baseline_of(left.method))
-        against = f"{display_name(right.method)} ({adamw} at {format_rate(right.learning_rate)})"
+        adamw = find_method(left.kind.baseline).label
+        against = f"{right.kind.label} ({adamw} at {format_rate(right.learning_rate)})"
     elif kind == SAME_LR:
         against += " (same rate: a larger step)"
     elif kind == BEST_LR:
@@ -412,42 +420,34 @@ def _between(kind: str, left: Row, right: Row) -> Contrast:
 
 
 def _at_equal_kl(kind: str, rows: list[Row], baseline: list[Row]) -> Contrast:
-    """Runs minus the baseline's curve of the same seed, read at each run's KL; several rows are averaged in a seed.
-
-    `constant_q` runs are AdamW at a small learning rate, and so are points of its curve.
-    """
-    name = display_name(baseline[0].method)
-    by_seed: dict[int | None, list[np.ndarray]] = {}
-    outside, ratios, total = set(), [], 0
-    for run in (run for row in rows for run in row.runs):
-        curve = [other for row in baseline for other in row.runs if other.seed == run.seed]
-        curve = [other for other in curve if finite(other.metrics.get(KL)) and _outcomes(other) is not None]
-        kl, outcomes = run.metrics.get(KL), _outcomes(run)
-        if not curve or not finite(kl) or outcomes is None:
-            continue
-        total += 1
-        outcomes, *points = _stack([outcomes, *map(_outcomes, curve)])
-        kls = np.array([other.metrics[KL] for other in curve])
-        matched = interpolate_at_kl(kls, np.stack(points), kl)
-        if matched is None:
-            outside.add("above" if kl > kls.max() else "below")
-            continue
-        ratios.append(bracket_ratio(kls, kl))
-        by_seed.setdefault(run.seed, []).append(outcomes - matched)
+    """Runs minus the baseline's curve of the same seed, read at each run's KL; several rows are averaged in a seed."""
+    name = baseline[0].kind.label
     label = f"{name} at the same KL" + (f", mean over {len(rows)} rates" if kind == EQUAL_KL_MEAN else "")
-    if not total:
+    by_seed: dict[int | None, list[np.ndarray]] = {}
+    lacking, ratios = [], []
+    for run in (run for row in rows for run in row.runs):
+        curve = _points(baseline, run.seed, Run.outcomes)
+        if not curve or not finite(run.metrics.get(KL)) or run.outcomes() is None:
+            continue
+        outcomes, *points = _stack([other.outcomes() for other in (run, *curve)])
+        kls = np.array([other.metrics[KL] for other in curve])
+        matched = interpolate_at_kl(kls, np.stack(points), run.metrics[KL])
+        if matched is None:
+            lacking.append("larger" if run.metrics[KL] > kls.max() else "smaller")
+            continue
+        ratios.append(bracket_ratio(kls, run.metrics[KL]))
+        by_seed.setdefault(run.seed, []).append(outcomes - matched)
+    if not lacking and not ratios:
         return Contrast(kind, rows[0], None, label, None, f"no {KL} in runs that share a seed", "no KL")
     notes = []
-    extent = "much" if outside == {"above"} else "little"
-    if outside:
-        side = " and ".join(sorted(outside))
-        rates = " and ".join({"above": "larger", "below": "smaller"}[where] for where in sorted(outside))
-        which = "its KL lies" if not ratios else f"the KL of {total - len(ratios)} of {total} runs lies"
+    if lacking:
         notes.append(
-            f"{which} {side} that of all {name} runs, where nothing is extrapolated: {name} lacks {rates} rates"
+            f"the KL of {len(lacking)} of {len(lacking) + len(ratios)} runs lies outside that of all {name} runs, "
+            f"where nothing is extrapolated: {name} lacks {' and '.join(sorted(set(lacking)))} rates"
         )
-    if not by_seed:
-        return Contrast(kind, rows[0], None, label, None, "; ".join(notes), f"no {name} drifts so {extent}")
+    if not ratios:
+        extent = "much" if set(lacking) == {"larger"} else "little"
+        return Contrast(kind, rows[0], None, label, None, notes[0], f"no {name} drifts so {extent}")
     if max(ratios) > 4:
         notes.append(f"interpolated between KLs up to {max(ratios):.0f}-fold apart")
     interval = bootstrap_interval(_stack([_stack(values).mean(axis=0) for values in by_seed.values()]))

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..runs.methods import find_method
-from .comparison import Comparison, Row, best, display_name, format_rate
-from .runs import KL, MEAN_Q, finite
-from .statistics import noise_floor
+from ..runs.schema import KL, MEAN_Q
+from .comparison import Comparison, Row, best, format_rate
+from .statistics import finite, noise_floor
 
 
 if TYPE_CHECKING:
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+CAPTIONS = {
+    "frontier": "Held-out accuracy against drift from the reference policy, a curve a method through its learning "
+    "rates. At one learning rate a mask below 1 always drifts less; methods differ where their curves do.",
+    "curves": "Over the steps of training; lines are means over seeds, bands the range of the seeds.",
+    "mask": "The mean of the mask over the steps.",
+}
 _STYLES = {
     "adamw": ("#333333", "o"),
     "prm_per_tensor": ("#0072B2", "s"),
@@ -111,6 +117,12 @@ def to_png(figure: Figure, dpi: int = 150) -> bytes:
     return buffer.getvalue()
 
 
+def draw(comparison: Comparison) -> dict[str, bytes]:
+    """The pictures of a comparison that there is something to draw for, by the keys of `CAPTIONS`, as PNG bytes."""
+    drawn = zip(CAPTIONS, (plot_frontier(comparison), plot_curves(comparison), plot_mask(comparison)), strict=True)
+    return {name: to_png(figure) for name, figure in drawn if figure is not None}
+
+
 def plot_frontier(comparison: Comparison) -> Figure | None:
     """Held-out accuracy against `drift/kl`: a faint point a run, a curve a method through its learning rates.
 
@@ -193,7 +205,7 @@ def plot_frontier(comparison: Comparison) -> Figure | None:
             fontsize=8.5,
             color="#666666",
         )
-        names = [display_name(method) for method in drawn]
+        names = [find_method(method).label for method in drawn]
         axes.legend(handles, names, loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=1.8, labelspacing=0.7)
         figure.canvas.draw()  # the layout is final from here on, so that labels can be placed in pixels
         _place_labels(axes, labels)
@@ -339,7 +351,7 @@ def _plot_over_steps(
             axes.set_title(title, fontsize=10)
             axes.set_xlabel("optimizer step")
         lines = list(handles.values())
-        names = [display_name(method) for method in handles]
+        names = [find_method(method).label for method in handles]
         for level, label in (floors or {}).items():
             lines.append(all_axes[0].axhline(level, color="#666666", linestyle="--", linewidth=1.2, zorder=1))
             names.append(label)

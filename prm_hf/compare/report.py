@@ -1,19 +1,34 @@
-"""From run folders to a report: reads, compares, and writes `comparison.json`, `frontier.png` and `report.html`."""
+"""From run folders to a report: a plain-text table, markdown, JSON, and `report.html` with its pictures."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-from .comparison import Comparison, build_comparison
-from .page import html_page
-from .runs import load_runs
-from .statements import write_statements
-from .tables import as_json, markdown, plain_text
+from ..runs.read import load_runs
+from ..runs.schema import CLEAN_FIT, KL, VERSION
+from . import findings, page, plots
+from .comparison import (
+    EQUAL_KL_MEAN,
+    FRONTIER,
+    SAME_LR,
+    Comparison,
+    Contrast,
+    Row,
+    best,
+    build_comparison,
+    format_rate,
+)
+from .statistics import finite
 
 
-FORMATS = ("table", "json", "markdown", "html")
+WIDTH = 120
+CONTRAST_HEADER = ["accuracy of", "minus that of", "difference [95 % interval]", "p (Holm)", "so the first is"]
 
 
 def compare_runs(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> Comparison:
@@ -30,7 +45,7 @@ def compare_runs(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> Comp
         FileNotFoundError, ValueError: as `load_runs`; also if no run is finished or the runs cannot be compared.
     """
     comparison = build_comparison(load_runs(paths))
-    comparison.statements = write_statements(comparison)
+    comparison.findings = findings.find(comparison)
     return comparison
 
 
@@ -42,11 +57,11 @@ def write_report(comparison: Comparison, output_dir: str | os.PathLike) -> None:
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "comparison.json").write_text(format_comparison(comparison, "json"), encoding="utf-8")
-    pictures = _pictures(comparison)
+    (output_dir / "comparison.json").write_text(as_json(comparison), encoding="utf-8")
+    pictures = plots.draw(comparison)
     if "frontier" in pictures:
         (output_dir / "frontier.png").write_bytes(pictures["frontier"])
-    (output_dir / "report.html").write_text(html_page(comparison, pictures), encoding="utf-8")
+    (output_dir / "report.html").write_text(as_html(comparison, pictures), encoding="utf-8")
 
 
 def format_comparison(comparison: Comparison, format: str = "table") -> str:
@@ -57,23 +72,291 @@ def format_comparison(comparison: Comparison, format: str = "table") -> str:
         format: `"table"` (plain text of at most 120 columns), `"json"`, `"markdown"` or `"html"` (one self-contained
             page; needs matplotlib).
     """
-    if format == "table":
-        return plain_text(comparison)
-    if format == "json":
-        return as_json(comparison)
-    if format == "markdown":
-        return markdown(comparison)
-    if format == "html":
-        return html_page(comparison, _pictures(comparison))
-    raise ValueError(f"`format` must be one of {', '.join(FORMATS)}, got {format!r}.")
+    if format not in FORMATS:
+        raise ValueError(f"`format` must be one of {', '.join(FORMATS)}, got {format!r}.")
+    return FORMATS[format](comparison)
 
 
-def _pictures(comparison: Comparison) -> dict[str, bytes]:
-    from . import plots
+# ---- Cells ----
 
-    drawn = {
-        "frontier": plots.plot_frontier(comparison),
-        "curves": plots.plot_curves(comparison),
-        "mask": plots.plot_mask(comparison),
+
+def _header(comparison: Comparison) -> list[str]:
+    names = comparison.measures
+    fits = [names.noise_label, "clean fit"]
+    return ["method", "lr", "seeds", "accuracy", *fits, "drift/kl", names.extra_label, "mean q", "wall s"]
+
+
+def _number(value: float, digits: int = 3) -> str:
+    """Fixed digits for shares; for what spans orders of magnitude, `digits` significant ones. Unmeasured: `-`."""
+    if not finite(value):
+        return "-"
+    if value == 0 or abs(value) >= 1000:
+        return f"{value:.0f}"
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def _row_cells(row: Row) -> list[str]:
+    names, means = row.measures, {}
+    for name in (names.accuracy, names.noise_fit, CLEAN_FIT, KL, names.extra, "mean_q", "wall_seconds"):
+        means[name] = row.mean(name)[0]
+    accuracy, *fits = (
+        f"{value:.3f}" if finite(value) else "-"
+        for value in (means[names.accuracy], means[names.noise_fit], means[CLEAN_FIT])
+    )
+    error, over = row.accuracy_error()
+    if over:
+        accuracy += f" ± {error:.3f}" + ("*" if over == "examples" else "")
+    others = [_number(means[name]) for name in (KL, names.extra, "mean_q", "wall_seconds")]
+    return [row.name, format_rate(row.learning_rate), str(len(row.runs)), accuracy, *fits, *others]
+
+
+def _contrast_cells(contrast: Contrast) -> list[str]:
+    left = contrast.left.name if contrast.kind in (EQUAL_KL_MEAN, FRONTIER) else contrast.left.label
+    p = contrast.p_holm
+    p = "-" if not finite(p) else f"{p:.3f}" if p >= 0.001 else "<0.001"
+    return [left, contrast.against, contrast.text, p, contrast.verdict]
+
+
+def _footnote(comparison: Comparison) -> str:
+    """What the columns mean, and what the ± of the accuracies is."""
+    over, names = {row.accuracy_error()[1] for row in comparison.rows}, comparison.measures
+    notes = ["±: standard error over seeds"] if "seeds" in over else []
+    notes += [f"±…*: one seed, standard error over {names.examples}"] if "examples" in over else []
+    fits = names.noise_label.removesuffix(" fit")
+    extra = "" if names.extra == names.extra_label else f" {names.extra_label}: {names.extra};"
+    words = (
+        f"Means over seeds. accuracy: {names.accuracy}, {names.examples}; {fits}, clean fit: memorization/*; "
+        f"drift/kl: nats a token;{extra} mean q: mean of the mask over the run; -: not measured."
+    )
+    return f"{words} {'; '.join(notes)}." if notes else words
+
+
+# ---- Plain text, markdown and JSON ----
+
+
+def align(heads: list[str], rows: list[list[str]], left: set[int]) -> str:
+    """Lines of at most `WIDTH` columns; where they would be longer, the widest left-aligned column is cut with `…`."""
+    table = [heads, *rows]
+    widths = [max(len(cells[i]) for cells in table) for i in range(len(heads))]
+    while sum(widths) + 2 * (len(widths) - 1) > WIDTH:
+        widest = max(left, key=lambda i: widths[i])
+        widths[widest] -= 1
+    lines = []
+    for cells in table:
+        cut = [c if len(c) <= w else c[: w - 1] + "…" for c, w in zip(cells, widths, strict=True)]
+        padded = [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cut, widths, strict=True))]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def wrap(text: str, first: str = "", rest: str = "") -> str:
+    """`text` in lines of at most `WIDTH` columns, the first one after `first`, the others after `rest`."""
+    return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+
+
+def plain_text(comparison: Comparison) -> str:
+    summary, *others = comparison.statements
+    parts = [align(_header(comparison), list(map(_row_cells, comparison.rows)), left={0})]
+    parts += [wrap(_footnote(comparison)), wrap(summary)]
+    if comparison.contrasts:
+        parts.append(align(CONTRAST_HEADER, list(map(_contrast_cells, comparison.contrasts)), left={0, 1, 4}))
+    parts.append("\n".join(wrap(statement, "- ", "  ") for statement in others))
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def markdown(comparison: Comparison) -> str:
+    def table(heads: list[str], rows: list[list[str]], left: set[int]) -> str:
+        escaped = [[cell.replace("|", "\\|") for cell in cells] for cells in (heads, *rows)]
+        rule = [":--" if i in left else "--:" for i in range(len(heads))]
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in (escaped[0], rule, *escaped[1:]))
+
+    summary, *others = comparison.statements
+    parts = [f"**{summary}**", table(_header(comparison), list(map(_row_cells, comparison.rows)), {0})]
+    parts.append(_footnote(comparison).replace("*", "\\*").replace("|", "\\|"))
+    if comparison.contrasts:
+        parts.append(table(CONTRAST_HEADER, list(map(_contrast_cells, comparison.contrasts)), {0, 1, 4}))
+    parts.append("\n".join(f"- {statement}" for statement in others))
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def as_json(comparison: Comparison) -> str:
+    """The text of `comparison.json`. A missing number is null or an absent key; one that is not finite is a string."""
+    runs = [
+        {key: getattr(run, key) for key in ("name", "method", "learning_rate", "seed", "source", "metrics")}
+        for run in comparison.runs
+    ]
+    result = {
+        "schema": VERSION,
+        "rows": list(map(_row_as_dict, comparison.rows)),
+        "contrasts": list(map(_contrast_as_dict, comparison.contrasts)),
+        "runs": runs,
+        "unfinished": [run.name for run in comparison.unfinished],
+        "statements": comparison.statements,
     }
-    return {name: plots.to_png(figure) for name, figure in drawn.items() if figure is not None}
+    return json.dumps(_strict(result), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _row_as_dict(row: Row) -> dict[str, Any]:
+    names = sorted({name for run in row.runs for name in run.metrics})
+    names += ["mean_q"] if row.mean("mean_q")[2] else []
+    error, over = row.accuracy_error()
+    return {
+        "method": row.method,
+        "group": row.group,
+        "name": row.label,
+        "learning_rate": row.learning_rate,
+        "seeds": row.seeds,
+        "runs": [run.name for run in row.runs],
+        "accuracy_standard_error": {"value": error, "over": over} if over else None,
+        "metrics": {
+            name: {"mean": mean, "standard_error": error if n > 1 else None, "n": n}
+            for name in names
+            for mean, error, n in [row.mean(name)]
+        },
+    }
+
+
+def _contrast_as_dict(contrast: Contrast) -> dict[str, Any]:
+    interval = contrast.interval
+    return {
+        "kind": contrast.kind,
+        "left": contrast.left.label,
+        "right": contrast.against,
+        "difference": interval.mean if interval else None,
+        "low": interval.low if contrast.known else None,
+        "high": interval.high if contrast.known else None,
+        "seeds": interval.seeds if interval else 0,
+        "p_value": interval.p_value if contrast.known else None,
+        "p_holm": contrast.p_holm if finite(contrast.p_holm) else None,
+        "verdict": contrast.verdict,
+        "note": contrast.note,
+    }
+
+
+def _strict(value: Any) -> Any:
+    """NaN and infinities as strings: JSON has none, and readers outside Python refuse them."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- HTML ----
+
+
+def as_html(comparison: Comparison, pictures: dict[str, bytes] | None = None) -> str:
+    """One page without external resources; needs matplotlib for the pictures, unless they are given."""
+    pictures = plots.draw(comparison) if pictures is None else pictures
+    figures = {name: page.figure(png, plots.CAPTIONS[name], narrow=name == "mask") for name, png in pictures.items()}
+    names = [rows[0].kind.label for rows in comparison.methods().values()]
+    title = "Comparison of " + (", ".join(names) if len(names) < 5 else f"{len(names)} methods")
+    summary, *others = comparison.statements
+    sections = [
+        page.tag("h1", title),
+        page.quiet(_subtitle(comparison)),
+        page.tag("p", summary, "summary"),
+        page.tag("h2", "Results"),
+        _row_table(comparison),
+        page.quiet(f"{_footnote(comparison)} Bold: the most accurate learning rate of each method."),
+        figures.get("frontier", ""),
+    ]
+    if comparison.contrasts:
+        sections += [page.tag("h2", "Paired differences in accuracy"), _contrast_table(comparison)]
+    sections += [page.bullets("What this shows, and what it does not", others)]
+    if "curves" in figures or "mask" in figures:
+        sections += [page.tag("h2", "Over the steps"), figures.get("curves", ""), figures.get("mask", "")]
+    sections += [page.tag("h2", "Runs"), _shared_settings(comparison), _run_list(comparison)]
+    return page.document(title, sections)
+
+
+def _subtitle(comparison: Comparison) -> str:
+    info = next((run.info for run in comparison.runs if run.info.get("model")), {})
+    parts = [f"{len(comparison.runs)} runs, {len(comparison.rows)} settings"]
+    parts += [f"{key.replace('_', ' ')}: {info[key]}" for key in ("model", "dataset", "noise_rate") if key in info]
+    examples = next((len(run.heldout) for run in comparison.runs if run.heldout is not None), None)
+    parts += [f"{examples} {comparison.measures.examples}"] if examples else []
+    return " · ".join(parts)
+
+
+def _row_table(comparison: Comparison) -> str:
+    styles = plots.method_styles(list(comparison.methods()))
+    rows = []
+    for method, members in comparison.methods().items():
+        top = best(members)
+        for row in members:
+            cells = [page.escape(cell) for cell in _row_cells(row)]
+            cells[0] = f'<span class="chip" style="background:{styles[method][0]}"></span>{cells[0]}'
+            kinds = [name for name, holds in (("best", row is top), ("first", row is members[0])) if holds]
+            rows.append((" ".join(kinds), cells))
+    return page.table(_header(comparison), {0}, rows)
+
+
+def _contrast_table(comparison: Comparison) -> str:
+    intervals = [c.interval for c in comparison.contrasts if c.interval]
+    ends = [abs(end) for i in intervals for end in ((i.low, i.high) if i.known else (i.mean,))]
+    reach, rows, previous = max([*ends, 0.01]), [], None
+    for contrast in comparison.contrasts:
+        *cells, last = [page.escape(cell) for cell in _contrast_cells(contrast)]
+        kind = "first" if previous is not None and contrast.left.method != previous else ""
+        previous = contrast.left.method
+        rows.append((kind, [*cells, _interval_picture(contrast, reach), last]))
+    table = page.table([*CONTRAST_HEADER[:-1], "", CONTRAST_HEADER[-1]], {0, 1, 4, 5}, rows)
+    return table + page.quiet("The line in the middle is a difference of 0; right of it the first is better.")
+
+
+def _interval_picture(contrast: Contrast, reach: float) -> str:
+    """A small inline drawing of the interval, 0 in the middle."""
+    interval = contrast.interval
+    if interval is None:
+        return ""
+
+    def x(value: float) -> float:
+        return 80 + 76 * value / reach
+
+    # A difference at the same learning rate proves nothing, however clear, and gets no colour.
+    clear = interval.verdict in ("higher", "lower") and contrast.kind != SAME_LR
+    colour = "var(--accent)" if clear else "var(--quiet)"
+    bar = ""
+    if interval.known:
+        ends = f'x1="{x(interval.low):.1f}" x2="{x(interval.high):.1f}"'
+        bar = f'<line {ends} y1="9" y2="9" stroke="{colour}" stroke-width="2.5" stroke-linecap="round"/>'
+    return (
+        f'<svg width="160" height="18" role="img" aria-label="{interval.mean:+.3f}">'
+        f'<line x1="80" x2="80" y1="0" y2="18" stroke="var(--quiet)" stroke-opacity="0.5" stroke-width="1.5"/>{bar}'
+        f'<circle cx="{x(interval.mean):.1f}" cy="9" r="4" fill="{colour}"/></svg>'
+    )
+
+
+def _shared_settings(comparison: Comparison) -> str:
+    """What all runs share, folded away; what differs is in the tables above."""
+    recorded = [run.settings for run in comparison.runs if run.settings]
+    if not recorded:
+        return ""
+    keys = sorted({key for settings in recorded for key in settings})
+    shared = [key for key in keys if all(key in each and each[key] == recorded[0][key] for each in recorded)]
+    rows = [("", [page.escape(key), page.code(_text(recorded[0][key]))]) for key in shared]
+    differing = ", ".join(sorted({*keys} - {*shared}))
+    note = page.quiet(f"Differ between runs: {differing}.") if differing else ""
+    return page.folded("Settings that all runs share", page.table(["setting", "value"], {0, 1}, rows) + note)
+
+
+def _run_list(comparison: Comparison) -> str:
+    rows = []
+    for run in comparison.runs:
+        described = [run.info[key] for key in ("hardware", "versions") if key in run.info]
+        facts = [f"{key} {_text(value)}" for part in described for key, value in part.items()]
+        rows.append(("", [page.code(run.name), page.escape(", ".join(facts))]))
+    return page.folded("Folders, hardware and versions", page.table(["run", "hardware and versions"], {0, 1}, rows))
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+FORMATS: dict[str, Callable[[Comparison], str]] = {
+    "table": plain_text,
+    "json": as_json,
+    "markdown": markdown,
+    "html": as_html,
+}

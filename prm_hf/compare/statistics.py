@@ -6,13 +6,18 @@ methods see the same pairs, and the same seeds give the same data order, so both
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+
+try:
+    from scipy.special import stdtr, stdtrit
+except ImportError as error:
+    raise ImportError('Comparisons need scipy: pip install "prm-hf[report]"') from error
 
 
 Z_95 = 1.959964
@@ -48,6 +53,11 @@ class Interval:
         if not self.known:
             return "no interval"
         return "higher" if self.low > 0 else "lower" if self.high < 0 else "within noise"
+
+
+def finite(value: float | None) -> bool:
+    """Whether `value` was measured and is a finite number."""
+    return value is not None and math.isfinite(value)
 
 
 def mean_and_standard_error(values: np.ndarray) -> tuple[float, float, int]:
@@ -110,7 +120,8 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 4000, seed: int = 0)
         known = mean == 0 and values.size > 1
         end, p_value = (0.0, 1.0) if known else (float("nan"),) * 2
         return Interval(mean, end, end, seeds, examples, p_value)
-    half = t_quantile_975(df) * np.sqrt(variance)
+    quantile = float(stdtrit(df, 0.975))  # of Student's t
+    half = quantile * np.sqrt(variance)
     low, high = -half, half
     if examples > 1:
         rng = np.random.default_rng(seed)
@@ -127,7 +138,7 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 4000, seed: int = 0)
         low, high = np.quantile(deviations, [0.025, 0.975]) * half / deviations.std() / Z_95
     # The side of the interval that is towards 0 says how far away 0 is.
     towards_zero = abs(low if mean > 0 else high) or half
-    p_value = t_tails(abs(mean) / towards_zero * t_quantile_975(df), df)
+    p_value = 2 * float(stdtr(df, -abs(mean) / towards_zero * quantile))
     return Interval(mean, float(mean + low), float(mean + high), seeds, examples, p_value)
 
 
@@ -154,37 +165,6 @@ def _two_way_variance(values: np.ndarray) -> tuple[float, float]:
     variance = over_seeds + over_examples + interaction
     uncertainty = over_seeds**2 / (seeds - 1) + (over_examples + interaction) ** 2 / (examples - 1)
     return float(variance), float(variance**2 / uncertainty) if uncertainty > 0 else float("inf")
-
-
-def t_tails(t: float, df: float) -> float:
-    """P(|T| > t) of Student's t with `df` >= 1 degrees of freedom, not necessarily a whole number; `t` >= 0.
-
-    With t = √df tan φ the density is proportional to cos(φ)^(df-1), which is integrated over the tail. (numpy has no
-    such function, and scipy for this alone would be much.)
-    """
-    if df > 1e6:
-        return math.erfc(t / math.sqrt(2))
-    start = math.atan(t / math.sqrt(df))
-    end = min(math.pi / 2, start + 12 / math.sqrt(df))  # beyond it there is nothing left
-    points, weights = _gauss_legendre()
-    angles = start + (end - start) * (points + 1) / 2
-    logs = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) + (df - 1) * np.log(np.cos(angles))
-    return min(1.0, float((end - start) * weights @ np.exp(logs)) / math.sqrt(math.pi))
-
-
-@functools.cache
-def _gauss_legendre() -> tuple[np.ndarray, np.ndarray]:
-    return np.polynomial.legendre.leggauss(64)
-
-
-@functools.cache
-def t_quantile_975(df: float) -> float:
-    """97.5 % quantile of Student's t with `df` >= 1 degrees of freedom: where `t_tails` is 0.05."""
-    low, high = 1.0, 13.0
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_tails(middle, df) > 0.05 else (low, middle)
-    return middle
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

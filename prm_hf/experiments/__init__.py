@@ -1,0 +1,3 @@
+"""How runs are made: arguments, data, the grid of runs, the runner, and one module for each task."""
+
+OUT_OF_TIME = 75  # the exit code by which programs say "not now, try again"

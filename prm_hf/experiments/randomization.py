@@ -1,14 +1,6 @@
 """The randomization tests: can a model fit pure noise, how long does it take, and what does PRM change?
 
-A small ViT and a small ResNet on scikit-learn's digits, SFT and DPO on the built-in task, each on true labels and on
-the five corruptions of Zhang et al. (2017, arXiv 1611.03530), with AdamW and PRM, until the training rows are fitted:
-
-    pip install -c constraints.txt -e ".[report,vision]"
-    python recipes/randomization.py
-
-On two CPU cores it takes minutes. `--models`, `--kinds`, `--methods` and `--seeds` choose among the runs; those that
-are finished are not repeated, and those of one model and kind are also a comparison of their own:
-`prm-hf compare runs/randomization/vit/partial_labels`.
+`prm-hf randomization`, and recipes/randomization.py, which has the commands.
 """
 
 import logging
@@ -40,15 +32,20 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from .. import PRM, PRMDPOConfig, PRMDPOTrainer, PRMSFTConfig, PRMSFTTrainer
+from ..demo import build_demo, completion_rows
 from ..noise import corrupt
 from ..noise.corrupt import KINDS
+from ..runs.methods import parse_method
+from ..runs.schema import HELDOUT_FIT, TRAIN_FIT
+from ..runs.write import RunSpec, find_run, history_of
 from ..trainers import MemorizationCallback
-from .controls import OPTIMIZERS
-from .randomization_report import FITTED, HELDOUT_FIT, TRAIN_FIT, report, steps_to
-from .run_folder import RunSpec, find_run, history, make_run
+from .data import BUILT_IN_WAIT
+from .progress import make_run
+from .randomization_report import FITTED, report, steps_to
 
 
 CLASSES = 10
+INPUT_KINDS = tuple(kind for kind in KINDS if kind.endswith("_inputs"))  # what these change in a text are its tokens
 METHODS = ("adamw", "prm_per_tensor", "prm_per_param", "prm_debiased", "prm_debiased_per_param")
 
 
@@ -130,7 +127,7 @@ def specify(args: Arguments) -> list[RunSpec]:
             settings["p"] = args.noise_rate if kind == "partial_labels" else 1.0
             settings["max_steps"] = args.max_steps or model.max_steps
             specs += [
-                RunSpec(method, model.learning_rates[method], seed, {**settings, **OPTIMIZERS[method]})
+                RunSpec(method, model.learning_rates[method], seed, {**settings, **parse_method(method).changes()})
                 for method in args.methods
                 for seed in args.seeds
             ]
@@ -209,7 +206,7 @@ class StopWhenFitted(TrainerCallback):
 
 
 def make_trainer(spec: RunSpec, folder: Path) -> Trainer:
-    settings, method = spec.settings, OPTIMIZERS[spec.method]
+    settings, method = spec.settings, parse_method(spec.method).changes()
     config = {
         "output_dir": str(folder),
         "seed": spec.seed,
@@ -240,8 +237,6 @@ def make_trainer(spec: RunSpec, folder: Path) -> Trainer:
             optimizer_cls_and_kwargs=(PRM, {"lr": spec.learning_rate, **prm}) if prm else None,
         )
 
-    from ..demo import build_demo, completion_rows
-
     demo = build_demo()
     data = DatasetDict(
         train=demo.train.select(range(settings["rows"])), test=demo.test.select(range(settings["heldout_rows"]))
@@ -250,7 +245,7 @@ def make_trainer(spec: RunSpec, folder: Path) -> Trainer:
     if settings["model"] == "sft":
         data = DatasetDict({name: completion_rows(split) for name, split in data.items()})
         trainer_class, config_class = PRMSFTTrainer, PRMSFTConfig
-    if settings["kind"] in KINDS[3:]:
+    if settings["kind"] in INPUT_KINDS:
         noise["tokenizer"] = AutoTokenizer.from_pretrained(demo.model_path)
     data = corrupt(data, **noise)
     args = config_class(**config, **method, max_length=64, drift_metrics=False, gradient_checkpointing=False)
@@ -268,7 +263,7 @@ def train_run(spec: RunSpec, folder: Path, resume: bool) -> Trainer:
 
 def outcomes(trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
     """When the training rows were fitted, how many of them are corrupted, and the fit of held-out rows by chance."""
-    points = [(row["step"], row[TRAIN_FIT]) for row in history(trainer) if TRAIN_FIT in row]
+    points = [(row["step"], row[TRAIN_FIT]) for row in history_of(trainer.state.log_history) if TRAIN_FIT in row]
     more = {"corrupted_rows": sum(trainer.train_dataset.with_format(None)["corrupted"][:])}
     if isinstance(trainer, PRMDPOTrainer):
         more["chance"] = 0.5
@@ -323,14 +318,13 @@ def run_all(specs: list[RunSpec], args: Arguments) -> Iterator[tuple[RunSpec, di
 
 
 def main(arguments: list[str]) -> None:
+    """Runs the command line."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("Each run has a process of its own: start one with `python`, and set `--workers`.")
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
     specs = specify(args)
     if {"sft", "dpo"} & set(args.models):
-        from ..demo import build_demo
-
-        print("Built-in task: the reference policy is trained now, for about 30 s, unless it is cached.", flush=True)
+        print(BUILT_IN_WAIT, flush=True)
         build_demo()
     with tqdm(total=len(specs), desc="runs", unit="run") as bar:
         for spec, metrics, note in run_all(specs, args):

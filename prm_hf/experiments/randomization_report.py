@@ -8,17 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..compare import load_runs
-from ..compare.comparison import display_name
-from ..compare.page import html_document, html_figure, html_table
-from ..compare.runs import CLEAN_FIT, Run
+from ..compare import page
+from ..compare.report import align, wrap
 from ..compare.statistics import proportion_standard_error
-from ..compare.tables import align, wrap
+from ..runs.methods import find_method
+from ..runs.read import Run, load_runs
+from ..runs.schema import CLEAN_FIT, CORRUPTED_FIT, HELDOUT_FIT, TRAIN_FIT
 
 
-TRAIN_FIT = "memorization/train_fit"
-HELDOUT_FIT = "memorization/heldout_fit"
-CORRUPTED_FIT = "memorization/corrupted_fit"
 FITTED = 0.99
 EQUAL_CLEAN_FIT = 0.9
 
@@ -105,7 +102,7 @@ def fit_table(groups: Groups) -> tuple[list[str], list[list[str]]]:
             shares = "" if runs is None else f"{_mean(runs, TRAIN_FIT):.2f} {_mean(runs, HELDOUT_FIT):.2f}"
             cells.append("" if runs is None else f"{_steps(runs):>4} {shares}")
         body.append([model, kind, *cells])
-    return ["model", "kind", *map(display_name, methods)], body
+    return ["model", "kind", *(find_method(method).label for method in methods)], body
 
 
 def memory_table(groups: Groups) -> tuple[list[str], list[list[str]]]:
@@ -124,7 +121,7 @@ def memory_table(groups: Groups) -> tuple[list[str], list[list[str]]]:
                 corrupted = f"{mean:.2f} ± {error:.2f}" if math.isfinite(mean) else "-"
                 heldout = _share(float(np.mean([at_clean_fit(run, HELDOUT_FIT) for run in partial])))
                 best = _share(float(np.mean([run.series(HELDOUT_FIT)[1].max() for run in partial])))
-            body.append([model, display_name(method), ratio, corrupted, heldout, best])
+            body.append([model, find_method(method).label, ratio, corrupted, heldout, best])
     heads = ["model", "method", "random/true", "corrupted fit", "held-out fit", "best held-out"]
     return heads, body
 
@@ -175,7 +172,9 @@ def statements(groups: Groups) -> list[str]:
 
 def _known_results(by_method: dict[str, dict[str, list[Run]]]) -> list[str]:
     found = []
-    random = {display_name(m): kinds["random_labels"] for m, kinds in by_method.items() if "random_labels" in kinds}
+    random = {
+        find_method(m).label: kinds["random_labels"] for m, kinds in by_method.items() if "random_labels" in kinds
+    }
     fitted = [f"{name} ({_steps(runs)})" for name, runs in random.items() if math.isfinite(steps_to_fit(runs))]
     others = [
         f"{name} ({_mean(runs, TRAIN_FIT):.2f} after {_steps(runs)[1:]})"
@@ -204,7 +203,7 @@ def _known_results(by_method: dict[str, dict[str, list[Run]]]) -> list[str]:
             continue
         runs = [kinds[kind] for kind in ("true_labels", "partial_labels", "random_labels")]
         a, b, c = map(steps_to_fit, runs)
-        text = f"{display_name(method)} ({', '.join(map(_steps, runs))})"
+        text = f"{find_method(method).label} ({', '.join(map(_steps, runs))})"
         (rising if a < b < c else not_rising).append(text)
     if rising:
         found.append(
@@ -229,7 +228,7 @@ def _where_prm_slows(by_method: dict[str, dict[str, list[Run]]]) -> list[str]:
     reference = ratios.pop("adamw")
     longer, shorter, alike = [], [], []
     for method, ratio in ratios.items():
-        text = f"{display_name(method)} {_relative_steps_text(ratio)}"
+        text = f"{find_method(method).label} {_relative_steps_text(ratio)}"
         (longer if ratio[1] > reference[2] else shorter if ratio[2] < reference[1] else alike).append(text)
     parts = _parts(("longer:", longer), ("shorter:", shorter), ("no difference that is sure:", alike))
     start = f"relative to true labels, random ones take AdamW {_relative_steps_text(reference)} times the steps"
@@ -247,10 +246,12 @@ def _where_prm_memorises(by_method: dict[str, dict[str, list[Run]]]) -> list[str
     for method, runs in partial.items():
         mean, error = _corrupted_at_clean_fit(runs)
         if not math.isfinite(mean):
-            without.append(display_name(method))
+            without.append(find_method(method).label)
             continue
         is_alike = abs(mean - reference) <= 2 * math.hypot(error, reference_error)
-        (alike if is_alike else fewer if mean < reference else more).append(f"{display_name(method)} ({mean:.2f})")
+        (alike if is_alike else fewer if mean < reference else more).append(
+            f"{find_method(method).label} ({mean:.2f})"
+        )
     parts = _parts(
         ("fewer:", fewer),
         ("more:", more),
@@ -281,7 +282,7 @@ def plot_fits(groups: Groups) -> bytes:
                     steps, values = run.series(name)
                     look = {"color": styles[method][0], "linestyle": dashes, "linewidth": 1.2, "markersize": 2.5}
                     (line,) = ax.plot(steps[steps > 0], values[steps > 0], marker=".", **look)
-            lines[display_name(method)] = line
+            lines[find_method(method).label] = line
         for i, model in enumerate(models):
             runs = [run for (name, *_), members in groups.items() for run in members if name == model]
             steps = [run.series(TRAIN_FIT)[0] for run in runs]
@@ -315,7 +316,7 @@ def report(folders: list[Path], output_dir: Path) -> None:
     tables = [(*fit_table(groups), TABLE_NOTE, {0, 1}), (*memory_table(groups), MEMORY_NOTE, {0, 1})]
     texts = statements(groups)
     for heads, body, note, left in tables:
-        print("\n" + "\n".join(align(heads, body, left)) + "\n\n" + wrap(note))
+        print("\n" + align(heads, body, left) + "\n\n" + wrap(note))
     print("\n" + "\n".join(wrap(text, "- ", "  ") for text in texts))
 
     summary = {
@@ -343,9 +344,9 @@ def report(folders: list[Path], output_dir: Path) -> None:
         rows = [
             ("first" if i and row[0] != body[i - 1][0] else "", [escape(c) for c in row]) for i, row in enumerate(body)
         ]
-        sections += [html_table(heads, left, rows), f'<p class="quiet">{escape(note)}</p>']
-    sections.append(html_figure(picture, "Fit over the steps of training."))
+        sections += [page.table(heads, left, rows), f'<p class="quiet">{escape(note)}</p>']
+    sections.append(page.figure(picture, "Fit over the steps of training."))
     items = "".join(f"<li>{escape(text)}</li>" for text in texts)
     sections += ["<h2>What this shows, and what it does not</h2>", f"<ul>{items}</ul>"]
-    (output_dir / "report.html").write_text(html_document("Randomization tests", sections), encoding="utf-8")
+    (output_dir / "report.html").write_text(page.document("Randomization tests", sections), encoding="utf-8")
     print(f"\nReport: {output_dir / 'report.html'}")

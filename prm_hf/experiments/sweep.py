@@ -1,12 +1,6 @@
-"""Runs a recipe on every GPU of this machine, one process each, until all of its runs are finished or time is up.
+"""Runs an experiment on every GPU of this machine, one process each, until all of its runs are finished or time is up.
 
-    python recipes/sweep.py recipes/dpo_noisy.py --config recipes/qwen2.5-0.5b/gsm8k_pairs.yaml \
-        --dataset_name gsm8k_pairs.train.jsonl --eval_dataset_name gsm8k_pairs.test.jsonl --max_minutes 25
-
-All arguments are the recipe's. The processes share its folder: each takes the next run that no other is at, and a run
-is never spread over GPUs. Interrupted, or out of time (exit code 75), the same command goes on where it stopped, also
-on another machine that has the folder, and on another number of GPUs. The output of all but the first process goes to
-`worker<i>.log` in the working folder. Without a GPU there is one process.
+`prm-hf sweep`, and recipes/sweep.py, which has the commands.
 """
 
 import contextlib
@@ -17,11 +11,21 @@ from pathlib import Path
 
 import torch
 
+from . import OUT_OF_TIME
+
+
+COMMANDS = ("dpo", "sft")
+
 
 def main(arguments: list[str]) -> int:
     """Returns the first exit code of a worker that is not 0, a failure before being out of time."""
-    if not arguments or not Path(arguments[0]).is_file():
-        raise ValueError(f"The first argument must be a recipe, as recipes/dpo_noisy.py, got {arguments[:1]}.")
+    name = arguments[0] if arguments else ""
+    if name not in COMMANDS and not Path(name).is_file():
+        raise ValueError(
+            f"The first argument must be {' or '.join(COMMANDS)}, or the path of a recipe, as recipes/dpo_noisy.py; "
+            f"got {arguments[:1]}."
+        )
+    command = [sys.executable, *(["-m", "prm_hf"] if name in COMMANDS else []), *arguments]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     with contextlib.ExitStack() as stack:
@@ -29,8 +33,8 @@ def main(arguments: list[str]) -> int:
         for number, device in enumerate(devices or [""]):
             log = stack.enter_context(open(f"worker{number}.log", "w", encoding="utf-8")) if number else None
             environment = {**os.environ, "CUDA_VISIBLE_DEVICES": device}
-            worker = subprocess.Popen([sys.executable, *arguments], env=environment, stdout=log, stderr=log)
+            worker = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
             stack.callback(worker.terminate)  # no effect on one that has ended
             workers.append(worker)
         codes = [worker.wait() for worker in workers]
-    return min((code for code in codes if code), key=lambda code: code == 75, default=0)
+    return min((code for code in codes if code), key=lambda code: code == OUT_OF_TIME, default=0)

@@ -15,8 +15,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import IterableDatasetShard
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import has_length
 
 from .forward import Forward, as_reference, evaluation_mode, forward, unwrap
 
@@ -193,6 +196,14 @@ def evaluations_of(scores: torch.Tensor, has_kl: bool) -> list[SequenceEvaluatio
         )
         for i in range(sequences)
     ]
+
+
+def rows_of(dataloader: DataLoader) -> Sequence[dict[str, Any]]:
+    """The rows that a dataloader of a trainer goes through, by index. A stream is read to its end."""
+    dataset = dataloader.dataset
+    if has_length(dataset):
+        return dataset
+    return list(dataset.dataset if isinstance(dataset, IterableDatasetShard) else dataset)
 
 
 def check_parallelism(model: nn.Module, accelerator: Accelerator) -> None:

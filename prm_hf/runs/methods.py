@@ -140,7 +140,7 @@ def _rdpo(noise_rate: float) -> dict[str, Any]:
     return {"loss_type": ["robust"], "label_smoothing": noise_rate}
 
 
-_ADAMW = {"optimizer_name": "adamw"}
+_ADAMW = {"optim": "adamw_torch_fused"}
 _TENSOR = {"prm_reduction": "per_tensor", "prm_estimator": "debiased"}
 _ROW = {"prm_reduction": "per_row", "prm_estimator": "debiased", "prm_signal_beta": 0.98}
 # Early stopping evaluates ten times a run.
@@ -189,13 +189,14 @@ register(
     # Its runs end when the gradients of an epoch were mostly noise, and those of its controls would end later.
     _prm("prm_stopping", "PRM stopping", {**_TENSOR, "logging_steps": 1}, has_controls=False),
     # A control is bound to a PRM run, from which it takes something. Does the selection matter, or the smaller step:
-    # AdamW at η·q̄, q̄ the run's mean mask; AdamW at the learning rate that drifts as far. Does it matter which tensor
-    # is slowed, and when: the run with its masks permuted over the tensors at each step; AdamW with each tensor
-    # slowed as in the run of another seed. AdamW is here the baseline of the PRM method, with the same eps.
+    # AdamW at η·q̄, q̄ the run's mean mask (constant_q); AdamW at the learning rate that drifts as far (adamw_matched).
+    # Does it matter which tensor is slowed, and when: the run with its masks permuted over the tensors at each step
+    # (shuffled_q); AdamW with each tensor slowed as in the run of another seed (fixed_q). AdamW is here the baseline
+    # of the PRM method, with the same eps.
     Method("constant_q", "constant q", CONTROL),
-    Method("adamw_matched", "AdamW at the KL", CONTROL),
     Method("shuffled_q", "shuffled q", CONTROL, tensor_masks=True),
     Method("fixed_q", "fixed q", CONTROL, tensor_masks=True),
+    Method("adamw_matched", "AdamW at the KL", CONTROL),
     _adamw("cdpo", "cDPO", LOSS, noise_settings=_cdpo),
     _adamw("robust", "rDPO (robust)", LOSS, noise_settings=_rdpo),
     Method("ipo", "IPO", LOSS, {**_ADAMW, "loss_type": ["ipo"]}),

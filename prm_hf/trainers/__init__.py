@@ -1,11 +1,20 @@
 """TRL's trainers with PRM as their optimizer."""
 
-from .arguments import PRMArguments, PRMDPOConfig, PRMSFTConfig
-from .callbacks import PopulationRiskStopping, PRMCallback
-from .dpo import PRMDPOTrainer
-from .memorization import MemorizationCallback
-from .mixin import PRMTrainerMixin
-from .sft import PRMSFTTrainer
+from .._extras import require
+
+
+require("prm_hf.trainers", "transformers", "trl", "accelerate", "datasets", "peft")
+
+from .callbacks import (  # noqa: E402
+    MemorizationCallback,
+    PopulationRiskStopping,
+    PopulationRiskStoppingCallback,
+    PRMCallback,
+)
+from .config import PRMArguments, PRMDPOConfig, PRMSFTConfig  # noqa: E402
+from .dpo import PRMDPOTrainer  # noqa: E402
+from .mixin import PRMTrainerMixin  # noqa: E402
+from .sft import PRMSFTTrainer  # noqa: E402
 
 
 __all__ = [
@@ -18,4 +27,5 @@ __all__ = [
     "PRMSFTTrainer",
     "PRMTrainerMixin",
     "PopulationRiskStopping",
+    "PopulationRiskStoppingCallback",
 ]

@@ -1,16 +1,26 @@
-"""What a Trainer can be given to be sure of PRM when training begins, and to end when it has nothing left to learn."""
+"""What trainers can be given: to be sure of PRM, to end when there is nothing left to learn, to see what is learnt by
+heart."""
 
 import logging
 import math
+from typing import Any
 
+import torch
+from datasets import Dataset
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .._names import renamed_arguments, warn_renamed
+from ..metrics import evaluate_classes, evaluate_pairs, evaluate_sequences, fit_metrics, memorization_rows, row_fit
+from ..metrics.evaluation import rows_of
 from ..optim import PRM
 from ..sharding.deepspeed import check_config
 
 
 logger = logging.getLogger(__name__)
+
+# The columns that say which rows of a dataset are noisy: of `prm_hf.noise.corrupt`, and of `flip_preferences`
+NOISE_COLUMNS = ("corrupted", "flipped")
 
 
 def innermost_optimizer(optimizer: Optimizer | None) -> Optimizer | None:
@@ -73,7 +83,7 @@ class PRMCallback(TrainerCallback):
                 logger.warning("PRM trains %s on %s.", path, processes)  # a level that is shown by default
 
 
-class PopulationRiskStopping(TrainerCallback):
+class PopulationRiskStoppingCallback(TrainerCallback):
     """
     Ends training when what is left in the gradients is mostly noise: a criterion that needs no labels.
 
@@ -102,7 +112,7 @@ class PopulationRiskStopping(TrainerCallback):
     Example:
 
     ```python
-    >>> trainer = PRMDPOTrainer(model, args=args, train_dataset=train, callbacks=[PopulationRiskStopping()])
+    >>> trainer = PRMDPOTrainer(model, args=args, train_dataset=train, callbacks=[PopulationRiskStoppingCallback()])
     ```
     """
 
@@ -122,15 +132,16 @@ class PopulationRiskStopping(TrainerCallback):
         prm = find_prm(optimizer)
         if prm is None:
             raise ValueError(
-                "`PopulationRiskStopping` goes by the statistics of PRM's mask, and the optimizer is "
-                f"{type(innermost_optimizer(optimizer)).__name__}: train with `optimizer_name='prm'`, or drop the "
-                "callback."
+                "`PopulationRiskStoppingCallback` goes by the statistics of PRM's mask, and the optimizer is "
+                f"{type(innermost_optimizer(optimizer)).__name__}: train with `optim='prm'`, or drop the callback."
             )
         if all(group["mask"] == "none" for group in prm.param_groups):
-            raise ValueError("`PopulationRiskStopping` goes by PRM's mask, and `mask` is 'none': choose another.")
+            raise ValueError(
+                "`PopulationRiskStoppingCallback` goes by PRM's mask, and `mask` is 'none': choose another."
+            )
         if args.logging_strategy != "steps":
             raise ValueError(
-                f"`PopulationRiskStopping` goes by what is logged within an epoch, and `logging_strategy` is "
+                f"`PopulationRiskStoppingCallback` goes by what is logged within an epoch, and `logging_strategy` is "
                 f"{args.logging_strategy!r}: set it to 'steps', and `logging_steps` to several an epoch."
             )
 
@@ -139,8 +150,8 @@ class PopulationRiskStopping(TrainerCallback):
         logged = [(entry["step"], entry["mask/snr"]) for entry in entries if "mask/snr" in entry]
         if not logged and any("loss" in entry for entry in entries):
             raise ValueError(
-                "`PopulationRiskStopping` goes by `mask/snr` in the logs, and this trainer does not log it: use "
-                "`PRMDPOTrainer`, `PRMSFTTrainer`, or `PRMTrainerMixin` in a class of your own."
+                "`PopulationRiskStoppingCallback` goes by `mask/snr` in the logs, and this trainer does not log it: "
+                "use `PRMDPOTrainer`, `PRMSFTTrainer`, or `PRMTrainerMixin` in a class of your own."
             )
         # While the learning rate rises, the averages of signal and noise form; in the first step of the debiased
         # estimator there is neither.
@@ -153,3 +164,140 @@ class PopulationRiskStopping(TrainerCallback):
                 sum(logged) / len(logged),
             )
             control.should_training_stop = True
+
+
+class PopulationRiskStopping(PopulationRiskStoppingCallback):
+    """The old name of [`PopulationRiskStoppingCallback`]."""
+
+    def __init__(self, threshold: float = 0.4):
+        warn_renamed("PopulationRiskStopping", "PopulationRiskStoppingCallback")
+        super().__init__(threshold)
+
+
+class MemorizationCallback(TrainerCallback):
+    """
+    Measures at each evaluation how well corrupted and clean training rows are fitted, and held-out rows beside them.
+
+    For the trainers of classifiers (a model with `logits` of a class each row), SFT and DPO, TRL's own ones included.
+    The fit of a row is, against the label trained on: whether the class is right; the share of the completion's tokens
+    that are the most probable ones; whether the chosen completion has the larger implicit reward. Logged, and added to
+    what `evaluate` returns, are (as `eval_…`) the means `memorization/corrupted_fit`, `memorization/clean_fit`,
+    `memorization/train_fit`, `memorization/heldout_fit`, their losses `…_loss`, and `memorization/gap`, the train fit
+    minus the held-out fit. All are exact over rows, and collective over processes.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            The trainer that it is added to, with a `train_dataset` that has a bool column `corrupted` (from
+            `prm_hf.noise.corrupt`) or `flipped`. Without the column all rows count as clean.
+        eval_dataset ([`~datasets.Dataset`], *optional*):
+            Held-out rows, as the trainer has them prepared. Defaults to the trainer's `eval_dataset`; of a dict of
+            datasets, none.
+        memorization_max_rows (`int`, *optional*, defaults to `1024`):
+            Number of training rows measured, spread evenly over the training set. `None` for all.
+
+    Example:
+
+    ```python
+    >>> trainer = SFTTrainer(model, args=args, train_dataset=corrupt(train, "partial_labels", 0.3), eval_dataset=test)
+    >>> trainer.add_callback(MemorizationCallback(trainer))
+    ```
+    """
+
+    @renamed_arguments(max_rows="memorization_max_rows")
+    def __init__(
+        self, trainer: Trainer, eval_dataset: Dataset | None = None, memorization_max_rows: int | None = 1024
+    ):
+        if not isinstance(trainer.train_dataset, Dataset):
+            raise TypeError(
+                "`trainer.train_dataset` must be a `datasets.Dataset`, whose rows can be chosen, got "
+                f"{type(trainer.train_dataset).__name__}."
+            )
+        if memorization_max_rows is not None and memorization_max_rows < 1:
+            raise ValueError(
+                "`memorization_max_rows` must be at least 1, or None for all training rows, got "
+                f"{memorization_max_rows!r}."
+            )
+        self.trainer = trainer
+        self.rows = memorization_rows(len(trainer.train_dataset), memorization_max_rows)
+        chosen = trainer.train_dataset.select(self.rows)
+        column = next((name for name in NOISE_COLUMNS if name in chosen.column_names), None)
+        self.corrupted = torch.tensor(chosen.with_format(None)[column][:] if column else [False] * len(chosen))
+        if self.corrupted.dtype != torch.bool:
+            raise ValueError(
+                f"The column {column!r} of `trainer.train_dataset` must be bool, got {self.corrupted.dtype}."
+            )
+        if eval_dataset is None and isinstance(trainer.eval_dataset, Dataset):
+            eval_dataset = trainer.eval_dataset
+        self._datasets = {"train": chosen, "heldout": eval_dataset}
+        self._loaders: dict[str, Any] = {}
+        self._step: int | None = None
+        self._measured: dict[str, float] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        # What cannot be measured is said now rather than at the first evaluation
+        for name, dataset in self._datasets.items():
+            if dataset is not None:
+                self._first_batch(name)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs,
+    ) -> None:
+        is_other_split = isinstance(self.trainer.eval_dataset, dict) and self._step == state.global_step
+        if not is_other_split:
+            self._step = state.global_step
+            self._measured = {f"eval_{name}": value for name, value in self.measure().items()}
+            self.trainer.log(dict(self._measured))
+        if metrics is not None:
+            metrics.update(self._measured)
+
+    def measure(self) -> dict[str, float]:
+        """The metrics of the present weights, by their names without a prefix. Collective."""
+        fits = {name: self._fit(name) for name, dataset in self._datasets.items() if dataset is not None}
+        return fit_metrics(fits["train"], self.corrupted, fits.get("heldout"))
+
+    def _first_batch(self, name: str) -> dict[str, torch.Tensor]:
+        """The batch of the first row alone, whose shapes say what kind of task it is."""
+        if name not in self._loaders:
+            self._loaders[name] = self.trainer.get_test_dataloader(self._datasets[name])
+        loader = self._loaders[name]
+        batch = loader.collate_fn([dict(rows_of(loader)[0])])
+        labels = batch.get("labels")
+        if labels is not None and (labels.is_floating_point() or labels.dim() > 2):
+            raise ValueError(
+                "`MemorizationCallback` measures the fit of classes, completions and preference pairs; the `labels` "
+                f"of this trainer are {labels.dtype} of shape {tuple(labels.shape)}, a batch of one row. Leave it out."
+            )
+        return batch
+
+    def _fit(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        trainer, batch = self.trainer, self._first_batch(name)
+        loader = self._loaders[name]
+        arguments = (trainer.model_wrapped, rows_of(loader), loader.collate_fn, trainer.accelerator)
+        batch_size = trainer.args.per_device_eval_batch_size
+        if "labels" in batch and batch["labels"].dim() == 1:
+            return row_fit(evaluate_classes(*arguments, batch_size=batch_size))
+        if "labels" in batch:
+            # A padding-free batch is one long sequence: taken row by row, its sums are the row's
+            batch_size = 1 if getattr(trainer, "padding_free", False) else batch_size
+            return row_fit(evaluate_sequences(*arguments, batch_size=batch_size))
+        pairs = evaluate_pairs(*arguments, ref_model=trainer.ref_model, batch_size=batch_size)
+        return row_fit(pairs, trainer.beta)
+
+
+class EvaluateAtEndCallback(TrainerCallback):
+    """Evaluates once more when training ends, unless the weights have just been evaluated.
+
+    The trainers of this package have it; nothing is evaluated without `drift_metrics` and an `eval_dataset`.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if args.drift_metrics and self.trainer.eval_dataset is not None and not self.trainer.weights_are_evaluated():
+            self.trainer.evaluate()

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from trl import DPOTrainer
-from trl.trainer.utils import get_config_model_id, hash_module
+from trl.trainer.utils import hash_module
 
 from ..metrics import (
     PairEvaluation,
@@ -23,17 +23,17 @@ from ..metrics import (
     memorization_rows,
     reward_metrics,
 )
+from ..metrics.evaluation import rows_of
 from ..metrics.forward import without_cudnn
-from .arguments import PRMDPOConfig, check_deepspeed_config
-from .mixin import PRMTrainerMixin, rows_of
+from .config import PRMDPOConfig, checked_config
+from .mixin import PRMTrainerMixin
 from .packing import add_packing, unpack_hidden, with_lengths
-from .passes import SharedPassesMixin
 
 
 logger = get_logger(__name__)
 
 
-class PRMDPOTrainer(SharedPassesMixin, PRMTrainerMixin, DPOTrainer):
+class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
     """
     TRL's [`~trl.DPOTrainer`], trained with PRM. ("PRM" is the optimizer here, not a process reward model.)
 
@@ -49,7 +49,7 @@ class PRMDPOTrainer(SharedPassesMixin, PRMTrainerMixin, DPOTrainer):
 
     - `drift/params_rel`;
     - `memorization/flipped_fit` and `memorization/clean_fit`, if `train_dataset` is a [`~datasets.Dataset`] with a
-      bool column `flipped`, on `args.memorization_max_pairs` of its rows.
+      bool column `flipped`, on `args.memorization_max_rows` of its rows.
 
     What is measured on a split comes of the hidden states of TRL's own forward passes; a compiled model takes passes
     of our own, as do rows that TRL leaves out or permutes, and the rows for memorization.
@@ -72,7 +72,7 @@ class PRMDPOTrainer(SharedPassesMixin, PRMTrainerMixin, DPOTrainer):
         args ([`PRMDPOConfig`], *optional*):
             Configuration.
         optimizer_cls_and_kwargs (`tuple[type[torch.optim.Optimizer], dict[str, Any]]`, *optional*):
-            Optimizer class and keyword arguments, which win over `args.optimizer_name`. Not together with
+            Optimizer class and keyword arguments, which win over `args.optim`. Not together with
             `optimizers`.
         *positional, **kwargs:
             All other arguments of [`~trl.DPOTrainer`].
@@ -96,6 +96,7 @@ class PRMDPOTrainer(SharedPassesMixin, PRMTrainerMixin, DPOTrainer):
     ```
     """
 
+    _rows_are_apart = True
     _sequences_per_row = 2
 
     def __init__(
@@ -107,12 +108,7 @@ class PRMDPOTrainer(SharedPassesMixin, PRMTrainerMixin, DPOTrainer):
         optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
         **kwargs,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = PRMDPOConfig(f"{name.split('/')[-1]}-DPO")
-        if not isinstance(args, PRMDPOConfig):
-            raise TypeError(f"`args` is a `{type(args).__name__}`: pass a `PRMDPOConfig`, which has all its fields.")
-        check_deepspeed_config(args)
+        args = checked_config(args, PRMDPOConfig, model, "DPO")
         # TRL has none for DPO at present, and says so
         self._packing_is_due, args.padding_free = args.padding_free, False
         try:
@@ -197,7 +193,7 @@ class PRMDPOTrainer(SharedPassesMixin, PRMTrainerMixin, DPOTrainer):
                 "is what says whether a pair's label was flipped."
             )
             return
-        self.memorization_rows = memorization_rows(len(self.train_dataset), self.args.memorization_max_pairs)
+        self.memorization_rows = memorization_rows(len(self.train_dataset), self.args.memorization_max_rows)
         self._flipped = torch.tensor(self.train_dataset.select(self.memorization_rows)["flipped"])
 
     def evaluate_pairs(self, dataset: Dataset | str | None = None) -> PairEvaluation:

@@ -1,55 +1,25 @@
 """What PRM adds to a TRL trainer: the optimizer, its statistics in the log, exact metrics, and the model card."""
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
-from accelerate.data_loader import IterableDatasetShard
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.integrations.liger import apply_liger_kernel
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import has_length
 
-from ..metrics import ParameterDrift
 from ..optim import PRM
 from ..optim.validation import check_held_in_parts
 from ..sharding import deepspeed, fsdp
-from .arguments import PRM_SCALES, PRMArguments, preset_note, prm_kwargs, scaled_by_relative_eps, with_preset
 from .callbacks import PRMCallback
 from .checkpoints import CheckpointMixin
+from .config import PRM_SCALES, PRMArguments, preset_note, prm_kwargs, scaled_by_relative_eps, with_preset
+from .evaluation import EvaluationMixin
 
 
 logger = get_logger(__name__)
 
-_SETTINGS = (
-    "lr",
-    "betas",
-    "eps",
-    "weight_decay",
-    "mask",
-    "reduction",
-    "softness",
-    "estimator",
-    "signal_beta",
-    "rho",
-    "boundary",
-    "alpha",
-    "mask_eps",
-    "warmup_steps",
-    "state_dtype",
-    "batch_size",
-    "n_dataset",
-)
 _DESCRIPTION = (
     "This model was trained with PRM (Population Risk Minimization, `prm-hf`): AdamW, each of whose updates is "
     "multiplied by a mask between 0 and 1 that compares the gradient's signal with its minibatch noise "
@@ -58,24 +28,18 @@ _DESCRIPTION = (
 _TIMINGS = ("_runtime", "_per_second", "_preparation_time")
 
 
-class PRMTrainerMixin(CheckpointMixin):
+class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
     """Mixin for TRL's trainers, to be listed before the trainer in a class' bases.
 
-    With `args.optimizer_name="prm"` it trains with [`PRM`], keeping the trainer's split into parameters with and
-    without weight decay; `optimizers=` and `optimizer_cls_and_kwargs=` win over it. Whenever the optimizer in effect
-    is a PRM, each log of a training step carries its `mask/*` statistics.
+    With `args.optim="prm"` it trains with [`PRM`], keeping the trainer's split into parameters with and without weight
+    decay; `optimizers=` and `optimizer_cls_and_kwargs=` win over it. Whenever the optimizer in effect is a PRM, each
+    log of a training step carries its `mask/*` statistics.
 
-    The metrics of an evaluation carry the prefix of their split, in the log as in the returned dict. (TRL names those
-    of every split of a dict of datasets `eval_*`, so that the last split stands for all.)
-
-    The class says what is measured on a split, in `_split_metrics(dataloader, prefix)`, which returns a dict of
-    numbers by their names in `prm_hf.metrics`; it may extend `_run_metrics()`, what is measured once an evaluation.
+    What is measured at an evaluation is [`EvaluationMixin`]'s.
 
     Attributes:
         trains_with_prm (`bool`):
             Whether PRM is the optimizer that the run was set up with, by arguments or explicitly.
-        last_eval_metrics (`dict[str, float]`):
-            What the last evaluation returned, all splits together.
     """
 
     def __init__(
@@ -92,7 +56,7 @@ class PRMTrainerMixin(CheckpointMixin):
         # An optimizer that was passed wins over the arguments
         self._arguments_choose = self.optimizer is None and self.optimizer_cls_and_kwargs is None
         if self._arguments_choose:
-            self.trains_with_prm = self.args.optimizer_name == "prm"
+            self.trains_with_prm = self.args.optim == "prm"
         elif self.optimizer is not None:
             self.trains_with_prm = isinstance(self.optimizer, PRM)
         else:
@@ -122,29 +86,7 @@ class PRMTrainerMixin(CheckpointMixin):
         if self._needs_sizes():
             self._sizes()  # raises now rather than after an hour of preparation
 
-        self.last_eval_metrics: dict[str, float] = {}
-        self._evaluated_step: int | None = None
-        self._is_evaluating = False
-        # Prefix of an evaluation under way, until what belongs to the run rather than to a split has been measured
-        self._run_prefix: str | None = None
-        self._parameter_drift = None
-        if self.args.drift_metrics and self.eval_dataset is not None and self.is_fsdp_enabled:
-            version = self.accelerator.state.fsdp_plugin.fsdp_version
-            if version != 2:
-                raise ValueError(
-                    f"`drift_metrics` needs FSDP version 2, got version {version}, whose flat parameters can't be "
-                    "read. Set `fsdp_version: 2`, or `drift_metrics=False`."
-                )
-        trained = any(p.requires_grad for p in self.model.parameters())
-        if self.args.drift_metrics and self.eval_dataset is not None and trained:
-            self._parameter_drift = ParameterDrift(self.model, self.accelerator)
-        self.add_callback(_EvaluateAtEnd(self))
-
-    def train(self, *args, **kwargs) -> TrainOutput:
-        if self.args.use_liger_kernel and self.ref_model is not None:
-            # The model gets the kernels in there. Had the reference others, their rounding would look like drift.
-            apply_liger_kernel(self.accelerator.unwrap_model(self.ref_model), self.args.liger_kernel_config)
-        return super().train(*args, **kwargs)
+        self._set_up_evaluation()
 
     # ---- Optimizer ----
 
@@ -157,7 +99,7 @@ class PRMTrainerMixin(CheckpointMixin):
         `create_optimizer` adds what is known of the run alone: with `prm_boundary="empirical"` the sizes of batch and
         dataset, with `relative_eps` the number of trained parameters.
         """
-        if args.optimizer_name == "prm":
+        if args.optim == "prm":
             return PRM, prm_kwargs(args if model is None else with_preset(args, is_peft_model(model)))
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
@@ -186,7 +128,7 @@ class PRMTrainerMixin(CheckpointMixin):
         return with_preset(self.args, self._is_peft) if self.trains_with_prm else self.args
 
     def _needs_sizes(self) -> bool:
-        arguments_choose_prm = self._arguments_choose and self.args.optimizer_name == "prm"
+        arguments_choose_prm = self._arguments_choose and self.args.optim == "prm"
         return arguments_choose_prm and self.args.prm_boundary == "empirical" and self.args.prm_alpha is None
 
     def _sizes(self) -> dict[str, int]:
@@ -210,7 +152,7 @@ class PRMTrainerMixin(CheckpointMixin):
             )
         return {"batch_size": batch_size, "n_dataset": n_dataset}
 
-    # ---- Logs and evaluation ----
+    # ---- Logs ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # "loss" is in the logs of training steps and in no other. All processes come here, as the statistics of
@@ -218,53 +160,6 @@ class PRMTrainerMixin(CheckpointMixin):
         if "loss" in logs and (prm := self.find_prm()) is not None:
             logs.update({f"mask/{name}": value for name, value in prm.get_mask_stats().items()})
         super().log(logs, start_time)
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        if self._is_evaluating:  # one split of several, called from within the evaluation of all
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        self._is_evaluating, self._run_prefix = True, metric_key_prefix
-        try:
-            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        finally:
-            self._is_evaluating, self._run_prefix = False, None
-        self.last_eval_metrics = dict(metrics)
-        if eval_dataset is None:
-            self._evaluated_step = self.state.global_step
-        return metrics
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        # What TRL collected in this loop, taken over before its `log` names it "eval_" whatever the split is
-        metrics = {name: sum(values) / len(values) for name, values in self._metrics["eval"].items()}
-        self._metrics["eval"].clear()
-        if self._is_evaluating and self.args.drift_metrics:
-            metrics |= self._split_metrics(dataloader, metric_key_prefix)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        if self._run_prefix is not None and self.args.drift_metrics:
-            run_metrics = self._run_metrics()
-            output.metrics.update({f"{self._run_prefix}_{name}": value for name, value in run_metrics.items()})
-            self._run_prefix = None
-        return output
-
-    def _run_metrics(self) -> dict[str, float]:
-        if self._parameter_drift is None:
-            return {}
-        return {"drift/params_rel": self._parameter_drift.relative(self.model_wrapped)}
-
-    def weights_are_evaluated(self) -> bool:
-        """Whether the last evaluation of `eval_dataset` was of the weights that training ends with."""
-        step = self.state.global_step
-        older_loaded = self.args.load_best_model_at_end and self.state.best_global_step not in (None, step)
-        return self._evaluated_step == step and not older_loaded
 
     # ---- Model card ----
 
@@ -277,37 +172,19 @@ class PRMTrainerMixin(CheckpointMixin):
     def _model_card_section(self) -> str:
         prm = self.find_prm()
         settings = prm_kwargs(self._settings()) if prm is None else {**prm.defaults, **_decay(prm)}
+        names = [*prm_kwargs(self._settings()), "weight_decay", "batch_size", "n_dataset"]
         lines = [
             "\n\n## Optimizer\n",
             _DESCRIPTION,
             "| Setting | Value |",
             "|---|---|",
-            *(f"| `{name}` | {settings[name]} |" for name in _SETTINGS if settings.get(name) is not None),
+            *(f"| `{name}` | {settings[name]} |" for name in names if settings.get(name) is not None),
         ]
         results = {k: v for k, v in self.last_eval_metrics.items() if not k.endswith(_TIMINGS)}
         if results:
             lines += ["\n### Results\n", f"Last evaluation, at step {self.state.global_step}:\n"]
             lines += ["| Metric | Value |", "|---|---|", *(f"| `{k}` | {v:.4g} |" for k, v in results.items())]
         return "\n".join(lines) + "\n"
-
-
-class _EvaluateAtEnd(TrainerCallback):
-    """Evaluates once more when training ends, unless the weights have just been evaluated."""
-
-    def __init__(self, trainer: PRMTrainerMixin) -> None:
-        self.trainer = trainer
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        if args.drift_metrics and self.trainer.eval_dataset is not None and not self.trainer.weights_are_evaluated():
-            self.trainer.evaluate()
-
-
-def rows_of(dataloader: DataLoader) -> Sequence[dict[str, Any]]:
-    """The rows that a dataloader of a trainer goes through, by index. A stream is read to its end."""
-    dataset = dataloader.dataset
-    if has_length(dataset):
-        return dataset
-    return list(dataset.dataset if isinstance(dataset, IterableDatasetShard) else dataset)
 
 
 def _decay(prm: PRM) -> dict[str, Any]:

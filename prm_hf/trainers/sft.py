@@ -8,18 +8,17 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import get_config_model_id
 
 from ..metrics import SequenceEvaluation, completion_metrics, drift_metrics, evaluate_sequences
-from .arguments import PRMSFTConfig, check_deepspeed_config
-from .mixin import PRMTrainerMixin, rows_of
-from .passes import SharedPassesMixin
+from ..metrics.evaluation import rows_of
+from .config import PRMSFTConfig, checked_config
+from .mixin import PRMTrainerMixin
 
 
 logger = get_logger(__name__)
 
 
-class PRMSFTTrainer(SharedPassesMixin, PRMTrainerMixin, SFTTrainer):
+class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
     """
     TRL's [`~trl.SFTTrainer`], trained with PRM. ("PRM" is the optimizer here, not a process reward model.)
 
@@ -63,12 +62,7 @@ class PRMSFTTrainer(SharedPassesMixin, PRMTrainerMixin, SFTTrainer):
         optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
         **kwargs,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = PRMSFTConfig(f"{name.split('/')[-1]}-SFT")
-        if not isinstance(args, PRMSFTConfig):
-            raise TypeError(f"`args` is a `{type(args).__name__}`: pass a `PRMSFTConfig`, which has all its fields.")
-        check_deepspeed_config(args)
+        args = checked_config(args, PRMSFTConfig, model, "SFT")
         if ref_model is not None and ref_model is model:
             raise ValueError("`ref_model` is `model` itself, which moves in training: pass a copy of it.")
         if ref_model is not None and not args.drift_metrics:

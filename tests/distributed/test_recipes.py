@@ -15,8 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SHORT = ["--max_steps", "2", "--logging_steps", "1", "--eval_steps", "2", "--warmup_steps", "1"]
 RATE = ["--learning_rates", "3e-3", "--prm_learning_rates", "3e-3", "--seeds", "0"]
-MASKED = ["prm_per_tensor", "prm_rows"]
-RUNS = ["--methods", "adamw", *MASKED, *RATE]
+MASKED = ("prm_per_tensor", "prm_rows")
 PACKED = ("ddp", "fsdp2", "zero3")  # paths on which DPO runs without padding, with the numbers of one process with it
 # By recipe, metrics that are means over many tokens, and shares, in which one decision may tip over
 MEANS = {
@@ -33,18 +32,22 @@ def test_every_configuration_is_named_here():
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(PATHS)
 
 
-def launch(recipe: str, path: str, folder: Path) -> dict[str, dict[str, float]]:
+def launch(
+    recipe: str, path: str, folder: Path, adamw: str = "adamw", masked: tuple[str, ...] = MASKED
+) -> dict[str, dict[str, float]]:
     """The metrics of the masked methods."""
     build_demo()  # trains its model when it is first asked for, on one process sooner than on two
     log = folder.with_suffix(".log")
     more = ["--padding_free", "true"] if recipe == "dpo" and path in PACKED else []
-    module = ["tests.distributed.recipe", recipe, "--output_dir", str(folder), *SHORT, *RUNS, *more]
+    module = ["tests.distributed.recipe", recipe, "--output_dir", str(folder), *SHORT, *RATE]
+    module += ["--methods", adamw, *masked, *more]
     accelerate_launch(path, module, log, PATHS[path], timeout=600)
-    assert len(list(folder.glob("*/metrics.json"))) == 3  # one run after the other in the same processes
-    runs = {method: folder / f"{method}_lr0.003_seed0" for method in MASKED}
+    # one run after the other in the same processes
+    assert len(list(folder.glob("*/metrics.json"))) == 1 + len(masked)
+    runs = {method: folder / f"{method.replace(':', '')}_lr0.003_seed0" for method in masked}
     for run in runs.values():
         assert json.loads((run / "run.json").read_text())["hardware"]["world_size"] == PATHS[path]
-    assert log.read_text().count("PRM trains ") == 2
+    assert log.read_text().count("PRM trains ") == len(masked)
     return {method: json.loads((run / "metrics.json").read_text()) for method, run in runs.items()}
 
 
@@ -57,8 +60,11 @@ def single(tmp_path_factory):
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "single"])
 @pytest.mark.parametrize("recipe", MEANS)
 def test_recipe(single, recipe, path, tmp_path):
-    found = launch(recipe, path, tmp_path / "runs")
-    for method, expected in single[recipe].items():
+    check(recipe, launch(recipe, path, tmp_path / "runs"), single[recipe])
+
+
+def check(recipe, found, expected_of):
+    for method, expected in expected_of.items():
         metrics = found[method]
         assert metrics.keys() == expected.keys()
         assert metrics["steps"] == 2
@@ -66,6 +72,30 @@ def test_recipe(single, recipe, path, tmp_path):
             assert metrics[name] == pytest.approx(expected[name], rel=1e-3), (method, name)
         for name in SHARES[recipe]:
             assert metrics[name] == pytest.approx(expected[name], abs=0.02), (method, name)
+
+
+RELATIVE_EPS = {"adamw": "adamw_eps:10", "masked": ("prm_rows_eps:10",)}
+
+
+@pytest.fixture(scope="module")
+def single_with_relative_eps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("relative_eps") / "runs"
+    return folder, launch("dpo", "single", folder, **RELATIVE_EPS)
+
+
+@pytest.mark.parametrize("path", ["fsdp2", "zero2"])
+def test_relative_eps(single_with_relative_eps, path, tmp_path):
+    """Eps and learning rate follow from the size of the whole model, which no process holds."""
+    folder, expected = single_with_relative_eps
+    check("dpo", launch("dpo", path, tmp_path / "runs", **RELATIVE_EPS), expected)
+    for name in ("adamw_eps10_lr0.003_seed0", "prm_rows_eps10_lr0.003_seed0"):
+        ours, theirs = (json.loads((runs / name / "run.json").read_text()) for runs in (tmp_path / "runs", folder))
+        assert (
+            ours["optimizer"]["eps"] == pytest.approx(theirs["optimizer"]["eps"]) and ours["optimizer"]["eps"] > 1e-3
+        )
+        assert ours["optimizer"]["learning_rate"] == pytest.approx(0.033)
+        metrics = [json.loads((runs / name / "metrics.json").read_text()) for runs in (tmp_path / "runs", folder)]
+        assert metrics[0]["drift/kl"] == pytest.approx(metrics[1]["drift/kl"], rel=1e-3)
 
 
 def test_bench_sharded(tmp_path):

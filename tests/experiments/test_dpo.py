@@ -1,11 +1,9 @@
-"""The recipes as a user runs them: on the built-in task in short, on local files, interrupted, and wrongly."""
+"""The comparison of DPO as a user runs it: on the built-in task in short, on local files, interrupted, and wrongly."""
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,40 +13,20 @@ from filelock import FileLock
 from transformers import TrainerControl, TrainerState
 
 from prm_hf.demo import build_demo
-from prm_hf.experiments import arguments as inputs
-from prm_hf.experiments import controls as methods
-from prm_hf.experiments import dpo as dpo_noisy
-from prm_hf.experiments import run_folder
-from prm_hf.experiments import runner as comparison
+from prm_hf.experiments import data, progress, runner
+from prm_hf.experiments.dpo import DPOExperiment
+from prm_hf.runs.methods import METHODS
+
+from .comparisons import ON_CPU, ONE_RATE, ROOT, SHORT, infos, on_files, read, read_lines, run_dpo, stamps, write_pairs
 
 
-ROOT = Path(__file__).parents[2]
-SHORT = ["--max_steps", "3", "--logging_steps", "1", "--eval_steps", "3", "--warmup_steps", "1"]
-ON_CPU = ["--use_cpu", "--bf16", "False"]
-ONE_RATE = ["--learning_rates", "1e-3", "--prm_learning_rates", "3e-3"]
+def parse(*arguments):
+    return DPOExperiment.parse(list(arguments))
 
 
-def run(output_dir, *arguments):
-    dpo_noisy.main(["--output_dir", str(output_dir), *SHORT, *ONE_RATE, *arguments])
-
-
-def read(path):
-    return json.loads(Path(path).read_text(encoding="utf-8"))
-
-
-def stamps(folder):
-    return {path.parent.name: path.stat().st_mtime_ns for path in Path(folder).glob("*/metrics.json")}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("comparison")
-    run(folder)
-    return folder
-
-
-def test_a_comparison_writes_what_it_says(finished, capsys):
-    runs = sorted(path.parent.name for path in finished.glob("*/run.json"))
+def test_a_comparison_writes_what_it_says(tmp_path):
+    run_dpo(tmp_path)
+    runs = sorted(path.parent.name for path in tmp_path.glob("*/run.json"))
     assert [name for name in runs if not name.startswith("constant_q")] == [
         "adamw_lr0.001_seed0",
         "prm_debiased_lr0.003_seed0",
@@ -56,7 +34,7 @@ def test_a_comparison_writes_what_it_says(finished, capsys):
     ]
     assert len(runs) == 4
     for name in runs:
-        info, metrics = read(finished / name / "run.json"), read(finished / name / "metrics.json")
+        info, metrics = read(tmp_path / name / "run.json"), read(tmp_path / name / "metrics.json")
         assert info["noise_rate"] == 0.3 and info["seed"] == 0 and info["hardware"]["world_size"] == 1
         assert info["settings"]["effective_batch_size"] == 16 and info["versions"]["trl"]
         assert metrics["steps"] == 3 and metrics["wall_seconds"] > 0
@@ -64,10 +42,10 @@ def test_a_comparison_writes_what_it_says(finished, capsys):
         names |= {"drift/reward_abs", "drift/logratio_abs", "drift/params_rel"}
         assert names <= set(metrics)
         assert ("mask/mean_q" in metrics) == name.startswith("prm_")
-        history = [json.loads(line) for line in (finished / name / "history.jsonl").read_text().splitlines()]
+        history = read_lines(tmp_path / name / "history.jsonl")
         assert [row["step"] for row in history if "train/loss" in row] == [1, 2, 3]
         assert any("drift/kl" in row for row in history)
-        margins = read(finished / name / "margins.json")
+        margins = read(tmp_path / name / "margins.json")
         accuracy = np.mean(np.array(margins["heldout"]) > 0)
         assert accuracy == pytest.approx(metrics["rewards/accuracies"], abs=2 / 512)
         flipped = np.array(margins["train_flipped"])
@@ -76,88 +54,83 @@ def test_a_comparison_writes_what_it_says(finished, capsys):
             metrics["memorization/flipped_fit"], abs=0.02
         )
     (control,) = (name for name in runs if name.startswith("constant_q"))
-    info = read(finished / control / "run.json")
+    info = read(tmp_path / control / "run.json")
     source = info["settings"]["constant_q"]
-    rate = read(finished / source["of"] / "run.json")["learning_rate"]
+    rate = read(tmp_path / source["of"] / "run.json")["learning_rate"]
     assert info["learning_rate"] == pytest.approx(rate * source["mean_q"])
-    comparison_json = read(finished / "comparison.json")
+    comparison_json = read(tmp_path / "comparison.json")
     assert len(comparison_json["runs"]) == 4 and comparison_json["statements"]
-    report = (finished / "report.html").read_text()
+    report = (tmp_path / "report.html").read_text()
     assert "data:image/png;base64" in report and "http" not in report.replace("http://www.w3.org", "")
-    assert (finished / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_finished_runs_are_not_repeated_unless_their_settings_change(finished, capsys):
-    before = stamps(finished)
-    run(finished)
-    assert stamps(finished) == before
+def test_finished_runs_are_not_repeated_unless_their_settings_change(pairs, tmp_path, capsys, no_pictures):
+    def run(*more):
+        run_dpo(tmp_path, *on_files(pairs), "--methods", "adamw", "prm_debiased", "constant_q", *more)
+
+    run()
+    before = stamps(tmp_path)
+    run()
+    assert stamps(tmp_path) == before and len(before) == 3
     assert "finished before" in capsys.readouterr().out
 
     # A file that is older than an argument that is None, or that has what does not count, is of the same run.
-    for file in finished.glob("*/run.json"):
-        info = read(file)
+    for name, info in infos(tmp_path).items():
         assert info["settings"].pop("prm_signal_beta", None) is None
         info["settings"]["logging_nan_inf_filter"] = info["settings"]["output_dir"] = "another"
-        file.write_text(json.dumps(info))
-    run(finished)
-    assert stamps(finished) == before
-
+        (tmp_path / name / "run.json").write_text(json.dumps(info))
     # An interrupted run has no metrics.json: it alone is trained again.
-    (finished / "prm_per_tensor_lr0.003_seed0" / "metrics.json").unlink()
-    run(finished)
-    after = stamps(finished)
-    assert {name for name in before if after[name] != before[name]} == {"prm_per_tensor_lr0.003_seed0"}
+    (tmp_path / "prm_debiased_lr0.003_seed0" / "metrics.json").unlink()
+    run()
+    after = stamps(tmp_path)
+    assert {name for name in before if after[name] != before[name]} == {"prm_debiased_lr0.003_seed0"}
 
     # A setting of PRM concerns the PRM runs, and the control that takes its step from one of them.
-    run(finished, "--prm_softness", "0.5")
+    run("--prm_softness", "0.5")
     out = capsys.readouterr().out
     assert "prm_debiased_lr0.003_seed0: trained again, since these settings changed: prm_softness" in out
-    changed = {name for name in before if stamps(finished).get(name) != after[name]}
-    assert changed == {"prm_per_tensor_lr0.003_seed0", "prm_debiased_lr0.003_seed0"}
+    changed = {name for name in before if stamps(tmp_path).get(name) != after[name]}
+    assert changed == {"prm_debiased_lr0.003_seed0"}
     # The old control lies there still, and is no part of the new comparison.
-    assert len(stamps(finished)) == 5 and len(read(finished / "comparison.json")["runs"]) == 4
+    assert len(stamps(tmp_path)) == 4 and len(read(tmp_path / "comparison.json")["runs"]) == 3
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "folder"])
 def test_local_datasets(kind, tmp_path):
     rows = {"prompt": [f"p{i}" for i in range(6)], "chosen": ["a"] * 6, "rejected": ["b"] * 6}
-    data = Dataset.from_dict(rows)
+    dataset = Dataset.from_dict(rows)
     if kind == "folder":
-        DatasetDict(train=data, test=data.select(range(2))).save_to_disk(tmp_path / "data")
-        assert len(inputs.load_split(str(tmp_path / "data"), None, "test")) == 2
+        DatasetDict(train=dataset, test=dataset.select(range(2))).save_to_disk(tmp_path / "data")
+        assert len(data.load_split(str(tmp_path / "data"), None, "test")) == 2
         with pytest.raises(ValueError, match="has the splits train, test and not 'dev'"):
-            inputs.load_split(str(tmp_path / "data"), None, "dev")
+            data.load_split(str(tmp_path / "data"), None, "dev")
         return
     path = tmp_path / f"data.{kind}"
-    {"jsonl": data.to_json, "csv": data.to_csv, "parquet": data.to_parquet}[kind](path)
-    loaded = inputs.load_split(str(path), None, "train[:4]")
+    {"jsonl": dataset.to_json, "csv": dataset.to_csv, "parquet": dataset.to_parquet}[kind](path)
+    loaded = data.load_split(str(path), None, "train[:4]")
     assert loaded["prompt"][:] == ["p0", "p1", "p2", "p3"] and loaded["chosen"][0] == "a"
 
 
-def test_a_model_and_files_of_ones_own_with_lora_and_other_losses(tmp_path):
-    demo = build_demo()
-    for name in ("train", "test"):
-        getattr(demo, name).select(range(24)).to_json(tmp_path / f"{name}.jsonl")
-    run(
-        tmp_path / "runs",
-        *["--model_name_or_path", demo.model_path, "--dataset_name", str(tmp_path / "train.jsonl")],
-        *["--eval_dataset_name", str(tmp_path / "test.jsonl"), "--dataset_test_split", "train"],
-        *["--methods", "cdpo", "robust", "ipo", "prm_per_param", "--seeds", "0", "1"],
+def test_a_model_and_files_of_ones_own_with_lora_and_other_losses(pairs, tmp_path, no_pictures):
+    run_dpo(
+        tmp_path,
+        *on_files(pairs),
+        *["--methods", "cdpo", "robust", "ipo", "prm_per_param", "--seeds", "1", "--eval_strategy", "no"],
         *["--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj"],
-        *["--use_cpu", "--bf16", "False", "--gradient_checkpointing", "False", "--save_strategy", "no"],
-        *["--eval_strategy", "no", "--per_device_train_batch_size", "4"],
     )
-    assert len(stamps(tmp_path / "runs")) == 8
-    info = read(tmp_path / "runs" / "cdpo_lr0.001_seed1" / "run.json")
-    assert info["model"] == Path(demo.model_path).name and info["settings"]["label_smoothing"] == pytest.approx(-0.75)
-    metrics = read(tmp_path / "runs" / "prm_per_param_lr0.003_seed0" / "metrics.json")
+    assert len(stamps(tmp_path)) == 4
+    info = read(tmp_path / "cdpo_lr0.001_seed1" / "run.json")
+    assert info["model"] == os.path.basename(build_demo().model_path)
+    assert info["settings"]["label_smoothing"] == pytest.approx(-0.75)
+    metrics = read(tmp_path / "prm_per_param_lr0.003_seed1" / "metrics.json")
     assert metrics["mask/parameter_count"] == 2 * (2 * (64 + 64) + 2 * (64 + 32))
 
 
 def test_cdpo_by_way_of_the_robust_loss():
     """(1-e) L + e L_swapped, from TRL's ((1-s) L - s L_swapped) / (1-2s)."""
     for rate in (0.1, 0.3, 0.45):
-        s = dpo_noisy.methods(rate)["cdpo"]["label_smoothing"]
+        s = METHODS["cdpo"].changes(rate)["label_smoothing"]
         assert (1 - s) / (1 - 2 * s) == pytest.approx(1 - rate) and -s / (1 - 2 * s) == pytest.approx(rate)
 
 
@@ -171,23 +144,24 @@ def test_cdpo_by_way_of_the_robust_loss():
 def test_the_frontier_settings_parse(name):
     path = ROOT / "recipes" / f"{name}.yaml"
     files = ["--dataset_name", "a.train.jsonl", "--eval_dataset_name", "a.test.jsonl"]
-    script_args, training_args, model_args = dpo_noisy.parse(["--config", str(path), *files, *ON_CPU])
+    parsed = parse("--config", str(path), *files, *ON_CPU)
+    script_args, training_args = parsed.script_args, parsed.training_args
     assert script_args.dataset_name == ["a.train.jsonl"] and len(script_args.seeds) == 5
-    assert {"adamw_eps:10", "prm_debiased_eps:10", *methods.CONTROLS} <= set(script_args.methods)
+    controls = {name for name, method in METHODS.items() if method.group == "control"}
+    assert {"adamw_eps:10", "prm_debiased_eps:10", *controls} <= set(script_args.methods)
     assert ("early_stopping_clean" in script_args.methods) == ("gsm8k" in name)  # pandalm's labels are all there is
     assert training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps == 32
-    assert training_args.output_dir.endswith(name) and model_args.use_peft == name.endswith("_lora")
+    assert training_args.output_dir.endswith(name) and parsed.model_args.use_peft == name.endswith("_lora")
     with pytest.raises(ValueError, match="needs a `--dataset_name`"):
-        dpo_noisy.parse(["--config", str(path), *ON_CPU])
+        parse("--config", str(path), *ON_CPU)
 
 
 def test_the_published_setting_parses():
-    path = ROOT / "recipes" / "qwen2.5-0.5b" / "dpo_noisy.yaml"
-    overrides = ["--use_cpu", "--bf16", "False"]
-    script_args, training_args, model_args = dpo_noisy.parse(["--config", str(path), *overrides])
+    parsed = parse("--config", str(ROOT / "recipes" / "qwen2.5-0.5b" / "dpo_noisy.yaml"), *ON_CPU)
+    script_args = parsed.script_args
     assert script_args.noise_rate == [0.3] and script_args.seeds == [0, 1, 2]
-    assert model_args.model_name_or_path == "Qwen/Qwen2.5-0.5B-Instruct"
-    assert training_args.beta == 0.1 and len(script_args.learning_rates) == len(script_args.prm_learning_rates)
+    assert parsed.model_args.model_name_or_path == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert parsed.training_args.beta == 0.1 and len(script_args.learning_rates) == len(script_args.prm_learning_rates)
 
 
 @pytest.mark.parametrize(
@@ -199,10 +173,12 @@ def test_the_published_setting_parses():
         (["--learning_rates", "0", "--prm_learning_rates", "1"], "positive numbers, got 0"),
         (["--seeds", "1", "1"], "`seeds` must name .* none of them twice"),
         (["--noise_rate", "0.1", "1.5"], r"`noise_rate` must be in \[0, 1\), got 1.5"),
-        (["--noise_rate", "0", "--methods", "cdpo"], "`cdpo` and `robust` need a noise rate between 0 and 0.5"),
+        (["--noise_rate", "0", "--methods", "adamw", "cdpo"], "`cdpo` needs a noise rate between 0 and 0.5"),
+        (["--noise_rate", "0.6", "--methods", "robust"], "`robust` needs a noise rate between 0 and 0.5"),
         (["--model_name_or_path", "somewhere"], "needs a `--dataset_name`"),
         (["--dataset_name", "somewhere", *ON_CPU], "needs a `--model_name_or_path`"),
-        (["--prm_rho", "1.5"], "prm_rho"),
+        (["--prm_variance_beta", "1.5"], "prm_variance_beta"),
+        (["--optim", "adamw_torch"], "`methods` choose the optimizers, and `optim` is .*: leave it unset"),
         (["--max_minutes", "0"], "`max_minutes` must be above 0, got 0"),
         (["--task_seed", "-1"], "`task_seed` is the built-in task's and at least 0, got -1"),
         (["--dataset_name", "a", "b", "--eval_dataset_name", "c", *ON_CPU], "has 1 values and `dataset_name` 2"),
@@ -211,46 +187,29 @@ def test_the_published_setting_parses():
 )
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        dpo_noisy.parse(arguments)
+        parse(*arguments)
 
 
-def test_another_seed_is_another_built_in_task():
-    rows = build_demo().test
+def test_another_seed_is_another_built_in_task(monkeypatch):
+    demo, made = build_demo(), []
+    monkeypatch.setattr(data, "build_demo", lambda seed: made.append(seed) or demo)
     for seed, source in ((0, {}), (3, {"task_seed": 3})):
-        made = []
-        built_in = dataclasses.replace(
-            dpo_noisy.BUILT_IN, make=lambda seed, made=made: made.append(seed) or ("", rows, rows)
-        )
-        script_args, _, model_args = dpo_noisy.parse(["--task_seed", str(seed)])
-        (data,) = inputs.load_data(script_args, model_args, built_in)
-        assert made == [seed] and data.source == source  # runs of before have no other settings than they had
-
-
-@pytest.fixture
-def files(tmp_path):
-    """Two datasets in files and what a run on them needs; `files(…)` runs, and returns the exit code."""
-    demo = build_demo()
-    for i in (0, 1):
-        demo.train.select(range(24 * i, 24 * i + 24)).to_json(tmp_path / f"data{i}.jsonl")
-        demo.test.select(range(16)).to_json(tmp_path / f"held{i}.jsonl")
-
-    def start(n, *arguments):
-        return dpo_noisy.main(
-            [
-                *["--output_dir", str(tmp_path / "runs"), *SHORT, *ONE_RATE, "--dataset_test_split", "train"],
-                *["--dataset_name", *(str(tmp_path / f"data{i}.jsonl") for i in range(n))],
-                *["--eval_dataset_name", *(str(tmp_path / f"held{i}.jsonl") for i in range(n))],
-                *["--model_name_or_path", demo.model_path, "--use_cpu", "--bf16", "False", "--save_strategy", "no"],
-                *["--gradient_checkpointing", "False", "--per_device_train_batch_size", "4", *arguments],
-            ]
-        )
-
-    return start
+        script_args = parse("--task_seed", str(seed)).script_args
+        (found,) = data.load_data(script_args, None, DPOExperiment.built_in_rows)
+        assert made.pop() == seed and found.source == source  # runs of before have no other settings than they had
 
 
 @pytest.mark.slow
-def test_datasets_and_noise_rates_have_comparisons_of_their_own(files, tmp_path, capsys):
-    assert files(2, "--noise_rate", "0", "0.4", "--methods", "adamw", "cdpo") == 0
+def test_datasets_and_noise_rates_have_comparisons_of_their_own(tmp_path, capsys):
+    folders = [tmp_path / f"data{i}" for i in (0, 1)]
+    for folder in folders:
+        folder.mkdir()
+        write_pairs(folder)
+        (folder / "train.jsonl").rename(tmp_path / f"{folder.name}.jsonl")
+    arguments = [*on_files(folders[0]), "--noise_rate", "0", "0.4", "--methods", "adamw", "cdpo"]
+    arguments += ["--dataset_name", *(str(tmp_path / f"data{i}.jsonl") for i in (0, 1))]
+    arguments += ["--eval_dataset_name", *(str(folder / "test.jsonl") for folder in folders)]
+    assert run_dpo(tmp_path / "runs", *arguments) == 0
     found = {str(path.relative_to(tmp_path / "runs")) for path in (tmp_path / "runs").glob("*/*/*/metrics.json")}
     expected = {f"data{i}/noise0.4/{method}_lr0.001_seed0" for i in (0, 1) for method in ("adamw", "cdpo")}
     expected |= {f"data{i}/noise0/adamw_lr0.001_seed0" for i in (0, 1)}
@@ -264,80 +223,86 @@ def test_datasets_and_noise_rates_have_comparisons_of_their_own(files, tmp_path,
     assert (tmp_path / "runs" / "data1" / "noise0.4" / "report.html").is_file()
 
 
-def test_a_run_is_the_same_wherever_its_files_lie(files, tmp_path):
-    files(1, "--methods", "adamw")
-    before = stamps(tmp_path / "runs")
-    for name in ("data0", "held0"):
+def test_a_run_is_the_same_wherever_its_files_lie(tmp_path, no_pictures):
+    write_pairs(tmp_path, train=24, test=16)
+
+    def run():
+        run_dpo(tmp_path / "runs", *on_files(tmp_path), "--methods", "adamw", "--eval_strategy", "no")
+        return stamps(tmp_path / "runs")
+
+    before = run()
+    for name in ("train", "test"):
         os.utime(tmp_path / f"{name}.jsonl")  # as after another download
-    files(1, "--methods", "adamw")
-    assert stamps(tmp_path / "runs") == before
-    lines = (tmp_path / "data0.jsonl").read_text().splitlines()
-    (tmp_path / "data0.jsonl").write_text("\n".join(reversed(lines)))
-    files(1, "--methods", "adamw")
-    assert stamps(tmp_path / "runs") != before
+    assert run() == before
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join(reversed(lines)))
+    assert run() != before
 
 
-def test_time_that_is_over_ends_between_runs(files, tmp_path, monkeypatch, capsys):
-    train = comparison.Grid._train
+def test_time_that_is_over_ends_between_runs(pairs, tmp_path, monkeypatch, capsys, no_pictures):
+    train = runner.Runner._train
 
     def last(self, *args):
-        self.comparison.deadline = 0.0
+        self.deadline = 0.0
         return train(self, *args)
 
-    monkeypatch.setattr(comparison.Grid, "_train", last)
-    arguments = ("--methods", "adamw", "prm_debiased", "constant_q", "--max_minutes", "60")
-    done = []
-    for code in (75, 75, 0):
-        assert files(1, *arguments) == code
-        out = capsys.readouterr().out
-        assert ("The 60 minutes are over" in out) == (code == 75) and "Report:" in out
-        done.append(len(stamps(tmp_path / "runs")))
-    assert done == [1, 2, 3]
-    assert read(tmp_path / "runs" / "comparison.json")["unfinished"] == []
+    monkeypatch.setattr(runner.Runner, "_train", last)
+    arguments = ("--methods", "adamw", "prm_debiased", "constant_q", "--max_minutes", "60", "--eval_strategy", "no")
+    for done, code in ((1, 75), (2, 75), (3, 0)):
+        assert run_dpo(tmp_path, *on_files(pairs), *arguments) == code
+        assert ("The 60 minutes are over" in capsys.readouterr().out) == (code == 75)
+        reported = read(tmp_path / "comparison.json")
+        assert len(stamps(tmp_path)) == len(reported["runs"]) == done and reported["unfinished"] == []
 
 
-def test_processes_share_the_runs(files, tmp_path):
+def test_processes_share_the_runs(pairs, tmp_path, no_pictures):
     """What another process is training is left to it, and waited for at the end."""
     lock, other = (
-        tmp_path / "runs" / name
-        for name in (".locks/adamw_lr0.001_seed0.lock", "prm_debiased_lr0.003_seed0/metrics.json")
+        tmp_path / name for name in (".locks/adamw_lr0.001_seed0.lock", "prm_debiased_lr0.003_seed0/metrics.json")
     )
     lock.parent.mkdir(parents=True)
     code = f"""
 import filelock, pathlib, time
-
-
-ROOT = Path(__file__).parents[2]
 with filelock.FileLock({str(lock)!r}):
     print("held", flush=True)
     while not pathlib.Path({str(other)!r}).is_file():
         time.sleep(0.05)
 """
+    arguments = [*on_files(pairs), "--methods", "adamw", "prm_debiased", "--eval_strategy", "no"]
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
         # With no time left the run is not waited for
-        assert files(1, "--methods", "adamw", "prm_debiased", "--max_minutes", "1e-9") == 75
-        assert files(1, "--methods", "adamw", "prm_debiased") == 0
+        assert run_dpo(tmp_path, *arguments, "--max_minutes", "1e-9") == 75
+        assert run_dpo(tmp_path, *arguments) == 0
         assert holder.wait(timeout=60) == 0
-    found = stamps(tmp_path / "runs")
+    found = stamps(tmp_path)
     assert found["prm_debiased_lr0.003_seed0"] < found["adamw_lr0.001_seed0"]
     with FileLock(lock, timeout=0):  # and was given back
         pass
 
 
-def launch(flags, output_dir, *arguments, timeout=240):
+SCRIPT, MODULE = [str(ROOT / "recipes" / "dpo_noisy.py")], ["-m", "prm_hf", "dpo"]
+
+
+def launch(flags, output_dir, *arguments, program=SCRIPT):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, str(ROOT / "recipes" / "dpo_noisy.py")]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, *program]
     command += ["--output_dir", str(output_dir), *SHORT, *ONE_RATE, *arguments]
     result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=timeout, cwd=output_dir, check=False
+        command, env=environment, capture_output=True, text=True, timeout=240, cwd=output_dir, check=False
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
 
 
 def test_accelerate_launch(tmp_path):
-    out = launch(["--num_processes", "1"], tmp_path, "--methods", "adamw", "prm_per_tensor")
+    out = launch(["--num_processes", "1"], tmp_path, "--methods", "prm_per_tensor")
+    assert "PRM per_tensor" in out and "Report:" in out
+
+
+@pytest.mark.slow
+def test_accelerate_launch_without_a_clone(tmp_path):
+    out = launch(["--num_processes", "1"], tmp_path, "--methods", "adamw", "prm_per_tensor", program=MODULE)
     assert "PRM per_tensor" in out and "Report:" in out
 
 
@@ -358,10 +323,11 @@ def test_accelerate_launch_with_two_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_spreads_the_runs_over_processes(tmp_path):
+@pytest.mark.parametrize("program", [["dpo"], SCRIPT], ids=["command", "recipe"])
+def test_a_sweep_spreads_the_runs_over_processes(tmp_path, program):
     """As many processes as there are devices (here only in name) share the runs of one comparison."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "0,1"}
-    command = [sys.executable, str(ROOT / "recipes" / "sweep.py"), str(ROOT / "recipes" / "dpo_noisy.py")]
+    command = [sys.executable, str(ROOT / "recipes" / "sweep.py"), *program]
     command += ["--output_dir", str(tmp_path / "runs"), *SHORT, *ONE_RATE, "--methods", "adamw", "prm_debiased"]
     command += ["--seeds", "0", "1", "2"]
 
@@ -387,7 +353,7 @@ def test_a_sweep_spreads_the_runs_over_processes(tmp_path):
 def test_a_run_whose_gradients_are_not_finite_ends_there(tmp_path, capsys):
     state, control = TrainerState(global_step=7), TrainerControl()
     args = SimpleNamespace(output_dir=tmp_path / "adamw", fp16=False)
-    stop = run_folder.StopWhereNotFinite()
+    stop = progress.StopWhereNotFinite()
     stop.on_log(args, state, control, logs={"eval_loss": 0.5})
     stop.on_log(args, state, control, logs={"grad_norm": 3.0})
     stop.on_log(SimpleNamespace(fp16=True), state, control, logs={"grad_norm": float("inf")})

@@ -50,7 +50,7 @@ def test_it_writes_what_it_says(finished):
     corrupted = {}
     for found in load_runs(folders):
         kind, metrics = found.settings["kind"], found.metrics
-        assert found.path.parent.name == kind and found.path.parents[2].name == "resnet"
+        assert found.path.parent.name == kind and found.path.parents[1].name == "resnet"
         assert metrics["steps"] == 8 and metrics["chance"] == 0.1 and "steps_to_fit" not in metrics
         assert found.series("memorization/train_fit")[0].tolist() == [0, 8]
         assert found.series("memorization/heldout_fit")[0].tolist() == [0, 8]
@@ -81,7 +81,7 @@ def test_finished_runs_are_not_repeated_unless_their_settings_change(finished, c
     output = capsys.readouterr().out
     assert output.count("(finished before)") == 6 and ">8 " in output
     run(finished, *QUICK, "--noise_rate", "0.5")
-    changed = {path.parents[2].name for path, stamp in stamps().items() if stamp != before[path]}
+    changed = {path.parents[1].name for path, stamp in stamps().items() if stamp != before[path]}
     assert changed == {"partial_labels"}
     assert "trained again, since these settings changed: p" in capsys.readouterr().out
 

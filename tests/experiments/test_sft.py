@@ -1,7 +1,4 @@
-"""recipes/sft_noisy.py as a user runs it: what it writes, with rows of one's own, and generated answers."""
-
-import json
-from pathlib import Path
+"""The comparison of SFT as a user runs it: what it writes, with rows of one's own, and generated answers."""
 
 import numpy as np
 import pytest
@@ -10,26 +7,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prm_hf.compare import compare_runs, format_comparison
 from prm_hf.demo import best_completion, build_demo, completion_rows, utility
-from prm_hf.experiments import sft as sft_noisy
+from prm_hf.experiments import sft
+from prm_hf.experiments.sft import SFTExperiment
+
+from .comparisons import ON_CPU, ROOT, SHORT, on_files, read, read_lines, stamps
 
 
-ROOT = Path(__file__).parents[2]
-
-
-SHORT = ["--max_steps", "3", "--logging_steps", "1", "--eval_steps", "3", "--warmup_steps", "1"]
 ONE_RATE = ["--learning_rates", "1e-3", "--prm_learning_rates", "1e-2", "--seeds", "0"]
 
 
 def run(output_dir, *arguments):
-    sft_noisy.main(["--output_dir", str(output_dir), *SHORT, *ONE_RATE, *arguments])
-
-
-def read(path):
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    sft.main(["--output_dir", str(output_dir), *SHORT, *ONE_RATE, *arguments])
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
+    """A comparison on the built-in task, to be read."""
     folder = tmp_path_factory.mktemp("sft")
     run(folder)
     return folder
@@ -60,7 +53,7 @@ def test_a_comparison_writes_what_it_says(finished):
         heldout = np.array(read(finished / name / "margins.json")["heldout"])
         assert heldout.shape == (512,) and np.mean(heldout > 0) == pytest.approx(metrics["exact_match"])
         assert metrics["memorization/heldout_fit"] == pytest.approx(metrics["token_accuracy"])
-        history = [json.loads(line) for line in (finished / name / "history.jsonl").read_text().splitlines()]
+        history = read_lines(finished / name / "history.jsonl")
         assert [row["step"] for row in history if "train/loss" in row] == [1, 2, 3]
         assert any("exact_match" in row for row in history)
         assert any("memorization/corrupted_fit" in row for row in history)
@@ -76,15 +69,6 @@ def test_the_report_has_the_names_of_sft(finished):
     assert "512 held-out rows" in page and (finished / "frontier.png").is_file()
 
 
-def test_finished_runs_are_not_repeated_unless_their_settings_change(finished, capsys):
-    stamps = {path: path.stat().st_mtime_ns for path in finished.glob("*/metrics.json")}
-    run(finished)
-    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
-    assert "finished before" in capsys.readouterr().out
-    run(finished, "--methods", "adamw", "--noise_rate", "0.2")
-    assert "trained again, since these settings changed: noise_rate" in capsys.readouterr().out
-
-
 def write_rows(folder, n=24):
     demo = build_demo()
     for name in ("train", "test"):
@@ -92,31 +76,26 @@ def write_rows(folder, n=24):
         text = {"question": [r[0]["content"] for r in rows["prompt"]]}
         text["solution"] = [r[0]["content"] for r in rows["completion"]]
         Dataset.from_dict(text).to_json(folder / f"{name}.jsonl")
-    return demo.model_path
 
 
-def own_rows(folder):
-    return [
-        *["--model_name_or_path", write_rows(folder), "--dataset_name", str(folder / "train.jsonl")],
-        *["--eval_dataset_name", str(folder / "test.jsonl"), "--dataset_test_split", "train"],
-        *["--prompt_column", "question", "--completion_column", "solution", "--as_messages"],
-        *["--use_cpu", "--bf16", "False", "--gradient_checkpointing", "False", "--save_strategy", "no"],
-        *["--eval_strategy", "no", "--per_device_train_batch_size", "4"],
-    ]
+def test_rows_of_ones_own_with_lora_and_answers(tmp_path, capsys, no_pictures):
+    write_rows(tmp_path)
 
+    def start(*more):
+        run(
+            tmp_path / "runs",
+            *on_files(tmp_path),
+            *["--prompt_column", "question", "--completion_column", "solution", "--as_messages"],
+            *["--eval_strategy", "no", "--logging_steps", "10"],  # no mask is logged, and the control needs it
+            *["--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj"],
+            *["--answer_pattern", r"answer ([0-9 ]*\d)", "--max_new_tokens", "16", "--seeds", "1", *more],
+        )
 
-def test_a_model_and_files_of_ones_own_with_lora_and_answers(tmp_path):
-    run(
-        tmp_path / "runs",
-        *own_rows(tmp_path),
-        *["--methods", "adamw", "prm_per_param", "constant_q", "--seeds", "0", "1"],
-        *["--logging_steps", "10"],  # no mask is logged, and the control needs it nevertheless
-        *["--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj"],
-        *["--answer_pattern", r"answer ([0-9 ]*\d)", "--max_new_tokens", "16"],
-    )
-    folders = sorted(path.parent for path in (tmp_path / "runs").glob("*/metrics.json"))
-    assert len(folders) == 6
-    for folder in folders:
+    start("--methods", "adamw", "prm_per_param", "constant_q")
+    before = stamps(tmp_path / "runs")
+    assert len(before) == 3
+    for name in before:
+        folder = tmp_path / "runs" / name
         metrics, info = read(folder / "metrics.json"), read(folder / "run.json")
         assert info["accuracy"] == "answer_match" and metrics["drift/kl"] >= 0
         # The reference sorts, whatever its style; three steps of LoRA leave that as it is.
@@ -124,37 +103,43 @@ def test_a_model_and_files_of_ones_own_with_lora_and_answers(tmp_path):
         assert np.mean(np.array(read(folder / "margins.json")["heldout"]) > 0) == metrics["answer_match"]
     assert "answer_match" in format_comparison(compare_runs(tmp_path / "runs"))
 
+    start("--methods", "adamw", "prm_per_param", "constant_q")
+    assert stamps(tmp_path / "runs") == before and "finished before" in capsys.readouterr().out
+    start("--methods", "adamw", "--noise_rate", "0.2")
+    assert "trained again, since these settings changed: noise_rate" in capsys.readouterr().out
+
 
 def test_answers_are_those_of_decoding_one_prompt_at_a_time(tmp_path):
     """Left padding, batches sorted by length, and the last match: against plain decoding."""
-    model_path = write_rows(tmp_path, 12)
+    model_path = build_demo().model_path
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_path), AutoTokenizer.from_pretrained(model_path)
     pattern = r"answer ([0-9 ]*\d)"
-    args = sft_noisy.parse(["--answer_pattern", pattern])[0]
     rows = completion_rows(build_demo().test).select(range(12))
     expected = []
     for row in rows:
         inputs = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_tensors="pt")
         ids = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        answer, right = sft_noisy.answers([tokenizer.decode(ids), row["completion"][0]["content"]], pattern)
+        answer, right = sft.answers([tokenizer.decode(ids), row["completion"][0]["content"]], pattern)
         expected.append(answer == right)
     assert sum(expected) >= 9  # 98 % of the reference's digits are right
 
-    config = sft_noisy.PRMSFTConfig(str(tmp_path), use_cpu=True, bf16=False, per_device_eval_batch_size=5)
-    trainer = sft_noisy.PRMSFTTrainer(model_path, args=config, train_dataset=rows)
-    assert sft_noisy.matches_answers(trainer, rows, args.answer_pattern, 16) == expected
-    assert sft_noisy.answers(["a #### 3\n#### 4 ", "none"], "#### (.+)") == ["4", None]
+    config = sft.PRMSFTConfig(str(tmp_path), use_cpu=True, bf16=False, per_device_eval_batch_size=5)
+    trainer = sft.PRMSFTTrainer(model_path, args=config, train_dataset=rows)
+    assert sft.matches_answers(trainer, rows, pattern, 16) == expected
+    assert sft.answers(["a #### 3\n#### 4 ", "none"], "#### (.+)") == ["4", None]
     with pytest.raises(ValueError, match="is not found in the completion of held-out row 0"):
-        sft_noisy.matches_answers(trainer, rows, "#### (.+)", 4)
+        sft.matches_answers(trainer, rows, "#### (.+)", 4)
 
 
 def test_the_real_setting_parses():
     path = ROOT / "recipes" / "qwen2.5-0.5b" / "sft_noisy.yaml"
-    script_args, training_args, model_args = sft_noisy.parse(["--config", str(path), "--use_cpu", "--bf16", "False"])
+    parsed = SFTExperiment.parse(["--config", str(path), *ON_CPU])
+    script_args = parsed.script_args
     assert script_args.noise_rate == [0.3] and script_args.seeds == [0, 1, 2] and script_args.as_messages
-    assert sft_noisy.answers(["so it is 5.\n#### 5"], script_args.answer_pattern) == ["5"]
+    assert sft.answers(["so it is 5.\n#### 5"], script_args.answer_pattern) == ["5"]
     assert len(script_args.learning_rates) == len(script_args.prm_learning_rates)
-    assert model_args.model_name_or_path == "Qwen/Qwen2.5-0.5B-Instruct" and training_args.max_length == 512
+    assert parsed.model_args.model_name_or_path == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert parsed.training_args.max_length == 512
 
 
 @pytest.mark.parametrize(
@@ -169,13 +154,13 @@ def test_the_real_setting_parses():
 )
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        sft_noisy.parse(arguments)
+        SFTExperiment.parse(arguments)
 
 
 def test_wrong_rows_are_named():
-    args = sft_noisy.parse([])[0]
+    args = sft.SFTArguments()
     with pytest.raises(ValueError, match="no column 'prompt'; it has .*--prompt_column"):
-        sft_noisy.prepare_rows(Dataset.from_dict({"question": ["a"]}), args)
+        sft.prepare_rows(Dataset.from_dict({"question": ["a"]}), args)
     args.as_messages = True
     with pytest.raises(ValueError, match="has messages already"):
-        sft_noisy.prepare_rows(completion_rows(build_demo().train), args)
+        sft.prepare_rows(completion_rows(build_demo().train), args)

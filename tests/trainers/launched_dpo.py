@@ -26,7 +26,7 @@ def main(output_dir: str) -> None:
         per_device_eval_batch_size=2,
         learning_rate=1e-2,
         prm_boundary="empirical",
-        memorization_max_pairs=None,
+        memorization_max_rows=None,
     )
     assert args.world_size == 2, f"expected 2 processes, got {args.world_size}"
     trainer = PRMDPOTrainer(

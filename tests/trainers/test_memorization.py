@@ -199,7 +199,7 @@ def test_sft(trainer_class, config, tmp_path):
     trainer = trainer_class(
         make_model(), args, train_dataset=train, eval_dataset=sentences(7, 1), processing_class=make_tokenizer()
     )
-    callback = MemorizationCallback(trainer, max_rows=11)
+    callback = MemorizationCallback(trainer, memorization_max_rows=11)
     trainer.add_callback(callback)
     trainer.train()
     assert len(logged(trainer, "eval_memorization/corrupted_fit")) == 2
@@ -258,8 +258,10 @@ def test_wrong_trainers_are_refused(tmp_path):
     trainer = Trainer(Linear(), args, train_dataset=vectors(4).add_column("corrupted", [0, 1, 0, 1]))
     with pytest.raises(ValueError, match="'corrupted' of `trainer.train_dataset` must be bool"):
         MemorizationCallback(trainer)
-    with pytest.raises(ValueError, match="`max_rows` must be at least 1"):
-        MemorizationCallback(trainer, max_rows=0)
+    with pytest.raises(ValueError, match="`memorization_max_rows` must be at least 1"):
+        MemorizationCallback(trainer, memorization_max_rows=0)
+    with pytest.warns(DeprecationWarning, match="`max_rows` is now `memorization_max_rows`"):
+        assert MemorizationCallback(Trainer(Linear(), args, train_dataset=vectors(4)), max_rows=2).rows == [0, 2]
 
 
 def test_other_tasks_are_refused_before_training(tmp_path):

@@ -8,7 +8,7 @@ from trl import TrlParser
 
 from prm_hf import PRM
 from prm_hf.trainers import PRMDPOConfig
-from prm_hf.trainers.arguments import PRESETS
+from prm_hf.trainers.config import PRESETS
 
 from ..tiny import make_model
 from .trainer_runs import dpo_trainer, lora, settings, sft_trainer, weights
@@ -30,8 +30,8 @@ def groups_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[dict]:
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
 def test_adamw_with_relative_eps_is_adamw_with_that_eps_and_learning_rate(tmp_path, optim):
     run = {"max_grad_norm": 0.5, "weight_decay": 0.1, "max_steps": 2}
-    trainer = dpo_trainer(tmp_path, optimizer_name="adamw", optim=optim, relative_eps=3.0, **run)
-    by_hand = dpo_trainer(tmp_path, optimizer_name="adamw", optim=optim, **run)
+    trainer = dpo_trainer(tmp_path, optim=optim, relative_eps=3.0, **run)
+    by_hand = dpo_trainer(tmp_path, optim=optim, **run)
     eps, lr = scaled(by_hand.model, 3.0, 0.5, by_hand.args.learning_rate)
     groups = groups_of(by_hand.create_optimizer(), by_hand.model)
     by_hand.optimizer = torch.optim.AdamW(groups, lr=lr, eps=eps, fused=optim == "adamw_torch_fused")
@@ -61,7 +61,7 @@ def test_prm_with_relative_eps_is_prm_with_that_eps_and_learning_rate(tmp_path, 
         ({"relative_eps": float("inf")}, "`relative_eps` is inf"),
         ({"relative_eps": 10.0, "max_grad_norm": 0.0}, "`relative_eps=10.0`.*`max_grad_norm` is 0.0: set"),
         (
-            {"relative_eps": 10.0, "adam_epsilon": 1e-6, "optimizer_name": "adamw"},
+            {"relative_eps": 10.0, "adam_epsilon": 1e-6, "optim": "adamw_torch_fused"},
             "`adam_epsilon=1e-06` and `relative_eps=10.0` contradict each other",
         ),
         (
@@ -85,7 +85,7 @@ def test_contradictions_raise(tmp_path, kwargs, message):
 
 def test_an_optimizer_without_eps_raises(tmp_path):
     with pytest.raises(ValueError, match="`relative_eps=10.0` sets Adam's eps, and `optim='sgd'` has none"):
-        dpo_trainer(tmp_path, optimizer_name="adamw", optim="sgd", relative_eps=10.0).train()
+        dpo_trainer(tmp_path, optim="sgd", relative_eps=10.0).train()
 
 
 def test_the_preset_is_what_its_table_says(tmp_path, caplog):
@@ -99,7 +99,7 @@ def test_the_preset_is_what_its_table_says(tmp_path, caplog):
         assert (ours["reduction"], ours["estimator"], ours["signal_beta"]) == ("per_row", "debiased", 0.98)
     assert args.relative_eps is None  # a user's arguments serve other trainers too
 
-    control = dpo_trainer(tmp_path, prm_preset="noisy_labels", optimizer_name="adamw")
+    control = dpo_trainer(tmp_path, prm_preset="noisy_labels", optim="adamw_torch_fused")
     assert control.create_optimizer().param_groups[0]["eps"] == 1e-8  # `prm_*` arguments have no effect
 
 

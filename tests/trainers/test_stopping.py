@@ -1,4 +1,4 @@
-"""`PopulationRiskStopping`."""
+"""`PopulationRiskStoppingCallback`."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 from trl import DPOConfig, DPOTrainer
 
 from prm_hf.optim import PRM
-from prm_hf.trainers import PopulationRiskStopping, PRMDPOConfig, PRMDPOTrainer
+from prm_hf.trainers import PopulationRiskStoppingCallback, PRMDPOConfig, PRMDPOTrainer
 
 from ..tiny import make_model, make_tokenizer
 from .trainer_runs import TRAIN, settings
@@ -36,7 +36,7 @@ def stopping_trainer(tmp_path, ratios=None, threshold=0.4, trainer_class=Ratios,
         PRMDPOConfig(**settings(tmp_path, **kwargs)),
         train_dataset=TRAIN,
         processing_class=make_tokenizer(),
-        callbacks=[PopulationRiskStopping(threshold)],
+        callbacks=[PopulationRiskStoppingCallback(threshold)],
     )
     trainer.ratios = ratios
     return trainer
@@ -90,7 +90,7 @@ def test_a_resumed_run_stops_where_it_would_have(tmp_path):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"optimizer_name": "adamw"}, "the optimizer is AdamW: train with `optimizer_name='prm'`"),
+        ({"optim": "adamw_torch_fused"}, "the optimizer is AdamW: train with `optim='prm'`"),
         ({"prm_mask": "none"}, "`mask` is 'none'"),
         ({"logging_strategy": "epoch"}, "set it to 'steps', and `logging_steps` to several an epoch"),
     ],
@@ -107,7 +107,7 @@ def test_a_trainer_without_ratios_in_its_logs_raises(tmp_path):
         DPOConfig(**settings(tmp_path, max_steps=-1, num_train_epochs=1)),
         train_dataset=TRAIN,
         processing_class=make_tokenizer(),
-        callbacks=[PopulationRiskStopping()],
+        callbacks=[PopulationRiskStoppingCallback()],
     )
     trainer.optimizer = PRM(trainer.model.parameters(), lr=1e-3)
     with pytest.raises(ValueError, match="this trainer does not log it: use `PRMDPOTrainer`"):
@@ -117,4 +117,4 @@ def test_a_trainer_without_ratios_in_its_logs_raises(tmp_path):
 @pytest.mark.parametrize("threshold", [0, -1.0, math.nan, math.inf, True])
 def test_a_threshold_is_above_zero(threshold):
     with pytest.raises(ValueError, match="`threshold` is a signal-to-noise ratio and must be above 0, got"):
-        PopulationRiskStopping(threshold)
+        PopulationRiskStoppingCallback(threshold)

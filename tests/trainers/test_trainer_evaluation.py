@@ -193,7 +193,7 @@ def test_without_drift_metrics_the_names_are_right_all_the_same(tmp_path):
 
 
 def test_memorization_is_measured_on_spread_training_rows(tmp_path):
-    trainer = dpo_trainer(tmp_path, eval_dataset=HELDOUT, memorization_max_pairs=6, max_steps=2)
+    trainer = dpo_trainer(tmp_path, eval_dataset=HELDOUT, memorization_max_rows=6, max_steps=2)
     trainer.train()
     rows = trainer.memorization_rows
     assert rows == [0, 2, 4, 7, 9, 11]
@@ -201,7 +201,7 @@ def test_memorization_is_measured_on_spread_training_rows(tmp_path):
     assert torch.equal(trainer.pair_evaluations["train"].rejected.logratio, pairs.rejected.logratio)
     for key, value in memorization_metrics(pairs, TRAIN.select(rows)["flipped"], trainer.beta).items():
         assert trainer.last_eval_metrics[f"eval_{key}"] == value
-    everything = dpo_trainer(tmp_path, eval_dataset=HELDOUT, memorization_max_pairs=None)
+    everything = dpo_trainer(tmp_path, eval_dataset=HELDOUT, memorization_max_rows=None)
     assert everything.memorization_rows == list(range(14))
 
 

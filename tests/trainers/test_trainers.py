@@ -56,10 +56,10 @@ def test_prm_is_built_from_the_arguments_with_decay_groups(tmp_path):
         prm_reduction="per_param",
         prm_softness=2.0,
         prm_estimator="debiased",
-        prm_rho=0.95,
+        prm_variance_beta=0.95,
         prm_alpha=0.5,
         prm_mask_eps=1e-9,
-        prm_warmup_steps=2,
+        prm_mask_warmup_steps=2,
         prm_state_dtype="bf16",
     )
     optimizer = trainer.create_optimizer()
@@ -89,7 +89,7 @@ def test_prm_is_built_from_the_arguments_with_decay_groups(tmp_path):
 
 
 def test_the_control_trains_exactly_as_the_parent(tmp_path):
-    control = dpo_trainer(tmp_path, optimizer_name="adamw", prm_mask="hard", eval_dataset=HELDOUT)
+    control = dpo_trainer(tmp_path, optim="adamw_torch_fused", prm_mask="hard", eval_dataset=HELDOUT)
     parent = DPOTrainer(
         make_model(),
         make_model(),
@@ -107,7 +107,7 @@ def test_mask_none_trains_as_adamw_and_masks_do_not(tmp_path):
     runs = {
         name: dpo_trainer(tmp_path, **kwargs)
         for name, kwargs in {
-            "adamw": {"optimizer_name": "adamw"},
+            "adamw": {"optim": "adamw_torch_fused"},
             "none": {"prm_mask": "none"},
             "snr": {},
         }.items()
@@ -131,7 +131,7 @@ def test_explicit_optimizers_win(tmp_path):
 
     chosen = (PRM, {"lr": 1e-3, "mask": "soft"})
     trainer = dpo_trainer(
-        tmp_path, optimizer_name="adamw", trainer_kwargs={"optimizer_cls_and_kwargs": chosen}, max_steps=1
+        tmp_path, optim="adamw_torch_fused", trainer_kwargs={"optimizer_cls_and_kwargs": chosen}, max_steps=1
     )
     trainer.train()
     assert trainer.find_prm().param_groups[0]["mask"] == "soft"
@@ -172,7 +172,7 @@ def test_a_deepspeed_optimizer_raises(trainer_class, config, tmp_path):
     args = config(**settings(tmp_path))
     # What `--deepspeed` and `accelerate launch` both end in
     args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"optimizer": {"type": "AdamW"}}, zero_stage=2)
-    with pytest.raises(ValueError, match="section `optimizer`.*optimizer_name='adamw'"):
+    with pytest.raises(ValueError, match="section `optimizer`.*optim='adamw_torch'"):
         trainer_class(make_model(), args=args, train_dataset=TRAIN, processing_class=make_tokenizer())
 
 
@@ -333,7 +333,7 @@ def test_mixed_precision_starts_at_drift_zero(tmp_path, precompute):
 def test_the_reference_has_the_kernels_of_the_model(tmp_path, monkeypatch, task):
     """Liger's, which transformers gives to the model when training begins; a GPU is needed to run them."""
     patched = []
-    for module in ("transformers.trainer", "prm_hf.trainers.mixin"):
+    for module in ("transformers.trainer", "prm_hf.trainers.evaluation"):
         monkeypatch.setattr(f"{module}.apply_liger_kernel", lambda model, config: patched.append((model, config)))
     model, ref_model = make_model(), make_model()
     settings = {"use_liger_kernel": True, "liger_kernel_config": {"rope": False}, "max_steps": 1}
@@ -564,7 +564,7 @@ def test_model_card(tmp_path):
     kl = trainer.last_eval_metrics["eval_drift/kl"]
     assert f"| `eval_drift/kl` | {kl:.4g} |" in card and "at step 3" in card and "eval_runtime" not in card
 
-    control = dpo_trainer(tmp_path / "control", optimizer_name="adamw")
+    control = dpo_trainer(tmp_path / "control", optim="adamw_torch_fused")
     control.create_model_card()
     card = (tmp_path / "control" / "README.md").read_text()
     assert "Population Risk" not in card and "prm-optimizer" not in card

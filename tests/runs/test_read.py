@@ -8,8 +8,7 @@ import pytest
 
 from prm_hf.compare import compare_runs, format_comparison, load_runs
 from prm_hf.runs.methods import find_method
-
-from .compared_runs import ACCURACY, KL, PAIRS, write_grid, write_run
+from tests.compare.compared_runs import ACCURACY, KL, PAIRS, write_grid, write_run
 
 
 def test_reads_a_run_folder(tmp_path):
@@ -37,7 +36,7 @@ def test_unfinished_runs_are_named(tmp_path):
     comparison = compare_runs(tmp_path)
     assert [run.name for run in comparison.unfinished] == ["adamw_lr1e-05_seed0"]
     assert len(comparison.runs) == 6
-    assert any("unfinished" in words and "adamw_lr1e-05_seed0" in words for words in comparison.statements)
+    assert "adamw_lr1e-05_seed0" in comparison.findings["unfinished"]
     with pytest.raises(ValueError, match="No finished run.*adamw_lr1e-05_seed0"):
         compare_runs(tmp_path / "adamw_lr1e-05_seed0")
 

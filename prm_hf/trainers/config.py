@@ -1,22 +1,27 @@
 """The settings of a run with PRM, as dataclass fields: command-line flags and YAML keys through `trl.TrlParser`."""
 
+import argparse
 import copy
 import inspect
 import math
+import re
+import textwrap
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.training_args import OptimizerNames
 from trl import DPOConfig, SFTConfig
+from trl.trainer.utils import get_config_model_id
 
+from .._names import warn_renamed
 from ..optim import PRM
-from ..optim.masks import BOUNDARIES, ESTIMATORS, MASKS, REDUCTIONS
-from ..optim.validation import STATE_DTYPES, check_held_in_parts
+from ..optim.validation import check_held_in_parts
 from ..sharding.deepspeed import check_config
 
 
-OPTIMIZER_NAMES = ("prm", "adamw")
 # What the evidence supports, by the preset's name; with LoRA the larger eps costs accuracy.
 PRESETS = {
     "noisy_labels": {
@@ -27,8 +32,33 @@ PRESETS = {
     }
 }
 WITH_LORA = {"noisy_labels": {"relative_eps": None}}
+# Old names of fields: accepted as flags, YAML keys, keyword arguments and in assignments, but never read.
+RENAMED = {
+    "optimizer_name": "optim",
+    "prm_rho": "prm_variance_beta",
+    "prm_warmup_steps": "prm_mask_warmup_steps",
+    "memorization_max_pairs": "memorization_max_rows",
+    "no_drift_metrics": "drift_metrics",
+}
+_DEFAULTS = {f.name: f.default for f in fields(TrainingArguments)}
+_PARAMETERS = inspect.signature(PRM).parameters
 
 
+def _old_name() -> Any:
+    return field(default=..., repr=False, compare=False, metadata={"help": argparse.SUPPRESS})
+
+
+def with_help(config: type) -> type:
+    """Gives each field of a dataclass the `help` of its flag: what the class' docstring says of it."""
+    entry = r"^        (\w+) \(.*\):\n((?:            .*(?:\n|$)|\n(?=            ))+)"
+    for name, text in re.findall(entry, config.__doc__, re.MULTILINE):
+        explained = config.__dataclass_fields__[name]
+        text = " ".join(textwrap.dedent(text).split()).replace("%", "%%")
+        explained.metadata = MappingProxyType({**explained.metadata, "help": text})
+    return config
+
+
+@with_help
 @dataclass
 class PRMArguments:
     """
@@ -40,14 +70,14 @@ class PRMArguments:
     Parameters:
         > Parameters that control the optimizer
 
-        optimizer_name (`str`, *optional*, defaults to `"prm"`):
-            `"prm"`, or `"adamw"` to train the control with the same script: then `optim` chooses the optimizer as in
-            any other trainer, and the `prm_*` arguments have no effect.
+        optim (`str`, *optional*, defaults to `"prm"`):
+            `"prm"`, or an optimizer of [`~transformers.TrainingArguments`], as `"adamw_torch"`, to train the control
+            with the same script: the `prm_*` arguments then have no effect.
         relative_eps (`float`, *optional*):
             Adam's ε relative to the root mean square of the clipped gradient, in place of `adam_epsilon`: ε is
             `relative_eps * max_grad_norm / sqrt(d)`, with d the number of trained parameters over all processes, and
             the step is `1 + relative_eps` times as long, so that it is about as long as AdamW's at `learning_rate`.
-            For `optimizer_name="adamw"` too.
+            For `optim="adamw_torch"` and its kin too.
         prm_preset (`str`, *optional*):
             `"noisy_labels"` for the setting that the evidence supports where labels are wrong: `prm_reduction`
             `"per_row"`, `prm_estimator` `"debiased"` and `prm_signal_beta` 0.98, in full fine-tuning with
@@ -61,14 +91,14 @@ class PRMArguments:
         prm_softness (`float`, *optional*, defaults to `1.0`):
             λ, how strongly noise closes the mask.
         prm_estimator (`str`, *optional*, defaults to `"debiased"`):
-            How signal and noise are told apart: `"ema"` (the paper, and [`PRM`]'s default) or `"debiased"`, which
-            takes the noise that is left in the averaged gradient off the signal.
+            How signal and noise are told apart: `"ema"` (the paper) or `"debiased"`, which takes the noise that is
+            left in the averaged gradient off the signal.
         prm_signal_beta (`float`, *optional*):
             Decay rate, in [0, 1), of a gradient average of its own from which the signal is estimated, which costs
             half as much memory again as AdamW's state (4 bytes a parameter). For `prm_reduction="per_row"` with
             `prm_estimator="debiased"`; 0.98 is what has been measured. By default the signal is estimated from the
             average that the step takes.
-        prm_rho (`float`, *optional*, defaults to `0.99`):
+        prm_variance_beta (`float`, *optional*, defaults to `0.99`):
             Decay rate of the gradient's running variance, in [0, 1).
         prm_boundary (`str`, *optional*, defaults to `"batch"`):
             α, the weight of the noise: `"batch"` for 1, `"empirical"` for b/(n-b), where the examples of an optimizer
@@ -79,7 +109,7 @@ class PRMArguments:
         prm_mask_eps (`float`, *optional*):
             ε of the mask's denominator. The default is scale-free; `1e-8` is the published behaviour, which closes
             the mask on the small gradients of language models.
-        prm_warmup_steps (`int`, *optional*, defaults to `0`):
+        prm_mask_warmup_steps (`int`, *optional*, defaults to `0`):
             Number of first steps that are plain AdamW while the running variance forms.
         prm_state_dtype (`str`, *optional*, defaults to `"float32"`):
             How the moments are kept: `"float32"`; `"bf16"` for the first moment in bfloat16 (not under DeepSpeed ZeRO
@@ -87,139 +117,68 @@ class PRMArguments:
 
         > Parameters that control the metrics
 
-        drift_metrics (`bool`, *optional*, defaults to `True`):
+        drift_metrics (`bool`, *optional*):
             Whether to measure how far the policy drifts (for preference pairs also rewards and memorization) at each
-            evaluation and at the end of training. Nothing is measured without an `eval_dataset`. It costs a product
+            evaluation and at the end of training; by default with `optim="prm"` alone. Nothing is measured without an
+            `eval_dataset`. It costs a product
             of the hidden states, which TRL's evaluation has at hand, with the output embedding; a pass over a
             reference that TRL does not run; and a copy of the trained weights in the main process' host memory.
     """
 
-    optimizer_name: str = field(
-        default="prm",
-        metadata={
-            "help": "Optimizer: `'prm'`, or `'adamw'` to train the control with the same script; then `optim` chooses "
-            "the optimizer, and the `prm_*` arguments have no effect.",
-            "choices": list(OPTIMIZER_NAMES),
-        },
-    )
-    relative_eps: float | None = field(
-        default=None,
-        metadata={
-            "help": "Adam's epsilon relative to the root mean square of the clipped gradient, in place of "
-            "`adam_epsilon`; the step is `1 + relative_eps` times as long, so that it is about as long as AdamW's. "
-            "For `optimizer_name='adamw'` too."
-        },
-    )
-    prm_preset: Literal["noisy_labels"] | None = field(
-        default=None,
-        metadata={
-            "help": "`'noisy_labels'` for the setting that the evidence supports where labels are wrong: per_row, "
-            "debiased and `prm_signal_beta=0.98`, in full fine-tuning with `relative_eps=10`."
-        },
-    )
-    prm_mask: str = field(
-        default="snr",
-        metadata={
-            "help": "Mask of PRM: `'snr'`, `'soft'`, `'hard'`, or `'none'` for plain AdamW computed by PRM.",
-            "choices": list(MASKS),
-        },
-    )
-    prm_reduction: str = field(
-        default="per_row",
-        metadata={
-            "help": "`'per_row'` for one mask value an output row, which costs no more memory than AdamW and a number "
-            "a row (not under FSDP1, nor with 8-bit state); `'per_tensor'` for one a parameter tensor, at no cost; or "
-            "`'per_param'` for one a scalar parameter, which costs half as much again.",
-            "choices": list(REDUCTIONS),
-        },
-    )
-    prm_softness: float = field(
-        default=1.0,
-        metadata={"help": "Softness (lambda) of the mask: how strongly noise closes it."},
-    )
-    prm_estimator: str = field(
-        default="debiased",
-        metadata={
-            "help": "How signal and noise are told apart: `'ema'` (the paper), or `'debiased'`, which takes the noise "
-            "that is left in the averaged gradient off the signal.",
-            "choices": list(ESTIMATORS),
-        },
-    )
-    prm_signal_beta: float | None = field(
-        default=None,
-        metadata={
-            "help": "Decay rate, in [0, 1), of a gradient average of its own from which the signal is estimated, "
-            "which costs half as much memory again as AdamW's state (4 bytes a parameter). For "
-            "`prm_reduction='per_row'` with `prm_estimator='debiased'`; 0.98 is what has been measured."
-        },
-    )
-    prm_rho: float = field(
-        default=0.99,
-        metadata={"help": "Decay rate of the gradient's running variance, in [0, 1)."},
-    )
-    prm_boundary: str = field(
-        default="batch",
-        metadata={
-            "help": "Weight (alpha) of the noise: `'batch'` for 1, `'empirical'` for b/(n-b), with the examples b of "
-            "an optimizer step and the size n of the training set filled in from the run.",
-            "choices": list(BOUNDARIES),
-        },
-    )
-    prm_alpha: float | None = field(
-        default=None,
-        metadata={"help": "Weight (alpha) of the noise as a number. Overrides `prm_boundary`."},
-    )
-    prm_mask_eps: float | None = field(
-        default=None,
-        metadata={
-            "help": "Epsilon of the mask's denominator. The default is scale-free; 1e-8 is the published behaviour, "
-            "which closes the mask on the small gradients of language models."
-        },
-    )
-    prm_warmup_steps: int = field(
-        default=0,
-        metadata={"help": "Number of first steps that are plain AdamW while the running variance forms."},
-    )
-    prm_state_dtype: str = field(
-        default="float32",
-        metadata={
-            "help": "How the moments are kept: `'float32'`; `'bf16'` for the first moment in bfloat16 (not under "
-            "DeepSpeed ZeRO and FSDP1); or `'8bit'` for both in 8 bits (on one process and under DDP; needs torchao).",
-            "choices": list(STATE_DTYPES),
-        },
-    )
-    drift_metrics: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether to measure how far the policy drifts (for preference pairs also rewards and "
-            "memorization) at each evaluation and at the end of training, if there is an `eval_dataset`."
-        },
-    )
+    optim: str = "prm"
+    relative_eps: float | None = None
+    prm_preset: Literal["noisy_labels"] | None = None
+    prm_mask: Literal["snr", "soft", "hard", "none"] = "snr"
+    prm_reduction: Literal["per_row", "per_tensor", "per_param"] = "per_row"
+    prm_softness: float = 1.0
+    prm_estimator: Literal["ema", "debiased"] = "debiased"
+    prm_signal_beta: float | None = None
+    prm_variance_beta: float = 0.99
+    prm_boundary: Literal["batch", "empirical"] = "batch"
+    prm_alpha: float | None = None
+    prm_mask_eps: float | None = None
+    prm_mask_warmup_steps: int = 0
+    prm_state_dtype: Literal["float32", "bf16", "8bit"] = "float32"
+    drift_metrics: bool | None = None
+
+    optimizer_name: Literal["prm", "adamw"] = _old_name()
+    prm_rho: float = _old_name()
+    prm_warmup_steps: int = _old_name()
+    no_drift_metrics: bool | None = _old_name()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in RENAMED:
+            super().__setattr__(name, value)
+        elif value is not ...:
+            self._set_by_old_name(name, value)
+
+    def _set_by_old_name(self, name: str, value: Any) -> None:
+        warn_renamed(name, RENAMED[name], stacklevel=5)
+        if name == "no_drift_metrics":
+            value = not value
+        elif name == "optimizer_name" and value == "adamw":
+            value = _DEFAULTS["optim"] if self.optim == "prm" else self.optim
+        elif name == "optimizer_name" and (value != "prm" or self.optim not in ("prm", _DEFAULTS["optim"])):
+            raise ValueError(f"`optimizer_name={value!r}` contradicts `optim={self.optim!r}`: set `optim` alone.")
+        setattr(self, RENAMED[name], value)
 
     def __post_init__(self):
-        for name, valid in (
-            ("optimizer_name", OPTIMIZER_NAMES),
-            ("prm_mask", MASKS),
-            ("prm_reduction", REDUCTIONS),
-            ("prm_estimator", ESTIMATORS),
-            ("prm_boundary", BOUNDARIES),
-            ("prm_state_dtype", STATE_DTYPES),
-        ):
-            value = getattr(self, name)
-            if value not in valid:
-                raise ValueError(f"`{name}` is {value!r}: set it to one of {', '.join(map(repr, valid))}.")
-        for name in ("prm_softness", "prm_alpha", "prm_mask_eps", "prm_warmup_steps"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"`{name}` is {value!r}: set it to a finite number that is not negative.")
-        if not 0 <= self.prm_rho < 1:
-            raise ValueError(f"`prm_rho` is {self.prm_rho!r}: set it to a number in [0, 1).")
-        if self.prm_signal_beta is not None and not 0 <= self.prm_signal_beta < 1:
-            raise ValueError(
-                f"`prm_signal_beta` is {self.prm_signal_beta!r}: set it to a number in [0, 1), or to None."
-            )
+        if self.drift_metrics is None:
+            self.drift_metrics = self.optim == "prm"
+        if isinstance(self, TrainingArguments):
+            chosen = self.optim
+            if chosen == "prm":  # which transformers does not know
+                self.optim = _DEFAULTS["optim"]
+            super().__post_init__()
+            if chosen == "prm":
+                self.optim = chosen
+        check_optimizer(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if name not in RENAMED}
 
 
+@with_help
 @dataclass
 class PRMDPOConfig(PRMArguments, DPOConfig):
     """
@@ -229,29 +188,23 @@ class PRMDPOConfig(PRMArguments, DPOConfig):
     the measured rewards are those of the plain log-probabilities.
 
     Parameters:
-        memorization_max_pairs (`int`, *optional*, defaults to `512`):
+        memorization_max_rows (`int`, *optional*, defaults to `512`):
             Number of training pairs on which memorization is measured, if the training set has a column `flipped`.
             The pairs are spread evenly over the training set and are the same at each evaluation. `None` for all.
             Each costs about half as much as training on it once.
     """
 
-    memorization_max_pairs: int | None = field(
-        default=512,
-        metadata={
-            "help": "Number of training pairs, spread evenly over the training set, on which memorization is measured "
-            "if the training set has a column `flipped`. `None` for all."
-        },
-    )
+    memorization_max_rows: int | None = 512
+
+    memorization_max_pairs: int | None = _old_name()
 
     def __post_init__(self):
-        PRMArguments.__post_init__(self)
-        if self.memorization_max_pairs is not None and self.memorization_max_pairs < 1:
+        super().__post_init__()
+        if self.memorization_max_rows is not None and self.memorization_max_rows < 1:
             raise ValueError(
-                f"`memorization_max_pairs` is {self.memorization_max_pairs!r}: set it to at least 1, or to None for "
+                f"`memorization_max_rows` is {self.memorization_max_rows!r}: set it to at least 1, or to None for "
                 "all training pairs; `drift_metrics=False` turns the measurement off."
             )
-        DPOConfig.__post_init__(self)
-        check_optimizer(self)
         if self.drift_metrics and self.precompute_ref_log_probs and self.ld_alpha is not None:
             raise ValueError(
                 f"`precompute_ref_log_probs=True` with `ld_alpha={self.ld_alpha}` stores reference log-probabilities "
@@ -266,10 +219,13 @@ class PRMSFTConfig(PRMArguments, SFTConfig):
     Configuration of [`PRMSFTTrainer`]: the arguments of [`PRMArguments`] and all of TRL's [`~trl.SFTConfig`].
     """
 
-    def __post_init__(self):
-        PRMArguments.__post_init__(self)
-        SFTConfig.__post_init__(self)
-        check_optimizer(self)
+
+def renamed_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run that an earlier version wrote, by today's names."""
+    settings = dict(settings)
+    if settings.pop("optimizer_name", None) == "prm":
+        settings["optim"] = "prm"
+    return {RENAMED.get(name, name): value for name, value in settings.items()}
 
 
 def preset_values(args: PRMArguments, is_peft: bool | None) -> dict[str, Any]:
@@ -318,7 +274,8 @@ def _listed(values: dict[str, Any]) -> str:
     return ", ".join(f"`{name}={value!r}`" for name, value in values.items())
 
 
-def check_relative_eps(args: TrainingArguments) -> None:
+def check_relative_eps(args: PRMArguments) -> None:
+    """Raises ValueError if `relative_eps` is not in its range or contradicts other arguments."""
     relative_eps = args.relative_eps
     if relative_eps is None:
         return
@@ -326,13 +283,14 @@ def check_relative_eps(args: TrainingArguments) -> None:
         raise ValueError(
             f"`relative_eps` is {relative_eps!r}: set it to a positive finite number, or to None for `adam_epsilon`."
         )
+    if not isinstance(args, TrainingArguments):
+        return
     if not args.max_grad_norm:
         raise ValueError(
             f"`relative_eps={relative_eps!r}` is relative to the clipped gradient, and `max_grad_norm` is "
             f"{args.max_grad_norm!r}: set `max_grad_norm` above 0."
         )
-    default = next(f.default for f in fields(TrainingArguments) if f.name == "adam_epsilon")
-    if args.adam_epsilon != default:
+    if args.adam_epsilon != _DEFAULTS["adam_epsilon"]:
         raise ValueError(
             f"`adam_epsilon={args.adam_epsilon!r}` and `relative_eps={relative_eps!r}` contradict each other: set one "
             "of them."
@@ -349,70 +307,77 @@ def scaled_by_relative_eps(args: TrainingArguments, kwargs: dict[str, Any], nume
         return kwargs
     if "eps" not in kwargs:
         raise ValueError(
-            f"`relative_eps={args.relative_eps!r}` sets Adam's eps, and `optim={args.optim.value!r}` has none: leave "
-            "one of them unset."
+            f"`relative_eps={args.relative_eps!r}` sets Adam's eps, and `optim={OptimizerNames(args.optim).value!r}` "
+            "has none: leave one of them unset."
         )
     eps = args.relative_eps * args.max_grad_norm / numel**0.5
     return {**kwargs, "eps": eps, "lr": kwargs["lr"] * (1 + args.relative_eps)}
 
 
 # Whether PRM scales its step by itself. Otherwise its arguments are scaled as AdamW's are.
-PRM_SCALES = "relative_eps" in inspect.signature(PRM).parameters
+PRM_SCALES = "relative_eps" in _PARAMETERS
 
 
 def prm_kwargs(args: PRMArguments) -> dict[str, Any]:
-    """The keyword arguments of [`PRM`] that `args`, which are also `TrainingArguments`, stand for.
+    """The keyword arguments of [`PRM`] that `args` stand for, with those of `TrainingArguments` if it has them.
 
     With `prm_boundary="empirical"` the run's `batch_size` and `n_dataset` have to be added.
     """
-    scaling = {"relative_eps": args.relative_eps, "max_grad_norm": args.max_grad_norm}
-    return {
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-        **(scaling if PRM_SCALES and args.relative_eps is not None else {}),
-        "mask": args.prm_mask,
-        "reduction": args.prm_reduction,
-        "softness": args.prm_softness,
-        "estimator": args.prm_estimator,
-        "signal_beta": args.prm_signal_beta,
-        "rho": args.prm_rho,
-        "boundary": args.prm_boundary,
-        "alpha": args.prm_alpha,
-        "mask_eps": args.prm_mask_eps,
-        "warmup_steps": args.prm_warmup_steps,
-        "state_dtype": args.prm_state_dtype,
-    }
+    kwargs = {}
+    if isinstance(args, TrainingArguments):
+        kwargs = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        if PRM_SCALES and args.relative_eps is not None:
+            kwargs |= {"relative_eps": args.relative_eps, "max_grad_norm": args.max_grad_norm}
+    names = [f.name for f in fields(PRMArguments) if f.name.startswith("prm_") and f.name not in RENAMED]
+    kwargs |= {name.removeprefix("prm_"): getattr(args, name) for name in names if name != "prm_preset"}
+    for new, old in (("variance_beta", "rho"), ("mask_warmup_steps", "warmup_steps")):
+        if new not in _PARAMETERS:
+            kwargs[old] = kwargs.pop(new)
+    return kwargs
 
 
-def check_optimizer(args: TrainingArguments) -> None:
-    """Raises before anything is loaded if PRM would refuse its arguments or another optimizer is asked for."""
+def check_optimizer(args: PRMArguments) -> None:
+    """Raises before anything is loaded if PRM would refuse its arguments."""
     check_relative_eps(args)
-    if args.optimizer_name != "prm":
+    if args.optim != "prm":
         return
-    default = next(f.default for f in fields(TrainingArguments) if f.name == "optim")
-    if args.optim != default or args.optim_args:
-        name, value = ("optim", args.optim.value) if args.optim != default else ("optim_args", args.optim_args)
+    if getattr(args, "optim_args", None):
         raise ValueError(
-            f"`{name}={value!r}` and `optimizer_name='prm'` contradict each other. Leave `{name}` unset to train with "
-            "PRM, whose arguments start with `prm_`, or set `optimizer_name='adamw'` to let `optim` choose."
+            f"`optim_args={args.optim_args!r}` is not for `optim='prm'`, whose arguments start with `prm_`: leave it "
+            "unset, or choose another `optim`."
         )
-    probed = with_preset(args, is_peft=None)
-    sizes = {"batch_size": 1, "n_dataset": 2} if args.prm_boundary == "empirical" else {}
+    kwargs = prm_kwargs(with_preset(args, is_peft=None))
+    if args.prm_boundary == "empirical":
+        kwargs |= {"batch_size": 1, "n_dataset": 2}
+    if isinstance(args, TrainingArguments):
+        kwargs["weight_decay"] = args.weight_decay
     try:
-        PRM([torch.zeros(1, requires_grad=True)], weight_decay=args.weight_decay, **prm_kwargs(probed), **sizes)
+        PRM([torch.zeros(1, requires_grad=True)], **kwargs)
     except ValueError as error:
-        raise ValueError(
-            f"PRM refuses an argument: {error} Its `lr`, `betas` and `eps` are `learning_rate`, `adam_beta1`, "
-            "`adam_beta2` and `adam_epsilon`; the others are those that start with `prm_`. "
-            f"{preset_note(args, is_peft=None)}".rstrip()
-        ) from error
+        raise ValueError(f"{_by_field_name(str(error))} {preset_note(args, is_peft=None)}".rstrip()) from error
+
+
+def _by_field_name(message: str) -> str:
+    """An error of PRM's, about the field that the argument comes from."""
+    trainers = {
+        "lr": "learning_rate",
+        "betas[0]": "adam_beta1",
+        "betas[1]": "adam_beta2",
+        "eps": "adam_epsilon",
+        "weight_decay": "weight_decay",
+        "relative_eps": "relative_eps",
+        "max_grad_norm": "max_grad_norm",
+    }
+    names = {name.removeprefix("prm_"): name for name in (f.name for f in fields(PRMArguments)) if name not in RENAMED}
+    names |= {"rho": "prm_variance_beta", "warmup_steps": "prm_mask_warmup_steps"} | trainers
+    pattern = r"(?<![\w`])(" + "|".join(map(re.escape, names)) + r")(?==)"
+    return re.sub(pattern, lambda found: names[found[0]], message)
 
 
 def check_deepspeed_config(args: TrainingArguments) -> None:
     """Raises if under the DeepSpeed configuration of the run the optimizer would not be PRM, or not exact."""
     plugin = args.deepspeed_plugin
-    if args.optimizer_name == "prm" and plugin is not None:
+    if args.optim == "prm" and plugin is not None:
         try:
             check_config(plugin.deepspeed_config)
             stage = (plugin.deepspeed_config.get("zero_optimization") or {}).get("stage", 0)
@@ -420,9 +385,25 @@ def check_deepspeed_config(args: TrainingArguments) -> None:
                 check_held_in_parts(args.prm_reduction, args.prm_state_dtype, f"DeepSpeed ZeRO-{stage}")
         except ValueError as error:
             note = preset_note(args, is_peft=None)
-            raise ValueError(f"{error} Or set `optimizer_name='adamw'`. {note}".rstrip()) from error
+            raise ValueError(f"{error} Or set `optim='adamw_torch'`. {note}".rstrip()) from error
     elif args.relative_eps is not None and plugin is not None and "optimizer" in plugin.deepspeed_config:
         raise ValueError(
             "The DeepSpeed configuration has a section `optimizer`, whose eps `relative_eps` does not set. Remove the "
             "section, or leave `relative_eps` unset."
         )
+
+
+def checked_config(args: Any, config: type, model: "str | PreTrainedModel", task: str) -> Any:
+    """The configuration that a trainer was given, or the default one.
+
+    Raises:
+        TypeError: `args` is not a `config`.
+        ValueError: under its DeepSpeed configuration the optimizer would not be PRM, or not exact.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        args = config(f"{name.split('/')[-1]}-{task}")
+    if not isinstance(args, config):
+        raise TypeError(f"`args` is a `{type(args).__name__}`: pass a `{config.__name__}`, which has all its fields.")
+    check_deepspeed_config(args)
+    return args

@@ -1,8 +1,6 @@
-"""Reading finished runs from disk: the folders that the recipes write, and any transformers Trainer's.
+"""Reading finished runs from disk: folders as `schema` has them, and those of any transformers Trainer.
 
-A run folder holds `run.json` (what was run), `history.jsonl` (one JSON object a logged step), `metrics.json` (the
-final values, written last: a folder without it is unfinished) and, optionally, `margins.json` (one number an
-example). A Trainer's folder holds `trainer_state.json`, in itself or in its `checkpoint-*` subfolders.
+A Trainer's folder holds `trainer_state.json`, in itself or in its `checkpoint-*` subfolders.
 """
 
 from __future__ import annotations
@@ -12,28 +10,33 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .measures import Measures, measures_of
+from .schema import (
+    ACCURACY,
+    HISTORY_FILE,
+    MARGINS_FILE,
+    MEAN_Q,
+    METRICS_FILE,
+    REPORT_FILES,
+    RUN_FILE,
+    VERSION,
+    Measures,
+    measures_of,
+    metric_name,
+)
 
 
-ACCURACY = "rewards/accuracies"
-CLEAN_FIT = "memorization/clean_fit"
-KL = "drift/kl"
-MEAN_Q = "mask/mean_q"
-
-SCHEMA = 1
+STATE_FILE = "trainer_state.json"
 EXPECTED = (
     "expected a run folder (run.json and metrics.json, as the recipes write them, or a Trainer's "
     "trainer_state.json, also in checkpoint-*/), or a folder that holds such folders"
 )
-# What `write_report` puts beside the run folders; `prm-hf compare runs/dpo_noisy/*` is to work after a first report.
-REPORT_FILES = ("comparison.json", "report.html", "frontier.png")
 # Of several evaluation splits, the one that the accuracy is read from: held-out pairs with clean labels come first.
 SPLITS = ("heldout", "held_out", "clean", "heldout_clean", "test", "validation", "valid", "val", "dev", "eval")
 _SEARCH_DEPTH = 3
@@ -90,6 +93,13 @@ class Run:
             return self.metrics[MEAN_Q]
         return (self.settings.get("constant_q") or {}).get("mean_q")
 
+    def outcomes(self) -> np.ndarray | None:
+        """`[examples]` float64, 1 where the held-out example is right; `[1]`, the accuracy, where they are unknown."""
+        if self.heldout is not None:
+            return (self.heldout > 0).astype(np.float64)
+        accuracy = self.metrics.get(self.measures.accuracy)
+        return None if accuracy is None or not math.isfinite(accuracy) else np.array([accuracy])
+
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values, two `[n]` float64 arrays, of one key of the history; empty where it was not logged."""
         points = [(entry["step"], entry[name]) for entry in self.history if name in entry and "step" in entry]
@@ -112,120 +122,99 @@ def load_runs(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Ru
     """
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
-    folders: dict[Path, Path] = {}
-    for path in paths:
-        for match in _expand(path):
-            found = _find_run_folders(match, _SEARCH_DEPTH)
-            if not found:
-                raise ValueError(f"{match} holds no run: {EXPECTED}.")
-            for folder in found:
-                folders.setdefault(folder.resolve(), folder)
-    if not folders:
+    runs: dict[Path, Run] = {}
+    for match in (match for path in paths for match in _expand(path)):
+        found = list(_find_runs(match, _SEARCH_DEPTH))
+        if not found:
+            raise ValueError(f"{match} holds no run: {EXPECTED}.")
+        for run in found:
+            runs.setdefault(run.path.resolve(), run)
+    if not runs:
         raise ValueError(f"No folder given: {EXPECTED}.")
-    return [_read_trainer_run(folder) if _is_trainer_run(folder) else _read_run(folder) for folder in folders.values()]
+    return list(runs.values())
+
+
+def read_json(file: Path) -> Any:
+    """What a file holds, or None where there is none; a ValueError that names a file that is not JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file} cannot be read as JSON: {error}.") from error
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders `checkpoint-<step>` in a folder, by their steps."""
+    found = [child for child in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", child.name)]
+    return sorted(found, key=lambda child: int(child.name.removeprefix("checkpoint-")))
 
 
 def _expand(path: str | os.PathLike) -> list[Path]:
     path = Path(path).expanduser()
-    if path.exists():
-        matches = [path]
-    else:
-        matches = [Path(match) for match in sorted(glob.glob(str(path)))]
-        if not matches:
-            raise FileNotFoundError(f"{path} does not exist: {EXPECTED}.")
+    matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path)))]
+    if not matches:
+        raise FileNotFoundError(f"{path} does not exist: {EXPECTED}.")
     for match in matches:
         if not match.is_dir() and match.name not in REPORT_FILES:
             raise ValueError(f"{match} is a file: {EXPECTED}.")
     return [match for match in matches if match.is_dir()]
 
 
-def _is_own_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("run.json", "metrics.json", "history.jsonl"))
-
-
-def _is_trainer_run(folder: Path) -> bool:
-    return not _is_own_run(folder) and _trainer_state_file(folder) is not None
-
-
-def _trainer_state_file(folder: Path) -> Path | None:
-    """`trainer_state.json` of the folder itself (the end of training), else that of its latest checkpoint."""
-    if (folder / "trainer_state.json").is_file():
-        return folder / "trainer_state.json"
-    checkpoints = [
-        (int(match.group(1)), child / "trainer_state.json")
-        for child in folder.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", child.name)) and (child / "trainer_state.json").is_file()
-    ]
-    return max(checkpoints)[1] if checkpoints else None
-
-
-def _find_run_folders(folder: Path, depth: int) -> list[Path]:
-    if _is_own_run(folder) or _trainer_state_file(folder) is not None:
-        return [folder]
-    if depth == 0:
-        return []
-    children = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
-    return [found for child in children for found in _find_run_folders(child, depth - 1)]
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{file} cannot be read as JSON: {error}.") from error
+def _find_runs(folder: Path, depth: int) -> Iterator[Run]:
+    """The runs in a folder: it is one itself, or they lie up to `depth` levels below it."""
+    if any((folder / name).is_file() for name in (RUN_FILE, METRICS_FILE, HISTORY_FILE)):
+        yield _read_run(folder)
+        return
+    # The state of the folder itself is that of the end of training.
+    states = [place / STATE_FILE for place in (*checkpoints(folder), folder) if (place / STATE_FILE).is_file()]
+    if states:
+        yield _read_trainer_run(folder, states[-1])
+    elif depth:
+        for child in sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")):
+            yield from _find_runs(child, depth - 1)
 
 
 def _read_run(folder: Path) -> Run:
-    if not (folder / "metrics.json").is_file():
+    metrics = read_json(folder / METRICS_FILE)
+    if metrics is None:
         method, learning_rate, seed = _parse_name(folder.name)
         return Run(folder, folder.name, method, learning_rate, seed, source="prm_hf", finished=False)
-    if not (folder / "run.json").is_file():
+    info = read_json(folder / RUN_FILE)
+    if info is None:
         raise ValueError(f"{folder} has metrics.json but no run.json, which names its method, learning rate and seed.")
-    info = _read_json(folder / "run.json")
-    schema = info.get("schema") if isinstance(info, dict) else None
-    if schema != SCHEMA:
-        raise ValueError(f"{folder / 'run.json'} has schema {schema!r}; this version of prm_hf reads schema {SCHEMA}.")
+    version = info.get("schema") if isinstance(info, dict) else None
+    if version != VERSION:
+        raise ValueError(f"{folder / RUN_FILE} has schema {version!r}; this version of prm_hf reads schema {VERSION}.")
     missing = [key for key in ("name", "method", "learning_rate", "seed") if key not in info]
     if missing:
-        raise ValueError(f"{folder / 'run.json'} lacks {', '.join(missing)}.")
-    metrics = _read_json(folder / "metrics.json")
-    bad = [name for name, value in metrics.items() if isinstance(value, bool) or not isinstance(value, int | float)]
+        raise ValueError(f"{folder / RUN_FILE} lacks {', '.join(missing)}.")
+    bad = [name for name, value in metrics.items() if not _is_number(value)]
     if bad:
-        raise ValueError(f"{folder / 'metrics.json'} must map names to numbers; {bad[0]!r} is {metrics[bad[0]]!r}.")
-    heldout = None
-    if (folder / "margins.json").is_file():
-        margins = _read_json(folder / "margins.json").get("heldout")
-        heldout = np.asarray(margins, dtype=np.float64) if margins else None
-    notes = []
+        raise ValueError(f"{folder / METRICS_FILE} must map names to numbers; {bad[0]!r} is {metrics[bad[0]]!r}.")
     try:
         accuracy = measures_of(info).accuracy
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    if heldout is not None and abs(np.mean(heldout > 0) - metrics.get(accuracy, np.mean(heldout > 0))) > 0.005:
-        notes.append(
-            f"its metrics.json says {accuracy} {metrics[accuracy]:.3f}, its margins.json {np.mean(heldout > 0):.3f}; "
-            "intervals use the latter"
-        )
-    return Run(
-        path=folder,
-        name=info["name"],
-        method=info["method"],
-        learning_rate=float(info["learning_rate"]),
-        seed=info["seed"],
-        source="prm_hf",
-        metrics={name: float(value) for name, value in metrics.items()},
-        history=_read_history(folder / "history.jsonl"),
-        heldout=heldout,
-        info=info,
-        notes=notes,
-    )
+    run = Run(folder, info["name"], info["method"], float(info["learning_rate"]), info["seed"], "prm_hf", info=info)
+    run.metrics = {name: float(value) for name, value in metrics.items()}
+    run.history = _read_history(folder / HISTORY_FILE)
+    margins = (read_json(folder / MARGINS_FILE) or {}).get("heldout")
+    if margins:
+        run.heldout = np.asarray(margins, dtype=np.float64)
+        right = np.mean(run.heldout > 0)
+        if abs(right - run.metrics.get(accuracy, right)) > 0.005:
+            run.notes.append(
+                f"its metrics.json says {accuracy} {run.metrics[accuracy]:.3f}, its margins.json {right:.3f}; "
+                "intervals use the latter"
+            )
+    return run
 
 
 def _read_history(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        return []
     history = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    for number, line in enumerate(lines, start=1):
         try:
             if line.strip():
                 history.append(json.loads(line))
@@ -244,9 +233,8 @@ def _parse_name(name: str) -> tuple[str, float | None, int | None]:
     return method.strip("-_.") or name, float(rate.group(1)) if rate else None, int(seed.group(1)) if seed else None
 
 
-def _read_trainer_run(folder: Path) -> Run:
-    file = _trainer_state_file(folder)
-    state = _read_json(file)
+def _read_trainer_run(folder: Path, file: Path) -> Run:
+    state = read_json(file)
     log = state.get("log_history") if isinstance(state, dict) else None
     if log is None:
         raise ValueError(f"{file} has no log_history: it is not the state of a transformers Trainer.")
@@ -257,8 +245,17 @@ def _read_trainer_run(folder: Path) -> Run:
     rates = [entry["learning_rate"] for entry in log if _is_number(entry.get("learning_rate"))]
     run = Run(file.parent, name, method, max(rates, default=named_rate), seed, source="trainer")
     run.info = {key: state[key] for key in ("global_step", "max_steps", "num_train_epochs") if key in state}
+    _take_splits(run, _take_log(run, log))
+    if state.get("global_step") is not None:
+        run.metrics["steps"] = float(state["global_step"])
+        if state.get("max_steps", 0) > state["global_step"]:
+            run.notes.append(f"it stopped, or was read, at step {state['global_step']} of {state['max_steps']}")
+    return run
 
-    splits: dict[str, dict[str, Any]] = {}  # values of each split's last evaluation
+
+def _take_log(run: Run, log: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Fills the history of a Trainer's run; returns the values of each evaluation split's last evaluation."""
+    splits: dict[str, dict[str, Any]] = {}
     for entry in log:
         step = {key: entry[key] for key in ("step", "epoch") if key in entry}
         if any(key.startswith("eval_") for key in entry):
@@ -270,16 +267,19 @@ def _read_trainer_run(folder: Path) -> Run:
         elif "train_runtime" in entry:
             run.metrics["wall_seconds"] = float(entry["train_runtime"])
         else:
-            values = {key: value for key, value in entry.items() if key not in step and _is_number(value)}
-            named = {k if k.startswith("mask/") else f"train/{k}": v for k, v in values.items()}
-            run.history.append({**step, **named})
+            values = {metric_name(key): value for key, value in entry.items() if _is_number(value)}
+            run.history.append({**step, **{key: value for key, value in values.items() if key is not None}})
+    return splits
 
+
+def _take_splits(run: Run, splits: dict[str, dict[str, Any]]) -> None:
+    """Fills the metrics of a Trainer's run from the last evaluations. Those of the main split have the plain names."""
     main = _main_split(splits)
-    if main:  # the chosen split's curves go by the plain names
+    if main:
         for entry in run.history:
             entry.update({key[len(main) + 1 :]: entry[key] for key in list(entry) if key.startswith(f"{main}/")})
         run.notes.append(f"its accuracy is that of the evaluation split {main!r}")
-    for split in sorted(splits, key=lambda split: split == main):  # the chosen split last: it has the plain names
+    for split in sorted(splits, key=lambda split: split == main):  # the main split last: it wins
         values = {key: float(value) for key, value in splits[split].items() if key not in ("step", "epoch")}
         run.metrics |= values if split in ("", main) else {f"{split}/{key}": value for key, value in values.items()}
     if main is None:
@@ -289,11 +289,6 @@ def _read_trainer_run(folder: Path) -> Run:
         )
     if not splits:
         run.notes.append("no evaluation was logged")
-    if state.get("global_step") is not None:
-        run.metrics["steps"] = float(state["global_step"])
-        if state.get("max_steps", 0) > state["global_step"]:
-            run.notes.append(f"it stopped, or was read, at step {state['global_step']} of {state['max_steps']}")
-    return run
 
 
 def _is_number(value: Any) -> bool:
@@ -330,8 +325,3 @@ def _main_split(splits: dict[str, dict[str, Any]]) -> str | None:
     if len(with_accuracy) == 1:
         return with_accuracy[0]
     return next((split for split in SPLITS if split in with_accuracy), None)
-
-
-def finite(value: float | None) -> bool:
-    """Whether `value` was measured and is a finite number."""
-    return value is not None and math.isfinite(value)

@@ -1,0 +1,290 @@
+"""What a comparison shows and what it does not: a table of cases, each a condition on the numbers and a sentence.
+
+No method is called better where the 95 % interval of the difference holds 0, or where there is no interval.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from ..runs.methods import PRM, find_method
+from ..runs.schema import KL
+from .comparison import (
+    BEST_LR,
+    CONTROLLED,
+    EQUAL_KL,
+    EQUAL_KL_MEAN,
+    FRONTIER,
+    LESS,
+    LEVEL,
+    MORE,
+    SAME_LR,
+    Comparison,
+    Contrast,
+    Row,
+    best,
+    format_rate,
+)
+from .statistics import finite
+
+
+class Facts:
+    """What the conditions and the sentences of the cases speak of.
+
+    Attributes:
+        rows, contrasts, runs, unfinished, measures: of the comparison.
+        methods: its rows by method.
+        kinds: the kinds of its contrasts that have an interval.
+        top, lead: the most accurate row of all, and of PRM.
+        settings, tries: the number of PRM's rows, and of AdamW's.
+        at_best, at_kl, at_step: the lead minus AdamW at its best, at the same KL, and with PRM's mean step.
+        rival: the lead's curve minus that of the strongest rival.
+        verdicts: those of `at_best` and `at_kl`.
+        seeds: the smallest and the largest number of runs in a row.
+        intervals, clear, kept: numbers of intervals, of those that leave 0 out, and of those that do after Holm.
+    """
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.rows, self.contrasts, self.runs = comparison.rows, comparison.contrasts, comparison.runs
+        self.unfinished, self.measures, self.methods = comparison.unfinished, comparison.measures, comparison.methods()
+        self.kinds = {c.kind for c in self.contrasts if c.interval}
+        baseline, prm = comparison.baseline, comparison.methods(PRM)
+        self.grids = [baseline, *prm.values()]
+        self.top, self.lead = best(self.rows), best(row for rows in prm.values() for row in rows)
+        self.lacks = "PRM" if self.lead is None else "AdamW" if best(baseline) is None else ""
+        self.adamw = baseline[0].kind.label if baseline else "AdamW"
+        self.settings, self.tries = sum(map(len, prm.values())), len(baseline)
+        self.at_best, self.at_kl = (comparison.find(kind, self.lead) for kind in (BEST_LR, EQUAL_KL))
+        of_lead = [c for c in self.contrasts if self.lead and c.right and c.left.method == self.lead.method]
+        own = [c for c in of_lead if c.kind == CONTROLLED and c.left is self.lead and c.right.method == "constant_q"]
+        self.at_step = next(iter(own), None)
+        self.rival = next((c for c in of_lead if c.kind == FRONTIER), None)
+        self.verdicts = {c.verdict for c in (self.at_best, self.at_kl) if c}
+        counts = [len(row.runs) for row in self.rows]
+        self.seeds = min(counts), max(counts)
+        known = [c for c in self.contrasts if c.known]
+        clear = [c for c in known if c.verdict != LEVEL]
+        self.intervals, self.clear, self.kept = len(known), len(clear), sum(c.p_holm < 0.05 for c in clear)
+
+
+class Case(NamedTuple):
+    """A sentence that is said where `holds` returns something that is true.
+
+    It is formatted with the facts as `f` and with what `holds` returned as `it`, the items of a list joined.
+    """
+
+    key: str
+    holds: Callable[[Any], Any]
+    sentence: str
+
+
+# The first of these that holds ends the statement that sums up.
+CONCLUSIONS = (
+    Case("no_accuracy", lambda f: f.top is None, "No run has {f.measures.accuracy}: there is nothing to compare."),
+    Case("without", lambda f: f.lacks, "Without a run of {it}, the table cannot say what PRM's mask does."),
+    Case("loses", lambda f: LESS in f.verdicts and MORE not in f.verdicts, "So PRM loses to {f.adamw} here."),
+    Case(
+        "not_shown",
+        lambda f: MORE in f.verdicts and f.verdicts != {MORE},
+        "So PRM is not ahead in both, and the table does not show that it is better than a well-tuned {f.adamw}.",
+    ),
+    Case(
+        "level",
+        lambda f: LEVEL in f.verdicts,
+        "So the table shows neither that PRM is more accurate than {f.adamw} nor that the two are equal.",
+    ),
+    Case(
+        "no_interval",
+        lambda f: MORE not in f.verdicts,
+        "So the table shows no difference: without several seeds or margins.json there is no interval.",
+    ),
+    Case(
+        "more_tries",
+        lambda f: f.settings > f.tries,
+        "So PRM is ahead here, but it had {f.settings} tries and {f.adamw} {f.tries}: the table does not show that it "
+        "is ahead of an equally tuned {f.adamw}.",
+    ),
+    Case(
+        "mean_step",
+        lambda f: f.at_step is None or f.at_step.verdict != MORE,
+        "So PRM is ahead of {f.adamw} here, but its mean step alone, constant q, is not known to do worse: the table "
+        "does not show that the mask is the reason.",
+    ),
+    Case(
+        "rival",
+        lambda f: f.rival and f.rival.verdict != MORE,
+        "So PRM is ahead of {f.adamw} here by more than a smaller step explains, but {f.rival.right.kind.label} is "
+        "not known to do worse at equal KL.",
+    ),
+    Case(
+        "ahead",
+        lambda f: True,
+        "So PRM is ahead here by more than a smaller step explains, on {f.measures.examples} that also chose its "
+        "learning rate, and on one task: the table does not show that it holds elsewhere.",
+    ),
+)
+
+# Each of these that holds is a statement of its own.
+REMARKS = (
+    Case(
+        "same_rate",
+        lambda f: [_drift(c) for c in f.contrasts if c.kind == SAME_LR],
+        "A difference at the same learning rate proves nothing about the mask: q < 1 shrinks the step, and so would a "
+        "smaller learning rate. {it}.",
+    ),
+    Case(
+        "frontier",
+        lambda f: FRONTIER in f.kinds,
+        "The frontier's area is the accuracy averaged over log KL where both curves run, so that neither a learning "
+        "rate nor a drift is picked.",
+    ),
+    Case(
+        "straight_line",
+        lambda f: {EQUAL_KL, EQUAL_KL_MEAN} & f.kinds,
+        "{f.adamw}'s accuracy at the same KL lies on the straight line in log KL between its two neighbouring runs of "
+        "the same seed, constant q among them. Where its curve bulges up, that line flatters the other method.",
+    ),
+    Case(
+        "picked",
+        lambda f: f.top and any(len(rows) > 1 for rows in f.methods.values()),
+        "Each method's best learning rate was picked on the same {f.measures.examples} that its accuracy is given on, "
+        "so every best is optimistic, and the intervals do not count the picking.",
+    ),
+    Case(
+        "unequal_grids",
+        lambda f: [text for c in f.contrasts if c.kind == BEST_LR and (text := _grids(c, f.methods))],
+        "The best of more learning rates looks better by chance: {it}.",
+    ),
+    Case(
+        "edge",
+        lambda f: [text for rows in f.grids if (text := _edge(rows))],
+        "At the edge of its grid, so that its true best may lie outside: {it}.",
+    ),
+    Case(
+        "one_seed",
+        lambda f: f.seeds == (1, 1),
+        "One seed: the spread over seeds is not measured, and another seed may lie outside all intervals.",
+    ),
+    Case(
+        "seeds",
+        lambda f: f.seeds[1] > 1,
+        "{f.seeds[0]} to {f.seeds[1]} seeds a row; the intervals resample seeds and, with margins.json, "
+        "{f.measures.examples}.",
+    ),
+    Case(
+        "few_seeds",
+        lambda f: f.seeds[0] <= 3 and f.seeds[1] > 1,
+        "With two or three seeds an interval covers less than it says (about 80 and 90 % instead of 95 %) where the "
+        "seed matters most; over one shared seed it holds for that seed alone.",
+    ),
+    Case(
+        "many_intervals",
+        lambda f: f.intervals > 1 and f"{0.05 * f.intervals:.1f}",
+        "If nothing differed, about {it} of the {f.intervals} intervals of 95 % would miss 0 by chance. {f.clear} do, "
+        "and {f.kept} still after Holm's correction for all of them.",
+    ),
+    Case("run_notes", lambda f: _by_note((run.name, run.notes) for run in f.runs), "{it}."),
+    Case(
+        "contrast_notes",
+        lambda f: _by_note((f"{c.left.label} against {c.against}", [c.note]) for c in f.contrasts),
+        "{it}.",
+    ),
+    Case(
+        "trainer_runs",
+        lambda f: any(run.source == "trainer" for run in f.runs),
+        "For runs read from trainer_state.json it is not known whether the labels of the evaluation split are clean, "
+        "nor whether data and model are the same.",
+    ),
+    Case(
+        "unequal_settings",
+        lambda f: [text for rows in f.methods.values() if (text := _unequal_settings(rows))],
+        "The runs of a method are not one experiment, for they differ not only in learning rate and seed: {it}.",
+    ),
+    Case(
+        "not_on_frontier",
+        lambda f: (
+            0 < len(lacking := [row.label for row in f.rows if not finite(row.mean(KL)[0])]) < len(f.rows) and lacking
+        ),
+        f"Not on the frontier, for lack of {KL}: {{it}}.",
+    ),
+    Case(
+        "unfinished",
+        lambda f: [run.name for run in f.unfinished],
+        "Left out, for they are unfinished (no metrics.json): {it}.",
+    ),
+)
+
+
+def find(comparison: Comparison) -> dict[str, str]:
+    """The sentences of the cases that hold, by their keys; the first one sums up."""
+    facts = Facts(comparison)
+    key, conclusion = next(say(CONCLUSIONS, facts))
+    return {key: f"{_summary(facts)}{conclusion}", **dict(say(REMARKS, facts))}
+
+
+def say(cases: Iterable[Case], facts: Any) -> Iterator[tuple[str, str]]:
+    """Key and sentence of each case that holds."""
+    for case in cases:
+        it = case.holds(facts)
+        if it:
+            yield case.key, case.sentence.format(f=facts, it="; ".join(it) if isinstance(it, list) else it)
+
+
+def _summary(f: Facts) -> str:
+    """The numbers of the row that leads, and of what it is compared with."""
+    if f.top is None:
+        return ""
+    if f.lacks:
+        others = [c for c in f.contrasts if c.kind == BEST_LR and f.top in (c.left, c.right)]
+        lead, among = f.top, f"setting of {len(f.rows)}"
+        parts = [(c, f"{c.left.label} against {c.against}: ") for c in others[:1]]
+    else:
+        lead, among = f.lead, f"PRM setting of {f.settings}"
+        adamw = find_method(lead.kind.baseline).label
+        parts = [
+            (f.at_best, f"against {f.adamw} at its best learning rate of {f.tries} "),
+            (f.at_kl, f"against {f.adamw} at the same KL "),
+            (f.at_step, f"against {adamw} with PRM's mean step "),
+        ]
+    numbers = "".join(f"; {what}{c.text} ({c.verdict})" for c, what in parts if c)
+    return f"{lead.label}, the best {among}, has {lead.accuracy:.3f} held-out accuracy{numbers}. "
+
+
+def _drift(contrast: Contrast) -> str:
+    left, right = (row.mean(KL)[0] for row in (contrast.left, contrast.right))
+    ratio = f"{right / left:.1f} times that of" if finite(right) and left > 0 else "not known beside that of"
+    return f"The KL of {contrast.right.label} is {ratio} {contrast.left.label}"
+
+
+def _grids(contrast: Contrast, methods: dict[str, list[Row]]) -> str:
+    left, right = (len(methods[row.method]) for row in (contrast.left, contrast.right))
+    return "" if left == right else f"{left} of {contrast.left.name} against {right} of {contrast.right.name}"
+
+
+def _edge(rows: list[Row]) -> str:
+    """The best row of a method, if it has the smallest or largest learning rate tried; else empty."""
+    rates = [row.learning_rate for row in rows if row.learning_rate is not None and finite(row.accuracy)]
+    top = best(rows)
+    if top is None or len(rates) < 2 or min(rates) < (top.learning_rate or 0) < max(rates):
+        return ""
+    side = "smallest" if top.learning_rate == min(rates) else "largest"
+    return f"{top.name} ({side}, {format_rate(top.learning_rate)})"
+
+
+def _by_note(noted: Iterable[tuple[str, list[str]]]) -> list[str]:
+    names = defaultdict(list)
+    for name, notes in noted:
+        for note in filter(None, notes):
+            names[note].append(name)
+    return [f"{', '.join(those)}: {note}" for note, those in names.items()]
+
+
+def _unequal_settings(rows: list[Row]) -> str:
+    """Settings that vary within a method and should not: leftovers of an earlier experiment in the same folder."""
+    expected = ("seed", "learning_rate", "constant_q", "adamw_matched", "shuffled_q", "fixed_q", "name", "dir")
+    settings = [run.settings for row in rows for run in row.runs if run.settings]
+    keys = sorted({key for each in settings for key in each if not any(word in key for word in expected)})
+    varying = [key for key in keys if any(each.get(key) != settings[0].get(key) for each in settings)]
+    return f"{rows[0].kind.label} in {', '.join(varying)}" if varying else ""

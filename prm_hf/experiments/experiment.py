@@ -1,0 +1,136 @@
+"""What a comparison has to know of its task: arguments, rows, trainer, and what a trained run gives."""
+
+import os
+from collections.abc import Collection
+from typing import Any, ClassVar
+
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from ..runs.methods import METHODS
+from ..runs.write import RunSpec
+from .arguments import ComparisonArguments
+from .data import Data
+
+
+BUILT_IN_BATCH = 16  # examples a step of the built-in task, over all processes
+BUILT_IN = {
+    "num_train_epochs": 10,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 16,
+    "max_grad_norm": 1.0,
+    "weight_decay": 0.0,
+    "max_length": 64,
+    "logging_steps": 10,
+    "eval_strategy": "steps",
+    "eval_steps": 40,
+    "per_device_eval_batch_size": 128,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+}
+
+
+class Experiment:
+    """A task on which methods are compared.
+
+    A task is a subclass. It says in its class what its arguments are, and in its methods how a run is made.
+
+    Attributes:
+        task: what `run.json` calls the task.
+        output_dir: the default of the argument.
+        arguments_class, config_class: of the comparison's arguments, and of the training configuration.
+        built_in: the settings of the built-in task.
+        script_args, training_args, model_args: the arguments of this comparison.
+    """
+
+    task: ClassVar[str]
+    output_dir: ClassVar[str]
+    arguments_class: ClassVar[type[ComparisonArguments]] = ComparisonArguments
+    config_class: ClassVar[type[TrainingArguments]]
+    built_in: ClassVar[dict[str, Any]] = BUILT_IN
+
+    def __init__(
+        self, script_args: ComparisonArguments, training_args: TrainingArguments, model_args: ModelConfig
+    ) -> None:
+        self.script_args, self.training_args, self.model_args = script_args, training_args, model_args
+
+    @classmethod
+    def parse(cls, arguments: list[str]) -> "Experiment":
+        """From the command line and a YAML file, with the defaults of the built-in task where no dataset is named.
+
+        Raises:
+            ValueError: for what cannot be run.
+        """
+        parser = TrlParser((cls.arguments_class, cls.config_class, ModelConfig))
+        parser.set_defaults(output_dir=cls.output_dir, report_to="none", drift_metrics=True)
+        if not any(argument.split("=")[0] in ("--dataset_name", "--config") for argument in arguments):
+            world_size = int(os.environ.get("WORLD_SIZE", "1"))
+            if BUILT_IN_BATCH % world_size:
+                raise ValueError(
+                    f"The built-in task has {BUILT_IN_BATCH} examples a step, which {world_size} processes cannot "
+                    "share evenly. Launch 1, 2, 4, 8 or 16."
+                )
+            parser.set_defaults(**cls.built_in, per_device_train_batch_size=BUILT_IN_BATCH // world_size)
+        script_args, training_args, model_args = parser.parse_args_and_config(arguments)
+        script_args.check(cls.known_methods(), training_args.learning_rate, training_args.max_grad_norm)
+        if training_args.optim != "prm":
+            raise ValueError(
+                f"`methods` choose the optimizers, and `optim` is {training_args.optim!r}: leave it unset."
+            )
+        model = model_args.model_name_or_path
+        if script_args.dataset_name is None and model is not None:
+            raise ValueError(
+                "`--model_name_or_path` needs a `--dataset_name`: the built-in task has a vocabulary of its own, and "
+                "a model that comes with it."
+            )
+        if script_args.dataset_name is not None and model is None:
+            raise ValueError("`--dataset_name` needs a `--model_name_or_path`: the model to train.")
+        if model_args.use_peft and any(method.key == "adamw_embedding" for method in script_args.compared):
+            raise ValueError("`adamw_embedding` changes the embedding's learning rate, which LoRA does not train.")
+        training_args.model_init_kwargs = {
+            "revision": model_args.model_revision,
+            "attn_implementation": model_args.attn_implementation,
+            "dtype": model_args.dtype,
+            **(training_args.model_init_kwargs or {}),
+        }
+        return cls(script_args, training_args, model_args)
+
+    @classmethod
+    def known_methods(cls) -> Collection[str]:
+        """The methods of this task, without values."""
+        return METHODS
+
+    @staticmethod
+    def built_in_rows(pairs: Dataset) -> Dataset:
+        """The rows of the built-in task, of its preference pairs."""
+        return pairs
+
+    def info(self) -> dict[str, str]:
+        """What `run.json` says of the task: `task`, and `accuracy` where it is not the task's."""
+        return {"task": self.task}
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of the task that make a run what it is."""
+        return {}
+
+    def model_settings(self) -> dict[str, Any]:
+        """Arguments of a TRL trainer that say how it is to load the model."""
+        return {
+            "quantization_config": get_quantization_config(self.model_args),
+            "peft_config": get_peft_config(self.model_args),
+        }
+
+    def prepare(self, data: Data) -> Data:
+        """Makes of the data what all runs can share."""
+        return data
+
+    def make_trainer(self, config: TrainingArguments, spec: RunSpec, data: Data) -> Trainer:
+        """The trainer of one run."""
+        raise NotImplementedError
+
+    def outcomes(self, trainer: Trainer, data: Data) -> tuple[dict[str, float], dict[str, list]]:
+        """What a trained run gives besides its last evaluation: more metrics, and `margins.json`. Collective."""
+        raise NotImplementedError

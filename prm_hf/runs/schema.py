@@ -1,0 +1,124 @@
+"""The schema of a run's folder: its files, the names in them, and what a run of each task is judged by.
+
+A folder holds `run.json` (what was run), `history.jsonl` (one JSON object a logged step), `margins.json` (one number
+an example) and `metrics.json` (the final values, written last: a folder without it is unfinished).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .methods import find_method
+
+
+VERSION = 1  # of the schema, `schema` in run.json
+RUN_FILE, HISTORY_FILE, MARGINS_FILE, METRICS_FILE = "run.json", "history.jsonl", "margins.json", "metrics.json"
+MASKS_FILE = "masks.jsonl"  # the masks of tensors, for the control fixed_q
+# What a report puts beside the run folders; `prm-hf compare runs/dpo_noisy/*` is to work after a first report.
+REPORT_FILES = ("comparison.json", "report.html", "frontier.png")
+
+ACCURACY = "rewards/accuracies"
+CLEAN_FIT, CORRUPTED_FIT = "memorization/clean_fit", "memorization/corrupted_fit"
+TRAIN_FIT, HELDOUT_FIT = "memorization/train_fit", "memorization/heldout_fit"
+KL = "drift/kl"
+MEAN_Q = "mask/mean_q"
+
+# Where a run is written and how it is shown do not make it another run.
+NOT_SETTINGS = {
+    "output_dir",
+    "logging_dir",
+    "run_name",
+    "report_to",
+    "disable_tqdm",
+    "resume_from_checkpoint",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_token",
+    "log_level",
+    "log_level_replica",
+    "local_rank",
+    "use_cpu",
+    "per_device_train_batch_size",  # the batch of a step counts, however it is spread: see `effective_batch_size`
+    "gradient_accumulation_steps",
+    "per_device_eval_batch_size",
+    "deepspeed",
+    "fsdp",
+    "fsdp_config",
+    "accelerator_config",
+    "dataloader_pin_memory",
+    "logging_nan_inf_filter",
+    "ddp_backend",
+    "dataset_num_proc",
+    "dataloader_num_workers",
+    "learning_rate",  # named beside the settings
+    "seed",
+}
+# Settings that were renamed, by the names in older files, and those that older files lack, with the value that they
+# had in effect. A setting that is None in effect needs no entry.
+RENAMED_SETTINGS: dict[str, str] = {}
+ADDED_SETTINGS: dict[str, Any] = {}
+
+
+def comparable_settings(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """The settings of a run.json, of this version or an older one, that make a run what it is.
+
+    Args:
+        method: the method that the run is configured as. Its name alone told the relative eps in version 0.1.
+    """
+    named = find_method(method)
+    added = {**ADDED_SETTINGS, **({named.value_setting: named.value} if named.value_setting else {})}
+    renamed = {RENAMED_SETTINGS.get(key, key): value for key, value in settings.items()}
+    return {key: value for key, value in {**added, **renamed}.items() if key not in NOT_SETTINGS}
+
+
+def metric_name(key: str) -> str | None:
+    """The name of a trainer's log key in a run's files: evaluations are plain, training batches under `train/`."""
+    if key.endswith(("_runtime", "_per_second", "_preparation_time")):
+        return None
+    if key in ("step", "epoch") or key.startswith("mask/"):
+        return key
+    return key.removeprefix("eval_") if key.startswith("eval_") else f"train/{key}"
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What a run is judged by: names of metrics, and what people call them.
+
+    Attributes:
+        accuracy: held-out accuracy, the share of held-out examples that are right.
+        noise_fit: fit of the training examples whose label is noise.
+        extra, extra_label: one more number of the table, and the head of its column.
+        examples: what a held-out example is, in the plural.
+    """
+
+    accuracy: str
+    noise_fit: str
+    extra: str
+    extra_label: str
+    examples: str
+
+    @property
+    def noise_label(self) -> str:
+        return self.noise_fit.removeprefix("memorization/").replace("_", " ")
+
+
+TASKS = {
+    "preferences": Measures(ACCURACY, "memorization/flipped_fit", "drift/reward_abs", "|reward|", "held-out pairs"),
+    "sft": Measures("exact_match", CORRUPTED_FIT, "loss", "loss", "held-out rows"),
+    "randomization": Measures(HELDOUT_FIT, CORRUPTED_FIT, "steps", "steps", "held-out rows"),
+}
+
+
+def measures_of(info: Mapping[str, Any]) -> Measures:
+    """By `run.json`: its `task`, one of `TASKS`, by default preferences; an `accuracy` in it wins over the task's.
+
+    Raises:
+        ValueError: the task is not known.
+    """
+    task = info.get("task", "preferences")
+    if task not in TASKS:
+        raise ValueError(f"run.json has the task {task!r}; this version of prm_hf knows {', '.join(TASKS)}.")
+    measures = TASKS[task]
+    return replace(measures, accuracy=info["accuracy"]) if "accuracy" in info else measures

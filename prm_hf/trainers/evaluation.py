@@ -1,0 +1,178 @@
+"""What the trainers measure at an evaluation: exact metrics, out of the forward passes that TRL makes in it."""
+
+import contextlib
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import nn
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from ..metrics import ParameterDrift, SequenceEvaluation
+from ..metrics.evaluation import check_parallelism, evaluations_of, score_rows
+from ..metrics.forward import captured_hidden_states
+from .callbacks import EvaluateAtEndCallback
+
+
+class EvaluationMixin:
+    """Mixin for TRL's trainers, to be listed before the trainer in a class' bases.
+
+    The metrics of an evaluation carry the prefix of their split, in the log as in the returned dict. (TRL names those
+    of every split of a dict of datasets `eval_*`, so that the last split stands for all.)
+
+    With `args.drift_metrics` the class says what is measured on a split, in `_split_metrics(dataloader, prefix)`,
+    which returns a dict of numbers by their names in `prm_hf.metrics`; it may extend `_run_metrics()`, what is
+    measured once an evaluation.
+
+    If the class says that `_rows_are_apart`, hooks take the last hidden states of TRL's forward passes over a batch,
+    and the scores of the batch are computed of them right after. `_shared_tables()` then gives what the scores say of
+    each sequence of a row; None where the model is compiled (its passes call no hooks), or rows are left out or
+    permuted. Such a class says how many sequences a row is, and how many of the passes over policy and reference TRL
+    makes. It may run more passes as TRL does, and change the shape of the states.
+
+    Attributes:
+        last_eval_metrics (`dict[str, float]`):
+            What the last evaluation returned, all splits together.
+    """
+
+    _rows_are_apart = False
+    _sequences_per_row = 1
+    _passes_of_trl = 1
+
+    def _set_up_evaluation(self) -> None:
+        self.last_eval_metrics: dict[str, float] = {}
+        self._evaluated_step: int | None = None
+        self._is_evaluating = False
+        # Prefix of an evaluation under way, until what belongs to the run rather than to a split has been measured
+        self._run_prefix: str | None = None
+        # Of an evaluation under way: a tensor a batch, as `score_rows` gives it
+        self._scores: list[torch.Tensor] | None = None
+        self._logits_are_checked = False
+        self._parameter_drift = None
+        if self.args.drift_metrics and self.eval_dataset is not None:
+            if self.is_fsdp_enabled and (version := self.accelerator.state.fsdp_plugin.fsdp_version) != 2:
+                raise ValueError(
+                    f"`drift_metrics` needs FSDP version 2, got version {version}, whose flat parameters can't be "
+                    "read. Set `fsdp_version: 2`, or `drift_metrics=False`."
+                )
+            if any(p.requires_grad for p in self.model.parameters()):
+                self._parameter_drift = ParameterDrift(self.model, self.accelerator)
+        self.add_callback(EvaluateAtEndCallback(self))
+
+    def train(self, *args, **kwargs) -> TrainOutput:
+        if self.args.use_liger_kernel and self.ref_model is not None:
+            # The model gets the kernels in there. Had the reference others, their rounding would look like drift.
+            apply_liger_kernel(self.accelerator.unwrap_model(self.ref_model), self.args.liger_kernel_config)
+        return super().train(*args, **kwargs)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        if self._is_evaluating:  # one split of several, called from within the evaluation of all
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._is_evaluating, self._run_prefix = True, metric_key_prefix
+        try:
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._is_evaluating, self._run_prefix = False, None
+        self.last_eval_metrics = dict(metrics)
+        if eval_dataset is None:
+            self._evaluated_step = self.state.global_step
+        return metrics
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        measured = self._is_evaluating and self.args.drift_metrics
+        shares_passes = measured and self._rows_are_apart and not self.args.torch_compile
+        if shares_passes and _goes_through_all_rows(dataloader):
+            check_parallelism(self.model_wrapped, self.accelerator)
+            self._scores = []
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            # What TRL collected in this loop, taken over before its `log` names it "eval_" whatever the split is
+            metrics = {name: sum(values) / len(values) for name, values in self._metrics["eval"].items()}
+            self._metrics["eval"].clear()
+            if measured:
+                metrics |= self._split_metrics(dataloader, metric_key_prefix)
+        finally:
+            self._scores = None
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        if self._run_prefix is not None and self.args.drift_metrics:
+            run_metrics = self._run_metrics()
+            output.metrics.update({f"{self._run_prefix}_{name}": value for name, value in run_metrics.items()})
+            self._run_prefix = None
+        return output
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> tuple:
+        if self._scores is None:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        inputs = self._prepare_inputs(inputs)
+        models = [m for m in (model, self.ref_model) if m is not None]
+        # Without `train` before it, an evaluation of TRL's runs the reference in mixed precision and the policy not
+        autocast = contextlib.nullcontext() if self.is_in_train else self.accelerator.autocast()
+        with captured_hidden_states(models, self.accelerator) as hidden:
+            with autocast:
+                outputs = super().prediction_step(model, dict(inputs), *args, **kwargs)
+            passes = self._passes_of_trl
+            del hidden[passes:]  # `compute_metrics` has the policy run once more
+            passes += self._run_more(model, inputs)
+        is_first, self._logits_are_checked = not self._logits_are_checked, True
+        if is_first or len(hidden) < passes:
+            hidden = []  # passes of our own, which give logits to compare with, and also see a model that is compiled
+        scores = score_rows(
+            model,
+            self.ref_model,
+            inputs,
+            self.accelerator,
+            self._sequences_per_row,
+            [self._unpack(states, inputs) for states in hidden],
+            check=is_first,
+        )
+        if self.accelerator.num_processes > 1:
+            scores = scores.to(self.accelerator.device)
+        self._scores.append(self.accelerator.gather_for_metrics(scores))
+        return outputs
+
+    def _run_more(self, model: nn.Module, inputs: dict[str, Any]) -> int:
+        """Makes passes that are not TRL's here but are made in its way, and returns their number."""
+        return 0
+
+    def _unpack(self, hidden: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """Hidden states in the shape of the batch."""
+        return hidden
+
+    def _has_reference(self) -> bool:
+        return self.ref_model is not None or is_peft_model(self.model)
+
+    def _shared_tables(self) -> list[SequenceEvaluation] | None:
+        """A table for each sequence of a row, when TRL has gone through all batches."""
+        return None if self._scores is None else evaluations_of(torch.cat(self._scores).cpu(), self._has_reference())
+
+    def _run_metrics(self) -> dict[str, float]:
+        if self._parameter_drift is None:
+            return {}
+        return {"drift/params_rel": self._parameter_drift.relative(self.model_wrapped)}
+
+    def weights_are_evaluated(self) -> bool:
+        """Whether the last evaluation of `eval_dataset` was of the weights that training ends with."""
+        step = self.state.global_step
+        older_loaded = self.args.load_best_model_at_end and self.state.best_global_step not in (None, step)
+        return self._evaluated_step == step and not older_loaded
+
+
+def _goes_through_all_rows(dataloader: DataLoader) -> bool:
+    """Whether a dataloader of a trainer yields all rows of its dataset, in their order."""
+    batches = dataloader.batch_sampler
+    while hasattr(batches, "batch_sampler"):  # one for each process is inside
+        batches = batches.batch_sampler
+    return isinstance(getattr(batches, "sampler", None), SequentialSampler) and not batches.drop_last
