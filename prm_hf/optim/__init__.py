@@ -1,7 +1,8 @@
 """The optimizer. This room knows the mathematics."""
 
-from .prm import PRM
-from .step import prm
+# The module `prm` is imported first, for the function `prm` is to have the name.
+from .prm import PRM  # isort: skip
+from .functional import prm
 
 
 __all__ = ["PRM", "prm"]

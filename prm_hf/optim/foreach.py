@@ -1,225 +1,283 @@
-"""The multi-tensor implementation of PRM's step: the numbers of `_single_tensor_*` in `step.py`, in fewer launches."""
+"""The multi-tensor implementation of PRM's step: the numbers of `reference.py`, in fewer launches.
 
-import math
+A step has two halves where masks are decided between them: from sums over a whole tensor, or over rows that several
+processes hold parts of.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import masks
+from .hyperparameters import Hyperparameters
+from .quantized import flat_slice, is_quantized, read, write
+from .reductions import row_mean_squares, row_sums_of_squares, sums_of_squares
 
 
-def sums_of_squares(xs: list[Tensor]) -> Tensor:
-    """Σx² of each of the tensors of one device, accumulated in float64 (float32 on Apple's GPUs). Shape `(n,)`.
+# The implementation makes several temporaries of the size of what it works on, so it works on blocks of this many
+# elements: on a CPU such that they stay in the cache, elsewhere such that they fill the device; fewer where the
+# temporaries are all that is there in float32.
+CPU_BLOCK, DEVICE_BLOCK, QUANTIZED_BLOCK = 2**18, 2**26, 2**24
 
-    On a device the number of launches does not depend on n, but on the number of elements.
 
-    Not in float32: the debiased estimator subtracts two such sums that are nearly equal where there is only noise, and
-    a sum must not depend on how a tensor is split over processes. On a CPU, where float64 takes four times as long,
-    the sums of 256 squares are float32, which leaves an error of about 1e-8 in the sum over a matrix.
+class TensorLists(NamedTuple):
+    """Lists of tensors of one device and dtype, with one entry a tensor; empty where the settings have no such state.
+
+    `grad_vars` are here only where masks are decided within a half of a step.
     """
-    dtype = masks.statistics_dtype(xs[0].device)
-    if xs[0].device.type == "cpu":
-        xs = [torch.linalg.vector_norm(x.view(-1, 256), dim=1) if _has_rows_of_256(x) else x for x in xs]
-    return torch.stack(torch._foreach_norm(xs, 2, dtype)).square()
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    max_exp_avg_sqs: list[Tensor]
+    grad_vars: list[Tensor]
+    exp_avg_signals: list[Tensor]
 
 
-def _has_rows_of_256(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.is_contiguous() and x.numel() > 0 and x.numel() % 256 == 0
+class ForeachStep:
+    """A step on the tensors of one parameter group, in blocks.
+
+    The step is computed in the dtype of `exp_avg_sqs` (float32 if they are quantized). What is kept in less is rounded
+    once, when the step is done, and never between the halves.
+
+    Args:
+        lists: the tensors; `grads` may be replaced before each step by others of the same layout.
+        h: the settings.
+        halves: whether masks are decided between the halves of a step.
+        one_by_one: works on one tensor at a time, which needs less memory.
+    """
+
+    def __init__(self, lists: TensorLists, h: Hyperparameters, halves: bool, one_by_one: bool) -> None:
+        self._lists, self._h, self._halves = lists, h, halves
+        self._quantized = any(map(is_quantized, lists.exp_avgs))
+        self._dtype = torch.float32 if self._quantized else lists.exp_avg_sqs[0].dtype
+        # Whether the first half leaves m and v alone, and the second computes them: what it reads must not be rounded.
+        # Without a pause between the halves for sums, that also spares the memory a second pass.
+        self._moments_last = not halves or self._quantized or lists.exp_avgs[0].dtype != self._dtype
+        size = DEVICE_BLOCK if lists.params[0].device.type != "cpu" else CPU_BLOCK
+        size = min(size, QUANTIZED_BLOCK) if self._quantized else size
+        self._by_rows = h.masked and h.reduction == "per_row"
+        self._blocks = divide([x for x in lists if x], size, self._by_rows, one_by_one)
+
+    def _take(self, block: list[tuple[int, slice | None]]) -> tuple[TensorLists, TensorLists]:
+        """The shares of all lists in a block, as they are kept and as the step computes with them."""
+        cut = Tensor.__getitem__ if self._by_rows else flat_slice
+        kept = TensorLists(
+            *(
+                [tensors[i] if span is None else cut(tensors[i], span) for i, span in block] if tensors else []
+                for tensors in self._lists
+            )
+        )
+        # Promoted, as the variances of rows are more precise than the step
+        working = ([read(x, torch.promote_types(x.dtype, self._dtype)) for x in tensors] for tensors in kept)
+        return kept, TensorLists(*working)
+
+    def set_grads(self, grads: list[Tensor]) -> None:
+        self._lists = self._lists._replace(grads=grads)
+
+    def sums(self, scalars: masks.StepScalars) -> Tensor:
+        """The first half: m and v, and Σ(g - center)² and Σm² of each unit, float64 `(units, 2)`.
+
+        With `signal_beta` the signal's average advances, too, and its squares are summed in place of m².
+        """
+        sums, spans = [], [0] * len(self._lists.params)
+        for block in self._blocks:
+            kept, working = self._take(block)
+            if self._moments_last:  # these are to be thrown away; the signal's average is never rounded
+                working = working._replace(
+                    exp_avgs=_copies(working.exp_avgs, kept.exp_avgs),
+                    exp_avg_sqs=_copies(working.exp_avg_sqs, kept.exp_avg_sqs),
+                )
+            sums.append(advance_moments(working, scalars.take([i for i, _ in block]), self._h, sums_wanted=True))
+            for i, _ in block:
+                spans[i] += 1
+        sums = torch.cat(sums)
+        if self._by_rows or len(sums) == len(spans):
+            return sums
+        # Not by an index, which a CUDA graph could not upload and whose additions have no order on a device
+        return torch.stack([part.sum(0) for part in sums.split(spans)])
+
+    def update(self, scalars: masks.StepScalars, lr: float | Tensor, eps: float, q: Tensor | None = None) -> None:
+        """What of the moments is not there yet, decoupled weight decay, the masked update.
+
+        `q` is needed if masks are decided between the halves: one of each unit, in the order of [`sums`].
+        """
+        row = 0
+        for block in self._blocks:
+            positions = [i for i, _ in block]
+            c = scalars.take(positions)
+            kept, working = self._take(block)
+            if self._moments_last:
+                advance_moments(working, c, self._h, sums_wanted=False, signal=not self._halves)
+            q_of_block = q
+            if q is not None and self._by_rows:  # blocks are of rows, in their order
+                n = sum(map(masks.n_rows, working.params))
+                q_of_block, row = q[row : row + n], row + n
+            elif q is not None and len(self._blocks) > 1:
+                q_of_block = torch.stack([q[i] for i in positions])
+            apply_update(working, c, self._h, lr, eps, q_of_block)
+            for name, olds, news in zip(TensorLists._fields, kept, working, strict=True):
+                if name != "grads":
+                    for old, new in zip(olds, news, strict=True):
+                        write(old, new)
 
 
-def row_mean_squares(x: Tensor) -> Tensor:
-    """The means of x² over each row, [`masks.as_rows`], shape `(rows,)`; as precise as [`sums_of_squares`]."""
-    rows = masks.as_rows(x)
-    return _row_norms(rows).square() / max(rows.shape[1], 1)
+def _copies(working: list[Tensor], kept: list[Tensor]) -> list[Tensor]:
+    return [x.clone() if x is old else x for x, old in zip(working, kept, strict=True)]
 
 
-def row_sums_of_squares(tensors: list[Tensor]) -> Tensor:
-    """Σx² of each row of each of the tensors, `(all rows,)`; as precise as [`sums_of_squares`]."""
-    return torch.cat([_row_norms(masks.as_rows(x)) for x in tensors]).square()
+def divide(
+    lists: Sequence[list[Tensor]], size: int, by_rows: bool = False, one_by_one: bool = False
+) -> list[list[tuple[int, slice | None]]]:
+    """Tensors, of which several lists hold one each, in blocks of at most `size` elements where they can be cut.
+
+    A block is a list of positions in the lists, with the span of a tensor that is taken apart: of elements, flattened,
+    or `by_rows` of rows. With `one_by_one` a block is of one tensor.
+    """
+    blocks, filled = [[]], 0
+    for i, tensor in enumerate(lists[0]):
+        n = tensor.numel()
+        length = masks.n_rows(tensor) if by_rows else n
+        can_be_cut = length > 1 if by_rows else all(tensors[i].is_contiguous() for tensors in lists if tensors)
+        spans = [None]
+        if n > size and can_be_cut:
+            stride = max(size * length // n, 1)
+            spans = [slice(start, min(start + stride, length)) for start in range(0, length, stride)]
+        for span in spans:
+            part = n if span is None else (span.stop - span.start) * (n // length)
+            if blocks[-1] and (filled + part > size or one_by_one):
+                blocks.append([])
+                filled = 0
+            blocks[-1].append((i, span))
+            filled += part
+    return blocks
 
 
-def split_by_rows(q: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    """Of a mask of all rows of all tensors, one after the other, what each of them can be multiplied with."""
-    qs = q.split([masks.n_rows(x) for x in tensors])
-    return [masks.over_rows(*pair) for pair in zip(qs, tensors, strict=True)]
-
-
-def multi_row_mean_squares(tensors: list[Tensor]) -> list[Tensor]:
-    """[`row_mean_squares`] of several tensors, with one launch a tensor."""
-    rows = [masks.as_rows(x) for x in tensors]
-    squares = [_row_norms(x) for x in rows]
-    torch._foreach_mul_(squares, squares)
-    torch._foreach_div_(squares, [max(x.shape[1], 1) for x in rows])
-    return squares
-
-
-def _row_norms(rows: Tensor) -> Tensor:
-    # On a CPU the sums that are float32 are of 256, 128 or 64 squares, whatever divides the length of a row.
-    dtype = masks.statistics_dtype(rows.device)
-    if rows.device.type == "cpu" and rows.dtype == torch.float32 and rows.is_contiguous() and rows.numel():
-        part = math.gcd(rows.shape[1], 256)
-        if part >= 64:
-            rows = torch.linalg.vector_norm(rows.unflatten(1, (-1, part)), dim=-1)
-    return torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
-
-
-def _multi_tensor_moments(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    grad_vars: list[Tensor],
-    exp_avg_signals: list[Tensor],
-    c: masks.StepScalars,
-    *,
-    beta1: float,
-    beta2: float,
-    rho: float,
-    weight_decay: float,
-    mask: str,
-    reduction: str,
-    estimator: str,
-    signal_beta: float | None,
-    decoupled_weight_decay: bool,
-    maximize: bool,
-    **_,
+def advance_moments(
+    x: TensorLists, c: masks.StepScalars, h: Hyperparameters, sums_wanted: bool, signal: bool = True
 ) -> Tensor | None:
-    """m, v, s and the signal's average. For `per_tensor` no s, but returns Σ(g - center)² and Σm², (tensors, 2).
+    """m, v and, where there are `grad_vars`, s; unless not `signal`, also the signal's average.
 
-    For rows in parts the same of each row, (rows, 2), with the signal's average for m if there is one.
+    Returns:
+        With `sums_wanted` Σ(g - center)² and Σm² of each unit (a tensor, or a row), float64 `(units, 2)`, with the
+        signal's average for m if there is one.
     """
-    if maximize:
+    grads, deviations = x.grads, None
+    if h.maximize:
         grads = torch._foreach_neg(grads)
-    if weight_decay != 0 and not decoupled_weight_decay:
-        grads = torch._foreach_add(grads, params, alpha=weight_decay)
-    deviations = None
-    if mask != "none":
-        if estimator == "debiased":
-            centers = torch._foreach_mul(exp_avgs, c.center)
-            deviations = torch._foreach_sub(grads, centers)
-            del centers
-        else:
-            deviations = torch._foreach_sub(grads, exp_avgs)
-    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-    torch._foreach_mul_(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
-    if mask == "none":
-        return None
-    if exp_avg_signals:
-        torch._foreach_lerp_(exp_avg_signals, grads, 1 - signal_beta)
-    if reduction == masks.ROWS_IN_PARTS:
-        return torch.stack([row_sums_of_squares(xs) for xs in (deviations, exp_avg_signals or exp_avgs)], dim=1)
-    if reduction == "per_row":
-        variances = multi_row_mean_squares(deviations)
-        torch._foreach_mul_(variances, c.weight)
-        torch._foreach_mul_(grad_vars, rho)
-        torch._foreach_add_(grad_vars, variances)
-        return None
-    if reduction == "per_param":
-        torch._foreach_mul_(grad_vars, rho)
-        if isinstance(c.weight[0], Tensor):
-            torch._foreach_mul_(deviations, deviations)
-            torch._foreach_mul_(deviations, c.weight)
-            torch._foreach_add_(grad_vars, deviations)
-        else:
-            torch._foreach_addcmul_(grad_vars, deviations, deviations, c.weight)
-        return None
-    return torch.stack([sums_of_squares(deviations), sums_of_squares(exp_avgs)], dim=1)
+    if h.weight_decay != 0 and not h.decoupled_weight_decay:
+        grads = torch._foreach_add(grads, x.params, alpha=h.weight_decay)
+    if sums_wanted or x.grad_vars:
+        centers = torch._foreach_mul(x.exp_avgs, c.center) if h.estimator == "debiased" else x.exp_avgs
+        deviations = torch._foreach_sub(grads, centers)
+        del centers
+    torch._foreach_lerp_(x.exp_avgs, grads, 1 - h.beta1)
+    torch._foreach_mul_(x.exp_avg_sqs, h.beta2)
+    torch._foreach_addcmul_(x.exp_avg_sqs, grads, grads, 1 - h.beta2)
+    if x.exp_avg_signals and signal:
+        torch._foreach_lerp_(x.exp_avg_signals, grads, 1 - h.signal_beta)
+    if sums_wanted:
+        sums_of = row_sums_of_squares if h.reduction == "per_row" else sums_of_squares
+        return torch.stack([sums_of(deviations), sums_of(x.exp_avg_signals or x.exp_avgs)], dim=1)
+    if x.grad_vars:
+        _advance_variances(x.grad_vars, deviations, c, h)
+    return None
 
 
-def _multi_tensor_update(
-    params: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    grad_vars: list[Tensor],
-    exp_avg_signals: list[Tensor],
-    q: Tensor | None,
-    c: masks.StepScalars,
-    *,
-    lr: float | Tensor,
-    eps: float,
-    weight_decay: float,
-    mask: str,
-    reduction: str,
-    amsgrad: bool,
-    decoupled_weight_decay: bool,
-    **hyper,
+def _advance_variances(
+    grad_vars: list[Tensor], deviations: list[Tensor], c: masks.StepScalars, h: Hyperparameters
 ) -> None:
-    """w ← (1 - lr·λ) w - lr · q · m̂ / (√v̂ + eps), `q` one a tensor, or from `grad_vars` one a parameter or a row.
+    torch._foreach_mul_(grad_vars, h.variance_beta)
+    if h.reduction == "per_row":
+        squares = row_mean_squares(deviations)
+        torch._foreach_mul_(squares, c.weight)
+        torch._foreach_add_(grad_vars, squares)
+    elif isinstance(c.weight[0], Tensor):
+        torch._foreach_mul_(deviations, deviations)
+        torch._foreach_mul_(deviations, c.weight)
+        torch._foreach_add_(grad_vars, deviations)
+    else:
+        torch._foreach_addcmul_(grad_vars, deviations, deviations, c.weight)
 
-    For rows in parts `q` is one a row.
-    """
-    if weight_decay != 0 and decoupled_weight_decay:
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
-    if amsgrad:
-        torch._foreach_maximum_(max_exp_avg_sqs, exp_avg_sqs)
-        exp_avg_sqs = max_exp_avg_sqs
-    updates, step_sizes = exp_avgs, [-lr / x for x in c.bias1]
-    if q is not None and reduction == masks.ROWS_IN_PARTS:
-        updates = torch._foreach_mul(exp_avgs, split_by_rows(q, exp_avgs))
-    elif q is not None and q.device.type == "cpu" and not isinstance(step_sizes[0], Tensor):
-        step_sizes = [x * y for x, y in zip(step_sizes, q.tolist(), strict=True)]  # spares a pass
-    elif q is not None:
-        updates = torch._foreach_mul(exp_avgs, list(q.to(exp_avgs[0].dtype).unbind()))
-    elif mask != "none" and reduction == "per_row":
-        squares = multi_row_mean_squares(exp_avg_signals or exp_avgs)
-        qs = _multi_tensor_masks(squares, grad_vars, c, mask=mask, **hyper)
-        updates = torch._foreach_mul(exp_avgs, [masks.over_rows(*pair) for pair in zip(qs, exp_avgs, strict=True)])
-    elif mask != "none":
-        updates = _multi_tensor_masks(torch._foreach_mul(exp_avgs, exp_avgs), grad_vars, c, mask=mask, **hyper)
-        torch._foreach_mul_(updates, exp_avgs)
+
+def apply_update(
+    x: TensorLists, c: masks.StepScalars, h: Hyperparameters, lr: float | Tensor, eps: float, q: Tensor | None
+) -> None:
+    """w ← (1 - lr·λ) w - lr · q · m̂ / (√v̂ + eps), with `q` one a unit, or from `grad_vars`."""
+    if h.weight_decay != 0 and h.decoupled_weight_decay:
+        torch._foreach_mul_(x.params, 1 - lr / h.step_length * h.weight_decay)
+    exp_avg_sqs = x.exp_avg_sqs
+    if h.amsgrad:
+        torch._foreach_maximum_(x.max_exp_avg_sqs, exp_avg_sqs)
+        exp_avg_sqs = x.max_exp_avg_sqs
+    updates, step_sizes = x.exp_avgs, [-lr / bias for bias in c.bias1]
+    if h.masked and q is None:
+        updates = _masked(x, c, h)
+    elif h.masked and h.reduction == "per_row":
+        updates = torch._foreach_mul(
+            x.exp_avgs, _over_rows(q.split([masks.n_rows(m) for m in x.exp_avgs]), x.exp_avgs)
+        )
+    elif h.masked and q.device.type == "cpu" and not isinstance(step_sizes[0], Tensor):
+        step_sizes = [
+            size * of_tensor for size, of_tensor in zip(step_sizes, q.tolist(), strict=True)
+        ]  # spares a pass
+    elif h.masked:
+        updates = torch._foreach_mul(x.exp_avgs, list(q.to(x.exp_avgs[0].dtype).unbind()))
     denoms = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(denoms, [x**0.5 for x in c.bias2])
+    torch._foreach_div_(denoms, [bias**0.5 for bias in c.bias2])
     torch._foreach_add_(denoms, eps)
     if isinstance(step_sizes[0], Tensor):
         torch._foreach_div_(updates := torch._foreach_mul(updates, step_sizes), denoms)
-        torch._foreach_add_(params, updates)
+        torch._foreach_add_(x.params, updates)
     else:
-        torch._foreach_addcdiv_(params, updates, denoms, step_sizes)
+        torch._foreach_addcdiv_(x.params, updates, denoms, step_sizes)
 
 
-def _multi_tensor_masks(
-    signals: list[Tensor],
-    grad_vars: list[Tensor],
-    c: masks.StepScalars,
-    *,
-    mask: str,
-    estimator: str,
-    signal_beta: float | None,
-    softness: float,
-    alpha: float,
-    mask_eps: float,
-    beta1: float,
-    rho: float,
-    bias_correction: bool,
-    **_,
+def _masked(x: TensorLists, c: masks.StepScalars, h: Hyperparameters) -> list[Tensor]:
+    """q · m, where a tensor decides on its masks by itself."""
+    if h.reduction == "per_row":
+        squares = row_mean_squares(x.exp_avg_signals or x.exp_avgs)
+        return torch._foreach_mul(x.exp_avgs, _over_rows(multi_tensor_masks(squares, x.grad_vars, c, h), x.exp_avgs))
+    updates = multi_tensor_masks(torch._foreach_mul(x.exp_avgs, x.exp_avgs), x.grad_vars, c, h)
+    torch._foreach_mul_(updates, x.exp_avgs)
+    return updates
+
+
+def _over_rows(qs: Sequence[Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    return [masks.over_rows(q, x) for q, x in zip(qs, tensors, strict=True)]
+
+
+def multi_tensor_masks(
+    signals: list[Tensor], grad_vars: list[Tensor], c: masks.StepScalars, h: Hyperparameters
 ) -> list[Tensor]:
     """[`masks.compute_mask`] on lists, of m² or its means over rows, which the masks overwrite."""
     torch._foreach_mul_(signals, c.signal)
     noises = torch._foreach_mul(grad_vars, c.noise)
-    if estimator == "debiased":
-        torch._foreach_sub_(signals, noises if signal_beta is None else torch._foreach_mul(noises, c.floor))
+    if h.estimator == "debiased":
+        torch._foreach_sub_(signals, noises if h.signal_beta is None else torch._foreach_mul(noises, c.floor))
         torch._foreach_clamp_min_(signals, 0)
     else:
-        first_ratio = masks.first_noise_ratio(beta1, rho, bias_correction)
+        first_ratio = masks.first_noise_ratio(h)
         _overwrite(noises, c.first, lambda i: signals[i] * first_ratio)
 
-    if mask == "snr":
-        if softness * alpha != 1:
-            torch._foreach_mul_(noises, softness * alpha)
+    if h.mask == "snr":
+        if h.softness * h.noise_weight != 1:
+            torch._foreach_mul_(noises, h.softness * h.noise_weight)
         torch._foreach_add_(noises, signals)
-        torch._foreach_add_(noises, mask_eps)
+        torch._foreach_add_(noises, h.mask_epsilon)
         torch._foreach_div_(signals, noises)
     else:
-        torch._foreach_sub_(signals, torch._foreach_mul(noises, alpha))
+        torch._foreach_sub_(signals, torch._foreach_mul(noises, h.noise_weight))
         torch._foreach_clamp_min_(signals, 0)
-        if mask == "hard":
+        if h.mask == "hard":
             torch._foreach_sign_(signals)
         else:
-            torch._foreach_mul_(noises, softness)
+            torch._foreach_mul_(noises, h.softness)
             torch._foreach_add_(noises, signals)
-            torch._foreach_add_(noises, mask_eps)
+            torch._foreach_add_(noises, h.mask_epsilon)
             torch._foreach_div_(signals, noises)
     _overwrite(signals, c.open, lambda i: torch.ones_like(signals[i]))
     return signals

@@ -11,17 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-MASKS = ("snr", "soft", "hard", "none")
-REDUCTIONS = ("per_param", "per_tensor", "per_row")
-# What a step calls "per_row" where rows may lie in several processes, so that sums must be added up before the masks.
-ROWS_IN_PARTS = "per_row in parts"
-ESTIMATORS = ("ema", "debiased")
-BOUNDARIES = ("batch", "empirical")
-
-# Keeps 0/0 out of the mask and changes nothing else: the smallest normal float32. Language-model gradients have
-# m² far below Adam's eps of 1e-8, so a mask that shares that eps is closed by it and not by the noise.
-SCALE_FREE_EPS = torch.finfo(torch.float32).tiny
+from .hyperparameters import Hyperparameters
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:
@@ -41,17 +31,6 @@ def n_rows(x: Tensor) -> int:
 def over_rows(q: Tensor, x: Tensor) -> Tensor:
     """One value a row, (rows,), so that it can be multiplied with `x`, in its dtype."""
     return q.to(x.dtype).view([-1] * (x.dim() > 0) + [1] * (x.dim() - 1))
-
-
-def boundary_alpha(boundary: str, alpha: float | None, batch_size: int | None, n_dataset: int | None) -> float:
-    """The factor alpha between a signal that counts and the noise of the batch mean.
-
-    1 for fresh batches (`"batch"`), b/(n-b) for batches of b drawn from n examples (`"empirical"`); a number given as
-    `alpha` overrides both. Source: Litman & Guo, arXiv 2605.01172, eq. 245.
-    """
-    if alpha is not None:
-        return alpha
-    return batch_size / (n_dataset - batch_size) if boundary == "empirical" else 1.0
 
 
 def averaging_variance(beta1: float, t: float | Tensor) -> float | Tensor:
@@ -83,24 +62,26 @@ class StepScalars(NamedTuple):
         """The entries of several parameter tensors."""
         return StepScalars(*([field[i] for i in positions] for field in self))
 
+    def tensors(self, device: torch.device) -> "StepScalars":
+        """Lists of numbers as vectors on a device; lists of 0-dim tensors as vectors where they are."""
 
-def step_scalars(
-    t: float | Tensor,
-    *,
-    beta1: float,
-    beta2: float,
-    rho: float,
-    estimator: str,
-    bias_correction: bool,
-    warmup_steps: int,
-    signal_beta: float | None = None,
-) -> StepScalars:
+        def vector(values: list) -> Tensor:
+            if isinstance(values[0], Tensor):
+                return torch.stack(values)
+            dtype = torch.bool if isinstance(values[0], bool) else statistics_dtype(device)
+            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+        return StepScalars(*map(vector, self))
+
+
+def step_scalars(t: float | Tensor, h: Hyperparameters) -> StepScalars:
     """The scalars of step `t`, counted from 1: a number, or a tensor of the steps of several parameter tensors."""
+    beta1, beta2, rho, signal_beta = h.beta1, h.beta2, h.variance_beta, h.signal_beta
     bias1 = 1 - beta1**t
     one = bias1 * 0 + 1  # as many as there are steps
     seen = t > 1
     floor = one
-    if estimator == "debiased":
+    if h.estimator == "debiased":
         # The estimate is bias-corrected by definition, whatever `bias_correction` says of the update. It starts at
         # t = 2, with the first gradient that has a mean to be compared with; until then S = N = 0, hence q = 0.
         before = _where(seen, t - 1, one)
@@ -114,68 +95,64 @@ def step_scalars(
     else:
         center = one
         weight = (1 - rho) * one
-        noise = 1 / (1 - rho**t) if bias_correction else one
-        signal = 1 / bias1**2 if bias_correction else one
+        noise = 1 / (1 - rho**t) if h.bias_correction else one
+        signal = 1 / bias1**2 if h.bias_correction else one
     return StepScalars(
-        bias1=bias1 if bias_correction else one,
-        bias2=1 - beta2**t if bias_correction else one,
+        bias1=bias1 if h.bias_correction else one,
+        bias2=1 - beta2**t if h.bias_correction else one,
         center=center,
         weight=weight,
         signal=signal,
         noise=noise,
         floor=floor,
         first=t == 1,
-        open=t <= warmup_steps,
+        open=t <= h.mask_warmup_steps,
     )
 
 
-def first_noise_ratio(beta1: float, rho: float, bias_correction: bool) -> float:
+def first_noise_ratio(h: Hyperparameters) -> float:
     """N/S of the `"ema"` estimator at t = 1, where both come from the one gradient seen: 1 when bias-corrected.
 
     Without the correction it is (1-rho)/(1-beta1)², which the defaults also make 1: rounded, so that a tie stays one
     and floating point does not decide a hard mask.
     """
-    return 1.0 if bias_correction else round((1 - rho) / (1 - beta1) ** 2, 12)
+    return 1.0 if h.bias_correction else round((1 - h.variance_beta) / (1 - h.beta1) ** 2, 12)
 
 
 def _where(condition, yes, no):
     return torch.where(condition, yes, no) if isinstance(condition, Tensor) else (yes if condition else no)
 
 
-def signal_and_noise(
-    mean_sq: Tensor, var: Tensor, c: StepScalars, *, estimator: str, first_ratio: float
-) -> tuple[Tensor, Tensor]:
-    """S and N from m² and s (or their means over a tensor or a row)."""
+def signal_and_noise(mean_sq: Tensor, var: Tensor, c: StepScalars, h: Hyperparameters) -> tuple[Tensor, Tensor]:
+    """S and N from m² and s, or from their means over units."""
     signal, noise = mean_sq * c.signal, var * c.noise
-    if estimator == "debiased":
+    if h.estimator == "debiased":
         return (signal - c.floor * noise).clamp(min=0), noise
-    return signal, _where(c.first, signal * first_ratio, noise)
+    return signal, _where(c.first, signal * first_noise_ratio(h), noise)
 
 
-def mask_values(signal: Tensor, noise: Tensor, *, mask: str, alpha: float, softness: float, mask_eps: float) -> Tensor:
+def mask_values(signal: Tensor, noise: Tensor, h: Hyperparameters) -> Tensor:
     """q from S and N. Source: Litman & Guo, arXiv 2605.01172, eqs. 241-243 (`hard`, `soft`, `snr`)."""
-    if mask == "snr":
-        return signal / (signal + softness * alpha * noise + mask_eps)
-    excess = signal - alpha * noise
-    if mask == "hard":
+    if h.mask == "snr":
+        return signal / (signal + h.softness * h.noise_weight * noise + h.mask_epsilon)
+    excess = signal - h.noise_weight * noise
+    if h.mask == "hard":
         return (excess > 0).to(signal.dtype)
     excess = excess.clamp(min=0)
-    return excess / (excess + softness * noise + mask_eps)
+    return excess / (excess + h.softness * noise + h.mask_epsilon)
 
 
-def compute_mask(
-    mean_sq: Tensor,
-    var: Tensor,
-    c: StepScalars,
-    *,
-    mask: str,
-    estimator: str,
-    alpha: float,
-    softness: float,
-    mask_eps: float,
-    first_ratio: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def compute_mask(mean_sq: Tensor, var: Tensor, c: StepScalars, h: Hyperparameters) -> tuple[Tensor, Tensor, Tensor]:
     """q, S and N at one step, each of the shape of `mean_sq`."""
-    signal, noise = signal_and_noise(mean_sq, var, c, estimator=estimator, first_ratio=first_ratio)
-    q = mask_values(signal, noise, mask=mask, alpha=alpha, softness=softness, mask_eps=mask_eps)
+    signal, noise = signal_and_noise(mean_sq, var, c, h)
+    q = mask_values(signal, noise, h)
     return _where(c.open, torch.ones_like(q), q), signal, noise
+
+
+def advance_units(means: Tensor, var: Tensor, c: StepScalars, h: Hyperparameters) -> tuple[Tensor, Tensor]:
+    """q and the next `grad_var` of units, each (n,), from their means of (g - center)² and m², (n, 2).
+
+    The mean over a unit commutes with the moving average, so `grad_var` of a unit is the average of the means.
+    """
+    var = h.variance_beta * var + c.weight * means[:, 0]
+    return compute_mask(means[:, 1], var, c, h)[0], var

@@ -1,7 +1,7 @@
 """PRM, Population Risk Minimization: AdamW whose update is scaled by how far the signal stands above the noise.
 
-The class validates, holds the state and dispatches. The mathematics is in `masks.py` and `step.py`; where the parts of
-a tensor live, in `prm_hf.sharding`.
+The class holds the state and dispatches. The algorithm is in `reference.py`, the engine of its steps in `plan.py`, the
+checks of its arguments in `hyperparameters.py`; where shards of a tensor live, `prm_hf.sharding` knows.
 """
 
 from collections.abc import Callable
@@ -11,46 +11,34 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
 
-from ..sharding import Locator, RowSpan
+from ..sharding import FlatVariances, Locator, deepspeed
 from . import masks
-from .parts import Part, hyperparameters, use_fused
-from .quantized import is_quantized, quantized_zeros, read, write
-from .statistics import group_table, mask_summary, mean_masks
-from .step import LOW_PRECISION, ListStep, tensor_masks
-from .tables import Tables
-from .validation import check_held_in_parts, check_reduction, check_signal_beta, validate_group
+from .hyperparameters import (
+    NAMES,
+    RENAMED,
+    Boundary,
+    Estimator,
+    Hyperparameters,
+    Mask,
+    Reduction,
+    StateDtype,
+    check_checkpoint_group,
+    normalize,
+)
+from .mask_stats import group_table, mask_summary, mean_masks
+from .plan import StepPlan
+from .state import check_state, load_state, new_state
 
 
-# What `__setstate__` gives to a group of a checkpoint that is older than the key.
-_GROUP_DEFAULTS = {
-    "rho": 0.99,
-    "softness": 1.0,
-    "batch_size": None,
-    "boundary": "batch",
-    "n_dataset": None,
-    "mask": "snr",
-    "reduction": "per_param",
-    "warmup_steps": 0,
-    "amsgrad": False,
-    "bias_correction": True,
-    "decoupled_weight_decay": True,
-    "alpha": None,
-    "estimator": "ema",
-    "signal_beta": None,
-    "mask_eps": None,
-    "maximize": False,
-    "foreach": None,
-    "fused": None,
-    "capturable": False,
-    "differentiable": False,
-    "state_dtype": "float32",
-}
-_STATE_KEYS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var", "exp_avg_signal")
 # Keys of ours in parameter groups, which wrappers and checkpoints carry along: the number that the group was created
 # with, and in checkpoints of flat partitions `grad_var` of all tensors or of all of their rows (DeepSpeed drops or
 # trims it in the state).
 _NUMBER = "prm_group"
 _VARIANCES = {"per_tensor": "prm_grad_var", "per_row": "prm_row_grad_var"}
+
+
+# What an optimizer meant that was pickled before a setting was there.
+_EARLIEST = {name: getattr(Hyperparameters, name) for name in NAMES} | {"reduction": "per_param", "estimator": "ema"}
 
 
 class PRM(Optimizer):
@@ -101,44 +89,51 @@ class PRM(Optimizer):
         params (iterable): parameters, `(name, parameter)` pairs, or dicts that define parameter groups.
         lr (`float` or `Tensor`): learning rate η.
         betas (`tuple[float, float]`): decay rates β1, β2 of `exp_avg` and `exp_avg_sq`, each in [0, 1).
-        rho (`float`): decay rate ρ of `grad_var`, in [0, 1).
         eps (`float`): ε in the denominator of Adam.
         weight_decay (`float`): λ_wd. It is not masked.
-        softness (`float`): λ, how strongly noise closes the mask.
-        batch_size (`int`, *optional*): b, examples an optimizer step sees over all processes and accumulation steps.
-            Needed by `boundary="empirical"`.
-        boundary (`str`): α: `"batch"` → 1, `"empirical"` → b/(n-b).
-        n_dataset (`int`, *optional*): n, examples in the training set. Needed by `boundary="empirical"`.
         mask (`str`): `"snr"`, `"soft"`, `"hard"` or `"none"`.
-        reduction (`str`): `"per_param"`, one q a scalar parameter; or `"per_tensor"`, one q a parameter tensor from
-            the means of S and N over it, with a single scalar of state beyond AdamW's; or `"per_row"`, one q a row
-            (dimension 0) of tensors of two dimensions and more and one of any other tensor, with as many numbers of
-            state.
-        warmup_steps (`int`): the first steps of each parameter that are plain AdamW (q = 1) while `grad_var` forms.
-        amsgrad (`bool`): use the maximum of `exp_avg_sq` so far.
-        bias_correction (`bool`): correct m, v and s for their start at zero.
-        decoupled_weight_decay (`bool`): `False` adds λ_wd·w to the gradient, as in Adam.
-        alpha (`float`, *optional*): α as a number; overrides `boundary`.
-        estimator (`str`): `"ema"` (the paper) or `"debiased"`.
+        reduction (`str`): how many mask values there are. `"per_row"`: one a row (dimension 0) of tensors of two
+            dimensions and more and one of any other tensor, from the means of S and N over it, with as many numbers
+            of state beyond AdamW's. `"per_tensor"`: one a parameter tensor. `"per_param"`: one a scalar parameter,
+            with a state of the parameter's shape. The paper has `"per_param"`.
+        estimator (`str`): `"debiased"`, or `"ema"` (the paper).
+        variance_beta (`float`): decay rate ρ of `grad_var`, in [0, 1).
         signal_beta (`float`, *optional*): β_S, decay rate in [0, 1) of a gradient average from which S is estimated,
             at 4 bytes a parameter; for `reduction="per_row"` with `estimator="debiased"`. By default S is estimated
             from `exp_avg`.
+        softness (`float`): λ, how strongly noise closes the mask.
+        boundary (`str`): α: `"batch"` → 1, `"empirical"` → b/(n-b).
+        alpha (`float`, *optional*): α as a number; overrides `boundary`.
+        batch_size (`int`, *optional*): b, examples an optimizer step sees over all processes and accumulation steps.
+            Needed by `boundary="empirical"`.
+        n_dataset (`int`, *optional*): n, examples in the training set. Needed by `boundary="empirical"`.
         mask_eps (`float`, *optional*): ε_q. The default is scale-free (the smallest normal float32); `1e-8` is the
             published behaviour, which closes the mask on the small gradients of language models.
+        mask_warmup_steps (`int`): the first steps of each parameter that are plain AdamW (q = 1) while `grad_var`
+            forms.
+        relative_eps (`float`, *optional*): ε in units of the clipped gradient's root mean square, in place of `eps`:
+            ε is `relative_eps` times `max_grad_norm`/√d, with d the scalar parameters of all groups over all
+            processes. A step is then 1 + `relative_eps` times as long as with this learning rate, so that it is about
+            as long as AdamW's.
+        max_grad_norm (`float`): the norm that gradients are clipped to; for `relative_eps` alone.
+        amsgrad (`bool`): use the maximum of `exp_avg_sq` so far.
+        bias_correction (`bool`): correct m, v and s for their start at zero.
+        decoupled_weight_decay (`bool`): `False` adds λ_wd·w to the gradient, as in Adam.
         maximize (`bool`): ascend.
         foreach (`bool`, *optional*): multi-tensor implementation; by default wherever `torch.optim.AdamW` uses it.
         fused (`bool`, *optional*): one Triton kernel for all tensors; by default on CUDA where Triton is installed,
             unless `foreach` or `differentiable` is set.
         capturable (`bool`): keep `step` on the device and let no value decide control flow, for CUDA graphs.
         differentiable (`bool`): let autograd run through the step.
-        state_dtype (`str`): how the moments are kept: `"float32"`; `"bf16"`, `exp_avg` in bfloat16; or `"8bit"`,
-            `exp_avg` and `exp_avg_sq` in torchao's 8-bit blocks (tensors of at least 4096 elements that are multiples
-            of 256). The step is computed in float32 and what is kept is rounded to the nearest once, at its end:
-            changes of `exp_avg` below 2^-9 of it are lost in bfloat16. `"bf16"` is not for DeepSpeed ZeRO and FSDP1,
-            `"8bit"` for whole tensors alone (one process, DDP).
+        state_dtype (`str` or `torch.dtype`): how the moments are kept: `"float32"`; `"bf16"`, `exp_avg` in bfloat16;
+            or `"8bit"`, `exp_avg` and `exp_avg_sq` in torchao's 8-bit blocks (tensors of at least 4096 elements that
+            are multiples of 256; not for `reduction="per_row"`). The step is computed in float32 and what is kept is
+            rounded to the nearest once, at its end: changes of `exp_avg` below 2^-9 of it are lost in bfloat16.
+            `"bf16"` is not for DeepSpeed ZeRO and FSDP1, `"8bit"` for whole tensors alone (one process, DDP).
+        rho (`float`, *optional*): an earlier name of `variance_beta`.
+        warmup_steps (`int`, *optional*): an earlier name of `mask_warmup_steps`.
 
-    Any of `mask`, `reduction`, `softness`, `alpha`, `estimator`, `signal_beta`, `rho`, `mask_eps`, `warmup_steps` and
-    the arguments of AdamW may differ between parameter groups.
+    All arguments may differ between parameter groups.
 
     State of a parameter: `step` (0-dim float32), `exp_avg`, `exp_avg_sq`, with `amsgrad` `max_exp_avg_sq` (the
     parameter's shape; float32 for bfloat16 and float16 parameters, or as `state_dtype` says) and, unless
@@ -162,53 +157,59 @@ class PRM(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        rho: float = 0.99,
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-        softness: float = 1.0,
-        batch_size: int | None = None,
-        boundary: str = "batch",
-        n_dataset: int | None = None,
-        mask: str = "snr",
-        reduction: str = "per_param",
-        warmup_steps: int = 0,
-        amsgrad: bool = False,
-        bias_correction: bool = True,
-        decoupled_weight_decay: bool = True,
+        lr: float | Tensor = Hyperparameters.lr,
+        betas: tuple[float, float] = Hyperparameters.betas,
         *,
-        alpha: float | None = None,
-        estimator: str = "ema",
-        signal_beta: float | None = None,
-        mask_eps: float | None = None,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        state_dtype: str = "float32",
+        eps: float = Hyperparameters.eps,
+        weight_decay: float = Hyperparameters.weight_decay,
+        mask: Mask = Hyperparameters.mask,
+        reduction: Reduction = Hyperparameters.reduction,
+        estimator: Estimator = Hyperparameters.estimator,
+        variance_beta: float = Hyperparameters.variance_beta,
+        signal_beta: float | None = Hyperparameters.signal_beta,
+        softness: float = Hyperparameters.softness,
+        boundary: Boundary = Hyperparameters.boundary,
+        alpha: float | None = Hyperparameters.alpha,
+        batch_size: int | None = Hyperparameters.batch_size,
+        n_dataset: int | None = Hyperparameters.n_dataset,
+        mask_eps: float | None = Hyperparameters.mask_eps,
+        mask_warmup_steps: int = Hyperparameters.mask_warmup_steps,
+        relative_eps: float | None = Hyperparameters.relative_eps,
+        max_grad_norm: float = Hyperparameters.max_grad_norm,
+        amsgrad: bool = Hyperparameters.amsgrad,
+        bias_correction: bool = Hyperparameters.bias_correction,
+        decoupled_weight_decay: bool = Hyperparameters.decoupled_weight_decay,
+        maximize: bool = Hyperparameters.maximize,
+        foreach: bool | None = Hyperparameters.foreach,
+        fused: bool | None = Hyperparameters.fused,
+        capturable: bool = Hyperparameters.capturable,
+        differentiable: bool = Hyperparameters.differentiable,
+        state_dtype: StateDtype | torch.dtype = Hyperparameters.state_dtype,
+        rho: float | None = None,
+        warmup_steps: int | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
             "betas": betas,
-            "rho": rho,
             "eps": eps,
             "weight_decay": weight_decay,
-            "softness": softness,
-            "batch_size": batch_size,
-            "boundary": boundary,
-            "n_dataset": n_dataset,
             "mask": mask,
             "reduction": reduction,
-            "warmup_steps": warmup_steps,
+            "estimator": estimator,
+            "variance_beta": variance_beta,
+            "signal_beta": signal_beta,
+            "softness": softness,
+            "boundary": boundary,
+            "alpha": alpha,
+            "batch_size": batch_size,
+            "n_dataset": n_dataset,
+            "mask_eps": mask_eps,
+            "mask_warmup_steps": mask_warmup_steps,
+            "relative_eps": relative_eps,
+            "max_grad_norm": max_grad_norm,
             "amsgrad": amsgrad,
             "bias_correction": bias_correction,
             "decoupled_weight_decay": decoupled_weight_decay,
-            "alpha": alpha,
-            "estimator": estimator,
-            "signal_beta": signal_beta,
-            "mask_eps": mask_eps,
             "maximize": maximize,
             "foreach": foreach,
             "fused": fused,
@@ -216,23 +217,26 @@ class PRM(Optimizer):
             "differentiable": differentiable,
             "state_dtype": state_dtype,
         }
-        self._start_unlocated()
-        super().__init__(params, defaults)
+        defaults |= {
+            name: value for name, value in (("rho", rho), ("warmup_steps", warmup_steps)) if value is not None
+        }
+        self._forget()
+        super().__init__(params, normalize(defaults))
 
-    def _start_unlocated(self) -> None:
+    def _forget(self) -> None:
+        """Starts with no groups, of which it is not known where they live."""
         self._locator = Locator()
-        self._created: list[dict[str, Any]] = []  # the settings of each group as they were given
-        self._tables = Tables(self._locator)
-        self._started = False
-        self._fused_tables: dict[tuple, Any] = {}  # of `fused.FusedStep`
-        self._plans: dict[tuple[int, ...], Any] = {}  # `plan.FusedPlan`, of what groups show at a step
+        self._deepspeed = deepspeed.LifeCycle(_NUMBER)
+        self._variances = FlatVariances(self._locator)
+        self._kernel_tables: dict[tuple, Any] = {}
+        self._plans: dict[tuple[int, ...], StepPlan] = {}  # by what groups show at a step
 
     def _register_group(self, group: dict[str, Any]) -> None:
         group[_NUMBER] = self._locator.register(group["params"])
-        self._created.append({key: value for key, value in group.items() if key != "params"})
+        self._deepspeed.created(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        validate_group({**self.defaults, **param_group})
+        Hyperparameters.of_group({**self.defaults, **normalize(param_group)})
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if not torch.is_floating_point(p):
@@ -246,14 +250,16 @@ class PRM(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_locator" not in self.__dict__:  # a pickled or copied optimizer
-            self._start_unlocated()
+            self._forget()
             for group in self.param_groups:
                 self._register_group(group)
-        self._plans, self._fused_tables = {}, {}  # of state that is no more
+        self._plans, self._kernel_tables = {}, {}  # of state that is no more
+        _rename(self.defaults)
         for number, group in enumerate(self.param_groups):
+            _rename(group)
             group.setdefault(_NUMBER, number)
-            for key, value in _GROUP_DEFAULTS.items():
-                group.setdefault(key, self.defaults.get(key, value))
+            for key, value in (_EARLIEST | self.defaults).items():
+                group.setdefault(key, value)
             for p in group["params"]:
                 p_state = self.state.get(p, {})
                 if p_state and not torch.is_tensor(p_state["step"]):
@@ -267,7 +273,7 @@ class PRM(Optimizer):
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
             for reduction, key in _VARIANCES.items():
-                if (table := self._tables.saved(reduction, group[_NUMBER])) is not None:
+                if (table := self._variances.saved(reduction, group[_NUMBER])) is not None:
                     group[key] = table
         return state_dict
 
@@ -282,32 +288,12 @@ class PRM(Optimizer):
         """
         if state_dict["state"]:
             for number, (ours, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
-                check_reduction(number, ours["reduction"], theirs.get("reduction", ours["reduction"]))
-                check_signal_beta(number, ours["signal_beta"], theirs.get("signal_beta"))
-        state_dtypes = [group["state_dtype"] for group in self.param_groups]
+                check_checkpoint_group(number, ours, theirs)
+        own = [{key: group[key] for key in (_NUMBER, "state_dtype")} for group in self.param_groups]
         super().load_state_dict(state_dict)
-        # torch casts floating-point state to the parameter's dtype: bfloat16 for state that we keep in float32, and
-        # float32 for the float64 `grad_var`. Take the saved values again in the precision that they were saved in.
-        # Copies, so that two optimizers never share the tensors that their steps change in place.
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [(p, group) for group in self.param_groups for p in group["params"]]
-        for group, state_dtype in zip(self.param_groups, state_dtypes, strict=True):
-            group["state_dtype"] = state_dtype
-        for saved_id, (p, group) in zip(saved_ids, params, strict=True):
-            if p in self.state:
-                # torch moves it to the device for any optimizer with `fused`, where ours would have to wait for it.
-                device = p.device if group["capturable"] else "cpu"
-                self.state[p]["step"] = self.state[p]["step"].clone().to(device)
-            for key in _STATE_KEYS:
-                saved = state_dict["state"].get(saved_id, {}).get(key)
-                if saved is None:
-                    continue
-                dtype = torch.promote_types(saved.dtype, _state_dtype(p))
-                if key != "grad_var" and (group["state_dtype"] != "float32" or is_quantized(saved)):
-                    self.state[p][key] = _new_moment(p, key, group["state_dtype"])
-                    write(self.state[p][key], saved if is_quantized(self.state[p][key]) else read(saved, dtype))
-                else:
-                    self.state[p][key] = saved.detach().clone().to(device=p.device, dtype=dtype)
+        for group, kept in zip(self.param_groups, own, strict=True):
+            group.update(kept)
+        load_state(self.param_groups, self.state, state_dict)
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -331,6 +317,60 @@ class PRM(Optimizer):
         self._step()
         return loss
 
+    # Traced into one graph, the step would be compiled anew whenever one of its scalars changes.
+    @torch._disable_dynamo
+    def _step(self) -> None:
+        self._absorb_loaded()
+        groups = [group for group in self.param_groups if group["params"]]
+        # DeepSpeed shows one group, or one part of a group, at a time
+        shown = tuple(id(group["params"][0]) for group in groups)
+        plan = self._plans.get(shown)
+        if plan is None or not plan.holds(groups, self.state):
+            plan = self._make_plan(groups, shown)
+        if self._locator.replaced and self._deepspeed.is_initialization(plan.gradients):
+            plan.drop_gradients()
+            return
+        plan.run(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+
+    def _make_plan(self, groups: list[dict[str, Any]], shown: tuple[int, ...]) -> StepPlan:
+        self._plans.pop(shown, None)
+        self._locate()
+        if not self._locator.flat:
+            self._plans.clear()
+        changes_masks = type(self).transform_unit_masks is not PRM.transform_unit_masks
+        self._plans[shown] = StepPlan(
+            groups,
+            self.state,
+            self._init_state,
+            self._locator,
+            self._variances,
+            self._kernel_tables,
+            self.transform_unit_masks if changes_masks else None,
+        )
+        return self._plans[shown]
+
+    def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        state = self.state[p]
+        if not state:
+            state.update(new_state(p, group, flat=self._locator.flat))
+        else:
+            check_state(state, group, flat=self._locator.flat)
+        return state
+
+    def transform_unit_masks(self, q: Tensor) -> Tensor:
+        """Changes the masks of a step; a hook for subclasses, which study what a mask does.
+
+        Called once a step, before the update, with the masks of all tensors (`per_tensor`) or rows (`per_row`) that
+        are stepped. A subclass that overrides it steps with the multi-tensor implementation.
+
+        Args:
+            q: the masks, float64 `(units,)`, in the order of the tensors.
+
+        Returns:
+            The masks to be used, of the same shape.
+        """
+        return q
+
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether GradScaler may leave it to the step to unscale gradients and to do nothing where they overflowed.
@@ -343,99 +383,25 @@ class PRM(Optimizer):
         self._locate()  # GradScaler asks before the first step
         return self._locator.layout is None
 
-    # Traced into one graph, the step would be compiled anew whenever one of its scalars changes.
-    @torch._disable_dynamo
-    def _step(self) -> None:
-        self._absorb_loaded()  # which changes settings
-        # DeepSpeed shows one group, or one part of a group, at a time
-        shown = tuple(id(group["params"][0]) for group in self.param_groups if group["params"])
-        if shown in self._plans:
-            if self._plans[shown].step(self.param_groups, self.state, self._tables.only()):
-                return
-            del self._plans[shown]
-        self._locate()
-        parts = [part for group in self.param_groups for part in self._parts(group)]
-        if self._is_initialization(parts):
-            return
-        counters = {id(step): step for part in parts for step in part.counters}
-        if counters:
-            torch._foreach_add_(list(counters.values()), 1)
-        halves = [(part, self._list_step(part) if part else None) for part in parts]
-        if self._locator.layout is None:
-            # No other process has a part of these tensors, so that a fused step needs no pause between its halves.
-            found_inf = getattr(self, "found_inf", None)
-            for part, step in halves:
-                if part.fused:
-                    step.whole(None if found_inf is None else found_inf.to(part.device, non_blocking=True))
-            if found_inf is not None:  # 1 where the step was skipped
-                torch._foreach_sub_(list(counters.values()), [found_inf] * len(counters))
-            halves = [(part, step) for part, step in halves if not part.fused]
-        sums = [step and step.moments() for _, step in halves]
-        for (_, step), q in zip(halves, self._tensor_masks([part for part, _ in halves], sums), strict=True):
-            if step:
-                step.update(q)
-        self._make_plan(shown, parts)
-
-    def _list_step(self, part: Part) -> Any:
-        if part.fused:
-            from .fused import FusedStep
-
-            lists = part.lists
-            if part.tensors and self._locator.layout is None:  # the kernel itself advances `grad_var`
-                lists = lists | {"grad_vars": [grad_var for _, grad_var, _ in part.tensors.values()]}
-            return FusedStep(lists, part.hyper, self._fused_tables, getattr(self, "grad_scale", None))
-        return ListStep(**part.lists, hyper=part.hyper, foreach=part.foreach)
-
-    def _make_plan(self, shown: tuple[int, ...], parts: list[Part]) -> None:
-        """Prepares the next steps of the groups that are shown, if they can be expected to be just like this one."""
-        if not self._locator.flat:
-            self._plans.clear()
-        if not parts or not all(part.fused and not part.hyper["capturable"] for part in parts):
-            return
-        if len(self._tables.variances) > 1:
-            return
-        if any(step.device.type != "cpu" for part in parts for step in part.counters):
-            return
-        if self._locator.layout is not None and len({part.device for part in parts}) > 1:
-            return
-        groups = [group for group in self.param_groups if group["params"]]
-        if any(p.grad is None for group in groups for p in group["params"]):
-            return
-        if not all(type(grad) is Tensor and grad.is_contiguous() for part in parts for grad in part.lists["grads"]):
-            return
-        if any(len({self.state[p]["step"].item() for p in group["params"]}) > 1 for group in groups):
-            return
-        from .plan import FusedPlan
-
-        self._plans[shown] = FusedPlan(groups, self.state, self._locator, self._tables.only())
-        self._fused_tables.clear()
-
-    def _tensor_masks(self, parts: list[Part], sums: list[Tensor | None]) -> list[Tensor | None]:
-        """q of each slice of each part, or of each of its rows; None for parts that decide on their masks."""
-        if self._locator.layout is not None:
-            return self._tables.decide(parts, sums)
-        return [
-            tensor_masks(x, *map(list, zip(*part.tensors.values(), strict=True)), part.hyper) if part.tensors else None
-            for part, x in zip(parts, sums, strict=True)
-        ]
-
     def _locate(self) -> None:
         self._absorb_loaded()
         self._locator.locate([(group[_NUMBER], group["params"]) for group in self.param_groups])
-        if self._locator.layout is not None:
-            for group in self.param_groups:
-                check_held_in_parts(group["reduction"], group["state_dtype"], self._locator.layout.path)
-                if self._tables.in_rows(group):
-                    self._tables.check_rows(self._locator.numbers(group[_NUMBER]))
-        if self._locator.flat:
-            self._unshare_steps()
-        masked = [group for group in self.param_groups if group["mask"] != "none"]
+        layout = self._locator.layout
+        if layout is None:
+            return
+        for group in self.param_groups:
+            layout.path.check(group["reduction"], group["state_dtype"])
+            if group["mask"] != "none" and group["reduction"] == "per_row":
+                layout.check_rows(self._locator.numbers(group[_NUMBER]))
+        if not layout.flat:
+            return
+        deepspeed.unshare_steps(self.state)
         for reduction in _VARIANCES:
-            groups = [group for group in masked if group["reduction"] == reduction]
-            if self._locator.flat and groups:
-                if self._tables.is_new(reduction):
+            groups = [g for g in self.param_groups if g["mask"] != "none" and g["reduction"] == reduction]
+            if groups:
+                if self._variances.is_new(reduction):
                     self._check_is_fresh(groups, reduction)
-                self._tables.place(reduction)
+                self._variances.place(reduction, masks.statistics_dtype(layout.locals[0].device))
 
     def _check_is_fresh(self, groups: list[dict[str, Any]], reduction: str) -> None:
         """Raises if a checkpoint gave these groups a state and no table of variances."""
@@ -449,127 +415,13 @@ class PRM(Optimizer):
     def _absorb_loaded(self) -> None:
         """Takes over what a checkpoint put into the parameter groups, however DeepSpeed put it there."""
         for group in self.param_groups:
-            created = self._created[group[_NUMBER]]
-            check_reduction(group[_NUMBER], created["reduction"], group["reduction"])
-            check_signal_beta(group[_NUMBER], created.get("signal_beta"), group["signal_beta"])
-        numbers = [group[_NUMBER] for group in self.param_groups]
-        if len(numbers) == len(self._created) > 1 and numbers != list(range(len(numbers))):
-            # DeepSpeed's stage-3 universal load copies the settings of the first group to every other. The learning
-            # rate is a schedule's: keep its progress.
-            first, created_lr = self.param_groups[0], self._created[0]["lr"]
-            progress = {key: first[key] / created_lr for key in ("lr", "initial_lr") if key in first and created_lr}
-            for group, created in zip(self.param_groups, self._created, strict=True):
-                group.update(created)
-                group.update({key: created["lr"] * value for key, value in progress.items()})
+            _rename(group)
+            check_checkpoint_group(group[_NUMBER], self._deepspeed.settings(group), group)
+        self._deepspeed.restore_groups(self.param_groups)
         for group in self.param_groups:
             for reduction, key in _VARIANCES.items():
                 if key in group:
-                    self._tables.load(reduction, group[_NUMBER], group.pop(key))
-
-    def _unshare_steps(self) -> None:
-        """DeepSpeed's stage-3 universal load gives all sub-groups the same `step`, which each would then advance."""
-        seen = set()
-        for state in filter(None, self.state.values()):
-            if id(state["step"]) in seen:
-                state["step"] = state["step"].clone()
-            seen.add(id(state["step"]))
-
-    def _is_initialization(self, parts: list[Part]) -> bool:
-        """Whether this step is DeepSpeed's stage 0 in half precision allocating the state with zero gradients.
-
-        It steps on clones of the parameters, which is how it is told from a user's step.
-        """
-        if not self._locator.replaced or self._started:
-            return False
-        self._started = any(grad.any() for part in parts for grad in part.lists["grads"])
-        return not self._started
-
-    def _parts(self, group: dict[str, Any]) -> list[Part]:
-        """The tensors of a group that have a gradient, in slices that each lie in one original tensor."""
-        hyper = hyperparameters(group)
-        per_tensor = group["mask"] != "none" and group["reduction"] == "per_tensor"
-        in_rows = self._tables.in_rows(group)
-        if in_rows:
-            hyper["reduction"] = masks.ROWS_IN_PARTS
-        split = (per_tensor or in_rows) and self._locator.flat
-        parts: dict[tuple, Part] = {}
-        for p in group["params"]:
-            grad = p.grad
-            if grad is None:
-                # FSDP1 gives no gradient to a process that holds nothing of a tensor, but its sums must add up.
-                if self._locator.layout is None or p.numel() > 0:
-                    continue
-                grad = torch.zeros_like(p)
-            if grad.is_sparse:
-                raise ValueError(
-                    "PRM does not support sparse gradients, and a parameter of shape "
-                    f"{tuple(p.shape)} has one: create its embedding with `sparse=False`."
-                )
-            state = self._init_state(p, group, split)
-            tensors = {"params": p, "exp_avgs": state["exp_avg"], "exp_avg_sqs": state["exp_avg_sq"]}
-            if group["amsgrad"]:
-                tensors["max_exp_avg_sqs"] = state["max_exp_avg_sq"]
-            if group["mask"] != "none" and not per_tensor:
-                if not in_rows:
-                    tensors["grad_vars"] = state["grad_var"]
-                if group["signal_beta"] is not None:
-                    tensors["exp_avg_signals"] = state["exp_avg_signal"]
-            key = (p.device, state["exp_avg"].dtype, state["exp_avg_sq"].dtype, p.dtype, grad.dtype)
-            if key not in parts:
-                parts[key] = Part(hyper, group["foreach"], p.device)
-            part = parts[key]
-            part.counters.append(state["step"])
-            if in_rows:
-                spans, lists = self._locator.row_slices(p, tensors | {"grads": grad.contiguous()})
-                part.extend([span.tensor for span in spans], lists, state["step"])
-                part.spans += spans
-                part.tensors |= self._tables.advancing(p, state, in_rows=True)
-                continue
-            numbers, lists = self._locator.slices(p, tensors | {"grads": grad}, split)
-            part.extend(numbers, lists, state["step"])
-            if per_tensor and self._locator.layout is None:
-                part.tensors[part.owners[-1]] = (p.numel(), state["grad_var"], state["step"])
-            elif per_tensor:
-                part.spans += [RowSpan(number, 0, 1) for number in numbers]
-                part.tensors |= self._tables.advancing(p, state, in_rows=False)
-        for part in parts.values():
-            part.fused = bool(part) and use_fused(group, part.lists)
-        return list(parts.values())
-
-    def _init_state(self, p: Tensor, group: dict[str, Any], split: bool) -> dict[str, Tensor]:
-        state = self.state[p]
-        masked = group["mask"] != "none"
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if group["capturable"] else "cpu")
-            for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]:
-                state[key] = _new_moment(p, key, group["state_dtype"])
-            if masked and group["reduction"] == "per_param":
-                state["grad_var"] = torch.zeros_like(p, dtype=_state_dtype(p), memory_format=torch.preserve_format)
-            elif masked and not split:
-                shape = (masks.n_rows(p),) if group["reduction"] == "per_row" else ()
-                state["grad_var"] = torch.zeros(shape, dtype=masks.statistics_dtype(p.device), device=p.device)
-            if masked and group["signal_beta"] is not None:
-                state["exp_avg_signal"] = _new_moment(p, "exp_avg_signal", group["state_dtype"])
-        elif self._locator.flat and group["amsgrad"] and "max_exp_avg_sq" not in state:
-            raise ValueError(
-                "The checkpoint has no `max_exp_avg_sq`, which DeepSpeed's universal checkpoints do not keep: resume "
-                "the original one on as many processes as wrote it, or train with amsgrad=False."
-            )
-        elif self._locator.flat and group["signal_beta"] is not None and masked and "exp_avg_signal" not in state:
-            raise ValueError(
-                "The checkpoint has no `exp_avg_signal` of signal_beta, which DeepSpeed's universal checkpoints do "
-                "not keep: resume the original one on as many processes as wrote it, or train with signal_beta=None."
-            )
-        elif masked and not split and "grad_var" not in state:
-            raise ValueError(
-                "The checkpoint has no `grad_var` of reduction='per_param', which DeepSpeed's universal checkpoints "
-                "do not keep: resume the original one on as many processes as wrote it, or train with "
-                "reduction='per_tensor', whose `grad_var` they keep."
-                if self._locator.flat
-                else f"mask={group['mask']!r} is set on a group whose state has no `grad_var`. To start with plain "
-                "AdamW set `warmup_steps` instead of mask='none'."
-            )
-        return state
+                    self._variances.load(reduction, group[_NUMBER], group.pop(key))
 
     @torch.no_grad()
     def get_mask_stats(self, per_group: bool = False) -> dict[str, float] | list[dict[str, float]]:
@@ -584,7 +436,7 @@ class PRM(Optimizer):
 
         Returns:
             `mean_q`, `min_q`, `max_q` over scalar parameters; `active_fraction`, the share of them with q > 0;
-            `parameter_count`, the scalar parameters that have been trained; `signal_sq` and `noise_scale`, the means
+            `parameter_count`, the scalar parameters that have been trained; `signal_sq` and `noise_sq`, the means
             of S and N over the masked ones (squared gradient units), and `snr`, their ratio; `nonfinite_count`, the
             scalar parameters that an infinite or NaN gradient has reached. Before the first step, and for S and N
             where every mask is `"none"`, the means are NaN.
@@ -605,7 +457,7 @@ class PRM(Optimizer):
 
     def _mask_tables(self) -> list[tuple[Tensor, bool]]:
         groups = [(group, self._locator.local_tensors(group[_NUMBER], group["params"])) for group in self.param_groups]
-        return [group_table(group, params, self.state, self._locator, self._tables) for group, params in groups]
+        return [group_table(group, params, self.state, self._locator, self._variances) for group, params in groups]
 
     def describe_sharding(self) -> str | None:
         """How many tensors are trained, with which masks, and how they are held; None before the first step.
@@ -620,17 +472,12 @@ class PRM(Optimizer):
             number, path = sum(map(bool, self.state.values())), "as whole tensors"
         else:
             number = len({number for members in layout.members.values() for number in members})
-            path = f"under {layout.path}"
+            path = f"under {layout.path.value}"
         return f"{number} tensors with {' and '.join(reductions)} masks {path}"
 
 
-def _state_dtype(param: Tensor) -> torch.dtype:
-    return torch.float32 if param.dtype in LOW_PRECISION else param.dtype
-
-
-def _new_moment(param: Tensor, key: str, state_dtype: str) -> Tensor:
-    """Zeros for a state of a parameter's shape, as `state_dtype` says that it is kept."""
-    if state_dtype == "8bit" and param.dtype != torch.float64:
-        return quantized_zeros(param, signed=key == "exp_avg")
-    dtype = torch.bfloat16 if state_dtype == "bf16" and key == "exp_avg" else _state_dtype(param)
-    return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+def _rename(group: dict[str, Any]) -> None:
+    """Gives a group of an earlier version's checkpoint today's names."""
+    for old, new in RENAMED.items():
+        if old in group:
+            group[new] = group.pop(old)

@@ -1,7 +1,19 @@
 """Where a tensor lives under DDP, FSDP and DeepSpeed. This room imports torch alone and knows no optimizer."""
 
-from .layout import Layout, Piece, RowSpan, find_layout, local_tensor, local_tensors
+from .layout import Layout, Segment, ShardingPath, UnitRange, find_layout, local_tensor, local_tensors
 from .locator import Locator
+from .unit_masks import FlatVariances, UnitTable
 
 
-__all__ = ["Layout", "Locator", "Piece", "RowSpan", "find_layout", "local_tensor", "local_tensors"]
+__all__ = [
+    "FlatVariances",
+    "Layout",
+    "Locator",
+    "Segment",
+    "ShardingPath",
+    "UnitRange",
+    "UnitTable",
+    "find_layout",
+    "local_tensor",
+    "local_tensors",
+]

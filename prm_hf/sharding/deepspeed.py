@@ -1,6 +1,12 @@
-"""Which DeepSpeed configurations leave the optimizer alone. (How its flat buffers are read is in `layout.py`.)"""
+"""DeepSpeed: which configurations leave the optimizer alone, and what else it does to an optimizer.
 
+(How its flat buffers are read is in `layout.py`.)
+"""
+
+from collections.abc import Iterable
 from typing import Any
+
+from torch import Tensor
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -65,3 +71,56 @@ def check_config(config: dict[str, Any]) -> None:
 
 def _device(offload: dict[str, Any]) -> str:
     return str(offload.get("device") or "none")
+
+
+class LifeCycle:
+    """What DeepSpeed does to an optimizer outside its steps, seen and mended.
+
+    Args:
+        number_key: the key of a parameter group under which the optimizer keeps the group's number.
+    """
+
+    def __init__(self, number_key: str) -> None:
+        self._number_key = number_key
+        self._created: list[dict[str, Any]] = []
+        self._started = False
+
+    def created(self, group: dict[str, Any]) -> None:
+        """Takes note of the settings that a group was created with."""
+        self._created.append({key: value for key, value in group.items() if key != "params"})
+
+    def settings(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The settings that a group was created with."""
+        return self._created[group[self._number_key]]
+
+    def restore_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Gives each group its own settings again, where all have those of the first.
+
+        DeepSpeed's stage-3 universal load copies them, with the number of the group. The learning rate is a
+        schedule's: its progress is kept.
+        """
+        numbers = [group[self._number_key] for group in groups]
+        if len(groups) != len(self._created) or len(set(numbers)) == len(numbers):
+            return
+        first, created_lr = groups[0], self._created[0]["lr"]
+        progress = {key: first[key] / created_lr for key in ("lr", "initial_lr") if key in first and created_lr}
+        for group, created in zip(groups, self._created, strict=True):
+            group.update(created)
+            group.update({key: created["lr"] * value for key, value in progress.items()})
+
+    def is_initialization(self, gradients: Iterable[Tensor]) -> bool:
+        """Whether a step on clones of the parameters is one by which stage 0 in half precision allocates the state.
+
+        It has zero gradients, and comes before the first real step.
+        """
+        self._started = self._started or any(bool(grad.any()) for grad in gradients)
+        return not self._started
+
+
+def unshare_steps(state: dict[Tensor, dict[str, Tensor]]) -> None:
+    """DeepSpeed's stage-3 universal load gives all sub-groups the same `step`, which each would then advance."""
+    seen = set()
+    for entry in filter(None, state.values()):
+        if id(entry["step"]) in seen:
+            entry["step"] = entry["step"].clone()
+        seen.add(id(entry["step"]))

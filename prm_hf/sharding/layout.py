@@ -7,6 +7,7 @@ keep, and annotate) and never from shapes alone; the sizes found are added up ov
 true ones, so that a mistake is an error and not a wrong statistic.
 """
 
+import enum
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,7 +23,39 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from .fsdp import FLAT_PARAMETERS
 
 
-class Piece(NamedTuple):
+class ShardingPath(enum.Enum):
+    """What holds the parameters. The values are for people."""
+
+    FSDP1 = "FSDP1 (use_orig_params)"
+    FSDP2 = "FSDP2"
+    ZERO_12 = "DeepSpeed ZeRO-1/2"
+    ZERO_3 = "DeepSpeed ZeRO-3"
+
+    @classmethod
+    def of_zero(cls, stage: int) -> "ShardingPath | None":
+        """The path of a DeepSpeed configuration; None for stage 0, which leaves tensors whole."""
+        return {0: None, 1: cls.ZERO_12, 2: cls.ZERO_12, 3: cls.ZERO_3}[stage]
+
+    def check(self, reduction: str, state_dtype: str) -> None:
+        """Raises ValueError for what can't be had where this path shards tensors.
+
+        FSDP1 keeps to itself where in a tensor a shard begins. DeepSpeed's flat buffers and FSDP1's optimizer state
+        are converted and moved by these libraries as float32, and blocks of 8-bit values do not end where shards do.
+        """
+        if reduction == "per_row" and self is ShardingPath.FSDP1:
+            raise ValueError(
+                f"Invalid reduction='per_row': it is not supported under {self.value}, which does not say which rows "
+                "of a tensor a process holds. Use FSDP2 (`fsdp_version: 2`), or reduction='per_tensor'."
+            )
+        if state_dtype == "8bit" or (state_dtype == "bf16" and self is not ShardingPath.FSDP2):
+            raise ValueError(
+                f"Invalid state_dtype={state_dtype!r}: it is not supported under {self.value}. Use "
+                "state_dtype='float32'; or FSDP2, where 'bf16' works; or one process or DDP, where every state_dtype "
+                "does."
+            )
+
+
+class Segment(NamedTuple):
     """Elements [start, start + length) of a local tensor, flattened: a slice of original tensor number `tensor`.
 
     It begins at element `offset` of that tensor, flattened; a shard that is no flat buffer, and need not be contiguous
@@ -35,10 +68,11 @@ class Piece(NamedTuple):
     offset: int = 0
 
 
-class RowSpan(NamedTuple):
-    """Rows [first, first + count) of original tensor number `tensor`, or a part of one row.
+class UnitRange(NamedTuple):
+    """Units [first, first + count) of original tensor number `tensor`, or a part of one unit.
 
-    A tensor of two dimensions and more has as many rows as its first is long, any other is one row.
+    A unit has one mask value. With masks of rows it is a row of a tensor of two dimensions and more, and all of any
+    other tensor; with masks of tensors it is the tensor.
     """
 
     tensor: int
@@ -51,23 +85,23 @@ class Layout:
     """The sharded tensors of an optimizer. Numbers count its original tensors, group by group.
 
     Attributes:
-        path: what holds the parameters, for people.
+        path: what holds the parameters.
         numels: elements of each original tensor, over all processes.
         rows: rows of each original tensor; 0 where it is not known which of them a process holds.
         process_groups: of each original tensor, the groups over which its parts have to be added up.
-        pieces: by id of a local tensor, the slices in it.
+        segments: by id of a local tensor, the slices in it.
         members: by id of a local tensor, the original tensors that advance when it is stepped. More than those in
-            `pieces`, where a process holds nothing of a tensor.
+            `segments`, where a process holds nothing of a tensor.
         flat: whether local tensors are flat buffers of many original tensors.
         locals: the local tensors; holding them keeps their ids unique.
     """
 
-    path: str
+    path: ShardingPath
     flat: bool
     numels: list[int]
     process_groups: list[tuple[dist.ProcessGroup, ...]]
     rows: list[int] = field(default_factory=list)
-    pieces: dict[int, list[Piece]] = field(default_factory=dict)
+    segments: dict[int, list[Segment]] = field(default_factory=dict)
     members: dict[int, list[int]] = field(default_factory=dict)
     locals: list[Tensor] = field(default_factory=list)
     # By device of a table and tensors of its rows, the rows of each different set of groups
@@ -76,10 +110,23 @@ class Layout:
     def merge(self, other: "Layout") -> None:
         """Takes over the local tensors of another layout of the same original tensors."""
         for local in other.locals:
-            self.add(local, other.pieces[id(local)], other.members[id(local)])
+            self.add(local, other.segments[id(local)], other.members[id(local)])
 
-    def add(self, local: Tensor, pieces: list[Piece], members: list[int]) -> None:
-        self.pieces[id(local)] = pieces
+    def units(self, tensor: int, reduction: str) -> int:
+        """How many mask values an original tensor has with `reduction` `"per_tensor"` or `"per_row"`."""
+        return self.rows[tensor] if reduction == "per_row" else 1
+
+    def check_rows(self, tensors: Iterable[int]) -> None:
+        """Raises ValueError where it is not known which rows of a tensor a process holds."""
+        for number in tensors:
+            if number < len(self.rows) and not self.rows[number] and self.numels[number]:
+                raise ValueError(
+                    f"Invalid reduction='per_row': under {self.path.value} it is not known which rows of tensor "
+                    f"{number} a process holds; use 'per_tensor'."
+                )
+
+    def add(self, local: Tensor, segments: list[Segment], members: list[int]) -> None:
+        self.segments[id(local)] = segments
         self.members[id(local)] = members
         self.locals.append(local)
 
@@ -112,9 +159,9 @@ class Layout:
     def verify(self) -> None:
         """Adds up over the processes how many elements of each tensor were found; raises if any is missing."""
         counts = torch.zeros(len(self.numels), 1, dtype=torch.float64)
-        for pieces in self.pieces.values():
-            for piece in pieces:
-                counts[piece.tensor] += piece.length
+        for segments in self.segments.values():
+            for segment in segments:
+                counts[segment.tensor] += segment.length
         numbers = sorted({tensor for members in self.members.values() for tensor in members})
         found = counts[numbers]
         self.all_reduce(found, numbers)
@@ -125,9 +172,9 @@ class Layout:
         ]
         if wrong:
             raise RuntimeError(
-                f"PRM could not find the borders of the parameter tensors under {self.path} ({'; '.join(wrong[:3])}"
-                f"{'; …' if len(wrong) > 3 else ''}), so reduction='per_tensor' would be wrong. Use "
-                "reduction='per_param', and please report the versions of torch and deepspeed."
+                f"PRM could not find the borders of the parameter tensors under {self.path.value} "
+                f"({'; '.join(wrong[:3])}{'; …' if len(wrong) > 3 else ''}), so reduction='per_tensor' would be wrong. "
+                "Use reduction='per_param', and please report the versions of torch and deepspeed."
             )
 
 
@@ -180,7 +227,7 @@ def local_tensors(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _dtensor_layout(groups: list[tuple[int, list[Tensor]]]) -> Layout:
-    layout = Layout(path="FSDP2", flat=False, numels=[], process_groups=[])
+    layout = Layout(path=ShardingPath.FSDP2, flat=False, numels=[], process_groups=[])
     for number, p in enumerate(p for _, params in groups for p in params):
         process_groups = ()
         if isinstance(p, DTensor):
@@ -198,7 +245,7 @@ def _dtensor_layout(groups: list[tuple[int, list[Tensor]]]) -> Layout:
                 _, start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
                 offset = start[0] * math.prod(p.shape[1:])
         layout.rows.append(rows)
-        layout.add(p, [Piece(number, 0, local_tensor(p).numel(), offset)], [number])
+        layout.add(p, [Segment(number, 0, local_tensor(p).numel(), offset)], [number])
     layout.verify()
     return layout
 
@@ -209,10 +256,10 @@ def _fsdp1_layout(groups: list[tuple[int, list[Tensor]]]) -> Layout:
     The true sizes are not to be had from the views, so they are what the processes' views add up to. With hybrid
     sharding that counts each replica, in the sums over a tensor as well, which leaves the means right.
     """
-    layout = Layout(path="FSDP1 (use_orig_params)", flat=False, numels=[], process_groups=[])
+    layout = Layout(path=ShardingPath.FSDP1, flat=False, numels=[], process_groups=[])
     for number, p in enumerate(p for _, params in groups for p in params):
         layout.process_groups.append((dist.group.WORLD,))
-        layout.add(p, [Piece(number, 0, p.numel())], [number])
+        layout.add(p, [Segment(number, 0, p.numel())], [number])
     counts = torch.tensor([[p.numel()] for p in layout.locals], dtype=torch.float64)
     layout.all_reduce(counts, list(range(len(counts))))
     layout.numels = [int(count) for count in counts[:, 0].tolist()]
@@ -240,7 +287,7 @@ def _zero12_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[T
     `_hp_mapping` is wrong.
     """
     parameters = [p for group in originals for p in group]
-    layout = Layout(path="DeepSpeed ZeRO-1/2", flat=True, numels=[p.numel() for p in parameters], process_groups=[])
+    layout = Layout(path=ShardingPath.ZERO_12, flat=True, numels=[p.numel() for p in parameters], process_groups=[])
     layout.process_groups = [(p._dp_group,) if hasattr(p, "_dp_group") else () for p in parameters]
     layout.rows = [_n_rows(p.shape) for p in parameters]
     flats = dict(groups)
@@ -258,13 +305,13 @@ def _zero12_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[T
                 "Use reduction='per_param', and please report the version of deepspeed."
             )
         begin = dist.get_rank(group=members[0][1]._dp_group) * flat.numel()
-        pieces = []
+        segments = []
         for number, p in members:
             start = max(p.storage_offset(), begin)
             stop = min(p.storage_offset() + p.numel(), begin + flat.numel())
             if stop > start:
-                pieces.append(Piece(number, start - begin, stop - start, start - p.storage_offset()))
-        layout.add(flat, pieces, [number for number, _ in members])
+                segments.append(Segment(number, start - begin, stop - start, start - p.storage_offset()))
+        layout.add(flat, segments, [number for number, _ in members])
     layout.verify()
     return layout
 
@@ -285,10 +332,10 @@ def _zero3_layout(originals: list[list[Tensor]]) -> Layout:
         offset = dist.get_rank(group=process_group) * share
         length = min(max(p.ds_numel - offset, 0), share)
         flat = zero.fp32_partitioned_groups_flat[sub_group]
-        by_sub_group.setdefault(sub_group, (flat, []))[1].append(Piece(number, start, length, offset))
-    layout = Layout("DeepSpeed ZeRO-3", flat=True, numels=numels, process_groups=process_groups, rows=rows)
-    for _, (flat, pieces) in sorted(by_sub_group.items()):
-        layout.add(flat, [piece for piece in pieces if piece.length], [piece.tensor for piece in pieces])
+        by_sub_group.setdefault(sub_group, (flat, []))[1].append(Segment(number, start, length, offset))
+    layout = Layout(ShardingPath.ZERO_3, flat=True, numels=numels, process_groups=process_groups, rows=rows)
+    for _, (flat, segments) in sorted(by_sub_group.items()):
+        layout.add(flat, [segment for segment in segments if segment.length], [segment.tensor for segment in segments])
     layout.verify()
     return layout
 

@@ -2,11 +2,36 @@
 
 import weakref
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
 
-from .layout import Layout, RowSpan, find_layout, local_tensor
+from .layout import Layout, ShardingPath, UnitRange, find_layout, local_tensor
+
+
+class Slice(NamedTuple):
+    """A slice of a local tensor that lies in one original tensor.
+
+    Attributes:
+        units: which units of which tensor it holds. For a whole tensor its number is None.
+        start, length: its elements in the flattened local tensor.
+        shape: how a step sees it; None for the local tensor as it is.
+    """
+
+    units: UnitRange
+    start: int
+    length: int
+    shape: tuple[int, ...] | None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The slice of a tensor that is shaped as the local one; shares its memory."""
+        tensor = local_tensor(tensor)
+        if self.shape is None:
+            return tensor
+        if self.length == tensor.numel():
+            return tensor.view(self.shape)
+        return tensor.narrow(0, self.start, self.length).view(self.shape)
 
 
 class Locator:
@@ -20,6 +45,7 @@ class Locator:
     def __init__(self) -> None:
         # Weak, because FSDP2 replaces them and their memory must go.
         self._originals: list[list[weakref.ref]] = []
+        self._numels: list[int] = []
         self._known: dict[int, Tensor] = {}  # by id, and holding them, so that an id stays theirs
         self.layout: Layout | None = None
         self.replaced = False
@@ -27,6 +53,7 @@ class Locator:
     def register(self, params: list[Tensor]) -> int:
         """Takes note of a new parameter group and returns its number."""
         self._originals.append([weakref.ref(p) for p in params])
+        self._numels += [getattr(p, "ds_numel", p.numel()) for p in params]  # under ZeRO-3 a parameter may be empty
         return len(self._originals) - 1
 
     def locate(self, groups: list[tuple[int, list[Tensor]]]) -> None:
@@ -53,47 +80,40 @@ class Locator:
         """Whether the tensors are flat buffers in which many original tensors lie."""
         return self.layout is not None and self.layout.flat
 
-    def slices(
-        self, p: Tensor, tensors: dict[str, Tensor], split: bool
-    ) -> tuple[list[int | None], dict[str, list[Tensor]]]:
-        """This process' slices of tensors shaped as local tensor `p`: their original tensors' numbers; each by name.
+    @property
+    def n_parameters(self) -> int:
+        """The scalar parameters of all original tensors, over all processes."""
+        numels = self._numels
+        if self.layout is not None and self.layout.path is ShardingPath.FSDP1:
+            numels = self.layout.numels  # an optimizer of shards was given these alone
+        return sum(numels)
 
-        Without a layout there is one slice, and None for its number; a flat buffer is only taken apart with `split`.
+    def slices(self, p: Tensor, by_rows: bool = False, split: bool = True) -> list[Slice]:
+        """This process' slices of local tensor `p`, each in one original tensor.
+
+        Args:
+            by_rows: slices are matrices of whole rows, or of a part of one row.
+            split: whether a flat buffer is taken apart; else it is one slice.
         """
-        tensors = {name: local_tensor(tensor) for name, tensor in tensors.items()}
-        if split and self.flat:
-            pieces = self.layout.pieces[id(p)]
-            return [piece.tensor for piece in pieces], {
-                name: [tensor.narrow(0, piece.start, piece.length) for piece in pieces]
-                for name, tensor in tensors.items()
-            }
-        number = None if self.layout is None else self.members(p)[0]
-        return [number], {name: [tensor] for name, tensor in tensors.items()}
+        if self.layout is None or (self.flat and not split):
+            number = None if self.layout is None else self.members(p)[0]
+            return [Slice(UnitRange(number, 0, 1), 0, p.numel(), None)]
+        return [piece for segment in self.layout.segments[id(p)] for piece in self._slices_of(p, segment, by_rows)]
 
-    def row_slices(self, p: Tensor, tensors: dict[str, Tensor]) -> tuple[list[RowSpan], dict[str, list[Tensor]]]:
-        """This process' slices of tensors shaped as local tensor `p`, held in parts, each of rows or of a part of one.
-
-        Returns:
-            Which rows of which original tensors they are of; and by name the slices, views of `(rows, elements)`.
-        """
-        spans: list[RowSpan] = []
-        slices: dict[str, list[Tensor]] = {name: [] for name in tensors}
-        tensors = {name: local_tensor(tensor) for name, tensor in tensors.items()}
-        for number, start, length, offset in self.layout.pieces[id(p)]:
-            in_row = max(self.layout.numels[number] // max(self.layout.rows[number], 1), 1)
-            if self.flat:
-                for begin, end, count in _cut_at_rows(offset, length, in_row):
-                    spans.append(RowSpan(number, (offset + begin) // in_row, count))
-                    for name, tensor in tensors.items():
-                        part = tensor.narrow(0, start + begin, end - begin)
-                        slices[name].append(part.view(count, (end - begin) // count))
-            else:
-                count = local_tensor(p).shape[0] if p.dim() > 1 else 1
-                spans.append(RowSpan(number, offset // in_row, count))
-                for name, tensor in tensors.items():
-                    shape = (count, tensor.shape[1:].numel()) if p.dim() > 1 else (1, length)
-                    slices[name].append(tensor.view(shape))
-        return spans, slices
+    def _slices_of(self, p: Tensor, segment, by_rows: bool) -> Iterator[Slice]:
+        number, start, length, offset = segment
+        if not by_rows:
+            yield Slice(UnitRange(number, 0, 1), start, length, (length,) if self.flat else None)
+            return
+        in_row = max(self.layout.numels[number] // max(self.layout.rows[number], 1), 1)
+        if not self.flat:
+            local = local_tensor(p)
+            count, columns = (local.shape[0], local.shape[1:].numel()) if p.dim() > 1 else (1, length)
+            yield Slice(UnitRange(number, offset // in_row, count), 0, length, (count, columns))
+            return
+        for begin, end, count in _cut_at_rows(offset, length, in_row):
+            units = UnitRange(number, (offset + begin) // in_row, count)
+            yield Slice(units, start + begin, end - begin, (count, (end - begin) // count))
 
     def members(self, p: Tensor) -> list[int]:
         """The numbers of the original tensors that advance when local tensor `p` is stepped, also from elsewhere."""

@@ -12,13 +12,13 @@ def assemble(ranks: list[dict], step: int, field: str) -> dict[int, torch.Tensor
     """
     found = {}
     for rank in ranks:
-        for piece in rank["steps"][step]["slices"]:
-            if piece[field] is None or len(piece[field]) == 0:
+        for segment in rank["steps"][step]["slices"]:
+            if segment[field] is None or len(segment[field]) == 0:
                 continue
-            offsets = found.setdefault(piece["tensor"], {})
-            other = offsets.setdefault(piece["offset"], piece[field])
+            offsets = found.setdefault(segment["tensor"], {})
+            other = offsets.setdefault(segment["offset"], segment[field])
             if field != "grad":  # DeepSpeed's gradients beyond its own slice are not reduced
-                assert torch.equal(other, piece[field]), f"ranks disagree on tensor {piece['tensor']}"
+                assert torch.equal(other, segment[field]), f"ranks disagree on tensor {segment['tensor']}"
     return {number: torch.cat([parts[o] for o in sorted(parts)]) for number, parts in sorted(found.items())}
 
 
@@ -107,14 +107,14 @@ def replay(ranks: list[dict], prm: dict) -> tuple[float, float]:
     """Feeds the gradients that the ranks saw to the float64 reference: largest difference of masks and of weights."""
     tensors, mask, weight = {}, 0.0, 0.0
     for step in range(len(ranks[0]["steps"])):
-        settings = {piece["tensor"]: piece for rank in ranks for piece in rank["steps"][step]["slices"]}
+        settings = {segment["tensor"]: segment for rank in ranks for segment in rank["steps"][step]["slices"]}
         gradients, before = assemble(ranks, step, "grad"), assemble(ranks, step, "before")
         expected_masks, expected_weights = {}, {}
         for number, gradient in gradients.items():
             shape = settings[number]["shape"] or gradient.shape
             reference = tensors.setdefault(number, ReferenceTensor(before[number].view(shape).double().numpy()))
             used = {key: settings[number][key] for key in ("lr", "weight_decay")}
-            arguments = {"rho": 0.9, **prm, **used}
+            arguments = {"variance_beta": 0.9, **prm, **used}
             is_rounded = arguments.pop("state_dtype", "float32") == "bf16"
             arguments.pop("fused", None)
             reference.step(gradient.view(shape).double().numpy(), **arguments)

@@ -30,8 +30,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback
 
 from prm_hf import PRM
 from prm_hf.optim import masks
-from prm_hf.optim.parts import hyperparameters
-from prm_hf.optim.statistics import local_masks
+from prm_hf.optim.hyperparameters import Hyperparameters
+from prm_hf.optim.reductions import row_mean_squares
 from prm_hf.trainers.checkpoints import CheckpointMixin
 
 
@@ -46,30 +46,8 @@ class RecordingPRM(PRM):
 
     steps: ClassVar[list[dict]] = []
 
-    def _parts(self, group):
-        parts = super()._parts(group)
-        before = sum(self._sizes()[: group["prm_group"]])
-        for part in parts:
-            part.numbers = part.owners
-            if self._locator.layout is None:  # whole tensors are counted among those with a gradient
-                part.numbers = [before + i for i, p in enumerate(group["params"]) if p.grad is not None]
-        return parts
-
     def _sizes(self):
         return [len(refs) for refs in self._locator._originals]
-
-    def _tensor_masks(self, parts, sums):
-        qs = super()._tensor_masks(parts, sums)
-        if not self.steps:
-            return qs
-        for part, q in zip(parts, qs, strict=True):
-            if part.in_rows:
-                for span, values in zip(part.spans, q.split([span.count for span in part.spans]), strict=True):
-                    rows = self.steps[-1]["row_q"].setdefault(span.tensor, {})
-                    rows |= dict(zip(range(span.first, span.first + span.count), values.tolist(), strict=True))
-            elif q is not None:
-                self.steps[-1]["q"] |= dict(zip(part.numbers, q.tolist(), strict=True))
-        return qs
 
     def _step(self):
         if not self.steps:  # DeepSpeed's stage 0, and FSDP2 to load a checkpoint, allocate the state with a step
@@ -82,15 +60,13 @@ class RecordingPRM(PRM):
                     grad, before = (_local(x).detach().clone().flatten() for x in (p.grad, p))
                     stepped.append((group, p, number, grad, before))
         super()._step()
-        for plan in self._plans.values():  # which take steps without `_tensor_masks`
-            if plan.masks is not None and plan.masks.q is not None:
-                self._note_masks_of(plan)
+        self._note_unit_masks()
         for group, p, number, grad, before in stepped:
             after = _local(p).detach().clone().flatten()
             q = self._elementwise_masks(group, p)
             if self._locator.flat:
-                pieces = self._locator.layout.pieces[id(p)]
-                slices = [(x.tensor, x.offset, slice(x.start, x.start + x.length)) for x in pieces]
+                segments = self._locator.layout.segments[id(p)]
+                slices = [(x.tensor, x.offset, slice(x.start, x.start + x.length)) for x in segments]
             else:
                 slices = [(number, _offset(p), slice(None))]
             for number, offset, part in slices:
@@ -108,13 +84,21 @@ class RecordingPRM(PRM):
                     }
                 )
 
-    def _note_masks_of(self, plan):
-        in_rows = self._tables.in_rows(self.param_groups[0])
-        for number, q in zip(plan.masks.numbers, plan.masks.q.split(plan.masks.counts), strict=True):
-            if in_rows:
-                self.steps[-1]["row_q"][number] = dict(enumerate(q.tolist()))
-            else:
-                self.steps[-1]["q"][number] = q.item()
+    def _note_unit_masks(self):
+        per_row = self.param_groups[0]["reduction"] == "per_row"
+        if self._locator.layout is None and not per_row:
+            for group, values in zip(self.param_groups, self.get_tensor_masks(), strict=True):
+                before = sum(self._sizes()[: group["prm_group"]])
+                numbers = [before + i for i, p in enumerate(group["params"]) if self.state.get(p)]
+                self.steps[-1]["q"] |= dict(zip(numbers, values, strict=True))
+            return
+        for unit_masks in (x for plan in self._plans.values() for x in plan._masks.values()):
+            counts = unit_masks.table.counts
+            for number, q in zip(counts, unit_masks.q.split(list(counts.values())), strict=True):
+                if per_row:
+                    self.steps[-1]["row_q"][number] = dict(enumerate(q.tolist()))
+                else:
+                    self.steps[-1]["q"][number] = q.item()
 
     def _shape(self, p, number):
         if self._locator.layout is None:
@@ -122,12 +106,17 @@ class RecordingPRM(PRM):
         rows = self._locator.layout.rows[number]
         return (rows, -1) if rows > 1 else None
 
+    def _has_unit_masks(self, group):
+        return group["reduction"] == "per_row" and self._locator.layout is not None
+
     def _elementwise_masks(self, group, p):
-        if group["reduction"] == "per_tensor" or self._tables.in_rows(group) or p.numel() == 0:
+        if group["reduction"] == "per_tensor" or self._has_unit_masks(group) or p.numel() == 0:
             return None
         state = {name: _local(value).double() for name, value in self.state[p].items()}
-        kept = state["exp_avg"], state["grad_var"], state.get("exp_avg_signal"), state["step"]
-        q = local_masks(*kept, hyperparameters(group))[0]
+        h = Hyperparameters.of_group(group)
+        average = state.get("exp_avg_signal", state["exp_avg"])
+        squares = average.square() if h.reduction == "per_param" else row_mean_squares([average])[0]
+        q = masks.compute_mask(squares, state["grad_var"], masks.step_scalars(state["step"], h), h)[0]
         if group["reduction"] == "per_row":
             q = masks.over_rows(q, state["exp_avg"]).expand_as(state["exp_avg"])
         return q.flatten()
@@ -282,7 +271,7 @@ def train(options: dict, world_size: int, folder: Path) -> dict:
         model=make_model(options),
         args=args,
         train_dataset=Rows(),
-        optimizer_cls_and_kwargs=(RecordingPRM, {"rho": 0.9, "lr": 1e-2, **options.get("prm", {})}),
+        optimizer_cls_and_kwargs=(RecordingPRM, {"variance_beta": 0.9, "lr": 1e-2, **options.get("prm", {})}),
         callbacks=[watch],
     )
     if "overflow_at" in options:
@@ -290,7 +279,7 @@ def train(options: dict, world_size: int, folder: Path) -> dict:
     resume = options.get("resume")
     trainer.train(resume_from_checkpoint=None if resume is None else str(folder.parent / resume))
     locator = trainer.find_prm()._locator
-    return {"path": None if locator.layout is None else locator.layout.path, "world_size": args.world_size}
+    return {"path": None if locator.layout is None else locator.layout.path.value, "world_size": args.world_size}
 
 
 def main(plan: dict) -> None:

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 
 from prm_hf.optim import masks
+from prm_hf.optim.hyperparameters import ESTIMATORS, MASKS, REDUCTIONS, Hyperparameters
+from prm_hf.optim.reductions import row_mean_squares
 
 
 SHAPES = [(7, 5), (), (0,), (13,), (3, 4, 2)]
@@ -13,22 +15,29 @@ SKIPS_STEPS = 3  # position of the parameter that has no gradient in some steps
 EMPIRICAL = {"boundary": "empirical", "batch_size": 8, "n_dataset": 100}
 SIGNAL = {"reduction": "per_row", "estimator": "debiased", "signal_beta": 0.98}
 # How signal and noise are measured, and what goes with any other setting.
-MEASURED = [{"reduction": r, "estimator": e} for r, e in itertools.product(masks.REDUCTIONS, masks.ESTIMATORS)]
+MEASURED = [{"reduction": r, "estimator": e} for r, e in itertools.product(REDUCTIONS, ESTIMATORS)]
 MEASURED.append(SIGNAL)
 COMBINATIONS = [
     {"mask": mask, **measured, **boundary}
-    for mask, measured, boundary in itertools.product(masks.MASKS, MEASURED, [{}, EMPIRICAL])
+    for mask, measured, boundary in itertools.product(MASKS, MEASURED, [{}, EMPIRICAL])
 ]
+
+
+def name_of(settings):
+    """The id of a test of such settings."""
+    return "-".join(str(value) for key, value in settings.items() if key not in ("batch_size", "n_dataset")) or "plain"
+
+
 VARIANTS = {
     "plain": {},
     "amsgrad": {"amsgrad": True},
     "coupled_weight_decay": {"decoupled_weight_decay": False},
     "no_bias_correction": {"bias_correction": False},
     "maximize": {"maximize": True},
-    "warmup": {"warmup_steps": 3},
+    "warmup": {"mask_warmup_steps": 3},
     "alpha": {"alpha": 0.05, "softness": 0.5},
     "published_eps": {"mask_eps": 1e-8},
-    "betas_rho": {"betas": (0.0, 0.9), "rho": 0.5},
+    "betas_rho": {"betas": (0.0, 0.9), "variance_beta": 0.5},
 }
 
 
@@ -60,6 +69,15 @@ def train(optimizer, params, steps=50, references=None, seed=1, start=0, before_
                 if p.grad is not None:
                     reference.step(p.grad.double().numpy(), lr=schedule(t), **reference_settings)
         optimizer.step()
+
+
+def last_masks(optimizer, p, group=0):
+    """q, S and N of the last step from the state: for `per_param` one an element, for `per_row` one a row."""
+    h, state = Hyperparameters.of_group(optimizer.param_groups[group]), optimizer.state[p]
+    average = state["exp_avg_signal" if h.signal_beta is not None else "exp_avg"].float()
+    c = masks.step_scalars(state["step"].to(masks.statistics_dtype(average.device), copy=True), h)
+    squares = average.square() if h.reduction == "per_param" else row_mean_squares([average])[0]
+    return masks.compute_mask(squares, state["grad_var"], c, h)
 
 
 def make_params(dtype=torch.float32, seed=0):

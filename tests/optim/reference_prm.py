@@ -44,7 +44,7 @@ class ReferenceTensor:
         *,
         lr=1e-3,
         betas=(0.9, 0.999),
-        rho=0.99,
+        variance_beta=0.99,
         eps=1e-8,
         weight_decay=0.01,
         softness=1.0,
@@ -52,13 +52,13 @@ class ReferenceTensor:
         boundary="batch",
         n_dataset=None,
         mask="snr",
-        reduction="per_param",
-        warmup_steps=0,
+        reduction="per_row",
+        mask_warmup_steps=0,
         amsgrad=False,
         bias_correction=True,
         decoupled_weight_decay=True,
         alpha=None,
-        estimator="ema",
+        estimator="debiased",
         signal_beta=None,
         mask_eps=None,
         maximize=False,
@@ -82,10 +82,10 @@ class ReferenceTensor:
             return (1 - b) / (1 + b) * (1 + b**k) / (1 - b**k)
 
         if estimator == "ema":
-            self.s = rho * self.s + (1 - rho) * (g - self.m) ** 2
+            self.s = variance_beta * self.s + (1 - variance_beta) * (g - self.m) ** 2
         elif t >= 2:
             centre = self.m / (1 - b1 ** (t - 1))
-            self.s = rho * self.s + (1 - rho) * (g - centre) ** 2 / (1 + kappa(t - 1))
+            self.s = variance_beta * self.s + (1 - variance_beta) * (g - centre) ** 2 / (1 + kappa(t - 1))
         self.m = b1 * self.m + (1 - b1) * g
         self.v = b2 * self.v + (1 - b2) * g**2
         if signal_beta is not None:
@@ -104,20 +104,22 @@ class ReferenceTensor:
             return np.full_like(x, x.mean())
 
         if estimator == "ema":
-            s_hat = self.s / (1 - rho**t) if bias_correction else self.s
+            s_hat = self.s / (1 - variance_beta**t) if bias_correction else self.s
             signal, noise = mean(m_hat**2), mean(s_hat)
             if t == 1:  # equal but for rounding
-                np.testing.assert_allclose(signal, noise * ((1 - b1) ** 2 / (1 - rho) if not bias_correction else 1))
-                noise = signal * (1.0 if bias_correction else round((1 - rho) / (1 - b1) ** 2, 9))
+                np.testing.assert_allclose(
+                    signal, noise * ((1 - b1) ** 2 / (1 - variance_beta) if not bias_correction else 1)
+                )
+                noise = signal * (1.0 if bias_correction else round((1 - variance_beta) / (1 - b1) ** 2, 9))
         elif t == 1:
             signal = noise = np.zeros_like(self.w)
         else:
-            noise = kappa(t) * mean(self.s) / (1 - rho ** (t - 1))
+            noise = kappa(t) * mean(self.s) / (1 - variance_beta ** (t - 1))
             signal = np.maximum(mean((self.m / (1 - b1**t)) ** 2) - noise, 0.0)
             if signal_beta is not None:
-                floor = kappa(t, signal_beta) * mean(self.s) / (1 - rho ** (t - 1))
+                floor = kappa(t, signal_beta) * mean(self.s) / (1 - variance_beta ** (t - 1))
                 signal = np.maximum(mean((self.a / (1 - signal_beta**t)) ** 2) - floor, 0.0)
-        if mask == "none" or t <= warmup_steps:
+        if mask == "none" or t <= mask_warmup_steps:
             q = np.ones_like(self.w)
         else:
             q = mask_of(signal, noise, mask, alpha, softness, eps_q)

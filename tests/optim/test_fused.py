@@ -7,24 +7,26 @@ tested, with chunks so small that every tensor has whole and partial ones.
 import copy
 import itertools
 import weakref
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 
-fused = pytest.importorskip("prm_hf.optim.fused", reason="needs triton")
+fused = pytest.importorskip("prm_hf.optim.triton.launch", reason="needs triton")
 
 from prm_hf.optim import PRM, masks, plan  # noqa: E402
-from prm_hf.optim.parts import SETTINGS, hyperparameters  # noqa: E402
-from prm_hf.sharding import Layout, Piece  # noqa: E402
+from prm_hf.optim.foreach import ForeachStep, TensorLists  # noqa: E402
+from prm_hf.optim.hyperparameters import ESTIMATORS, NAMES, REDUCTIONS, Hyperparameters  # noqa: E402
+from prm_hf.sharding import Layout, Segment, ShardingPath  # noqa: E402
 
 from .optimizer_runs import COMBINATIONS, VARIANTS, assert_close, make_params, train  # noqa: E402
 from .reference_prm import ReferenceTensor  # noqa: E402
 
 
-REDUCTIONS = masks.REDUCTIONS
 # The reduction, the estimator and the signal's own average
-IN_PARTS = [*itertools.product(masks.REDUCTIONS, masks.ESTIMATORS, (None,)), ("per_row", "debiased", 0.98)]
+IN_PARTS = [*itertools.product(REDUCTIONS, ESTIMATORS, (None,)), ("per_row", "debiased", 0.98)]
 pytestmark = pytest.mark.skipif(
     not fused.INTERPRETED, reason="on a machine with a GPU tests/test_gpu.py runs it there"
 )
@@ -65,8 +67,8 @@ def test_plan_is_used_and_follows_changes(reduction, monkeypatch):
         for ps, f in ((params, True), (shadows, False))
     ]
     planned = []
-    original = plan.FusedPlan.step
-    monkeypatch.setattr(plan.FusedPlan, "step", lambda *a: planned.append(original(*a)) or planned[-1])
+    original = plan.StepPlan.holds
+    monkeypatch.setattr(plan.StepPlan, "holds", lambda *a: planned.append(original(*a)) or planned[-1])
     generator = torch.Generator().manual_seed(0)
     for t in range(12):
         for p, shadow in zip(params, shadows, strict=True):
@@ -85,7 +87,8 @@ def test_plan_is_used_and_follows_changes(reduction, monkeypatch):
         for p, shadow in zip(params, shadows, strict=True):
             torch.testing.assert_close(p, shadow, rtol=1e-6, atol=1e-7)
             assert optimizers[0].state[p]["step"] == optimizers[1].state[shadow]["step"]
-    assert planned == [True] * 4 + [False]  # then the tensors have taken different numbers of steps
+    # No gradient at 5, one again at 6; the state is loaded at 8
+    assert planned[::2] == planned[1::2] == [True] * 4 + [False, False, True, True, True, True]
 
 
 def replace_state(optimizer, params):
@@ -162,9 +165,9 @@ CHANGES = {
     "one_parameter_less": (remove_a_parameter, False),
     "weights": (replace_weights, False),
     "no_gradient": (lose_a_gradient, False),
-    "noncontiguous_gradient": (transpose_a_gradient, False),
-    "noncontiguous_gradient_in_place": (transpose_a_gradient_in_place, False),
-    "class_of_gradient": (make_a_gradient_of_another_class, False),
+    "noncontiguous_gradient": (transpose_a_gradient, True),
+    "noncontiguous_gradient_in_place": (transpose_a_gradient_in_place, True),
+    "class_of_gradient": (make_a_gradient_of_another_class, True),
     "dtype_of_gradient": (halve_a_gradient, False),
     "new_group": (add_a_group, False),
     "lr": (set_to(lr=0.02), True),
@@ -174,8 +177,8 @@ CHANGES = {
     "softness": (set_to(softness=3.0), True),
     "decoupled_weight_decay": (set_to(weight_decay=0.5), True),
     "alpha": (set_to(alpha=0.1), True),
-    "warmup_steps": (set_to(warmup_steps=10), True),
-    "estimator": (set_to(estimator="debiased"), False),
+    "mask_warmup_steps": (set_to(mask_warmup_steps=10), True),
+    "estimator": (set_to(estimator="ema"), False),
     "maximize": (set_to(maximize=True), False),
     "coupled_weight_decay": (set_to(decoupled_weight_decay=False), False),
 }
@@ -186,8 +189,8 @@ CHANGES = {
 def test_plan_sees_what_has_changed(name, new_gradients, monkeypatch):
     change, planned_then = CHANGES[name]
     taken, planned = [], []
-    original = plan.FusedPlan.step
-    monkeypatch.setattr(plan.FusedPlan, "step", lambda *a: taken.append(original(*a)) or taken[-1])
+    original = plan.StepPlan.holds
+    monkeypatch.setattr(plan.StepPlan, "holds", lambda *a: taken.append(original(*a)) or taken[-1])
     results = []
     for f in (True, False):
         params = make_params()[:2]
@@ -257,13 +260,13 @@ def test_plan_gives_way_when_the_kernel_is_switched_off():
     train(optimizer, params, steps=2)
     optimizer.param_groups[0]["fused"] = False
     train(optimizer, params, steps=2)
-    assert not optimizer._plans
+    assert {type(x).__name__ for p in optimizer._plans.values() for x in p._lists} == {"ReferenceList"}
 
 
 def test_plan_knows_every_setting_and_holds_no_gradient():
     params = make_params()[:2]
     optimizer = PRM(params, fused=True, reduction="per_tensor")
-    assert SETTINGS == set(optimizer.defaults)
+    assert set(NAMES) == set(optimizer.defaults)
     train(optimizer, params, steps=3)
     assert optimizer._plans
     gradient = weakref.ref(params[0].grad)
@@ -324,7 +327,7 @@ def test_capturable(reduction):
     results = []
     for f in (True, False):
         params = make_params()
-        settings = {"reduction": reduction, "estimator": "debiased", "warmup_steps": 2, "capturable": True}
+        settings = {"reduction": reduction, "estimator": "debiased", "mask_warmup_steps": 2, "capturable": True}
         train(PRM(params, fused=f, **settings), params, steps=6)
         results.append(params)
     for p, q in zip(*results, strict=True):
@@ -361,45 +364,40 @@ def test_grad_scaler_leaves_unscaling_and_skipping_to_the_kernel(reduction, unsc
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
 
 
+def halves_of(lists, h, age):
+    """The kernel's tables of lists without `grad_vars`, and a function that runs one of their halves."""
+    settings = SimpleNamespace(h=h, lr=h.lr, eps=h.eps)
+    tables = fused.KernelTables(*(getattr(lists, f"{name}s") for name in fused.STATES), fused.code_of(h))
+    scalars = np.array([fused.scalar_row(masks.step_scalars(age, h), settings)])
+    rows = np.zeros(len(lists.params), dtype=np.int32)
+    addresses = [g.data_ptr() for g in lists.grads]
+    return tables, lambda phase: tables.run(addresses, torch.float32, scalars, rows, phase=phase)
+
+
 def test_halves_write_all_that_is_read():
     """The sums and the update by themselves, as under FSDP and DeepSpeed, with poisoned buffers between them."""
-    shapes = [(7, 5), (8,), (1,), (40,)]
-    hyper = PRM([torch.zeros(1, requires_grad=True)], reduction="per_tensor").param_groups[0]
-    from prm_hf.optim.parts import hyperparameters
-    from prm_hf.optim.step import ListStep, tensor_masks
-
-    hyper = hyperparameters(hyper)
-    lists = {}
-    for kind in ("fused", "definition"):
+    shapes, age = [(7, 5), (8,), (1,), (40,)], 3.0
+    h = Hyperparameters(reduction="per_tensor")
+    copies = []
+    for _ in range(2):
         generator = torch.Generator().manual_seed(0)
-        params = [torch.randn(s, generator=generator) for s in shapes]
-        lists[kind] = {
-            "params": params,
-            "grads": [torch.randn(s, generator=generator) for s in shapes],
-            "exp_avgs": [torch.randn(s, generator=generator) for s in shapes],
-            "exp_avg_sqs": [torch.rand(s, generator=generator) for s in shapes],
-            "max_exp_avg_sqs": [],
-            "grad_vars": [torch.rand((), dtype=torch.float64, generator=generator) for _ in shapes],
-            "exp_avg_signals": [],
-            "state_steps": [torch.tensor(3.0) for _ in shapes],
-        }
-    tables = {}
-    ours = fused.FusedStep(lists["fused"], hyper, tables)
-    (table,) = tables.values()
-    for buffer in (table._partials, table.sums, table.q):
+        params, grads, exp_avgs = ([torch.randn(s, generator=generator) for s in shapes] for _ in range(3))
+        exp_avg_sqs = [torch.rand(s, generator=generator) for s in shapes]
+        copies.append(TensorLists(params, grads, exp_avgs, exp_avg_sqs, [], [], []))
+    ours, theirs = copies
+    tables, run = halves_of(ours, h, age)
+    for buffer in (tables._partials, tables.sums, tables.q):
         buffer.fill_(float("nan"))
-    theirs = ListStep(**lists["definition"], hyper=hyper, foreach=False)
-    numels = [p.numel() for p in lists["fused"]["params"]]
-    results = []
-    for step in (ours, theirs):
-        sums = step.moments().clone()
-        q = tensor_masks(sums, numels, step.grad_vars, step.state_steps, hyper)
-        table.q.fill_(float("nan"))
-        step.update(q)
-        results.append((sums, q))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=0)
-    for name in ("params", "exp_avgs", "exp_avg_sqs", "grad_vars"):
-        torch.testing.assert_close(lists["fused"][name], lists["definition"][name], rtol=1e-6, atol=1e-7)
+    run(phase=1)
+    step = ForeachStep(theirs, h, halves=True, one_by_one=False)
+    c = masks.StepScalars(*([x] * len(shapes) for x in masks.step_scalars(age, h)))
+    torch.testing.assert_close(tables.sums, step.sums(c), rtol=1e-6, atol=0)
+    q = torch.linspace(0.1, 1, len(shapes), dtype=torch.float64)
+    tables.q.copy_(q)
+    run(phase=2)
+    step.update(c, h.lr, h.eps, q)
+    for name in ("params", "exp_avgs", "exp_avg_sqs"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(("reduction", "estimator", "signal_beta"), IN_PARTS)
@@ -418,13 +416,13 @@ def test_flat_partition_by_its_segments(reduction, estimator, signal_beta):
     numels = [p.numel() for p in originals]
     starts = [sum(numels[:i]) for i in range(len(numels))]
     rows = [masks.n_rows(p) for p in originals]
-    layout = Layout(path="a test", flat=True, numels=numels, rows=rows, process_groups=[()] * len(numels))
-    pieces = []
+    layout = Layout(path=ShardingPath.ZERO_12, flat=True, numels=numels, rows=rows, process_groups=[()] * len(numels))
+    segments = []
     for i, (start, n) in enumerate(zip(starts, numels, strict=True)):
         cut = n // 3
-        parts = [Piece(i, start, cut, 0), Piece(i, start + cut, n - cut, cut)]
-        pieces += [piece for piece in parts if piece.length]
-    layout.add(flat, pieces, list(range(len(numels))))
+        parts = [Segment(i, start, cut, 0), Segment(i, start + cut, n - cut, cut)]
+        segments += [segment for segment in parts if segment.length]
+    layout.add(flat, segments, list(range(len(numels))))
     ours._locator.layout, ours._locator._known = layout, {id(flat): flat}
     ours.param_groups[0]["params"] = [flat]
     generator = torch.Generator().manual_seed(0)
@@ -439,28 +437,23 @@ def test_flat_partition_by_its_segments(reduction, estimator, signal_beta):
     if reduction != "per_param":
         assert torch.equal(flat[-3:], padding)
         variances = torch.cat([theirs.state[p]["grad_var"].view(-1) for p in whole])
-        torch.testing.assert_close(ours._tables.variances[reduction], variances, rtol=1e-6, atol=0)
-        assert len(ours._fused_tables) + len(ours._plans) == 1  # by the kernel
+        torch.testing.assert_close(ours._variances.tables[reduction], variances, rtol=1e-6, atol=0)
+    assert len(ours._kernel_tables) == 1  # by the kernel
 
 
 def test_sums_do_not_depend_on_where_a_small_tensor_is_cut(monkeypatch):
     monkeypatch.setattr(fused, "CHUNK", 1024)
     torch.manual_seed(0)
     gradient, m = torch.randn(896), torch.randn(896)
-    hyper = hyperparameters(PRM([torch.zeros(1)], reduction="per_tensor").param_groups[0])
+    h = Hyperparameters(reduction="per_tensor")
 
     def sums(*sizes: int) -> torch.Tensor:
-        lists = {
-            "params": [torch.zeros(n) for n in sizes],
-            "grads": list(gradient.split(sizes)),
-            "exp_avgs": list(m.split(sizes)),
-            "exp_avg_sqs": [torch.zeros(n) for n in sizes],
-            "max_exp_avg_sqs": [],
-            "grad_vars": [torch.zeros((), dtype=torch.float64) for _ in sizes],
-            "exp_avg_signals": [],
-            "state_steps": [torch.ones(()) for _ in sizes],
-        }
-        return fused.FusedStep(lists, hyper, {}).moments().sum(0)
+        zeros = ([torch.zeros(n) for n in sizes] for _ in range(2))
+        params, exp_avg_sqs = zeros
+        moments = [x.clone() for x in m.split(sizes)]
+        tables, run = halves_of(TensorLists(params, gradient.split(sizes), moments, exp_avg_sqs, [], [], []), h, 1.0)
+        run(phase=1)
+        return tables.sums.sum(0)
 
     torch.testing.assert_close(sums(447, 449), sums(896), rtol=1e-14, atol=0)
 
@@ -485,7 +478,7 @@ def test_shards_of_fsdp2(reduction, estimator, signal_beta, tmp_path):
                 optimizer.zero_grad()
                 model(x).square().sum().backward()
                 optimizer.step()
-        assert optimizers[1]._locator.layout.path == "FSDP2"
+        assert optimizers[1]._locator.layout.path is ShardingPath.FSDP2
         for p, q in zip(plain.parameters(), sharded.parameters(), strict=True):
             torch.testing.assert_close(q.full_tensor(), p, rtol=1e-5, atol=1e-6)
     finally:

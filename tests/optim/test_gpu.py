@@ -9,7 +9,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from prm_hf.metrics import evaluation
-from prm_hf.optim import PRM, masks
+from prm_hf.optim import PRM
+from prm_hf.optim.hyperparameters import MASKS, REDUCTIONS
 from prm_hf.trainers import PRMDPOConfig, PRMDPOTrainer
 
 from ..tiny import make_model, make_tokenizer, preference_dataset
@@ -40,7 +41,7 @@ VARIANTS = [
     {},
     {"amsgrad": True, "maximize": True},
     {"decoupled_weight_decay": False, "alpha": 0.05},
-    {"warmup_steps": 2, "bias_correction": False},
+    {"mask_warmup_steps": 2, "bias_correction": False},
     {"capturable": True},
 ]
 
@@ -49,7 +50,7 @@ VARIANTS = [
 @pytest.mark.parametrize("implementation", ["fused", "foreach"])
 def test_equals_the_definition_in_float64(implementation, variant):
     """Against `_single_tensor` on float64 copies, which the CPU tests hold against an independent implementation."""
-    for mask, measured in itertools.product(masks.MASKS, MEASURED):
+    for mask, measured in itertools.product(MASKS, MEASURED):
         settings = {"mask": mask, **measured, "weight_decay": 0.1, **variant}
         params = make_params()
         exact = [p.detach().double().requires_grad_() for p in params]
@@ -74,7 +75,7 @@ def test_equals_the_definition_in_float64(implementation, variant):
                 assert stats[key] == pytest.approx(value, rel=1e-4, abs=1e-12, nan_ok=True), (key, settings)
 
 
-@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_bfloat16_is_rounded_once(reduction):
     params, shadows = make_params(torch.bfloat16), make_params(torch.bfloat16)
     train(PRM(params, fused=True, reduction=reduction), params, steps=4, skip=False)
@@ -85,7 +86,7 @@ def test_bfloat16_is_rounded_once(reduction):
             assert different < 2e-2 and (p - q).abs().max() <= 2**-7 * q.abs().max()
 
 
-@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_runs_are_bitwise_repeatable(reduction):
     """With rows that several warps share, parts of which, in 1 of 400, a race once stepped with another mask."""
     results = []
@@ -98,7 +99,7 @@ def test_runs_are_bitwise_repeatable(reduction):
 
 @pytest.mark.parametrize(
     ("implementation", "reduction"),
-    itertools.product([{"fused": True}, {"foreach": True}, {}], masks.REDUCTIONS),
+    itertools.product([{"fused": True}, {"foreach": True}, {}], REDUCTIONS),
     ids=str,
 )
 def test_a_step_never_waits_for_the_device(implementation, reduction):
@@ -158,7 +159,7 @@ def test_a_step_never_waits_for_the_device_under_the_trainer(settings, bf16, sch
         per_device_train_batch_size=4,
         learning_rate=1e-3,
         lr_scheduler_type=scheduler,
-        warmup_steps=3,
+        mask_warmup_steps=3,
         weight_decay=0.1,
         bf16=bf16,
         logging_steps=5,
@@ -181,7 +182,7 @@ def test_a_step_never_waits_for_the_device_under_the_trainer(settings, bf16, sch
     assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.0, 0.1}
 
 
-@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("implementation", [{"fused": True}, {"foreach": True}], ids=["fused", "foreach"])
 def test_exp_avg_in_bfloat16(implementation, reduction):
     """Against the definition on the same kept values, step by step: one rounding, to the nearest, at the end."""
@@ -208,7 +209,7 @@ def test_exp_avg_in_bfloat16(implementation, reduction):
 
 
 @pytest.mark.parametrize("state_dtype", ["float32", "bf16"])
-@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_mask_stats_are_those_of_the_same_state_on_the_cpu(reduction, state_dtype):
     """Also where one tensor is not finite; in few launches, though there are hundreds of tensors."""
     params = make_params(extra=((5000, 33), (4097,), (300_003,), *[(7, 3)] * 300))
@@ -337,7 +338,7 @@ def test_drift_is_measured_on_tensor_cores_and_exact_enough():
     assert (logratio - (log_p - log_r)[rows, targets]).abs().mean() < 0.01
 
 
-@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_grad_scaler_never_waits_for_the_device(reduction):
     """Where steps count on the device the kernel unscales, and skips what overflowed; the numbers stay the same."""
     results = []
@@ -366,7 +367,7 @@ def test_grad_scaler_never_waits_for_the_device(reduction):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_cuda_graph(reduction):
     """A captured step, replayed, is the step; lr lives in a tensor that the graph reads."""
     captured, eager = make_params(), make_params()
@@ -410,7 +411,7 @@ def test_more_than_2_to_the_31_elements():
 @pytest.mark.parametrize(
     "settings",
     [
-        *({"reduction": reduction} for reduction in masks.REDUCTIONS),
+        *({"reduction": reduction} for reduction in REDUCTIONS),
         {"reduction": "per_row", "estimator": "debiased", "signal_beta": 0.98},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from prm_hf.optim import PRM, masks, prm, step
-from prm_hf.optim.foreach import sums_of_squares
-from prm_hf.optim.parts import hyperparameters
-from prm_hf.optim.statistics import local_masks
+from prm_hf.optim import PRM, masks, prm
+from prm_hf.optim import foreach as multi_tensor
+from prm_hf.optim.hyperparameters import ESTIMATORS, MASKS, REDUCTIONS
+from prm_hf.optim.reductions import sums_of_squares
 
 from .optimizer_runs import (
     COMBINATIONS,
@@ -18,7 +18,9 @@ from .optimizer_runs import (
     SIGNAL,
     VARIANTS,
     assert_close,
+    last_masks,
     make_params,
+    name_of,
     random_gradient,
     schedule,
     train,
@@ -26,27 +28,27 @@ from .optimizer_runs import (
 from .reference_prm import ReferenceTensor
 
 
-@pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
+@pytest.mark.parametrize("foreach", [False, True], ids=["reference", "foreach"])
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=name_of)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_equals_float64_reference(variant, foreach):
-    for combination in COMBINATIONS:
-        settings = combination | {"weight_decay": 0.1} | VARIANTS[variant]
-        params = make_params()
-        references = [ReferenceTensor(p.detach().numpy()) for p in params]
-        optimizer = PRM(params, foreach=foreach, **settings)
-        train(optimizer, params, references=references, **settings)
-        for p, reference in zip(params, references, strict=True):
-            assert_close(p, reference.w, 1e-6)
+def test_equals_float64_reference(variant, combination, foreach):
+    settings = combination | {"weight_decay": 0.1} | VARIANTS[variant]
+    params = make_params()
+    references = [ReferenceTensor(p.detach().numpy()) for p in params]
+    optimizer = PRM(params, foreach=foreach, **settings)
+    train(optimizer, params, steps=25, references=references, **settings)
+    for p, reference in zip(params, references, strict=True):
+        assert_close(p, reference.w, 1e-6)
 
 
-@pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
-def test_float64_parameters_equal_reference_to_rounding(foreach):
-    for settings in COMBINATIONS:
-        params = make_params(torch.float64)
-        references = [ReferenceTensor(p.detach().numpy()) for p in params]
-        train(PRM(params, foreach=foreach, **settings), params, references=references, **settings)
-        for p, reference in zip(params, references, strict=True):
-            assert_close(p, reference.w, 1e-12)
+@pytest.mark.parametrize("foreach", [False, True], ids=["reference", "foreach"])
+@pytest.mark.parametrize("settings", COMBINATIONS, ids=name_of)
+def test_float64_parameters_equal_reference_to_rounding(settings, foreach):
+    params = make_params(torch.float64)
+    references = [ReferenceTensor(p.detach().numpy()) for p in params]
+    train(PRM(params, foreach=foreach, **settings), params, references=references, **settings)
+    for p, reference in zip(params, references, strict=True):
+        assert_close(p, reference.w, 1e-12)
 
 
 @pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
@@ -63,17 +65,17 @@ def test_no_mask_is_adamw_bit_for_bit(settings, foreach):
         assert torch.equal(p, q)
 
 
-def test_blocks_of_tensors_change_nothing(monkeypatch):
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=name_of)
+def test_blocks_of_tensors_change_nothing(combination, monkeypatch):
     """On a CPU the multi-tensor implementation takes large tensors apart, so that temporaries stay in the cache."""
-    monkeypatch.setattr(step, "CPU_BLOCK", 8)
-    for combination in COMBINATIONS:
-        settings = combination | {"amsgrad": True}
-        params = make_params()
-        params[-1].data = params[-1].data.transpose(0, 2).contiguous().transpose(0, 2)  # cannot be taken apart
-        references = [ReferenceTensor(p.detach().numpy()) for p in params]
-        train(PRM(params, foreach=True, **settings), params, steps=20, references=references, **settings)
-        for p, reference in zip(params, references, strict=True):
-            assert_close(p, reference.w, 1e-6)
+    monkeypatch.setattr(multi_tensor, "CPU_BLOCK", 8)
+    settings = combination | {"amsgrad": True}
+    params = make_params()
+    params[-1].data = params[-1].data.transpose(0, 2).contiguous().transpose(0, 2)  # cannot be taken apart
+    references = [ReferenceTensor(p.detach().numpy()) for p in params]
+    train(PRM(params, foreach=True, **settings), params, steps=20, references=references, **settings)
+    for p, reference in zip(params, references, strict=True):
+        assert_close(p, reference.w, 1e-6)
 
 
 def test_coupled_weight_decay_without_mask_is_adam():
@@ -88,9 +90,9 @@ def test_groups_keep_their_own_settings():
     """A router or a norm can be left at mask="none" beside masked groups; each group follows its own reference."""
     per_group = [
         {"mask": "none"},
-        {"mask": "hard", "alpha": 0.1, "rho": 0.9},
+        {"mask": "hard", "alpha": 0.1, "variance_beta": 0.9},
         {"estimator": "debiased", "reduction": "per_tensor", "softness": 0.3},
-        {"mask": "soft", "mask_eps": 1e-4, "warmup_steps": 2},
+        {"mask": "soft", "mask_eps": 1e-4, "mask_warmup_steps": 2},
         {"reduction": "per_tensor", "boundary": "empirical", "batch_size": 4, "n_dataset": 64},
     ]
     params = make_params()
@@ -158,8 +160,8 @@ def test_per_row_state_is_a_number_a_row_and_the_signal():
 @pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
 def test_rows_are_as_tensors_of_their_own(foreach, monkeypatch):
     """So are the rows of a tensor that is taken apart, which may only be cut between rows, whatever its layout."""
-    monkeypatch.setattr(step, "CPU_BLOCK", 300)  # two rows and a part of one
-    for estimator in masks.ESTIMATORS:
+    monkeypatch.setattr(multi_tensor, "CPU_BLOCK", 300)  # two rows and a part of one
+    for estimator in ESTIMATORS:
         settings = {"estimator": estimator, "foreach": foreach}
         generator = torch.Generator().manual_seed(0)
         whole = [torch.randn(7, 128, generator=generator), torch.randn(128, 7, generator=generator).t()]
@@ -195,8 +197,7 @@ def test_a_slower_signal_average_sees_smaller_signals():
             p.grad = torch.randn(p.shape, generator=generator)
             p.grad[:32] += 0.05
             optimizer.step()
-        state, hyper = optimizer.state[p], hyperparameters(optimizer.param_groups[0])
-        q = local_masks(state["exp_avg"], state["grad_var"], state.get("exp_avg_signal"), state["step"], hyper)[0]
+        q = last_masks(optimizer, p)[0]
         spread[beta], closed[beta] = q[:32].std(), q[32:].mean()
     assert spread[0.98] < 0.5 * spread[None]
     assert closed[0.98] < 0.5 * closed[None]
@@ -215,9 +216,9 @@ def test_grad_var_is_the_variance_of_the_batch_mean():
     per_example = 2 * ((x * w).sum(-1) - y)[..., None] * x
     groups = [
         {"params": [torch.zeros(models, d, requires_grad=True, dtype=torch.float64)], "estimator": e, "reduction": r}
-        for e, r in itertools.product(masks.ESTIMATORS, masks.REDUCTIONS)
+        for e, r in itertools.product(ESTIMATORS, REDUCTIONS)
     ]
-    optimizer = PRM(groups, lr=0.0, rho=0.99)
+    optimizer = PRM(groups, lr=0.0, variance_beta=0.99)
     seen, within = [], []
     for t in range(steps):
         batch = per_example[rng.integers(n, size=b)]
@@ -259,7 +260,7 @@ def test_noise_floor_and_what_debiasing_does_to_it():
 
 @pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
 @pytest.mark.parametrize("bias_correction", [True, False])
-@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_rounding_does_not_decide_the_first_mask(reduction, bias_correction, foreach):
     """At t = 1 with "ema" S = N in exact arithmetic: hard is 1 if α < 1, else 0, for every gradient."""
     generator = torch.Generator().manual_seed(0)
@@ -267,7 +268,7 @@ def test_rounding_does_not_decide_the_first_mask(reduction, bias_correction, for
     for alpha, moves in ((0.999, True), (1.0, False), (1.5, False)):
         p = torch.zeros(10_000, requires_grad=True)
         p.grad = gradient.clone()
-        arguments = {"mask": "hard", "alpha": alpha, "reduction": reduction, "foreach": foreach}
+        arguments = {"mask": "hard", "alpha": alpha, "reduction": reduction, "foreach": foreach, "estimator": "ema"}
         optimizer = PRM([p], bias_correction=bias_correction, **arguments)
         optimizer.step()
         assert bool((p != 0).all()) is moves and bool((p == 0).all()) is not moves
@@ -276,7 +277,7 @@ def test_rounding_does_not_decide_the_first_mask(reduction, bias_correction, for
 
 @pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
 def test_no_signal_and_no_noise_closes_the_mask(foreach):
-    for mask, reduction, estimator in itertools.product(["snr", "soft", "hard"], masks.REDUCTIONS, masks.ESTIMATORS):
+    for mask, reduction, estimator in itertools.product(["snr", "soft", "hard"], REDUCTIONS, ESTIMATORS):
         p = torch.ones(5, requires_grad=True)
         optimizer = PRM([p], mask=mask, reduction=reduction, estimator=estimator, weight_decay=0.0, foreach=foreach)
         for _ in range(3):
@@ -291,7 +292,7 @@ def test_tiny_gradients_are_masked_by_noise_and_not_by_eps():
     means = {}
     for scale, mask_eps in itertools.product((1.0, 1e-6), (None, 1e-8)):
         params = make_params()
-        optimizer = PRM(params, reduction="per_tensor", mask_eps=mask_eps)
+        optimizer = PRM(params, reduction="per_tensor", estimator="ema", mask_eps=mask_eps)
         train(optimizer, params, before_step=lambda t, params=params, scale=scale: scale_gradients(params, scale))
         means[scale, mask_eps] = optimizer.get_mask_stats()["mean_q"]
     assert means[1e-6, None] == pytest.approx(means[1.0, None], rel=1e-4)
@@ -324,7 +325,7 @@ def test_sums_of_squares_are_exact_whatever_the_shapes(dtype):
     torch.testing.assert_close(sums_of_squares(xs), expected, rtol=1e-7, atol=0)
 
 
-@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nonfinite_gradients_follow_adamw_and_are_counted(bad, reduction):
     ours, theirs = torch.ones(6, requires_grad=True), torch.ones(6, requires_grad=True)
@@ -344,7 +345,7 @@ def test_nonfinite_gradients_follow_adamw_and_are_counted(bad, reduction):
 
 def test_lr_schedulers_and_closure():
     p = torch.ones(3, requires_grad=True)
-    optimizer = PRM([p], lr=0.1, warmup_steps=1)
+    optimizer = PRM([p], lr=0.1, mask_warmup_steps=1)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
 
     def closure():
@@ -385,11 +386,11 @@ def test_gradient_clipping_and_grad_scaler():
 
 @pytest.mark.parametrize("measured", MEASURED, ids=lambda m: "-".join(map(str, m.values())))
 def test_capturable_equals_the_ordinary_step(measured):
-    for mask, foreach in itertools.product(masks.MASKS, [False, True]):
+    for mask, foreach in itertools.product(MASKS, [False, True]):
         results = []
         for capturable in (False, True):
             params = make_params()
-            settings = {"mask": mask, **measured, "warmup_steps": 2}
+            settings = {"mask": mask, **measured, "mask_warmup_steps": 2}
             train(PRM(params, foreach=foreach, capturable=capturable, **settings), params, steps=10)
             results.append(params)
         for p, q in zip(*results, strict=True):
@@ -414,15 +415,16 @@ def test_tensor_learning_rate():
         torch.testing.assert_close(p, results[0], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("reduction", [*masks.REDUCTIONS, "signal"])
-def test_differentiable_step(reduction):
+@pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
+@pytest.mark.parametrize("reduction", [*REDUCTIONS, "signal"])
+def test_differentiable_step(reduction, amsgrad):
     """d(loss after two steps)/d(first gradient) by autograd equals finite differences."""
     measured = SIGNAL if reduction == "signal" else {"reduction": reduction, "estimator": "debiased"}
 
     def after(g):
         p = torch.tensor([[0.5, -1.0, 2.0], [1.0, 0.3, -0.4]], dtype=torch.float64, requires_grad=True)
         q = p.clone()
-        optimizer = PRM([q], lr=0.1, differentiable=True, **measured)
+        optimizer = PRM([q], lr=0.1, differentiable=True, amsgrad=amsgrad, **measured)
         q.grad = g
         optimizer.step()
         q.grad = g * torch.tensor([[1.0, 2.0, 0.5], [1.2, 0.7, 1.0]], dtype=torch.float64)
@@ -433,7 +435,7 @@ def test_differentiable_step(reduction):
     assert torch.autograd.gradcheck(after, (g,), eps=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("reduction", masks.REDUCTIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_compiled_step_equals_the_eager_one(reduction):
     results = []
     for compiled in (False, True):
@@ -450,15 +452,37 @@ def test_compiled_step_equals_the_eager_one(reduction):
 def test_functional_form():
     p, g = torch.ones(3), torch.tensor([1.0, 2.0, 3.0])
     m, v, s, t = torch.zeros(3), torch.zeros(3), torch.zeros((), dtype=torch.float64), torch.zeros(())
-    common = {"eps": 1e-8, "weight_decay": 0.0, "softness": 1.0, "alpha": 1.0, "mask_eps": 0.0, "warmup_steps": 0}
-    flags = ("amsgrad", "maximize", "capturable", "differentiable")
-    choices = {"mask": "snr", "reduction": "per_tensor", "estimator": "ema"}
-    arguments = common | choices | dict.fromkeys(flags, False)
-    arguments |= {"bias_correction": True, "decoupled_weight_decay": True}
-    prm([p], [g], [m], [v], [], [s], [t], lr=0.1, beta1=0.9, beta2=0.999, rho=0.99, **arguments)
+    settings = {"lr": 0.1, "weight_decay": 0.0, "reduction": "per_tensor", "estimator": "ema", "mask_eps": 0.0}
+    prm([p], [g], [m], [v], [], [s], [t], **settings)
     # t = 1: S = N, q = 1/2, and m̂/√v̂ = sign(g)
     torch.testing.assert_close(p, torch.full((3,), 1 - 0.1 * 0.5))
     assert t == 1 and s.item() == pytest.approx(0.01 * 14 / 3)
+    with pytest.raises(TypeError, match="beta3"):
+        prm([p], [g], [m], [v], [], [s], [t], beta3=0.9)
+
+
+@pytest.mark.parametrize("foreach", [False, True], ids=["reference", "foreach"])
+@pytest.mark.parametrize("settings", [{"mask": "none"}, {"amsgrad": True}, *MEASURED], ids=name_of)
+def test_functional_form_equals_the_optimizer(settings, foreach):
+    params, others = make_params(), make_params()
+    optimizer, generator = PRM(params, foreach=foreach, **settings), torch.Generator().manual_seed(0)
+    for t in range(4):
+        for i, (p, q) in enumerate(zip(params, others, strict=True)):
+            p.grad = random_gradient(p.shape, i, generator)
+            q.grad = p.grad.clone()
+        if t == 0:
+            optimizer.step()
+            with torch.no_grad():
+                for p, q in zip(params, others, strict=True):
+                    q.copy_(p)
+            states = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in params]
+            continue
+        optimizer.step()
+        names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var", "step", "exp_avg_signal")
+        lists = [[s[name] for s in states if name in s] for name in names]
+        with torch.no_grad():
+            prm(others, [q.grad for q in others], *lists, foreach=foreach, **settings)
+    assert all(map(torch.equal, params, others))
 
 
 ERRORS = [
@@ -470,8 +494,8 @@ ERRORS = [
     ({"betas": (1.0, 0.9)}, r"Invalid betas\[0\]=1.0"),
     ({"betas": (0.9, -0.1)}, r"Invalid betas\[1\]=-0.1"),
     ({"betas": 0.9}, r"Invalid betas=0.9"),
-    ({"rho": 1.0}, r"Invalid rho=1.0.*\[0, 1\)"),
-    ({"rho": float("nan")}, r"Invalid rho=nan"),
+    ({"variance_beta": 1.0}, r"Invalid variance_beta=1.0.*\[0, 1\)"),
+    ({"variance_beta": float("nan")}, r"Invalid variance_beta=nan"),
     ({"eps": -1e-8}, r"Invalid eps=-1e-08"),
     ({"eps": float("nan")}, r"Invalid eps=nan"),
     ({"weight_decay": -0.1}, r"Invalid weight_decay=-0.1"),
@@ -483,7 +507,10 @@ ERRORS = [
     ({**SIGNAL, "signal_beta": 1.0}, r"Invalid signal_beta=1.0.*\[0, 1\)"),
     ({**SIGNAL, "signal_beta": float("nan")}, r"Invalid signal_beta=nan"),
     ({**SIGNAL, "signal_beta": True}, r"Invalid signal_beta=True"),
-    ({"signal_beta": 0.98}, r"Invalid signal_beta=0.98: it needs reduction='per_row'.*'per_param'.*signal_beta=None"),
+    (
+        {"signal_beta": 0.98, "reduction": "per_param"},
+        r"Invalid signal_beta=0.98: it needs reduction='per_row'.*'per_param'.*signal_beta=None",
+    ),
     ({**SIGNAL, "estimator": "ema"}, r"Invalid signal_beta=0.98: .*estimator='debiased'.*'ema'"),
     ({"reduction": "per_row", "state_dtype": "8bit"}, r"Invalid state_dtype='8bit'.*use 'bf16' or 'float32'"),
     ({"estimator": "map"}, r"Invalid estimator='map'.*'ema', 'debiased'"),
@@ -493,9 +520,12 @@ ERRORS = [
     ({"boundary": "empirical", "batch_size": 8, "n_dataset": 8}, r"Invalid n_dataset=8.*larger than batch_size=8"),
     ({"batch_size": 0}, r"Invalid batch_size=0"),
     ({"n_dataset": 2.5}, r"Invalid n_dataset=2.5"),
-    ({"warmup_steps": -1}, r"Invalid warmup_steps=-1"),
-    ({"warmup_steps": 1.5}, r"Invalid warmup_steps=1.5"),
-    ({"state_dtype": torch.bfloat16}, r"Invalid state_dtype=torch.bfloat16.*'float32', 'bf16', '8bit'"),
+    ({"mask_warmup_steps": -1}, r"Invalid mask_warmup_steps=-1"),
+    ({"mask_warmup_steps": 1.5}, r"Invalid mask_warmup_steps=1.5"),
+    ({"state_dtype": torch.float16}, r"Invalid state_dtype=torch.float16.*'float32', 'bf16', '8bit'"),
+    ({"relative_eps": 0.0}, r"Invalid relative_eps=0.0"),
+    ({"relative_eps": 10, "max_grad_norm": 0.0}, r"Invalid max_grad_norm=0.0.*relative_eps needs"),
+    ({"relative_eps": 10, "eps": 1e-6}, r"Invalid eps=1e-06: relative_eps sets it"),
     ({"state_dtype": "bf16", "differentiable": True}, r"Invalid state_dtype='bf16'.*autograd"),
     ({"fused": True, "differentiable": True}, r"Invalid fused=True.*autograd"),
     ({"fused": True, "foreach": True}, r"Invalid fused=True.*cannot both be True"),
@@ -517,7 +547,7 @@ def test_settings_changed_while_training_are_checked():
     optimizer = PRM([p], mask="none")
     optimizer.step()
     optimizer.param_groups[0]["mask"] = "snr"
-    with pytest.raises(ValueError, match="has no `grad_var`.*warmup_steps"):
+    with pytest.raises(ValueError, match="needs `grad_var`.*mask_warmup_steps"):
         optimizer.step()
     optimizer.param_groups[0]["mask"] = "nothing"
     with pytest.raises(ValueError, match="Invalid mask='nothing'"):

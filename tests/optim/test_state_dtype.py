@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
-from prm_hf.optim import PRM, masks
-from prm_hf.optim.validation import check_held_in_parts
+from prm_hf.optim import PRM
+from prm_hf.optim.hyperparameters import ESTIMATORS, MASKS
+from prm_hf.sharding import ShardingPath
 
 from .optimizer_runs import MEASURED, SKIPS_STEPS, assert_close, make_params, random_gradient, schedule, train
 from .reference_prm import ReferenceTensor
@@ -23,7 +24,7 @@ REDUCTIONS = ("per_param", "per_tensor")  # that 8 bits are for
 @pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
 def test_bf16_equals_a_reference_that_rounds_after_each_step(foreach, variant):
     """In float64, so that no rounding but that of `exp_avg` is seen."""
-    for mask, measured in itertools.product(masks.MASKS, MEASURED):
+    for mask, measured in itertools.product(MASKS, MEASURED):
         settings = {"mask": mask, **measured, **variant}
         params = make_params(torch.float64)
         references = [ReferenceTensor(p.detach().numpy()) for p in params]
@@ -57,8 +58,8 @@ def test_8bit_is_the_float32_step_from_what_is_kept(foreach, variant, monkeypatc
     """Each step beside one of float32 on the values kept, whose results torchao itself then rounds to 8 bits."""
     from torchao.optim.subclass_8bit import OptimState8bit
 
-    monkeypatch.setattr("prm_hf.optim.step.CPU_BLOCK", 1024)
-    for reduction, estimator in itertools.product(REDUCTIONS, masks.ESTIMATORS):
+    monkeypatch.setattr("prm_hf.optim.foreach.CPU_BLOCK", 1024)
+    for reduction, estimator in itertools.product(REDUCTIONS, ESTIMATORS):
         settings = {"reduction": reduction, "estimator": estimator, "foreach": foreach, **variant}
         params = large_params()
         twins = [p.detach().clone().requires_grad_() for p in params]
@@ -129,13 +130,13 @@ def test_memory_a_parameter(state_dtype, size):
 @pytest.mark.parametrize("ours", ["float32", "bf16", pytest.param("8bit", marks=needs_torchao)])
 def test_a_checkpoint_of_another_state_dtype_is_converted(ours, theirs):
     params = large_params()
-    saved = PRM(params, state_dtype=theirs)
+    saved = PRM(params, state_dtype=theirs, reduction="per_tensor")
     train(saved, params, steps=3)
-    loaded = PRM([p.detach().clone().requires_grad_() for p in params], state_dtype=ours)
+    loaded = PRM([p.detach().clone().requires_grad_() for p in params], state_dtype=ours, reduction="per_tensor")
     loaded.load_state_dict(saved.state_dict())
     assert loaded.param_groups[0]["state_dtype"] == ours
     copies = loaded.param_groups[0]["params"]
-    fresh = PRM(copies, state_dtype=ours)
+    fresh = PRM(copies, state_dtype=ours, reduction="per_tensor")
     train(fresh, copies, steps=1)
     for p, q in zip(params, copies, strict=True):
         for key in (*MOMENTS, "grad_var"):
@@ -146,19 +147,19 @@ def test_a_checkpoint_of_another_state_dtype_is_converted(ours, theirs):
 
 
 def test_where_tensors_are_held_in_parts_it_is_refused():
-    for path in ("FSDP2", "FSDP1 (use_orig_params)", "DeepSpeed ZeRO-1/2", "DeepSpeed ZeRO-3"):
-        check_held_in_parts("per_tensor", "float32", path)
-        with pytest.raises(ValueError, match="Invalid state_dtype='8bit'.*under " + path.split()[0]):
-            check_held_in_parts("per_tensor", "8bit", path)
-    check_held_in_parts("per_tensor", "bf16", "FSDP2")
+    for path in ShardingPath:
+        path.check("per_tensor", "float32")
+        with pytest.raises(ValueError, match="Invalid state_dtype='8bit'.*under " + path.value.split()[0]):
+            path.check("per_tensor", "8bit")
+    ShardingPath.FSDP2.check("per_tensor", "bf16")
     with pytest.raises(ValueError, match="Invalid state_dtype='bf16'.*under DeepSpeed ZeRO-3"):
-        check_held_in_parts("per_tensor", "bf16", "DeepSpeed ZeRO-3")
+        ShardingPath.ZERO_3.check("per_tensor", "bf16")
 
 
 def test_8bit_without_what_it_needs_is_refused(monkeypatch):
     p = torch.zeros(2, requires_grad=True)
     with pytest.raises(ValueError, match="Invalid state_dtype='8bit'.*fused=None"):
-        PRM([p], state_dtype="8bit", fused=True)
+        PRM([p], state_dtype="8bit", reduction="per_tensor", fused=True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="Invalid state_dtype='8bit'.*prm-hf.torchao"):
-        PRM([p], state_dtype="8bit")
+        PRM([p], state_dtype="8bit", reduction="per_tensor")

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from prm_hf.optim import PRM
-from prm_hf.sharding import Layout, Piece, find_layout
+from prm_hf.sharding import Layout, Segment, ShardingPath, find_layout
 from prm_hf.sharding.deepspeed import check_config
 from prm_hf.sharding.fsdp import check_plugin
 from prm_hf.sharding.locator import _cut_at_rows
@@ -89,12 +89,12 @@ def process_group(tmp_path):
 
 
 def test_a_layout_with_a_gap_is_an_error(process_group):
-    layout = Layout(path="somewhere", flat=True, numels=[6, 4], process_groups=[(process_group,)] * 2)
+    layout = Layout(path=ShardingPath.ZERO_3, flat=True, numels=[6, 4], process_groups=[(process_group,)] * 2)
     flat = torch.zeros(10)
-    layout.add(flat, [Piece(0, 0, 6), Piece(1, 6, 4)], [0, 1])
+    layout.add(flat, [Segment(0, 0, 6), Segment(1, 6, 4)], [0, 1])
     layout.verify()
-    layout.pieces[id(flat)][1] = Piece(1, 6, 3)
-    with pytest.raises(RuntimeError, match="under somewhere.*tensor 1: found 3 of 4 elements"):
+    layout.segments[id(flat)][1] = Segment(1, 6, 3)
+    with pytest.raises(RuntimeError, match="under DeepSpeed ZeRO-3.*tensor 1: found 3 of 4 elements"):
         layout.verify()
 
 
@@ -183,7 +183,7 @@ def test_a_reduction_that_changes_on_the_way_is_refused():
 def test_each_set_of_process_groups_reduces_its_own_rows(process_group, monkeypatch):
     """Tensors that nobody shares, as FSDP2 leaves some, keep their rows; also where others are asked for later."""
     monkeypatch.setattr("prm_hf.sharding.layout._all_reduce", lambda part, group, op: part.mul_(2))
-    layout = Layout("somewhere", flat=False, numels=[1] * 4, process_groups=[(process_group,), ()] * 2)
+    layout = Layout(ShardingPath.FSDP2, flat=False, numels=[1] * 4, process_groups=[(process_group,), ()] * 2)
     for tensors, expected in ([0, 1, 2], [2, 1, 2]), ([1, 2, 3], [1, 2, 1]), ([0, 1, 2], [2, 1, 2]), ([0, 2], [2, 2]):
         table = torch.ones(len(tensors), 1)
         layout.all_reduce(table, tensors)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 
-# A row of the table of scalars, float64, one row a tensor: the step's own, then the settings of its group.
+# A row of the table of scalars, float64: the step's own, then the settings of its group. A kernel reads them by name.
 SCALARS = (
     "step_size",
     "bias2_sqrt",
@@ -33,10 +33,10 @@ SCALARS = (
     "one_minus_beta1",
     "beta2",
     "one_minus_beta2",
-    "rho",
+    "variance_beta",
     "eps",
     "weight_decay",
-    "alpha",
+    "noise_weight",
     "softness",
     "mask_eps",
     "first_ratio",
@@ -44,10 +44,46 @@ SCALARS = (
     "floor",
     "one_minus_signal_beta",
 )
+(
+    _STEP_SIZE,
+    _BIAS2_SQRT,
+    _DECAY,
+    _CENTER,
+    _WEIGHT,
+    _SIGNAL,
+    _NOISE,
+    _FIRST,
+    _OPEN,
+    _ONE_MINUS_BETA1,
+    _BETA2,
+    _ONE_MINUS_BETA2,
+    _VARIANCE_BETA,
+    _EPS,
+    _WEIGHT_DECAY,
+    _NOISE_WEIGHT,
+    _SOFTNESS,
+    _MASK_EPS,
+    _FIRST_RATIO,
+    _UNSCALE,
+    _FLOOR,
+    _ONE_MINUS_SIGNAL_BETA,
+) = map(tl.constexpr, range(len(SCALARS)))
 # A row of the table of tensors, int64: where each is (0 for none), its elements, the first of its chunks, its rows,
 # and the first of them among those of all tensors.
 STATES = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var", "exp_avg_signal")
 TENSOR = (*STATES, "numel", "first_chunk", "rows", "first_row")
+(
+    _PARAM,
+    _EXP_AVG,
+    _EXP_AVG_SQ,
+    _MAX_EXP_AVG_SQ,
+    _GRAD_VAR,
+    _EXP_AVG_SIGNAL,
+    _NUMEL,
+    _FIRST_CHUNK,
+    _N_ROWS,
+    _FIRST_ROW,
+) = map(tl.constexpr, range(len(TENSOR)))
 
 
 @triton.jit
@@ -84,13 +120,17 @@ def _scalar(row, i: tl.constexpr, dtype: tl.constexpr):
 @triton.jit
 def _mask(mean_sq, var, row, dtype: tl.constexpr, MASK: tl.constexpr, DEBIASED: tl.constexpr):
     """q from m² and s, as `masks.compute_mask`."""
-    signal = mean_sq * _scalar(row, 5, dtype)
-    noise = var * _scalar(row, 6, dtype)
+    signal = mean_sq * _scalar(row, _SIGNAL, dtype)
+    noise = var * _scalar(row, _NOISE, dtype)
     if DEBIASED:
-        signal = tl.maximum(signal - _scalar(row, 20, dtype) * noise, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        signal = tl.maximum(signal - _scalar(row, _FLOOR, dtype) * noise, 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:
-        noise = tl.where(_scalar(row, 7, dtype) != 0, signal * _scalar(row, 18, dtype), noise)
-    alpha, softness, mask_eps = _scalar(row, 15, dtype), _scalar(row, 16, dtype), _scalar(row, 17, dtype)
+        noise = tl.where(_scalar(row, _FIRST, dtype) != 0, signal * _scalar(row, _FIRST_RATIO, dtype), noise)
+    alpha, softness, mask_eps = (
+        _scalar(row, _NOISE_WEIGHT, dtype),
+        _scalar(row, _SOFTNESS, dtype),
+        _scalar(row, _MASK_EPS, dtype),
+    )
     if MASK == 0:  # snr
         q = signal / (signal + softness * alpha * noise + mask_eps)
     else:
@@ -100,7 +140,7 @@ def _mask(mean_sq, var, row, dtype: tl.constexpr, MASK: tl.constexpr, DEBIASED: 
         else:
             excess = tl.maximum(excess, 0.0, propagate_nan=tl.PropagateNan.ALL)
             q = excess / (excess + softness * noise + mask_eps)
-    return tl.where(_scalar(row, 8, dtype) != 0, 1.0, q)
+    return tl.where(_scalar(row, _OPEN, dtype) != 0, 1.0, q)
 
 
 @triton.jit
@@ -118,11 +158,11 @@ def _gradient(
 ):
     g = _load(g_ptr, offsets, mask, MASKED, policy)
     if SCALED:
-        g = g * _scalar(row, 19, tl.float32)
+        g = g * _scalar(row, _UNSCALE, tl.float32)
     if MAXIMIZE:
         g = -g
     if COUPLED:
-        g = g + _scalar(row, 14, tl.float32) * p
+        g = g + _scalar(row, _WEIGHT_DECAY, tl.float32) * p
     return g
 
 
@@ -152,28 +192,28 @@ def _update_chunk(
     v = _load(v_ptr, offsets, mask, MASKED, "evict_first")
     g = _gradient(g_ptr, p, offsets, mask, row, COUPLED, MAXIMIZE, SCALED, MASKED, "evict_first")
     if not COUPLED:
-        p = p * _scalar(row, 2, tl.float32)
+        p = p * _scalar(row, _DECAY, tl.float32)
     s = 0.0
     if MASK != 3 and not PER_TENSOR:
         s = _load(s_ptr, offsets, mask, MASKED, "evict_first")
-        deviation = g - m * _scalar(row, 3, tl.float32)
-        s = _scalar(row, 12, tl.float32) * s + deviation * deviation * _scalar(row, 4, tl.float32)
+        deviation = g - m * _scalar(row, _CENTER, tl.float32)
+        s = _scalar(row, _VARIANCE_BETA, tl.float32) * s + deviation * deviation * _scalar(row, _WEIGHT, tl.float32)
         _store(s_ptr, offsets, s, mask, MASKED)
-    m = m + _scalar(row, 9, tl.float32) * (g - m)
-    v = _scalar(row, 10, tl.float32) * v + _scalar(row, 11, tl.float32) * (g * g)
+    m = m + _scalar(row, _ONE_MINUS_BETA1, tl.float32) * (g - m)
+    v = _scalar(row, _BETA2, tl.float32) * v + _scalar(row, _ONE_MINUS_BETA2, tl.float32) * (g * g)
     _store(m_ptr, offsets, m, mask, MASKED)
     _store(v_ptr, offsets, v, mask, MASKED)
     if AMSGRAD:
         v = tl.maximum(_load(x_ptr, offsets, mask, MASKED, "evict_first"), v, propagate_nan=tl.PropagateNan.ALL)
         _store(x_ptr, offsets, v, mask, MASKED)
-    denominator = tl.sqrt(v) / _scalar(row, 1, tl.float32) + _scalar(row, 13, tl.float32)
+    denominator = tl.sqrt(v) / _scalar(row, _BIAS2_SQRT, tl.float32) + _scalar(row, _EPS, tl.float32)
     if MASK == 3:
         update = m
     elif PER_TENSOR:
         update = m * q
     else:
         update = m * _mask(m * m, s, row, tl.float32, MASK, DEBIASED)
-    p = p - _scalar(row, 0, tl.float32) * (update / denominator)
+    p = p - _scalar(row, _STEP_SIZE, tl.float32) * (update / denominator)
     _store(p_ptr, offsets, p, mask, MASKED)
 
 
@@ -196,7 +236,7 @@ def _before_update(
         p = _load(p_ptr, offsets, mask, MASKED, "evict_last")
     g = _gradient(g_ptr, p, offsets, mask, row, COUPLED, MAXIMIZE, SCALED, MASKED, "evict_last")
     m = _load(m_ptr, offsets, mask, MASKED, "evict_last")
-    return g, m, g - m * _scalar(row, 3, tl.float32)
+    return g, m, g - m * _scalar(row, _CENTER, tl.float32)
 
 
 @triton.jit
@@ -214,7 +254,7 @@ def _chunk_sums(
 ):
     """Σ(g - center)² and Σm² of a chunk, float64, m being what the update will make of it."""
     g, m, deviation = _before_update(p_ptr, g_ptr, m_ptr, row, offsets, mask, COUPLED, MAXIMIZE, SCALED, MASKED)
-    m = m + _scalar(row, 9, tl.float32) * (g - m)
+    m = m + _scalar(row, _ONE_MINUS_BETA1, tl.float32) * (g - m)
     if MASKED:
         # A tensor of one chunk has no other sums among which the rounding of this one would vanish, and would get
         # another mask where it is cut into shards; a chunk a tensor costs no time, also where float64 is slow.
@@ -280,15 +320,15 @@ def step_kernel(
         chunk = item // 2
         tensor = tl.load(chunk_tensors + chunk)
         entry = tensors + tensor * N_ENTRIES
-        numel = tl.load(entry + 6)
-        begin = tl.load(entry + 7)  # of its chunks
+        numel = tl.load(entry + _NUMEL)
+        begin = tl.load(entry + _FIRST_CHUNK)  # of its chunks
         start = (chunk - begin) * CHUNK
         offsets = start + tl.arange(0, CHUNK)
         inside = offsets < numel
         row = scalars + tl.load(grads + 2 * tensor + 1) * N_SCALARS
-        p_ptr = _pointer(entry, P, ALIGNED)
+        p_ptr = _pointer(entry + _PARAM, P, ALIGNED)
         g_ptr = _pointer(grads + 2 * tensor, G, ALIGNED)
-        m_ptr = _pointer(entry + 1, M, ALIGNED)
+        m_ptr = _pointer(entry + _EXP_AVG, M, ALIGNED)
         if PER_TENSOR and item % 2 == 0:
             if start + CHUNK <= numel:
                 deviations, squares = _chunk_sums(
@@ -309,18 +349,18 @@ def step_kernel(
                     tl.store(sums + 2 * tensor + 1, total_squares)
                 else:
                     count = numel.to(tl.float64)
-                    s_ptr = _pointer(entry + 4, tl.float64, False)
-                    s = _scalar(row, 12, tl.float64) * tl.load(s_ptr)
-                    s += _scalar(row, 4, tl.float64) * (total_deviations / count)
+                    s_ptr = _pointer(entry + _GRAD_VAR, tl.float64, False)
+                    s = _scalar(row, _VARIANCE_BETA, tl.float64) * tl.load(s_ptr)
+                    s += _scalar(row, _WEIGHT, tl.float64) * (total_deviations / count)
                     tl.store(s_ptr, s)
                     q = _mask(total_squares / count, s, row, tl.float64, MASK, DEBIASED)
                     tl.store(qs + tensor, q.to(tl.float32))
                     tl.atomic_add(q_there + tensor, 1, sem="release")
         else:
-            v_ptr = _pointer(entry + 2, tl.float32, ALIGNED)
+            v_ptr = _pointer(entry + _EXP_AVG_SQ, tl.float32, ALIGNED)
             x_ptr = v_ptr
             if AMSGRAD:
-                x_ptr = _pointer(entry + 3, tl.float32, ALIGNED)
+                x_ptr = _pointer(entry + _MAX_EXP_AVG_SQ, tl.float32, ALIGNED)
             s_ptr = v_ptr
             q = 1.0
             if PER_TENSOR:
@@ -330,7 +370,7 @@ def step_kernel(
                         ready = tl.atomic_add(q_there + tensor, 0, sem="acquire")
                 q = tl.load(qs + tensor, cache_modifier=".cg")
             elif MASK != 3:
-                s_ptr = _pointer(entry + 4, tl.float32, ALIGNED)
+                s_ptr = _pointer(entry + _GRAD_VAR, tl.float32, ALIGNED)
             if start + CHUNK <= numel:
                 _update_chunk(
                     p_ptr,
@@ -408,8 +448,8 @@ def row_kernel(
     item = items + 2 * tl.program_id(0)
     tensor = tl.load(item)
     entry = tensors + tensor * N_ENTRIES
-    n_rows = tl.load(entry + 8)
-    n_cols = tl.load(entry + 6) // n_rows
+    n_rows = tl.load(entry + _N_ROWS)
+    n_cols = tl.load(entry + _NUMEL) // n_rows
     if EVEN:
         n_cols = tl.multiple_of(n_cols, 16)
     rows = tl.load(item + 1).to(tl.int64) + tl.arange(0, ROWS)
@@ -418,18 +458,18 @@ def row_kernel(
     there = rows < n_rows
     begins = (rows * n_cols)[:, None]
     row = scalars + tl.load(grads + 2 * tensor + 1) * N_SCALARS
-    p_ptr = _pointer(entry, P, ALIGNED)
+    p_ptr = _pointer(entry + _PARAM, P, ALIGNED)
     g_ptr = _pointer(grads + 2 * tensor, G, ALIGNED)
-    m_ptr = _pointer(entry + 1, M, ALIGNED)
-    v_ptr = _pointer(entry + 2, tl.float32, ALIGNED)
+    m_ptr = _pointer(entry + _EXP_AVG, M, ALIGNED)
+    v_ptr = _pointer(entry + _EXP_AVG_SQ, tl.float32, ALIGNED)
     x_ptr = v_ptr
     if AMSGRAD:
-        x_ptr = _pointer(entry + 3, tl.float32, ALIGNED)
-    number = tl.load(entry + 9) + rows  # among the rows of all tensors
+        x_ptr = _pointer(entry + _MAX_EXP_AVG_SQ, tl.float32, ALIGNED)
+    number = tl.load(entry + _FIRST_ROW) + rows  # among the rows of all tensors
     if PHASE != 2:
         a_ptr = v_ptr
         if SIGNAL:
-            a_ptr = _pointer(entry + 5, tl.float32, ALIGNED)
+            a_ptr = _pointer(entry + _EXP_AVG_SIGNAL, tl.float32, ALIGNED)
         deviations = tl.zeros((ROWS,), dtype=tl.float64)
         squares = tl.zeros((ROWS,), dtype=tl.float64)
         for start in range(0, n_cols, COLS):
@@ -440,10 +480,10 @@ def row_kernel(
             )
             if SIGNAL:
                 m = _load(a_ptr, offsets, inside, True, "evict_first")
-                m = m + _scalar(row, 21, tl.float32) * (g - m)
+                m = m + _scalar(row, _ONE_MINUS_SIGNAL_BETA, tl.float32) * (g - m)
                 _store(a_ptr, offsets, m, inside, True)
             else:
-                m = m + _scalar(row, 9, tl.float32) * (g - m)
+                m = m + _scalar(row, _ONE_MINUS_BETA1, tl.float32) * (g - m)
             deviations += tl.sum(deviation * deviation, 1).to(tl.float64)
             squares += tl.sum(m * m, 1).to(tl.float64)
     if PHASE == 1:
@@ -454,9 +494,9 @@ def row_kernel(
             q = tl.load(qs + number, mask=there, other=0.0)
         else:
             count = n_cols.to(tl.float64)
-            s_ptr = _pointer(entry + 4, tl.float64, False) + rows
-            s = _scalar(row, 12, tl.float64) * tl.load(s_ptr, mask=there, other=0.0)
-            s += _scalar(row, 4, tl.float64) * (deviations / count)
+            s_ptr = _pointer(entry + _GRAD_VAR, tl.float64, False) + rows
+            s = _scalar(row, _VARIANCE_BETA, tl.float64) * tl.load(s_ptr, mask=there, other=0.0)
+            s += _scalar(row, _WEIGHT, tl.float64) * (deviations / count)
             # Several threads hold a row's s: none may read what another has written already
             tl.debug_barrier()
             tl.store(s_ptr, s, mask=there)

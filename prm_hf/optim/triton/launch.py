@@ -1,6 +1,5 @@
 """PRM's step by the Triton kernels of `kernels.py`: their tables, and what is launched for a list of tensors."""
 
-import functools
 import os
 from typing import Any
 
@@ -9,10 +8,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import masks
+from ...sharding import local_tensors
+from .. import masks
+from ..hyperparameters import MASKS, Hyperparameters
+from ..lists import PlanList
+from ..quantized import is_quantized
 from .kernels import SCALARS, STATES, TENSOR, row_kernel, step_kernel
-from .quantized import is_quantized
-from .step import needs_sums, scalars_of
 
 
 CHUNK = 4096  # elements an item,
@@ -24,11 +25,11 @@ ROW_TILES = ((64, 64), (4, 1024), (1, 4096))
 N_WARPS = 4
 # `TRITON_INTERPRET=1`: the kernel runs on a CPU, slowly, to be tested.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_MASKS = {name: number for number, name in enumerate(masks.MASKS)}
+_MASKS = {name: number for number, name in enumerate(MASKS)}
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-class FusedList:
+class KernelTables:
     """The tables of a list of tensors on one device, of one parameter dtype and one dtype of `exp_avg`.
 
     All other state is float32.
@@ -36,8 +37,8 @@ class FusedList:
     They hold as long as the tensors keep their storages; the gradients may be new tensors at every step.
 
     Args:
-        params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grad_vars, exp_avg_signals: as in [`prm`]; contiguous. Without
-            `grad_vars` tensors or rows are held in parts, and a step has two halves.
+        params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grad_vars, exp_avg_signals: as in [`TensorLists`]; contiguous.
+            Without `grad_vars` masks are decided between the halves of a step.
         code: what of the settings is compiled in, see [`code_of`].
 
     Attributes:
@@ -210,106 +211,136 @@ class FusedList:
         )
 
 
-class FusedStep:
-    """[`ListStep`] in one kernel: the same halves, and `whole` for tensors whose masks need nobody else's sums.
+class TritonList(PlanList):
+    """Slices of tensors of one device, dtype and form of settings, also of several groups, which the kernel takes."""
 
-    Args:
-        lists: as of [`ListStep`].
-        hyper: the settings, as in [`prm`].
-        tables: where the tables of lists are kept from step to step.
-        grad_scale: the factor, on the device, that GradScaler has left in the gradients; needs capturable.
-    """
+    def __init__(self, members, locator, unit_masks, tables) -> None:
+        super().__init__(members, locator, unit_masks, tables)
+        lists = self.tensor_lists()
+        states = [getattr(lists, f"{name}s") for name in STATES]
+        code = code_of(self.settings.h)
+        # Not by identity: slices of flat partitions are new views in each plan.
+        key = (*((p.data_ptr(), p.numel()) for p in lists.params), *code.values(), unit_masks is None)
+        self._tables = tables.pop(key, None)
+        if self._tables is None or not self._tables.fits(*states):
+            self._tables = KernelTables(*states, code)
+        tables[key] = self._tables
+        while len(tables) > 8:  # of parameters that do not all have gradients at each step
+            tables.pop(next(iter(tables)))
+        members = [self.members[i] for i, _ in self.slices]
+        self._cohorts = list(dict.fromkeys(member.cohort for member in members))
+        self._settings = {member.cohort: member.settings for member in members}
+        self._capturable = self.settings.h.capturable
+        # Of each slice, its row in the table of scalars
+        if self._capturable:
+            places = [max(m.place for m in members if m.cohort == cohort) + 1 for cohort in self._cohorts]
+            begin = dict(zip(self._cohorts, np.cumsum([0, *places]), strict=False))
+            rows = [begin[member.cohort] + member.place for member in members]
+        else:
+            rows = [self._cohorts.index(member.cohort) for member in members]
+        self._rows = np.array(rows, dtype=np.int32)
+        self._scalars: np.ndarray | Tensor | None = None
+        # Of slices of flat buffers, of which and from which of its elements on
+        self._cuts = np.array([(i, piece.start) for i, piece in self.slices], dtype=np.int64).reshape(-1, 2).T
+        self._is_cut = locator.flat and unit_masks is not None
+        self.set_gradients(local_tensors([member.grad for member in self.members]))
 
-    def __init__(
-        self,
-        lists: dict[str, list[Tensor]],
-        hyper: dict[str, Any],
-        tables: dict[tuple, FusedList],
-        grad_scale: Tensor | None = None,
-    ) -> None:
-        states = [lists[f"{name}s"] for name in STATES]
-        self.grad_vars, self.state_steps = lists["grad_vars"], lists["state_steps"]
-        code = code_of(hyper)
-        self._pauses = needs_sums(hyper)
-        # Not by identity: slices of flat partitions are new views at each step.
-        key = (*((p.data_ptr(), p.numel()) for p in lists["params"]), *code.values())
-        self._list = tables.get(key)
-        if self._list is None or not self._list.fits(*states):
-            while len(tables) > 8:  # of parameters that do not all have gradients at each step
-                tables.pop(next(iter(tables)))
-            self._list = tables[key] = FusedList(*states, code)
-        self._grads = [g.contiguous() for g in lists["grads"]]  # holding them until the step is done
-        scalars, rows = scalar_table(self.state_steps, hyper)
+    def set_gradients(self, grads: list[Tensor]) -> None:
+        if not all(map(Tensor.is_contiguous, grads)):
+            grads = list(map(Tensor.contiguous, grads))
+        self._grads = grads  # held until the step is done
+
+    def drop_gradients(self) -> None:
+        self._grads = []
+
+    def _run(self, phase: int, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        addresses = list(map(Tensor.data_ptr, self._grads))
+        if self._is_cut:
+            which, starts = self._cuts
+            addresses = (np.array(addresses)[which] + starts * self._grads[0].element_size()).tolist()
+        scalars = self._scalars
         if grad_scale is not None:
             scalars[:, SCALARS.index("unscale")] = 1 / grad_scale.double()
-        addresses = list(map(Tensor.data_ptr, self._grads))
-        self._run = functools.partial(self._list.run, addresses, self._grads[0].dtype, scalars, rows)
+        if found_inf is not None:
+            found_inf = found_inf.to(self._tables.device, non_blocking=True)
+        self._tables.run(addresses, self._grad_dtype, scalars, self._rows, phase=phase, found_inf=found_inf)
 
-    def whole(self, found_inf: Tensor | None = None) -> None:
-        self._run(found_inf=found_inf)
+    def _set_scalars(self, scalars: list[masks.StepScalars]) -> None:
+        rows = [scalar_row(scalars[cohort], self._settings[cohort]) for cohort in self._cohorts]
+        if not self._capturable:
+            self._scalars = np.array(rows, dtype=np.float64)
+            return
+        # Filled in on the device: a copy from the host could not be captured in a graph.
+        tables = []
+        for cohort, row in zip(self._cohorts, rows, strict=True):
+            t = scalars[cohort].bias1.double()
+            columns = [x.double().expand(len(t)) if isinstance(x, Tensor) else torch.full_like(t, x) for x in row]
+            tables.append(torch.stack(columns, dim=1))
+        self._scalars = torch.cat(tables)
 
-    def moments(self) -> Tensor | None:
-        if not self._pauses:
-            return None
+    def first_half(self, scalars: list[masks.StepScalars]) -> None:
+        self._set_scalars(scalars)
         self._run(phase=1)
-        return self._list.sums
+        self.sums = self._tables.sums
 
-    def update(self, q: Tensor | None = None) -> None:
-        if q is not None:
-            self._list.q.copy_(q)
+    def second_half(self, scalars: list[masks.StepScalars], q: Tensor) -> None:
+        self._tables.q.copy_(q)
         self._run(phase=2)
 
+    def whole_step(
+        self, scalars: list[masks.StepScalars], grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> None:
+        self._set_scalars(scalars)
+        self._run(0, grad_scale, found_inf)
 
-def code_of(hyper: dict[str, Any]) -> dict[str, Any]:
+
+def code_of(h: Hyperparameters) -> dict[str, Any]:
     """What of the settings decides which code is compiled."""
     return {
-        "MASK": _MASKS[hyper["mask"]],
-        "DEBIASED": hyper["estimator"] == "debiased",
-        "PER_TENSOR": hyper["mask"] != "none" and hyper["reduction"] == "per_tensor",
-        "PER_ROW": hyper["mask"] != "none" and hyper["reduction"] in ("per_row", masks.ROWS_IN_PARTS),
-        "SIGNAL": hyper["signal_beta"] is not None,
-        "AMSGRAD": hyper["amsgrad"],
-        "COUPLED": hyper["weight_decay"] != 0 and not hyper["decoupled_weight_decay"],
-        "MAXIMIZE": hyper["maximize"],
+        "MASK": _MASKS[h.mask],
+        "DEBIASED": h.estimator == "debiased",
+        "PER_TENSOR": h.masked and h.reduction == "per_tensor",
+        "PER_ROW": h.masked and h.reduction == "per_row",
+        "SIGNAL": h.signal_beta is not None,
+        "AMSGRAD": h.amsgrad,
+        "COUPLED": h.weight_decay != 0 and not h.decoupled_weight_decay,
+        "MAXIMIZE": h.maximize,
     }
 
 
-def scalar_table(state_steps: list[Tensor], hyper: dict[str, Any]) -> tuple[np.ndarray | Tensor, np.ndarray]:
-    """The rows of `SCALARS` of all steps, float64, and for each tensor which one is its own, int32."""
-    if hyper["capturable"]:  # the steps are on the device, and must stay there
-        t = torch.stack(state_steps).double()
-        rows = scalar_row(t, hyper)
-        # Filled in on the device: a copy from the host could not be captured in a graph.
-        columns = [x.double().expand(len(t)) if isinstance(x, Tensor) else torch.full_like(t, x) for x in rows]
-        return torch.stack(columns, dim=1), np.arange(len(t), dtype=np.int32)
-    steps = torch.stack(state_steps).tolist()
-    number = {t: i for i, t in enumerate(dict.fromkeys(steps))}
-    table = np.array([scalar_row(t, hyper) for t in number], dtype=np.float64)
-    return table, np.array([number[t] for t in steps], dtype=np.int32)
+def scalar_row(c: masks.StepScalars, settings) -> list[float | Tensor]:
+    """A row of [`SCALARS`]; with `capturable` some of them are vectors of the steps of several tensors."""
+    h, lr = settings.h, settings.lr
+    lr = lr.double() if isinstance(lr, Tensor) else lr
+    values = {
+        **c._asdict(),
+        "step_size": lr / c.bias1,
+        "bias2_sqrt": c.bias2**0.5,
+        "decay": 1 - lr / h.step_length * h.weight_decay if h.decoupled_weight_decay else 1.0,
+        "one_minus_beta1": 1 - h.beta1,
+        "beta2": h.beta2,
+        "one_minus_beta2": 1 - h.beta2,
+        "variance_beta": h.variance_beta,
+        "eps": settings.eps,
+        "weight_decay": h.weight_decay,
+        "noise_weight": h.noise_weight,
+        "softness": h.softness,
+        "mask_eps": h.mask_epsilon,
+        "first_ratio": masks.first_noise_ratio(h),
+        "unscale": 1.0,
+        "one_minus_signal_beta": 1 - (h.signal_beta or 0.0),
+    }
+    return [values[name] for name in SCALARS]
 
 
-def scalar_row(t: float | Tensor, hyper: dict[str, Any]) -> list:
-    """One row of `SCALARS`."""
-    c = scalars_of(t, hyper)
-    lr = hyper["lr"].double() if isinstance(hyper["lr"], Tensor) else hyper["lr"]
-    decay = 1 - lr * hyper["weight_decay"] if hyper["decoupled_weight_decay"] else 1.0
-    ratio = masks.first_noise_ratio(hyper["beta1"], hyper["rho"], hyper["bias_correction"])
-    beta1, beta2 = hyper["beta1"], hyper["beta2"]
-    own = [lr / c.bias1, c.bias2**0.5, decay, c.center, c.weight, c.signal, c.noise, c.first, c.open]
-    settings = ["rho", "eps", "weight_decay", "alpha", "softness", "mask_eps"]
-    floor, signal_beta = c.floor, hyper["signal_beta"] or 0.0
-    return [*own, 1 - beta1, beta2, 1 - beta2, *(hyper[x] for x in settings), ratio, 1.0, floor, 1 - signal_beta]
-
-
-def supports(part: dict[str, list[Tensor]]) -> bool:
-    """Whether tensors can be stepped by the kernel: contiguous, float32 or less, on a GPU (or interpreted)."""
-    return all(
-        p.dtype in _DTYPES
-        and p.is_contiguous()
-        and (p.is_cuda or INTERPRETED)
-        and g.dtype in _DTYPES
-        and not is_quantized(m)
-        for p, g, m in zip(part["params"], part["grads"], part["exp_avgs"], strict=True)
+def supports(param: Tensor, grad: Tensor, exp_avg: Tensor) -> bool:
+    """Whether a tensor can be stepped by the kernel: contiguous, float32 or less, on a GPU (or interpreted)."""
+    return (
+        param.dtype in _DTYPES
+        and param.is_contiguous()
+        and (param.is_cuda or INTERPRETED)
+        and grad.dtype in _DTYPES
+        and not is_quantized(exp_avg)
     )
 
 

@@ -1,0 +1,90 @@
+"""The functional form of PRM's step."""
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _default_to_fused_or_foreach
+
+from . import masks
+from .foreach import ForeachStep, TensorLists
+from .hyperparameters import Hyperparameters
+from .reference import reference_step
+
+
+def prm(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    grad_vars: list[Tensor],
+    state_steps: list[Tensor],
+    exp_avg_signals: list[Tensor] = (),
+    **hyperparameters,
+) -> None:
+    """Functional API of one PRM step on lists of whole tensors, updated in place.
+
+    Args:
+        params, grads, exp_avgs, exp_avg_sqs: tensors of equal shapes; with `amsgrad` also `max_exp_avg_sqs`, with
+            `signal_beta` also `exp_avg_signals`.
+        grad_vars: such tensors for `reduction="per_param"`, 0-dim ones for `"per_tensor"`, vectors with an entry a row
+            for `"per_row"`; none for `mask="none"`.
+        state_steps: 0-dim tensors that count the steps before this one.
+        **hyperparameters: the arguments of [`PRM`], with its defaults. With `relative_eps` these are all tensors that
+            are trained.
+
+    Raises:
+        TypeError: an argument that [`PRM`] does not have.
+        ValueError: as [`PRM`].
+    """
+    h = Hyperparameters(**hyperparameters)
+    if not params:
+        return
+    torch._foreach_add_(state_steps, 1)
+    lr, eps = h.lr * h.step_length, h.adam_eps(sum(p.numel() for p in params))
+    foreach = h.foreach
+    if foreach is None:
+        _, foreach = _default_to_fused_or_foreach(params, h.differentiable, use_fused=False)
+        foreach = foreach and (h.capturable or not isinstance(lr, Tensor))
+    states = {
+        "exp_avg": exp_avgs,
+        "exp_avg_sq": exp_avg_sqs,
+        "max_exp_avg_sq": max_exp_avg_sqs,
+        "grad_var": grad_vars,
+        "exp_avg_signal": exp_avg_signals,
+    }
+    if not foreach:
+        for i, (param, grad, step) in enumerate(zip(params, grads, state_steps, strict=True)):
+            state = {name: tensors[i] for name, tensors in states.items() if tensors}
+            reference_step(param, grad, state, masks.step_scalars(_age(step, h), h), h, lr, eps)
+        return
+    lists = (params, grads, *states.values())
+    for index in buckets(exp_avgs):
+        own = TensorLists(*([tensors[i] for i in index] if tensors else [] for tensors in lists))
+        _foreach_step(own, [state_steps[i] for i in index], h, lr, eps)
+
+
+def _foreach_step(lists: TensorLists, steps: list[Tensor], h: Hyperparameters, lr: float | Tensor, eps: float) -> None:
+    ages = [masks.step_scalars(_age(step, h), h) for step in steps]
+    c = masks.StepScalars(*map(list, zip(*ages, strict=True)))
+    if not h.masked or h.reduction != "per_tensor":
+        ForeachStep(lists, h, halves=False, one_by_one=False).update(c, lr, eps)
+        return
+    step = ForeachStep(lists._replace(grad_vars=[]), h, halves=True, one_by_one=False)
+    sums = step.sums(c)
+    numels = torch.tensor([max(p.numel(), 1) for p in lists.params], dtype=sums.dtype).to(sums.device)
+    means, grad_vars = sums / numels.unsqueeze(1), lists.grad_vars
+    q, variances = masks.advance_units(means, torch.stack(grad_vars), c.tensors(sums.device), h)
+    torch._foreach_copy_(grad_vars, list(variances.unbind()))
+    step.update(c, lr, eps, q)
+
+
+def _age(step: Tensor, h: Hyperparameters) -> float | Tensor:
+    return step.to(masks.statistics_dtype(step.device)) if h.capturable else step.item()
+
+
+def buckets(tensors: list[Tensor]) -> list[list[int]]:
+    """The positions of the tensors of each device and dtype: what one multi-tensor kernel can take."""
+    positions = {}
+    for i, tensor in enumerate(tensors):
+        positions.setdefault((tensor.device, tensor.dtype), []).append(i)
+    return list(positions.values())

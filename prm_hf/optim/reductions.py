@@ -1,0 +1,52 @@
+"""Sums of squares over tensors and over their rows, as precise as the debiased estimator needs them.
+
+Not in float32: that estimator subtracts two such sums that are nearly equal where there is only noise, and a sum must
+not depend on how a tensor is split over processes. On a CPU, where float64 takes four times as long, the sums of 256
+squares are float32, which leaves an error of about 1e-8 in the sum over a matrix.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import masks
+
+
+def sums_of_squares(xs: list[Tensor]) -> Tensor:
+    """Σx² of each of the tensors of one device, float64 (float32 on Apple's GPUs), shape `(n,)`.
+
+    On a device the number of launches does not depend on n, but on the number of elements.
+    """
+    dtype = masks.statistics_dtype(xs[0].device)
+    if xs[0].device.type == "cpu":
+        xs = [torch.linalg.vector_norm(x.view(-1, 256), dim=1) if _has_rows_of_256(x) else x for x in xs]
+    return torch.stack(torch._foreach_norm(xs, 2, dtype)).square()
+
+
+def row_sums_of_squares(xs: list[Tensor]) -> Tensor:
+    """Σx² of each row of each of the tensors, `(all rows,)`, rows as in [`masks.as_rows`]."""
+    return torch.cat([_row_norms(masks.as_rows(x)) for x in xs]).square()
+
+
+def row_mean_squares(xs: list[Tensor]) -> list[Tensor]:
+    """The means of x² over each row, `(rows,)` of each of the tensors, with one launch a tensor."""
+    rows = [masks.as_rows(x) for x in xs]
+    squares = [_row_norms(x) for x in rows]
+    torch._foreach_mul_(squares, squares)
+    torch._foreach_div_(squares, [max(x.shape[1], 1) for x in rows])
+    return squares
+
+
+def _has_rows_of_256(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.is_contiguous() and x.numel() > 0 and x.numel() % 256 == 0
+
+
+def _row_norms(rows: Tensor) -> Tensor:
+    # On a CPU the sums that are float32 are of 256, 128 or 64 squares, whatever divides the length of a row.
+    dtype = masks.statistics_dtype(rows.device)
+    if rows.device.type == "cpu" and rows.dtype == torch.float32 and rows.is_contiguous() and rows.numel():
+        part = math.gcd(rows.shape[1], 256)
+        if part >= 64:
+            rows = torch.linalg.vector_norm(rows.unflatten(1, (-1, part)), dim=-1)
+    return torch.linalg.vector_norm(rows, dim=1, dtype=dtype)

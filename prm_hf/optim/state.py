@@ -1,0 +1,98 @@
+"""The state of a parameter: how it begins, and how it comes from a checkpoint."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import masks
+from .quantized import is_quantized, quantized_zeros, read, write
+
+
+STATE_KEYS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var", "exp_avg_signal")
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def new_state(p: Tensor, group: dict[str, Any], flat: bool) -> dict[str, Tensor]:
+    """The state before the first step of a local tensor; of a `flat` buffer `grad_var` of units lies elsewhere."""
+    state = {"step": torch.zeros((), dtype=torch.float32, device=_step_device(p, group))}
+    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]:
+        state[key] = _new_moment(p, key, group["state_dtype"])
+    if group["mask"] == "none":
+        return state
+    if group["reduction"] == "per_param":
+        state["grad_var"] = torch.zeros_like(p, dtype=_state_dtype(p), memory_format=torch.preserve_format)
+    elif not flat:
+        shape = (masks.n_rows(p),) if group["reduction"] == "per_row" else ()
+        state["grad_var"] = torch.zeros(shape, dtype=masks.statistics_dtype(p.device), device=p.device)
+    if group["signal_beta"] is not None:
+        state["exp_avg_signal"] = _new_moment(p, "exp_avg_signal", group["state_dtype"])
+    return state
+
+
+def load_state(param_groups: list[dict[str, Any]], state: dict[Tensor, dict], state_dict: dict[str, Any]) -> None:
+    """Takes the values of a state dict again that torch has loaded, in the precision that they were saved in.
+
+    torch casts floating-point state to the parameter's dtype: bfloat16 for state that we keep in float32, and float32
+    for the float64 `grad_var`. The values are copied, so that two optimizers never share the tensors that their steps
+    change in place.
+    """
+    saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    params = [(p, group) for group in param_groups for p in group["params"]]
+    for saved_id, (p, group) in zip(saved_ids, params, strict=True):
+        if p in state:
+            # torch moves it to the device for any optimizer with `fused`, where ours would have to wait for it.
+            state[p]["step"] = state[p]["step"].clone().to(_step_device(p, group))
+        for key in STATE_KEYS:
+            saved = state_dict["state"].get(saved_id, {}).get(key)
+            if saved is None:
+                continue
+            dtype = torch.promote_types(saved.dtype, _state_dtype(p))
+            if key != "grad_var" and (group["state_dtype"] != "float32" or is_quantized(saved)):
+                state[p][key] = _new_moment(p, key, group["state_dtype"])
+                write(state[p][key], saved if is_quantized(state[p][key]) else read(saved, dtype))
+            else:
+                state[p][key] = saved.detach().clone().to(device=p.device, dtype=dtype)
+
+
+def _step_device(p: Tensor, group: dict[str, Any]) -> torch.device | str:
+    return p.device if group["capturable"] else "cpu"
+
+
+def _state_dtype(p: Tensor) -> torch.dtype:
+    return torch.float32 if p.dtype in _LOW_PRECISION else p.dtype
+
+
+def _new_moment(p: Tensor, key: str, state_dtype: str) -> Tensor:
+    """Zeros for a state of a parameter's shape, as `state_dtype` says that it is kept."""
+    if state_dtype == "8bit" and p.dtype != torch.float64:
+        return quantized_zeros(p, signed=key == "exp_avg")
+    dtype = torch.bfloat16 if state_dtype == "bf16" and key == "exp_avg" else _state_dtype(p)
+    return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+
+
+def check_state(state: dict[str, Tensor], group: dict[str, Any], flat: bool) -> None:
+    """Raises ValueError if a state that is there already lacks what the group's settings need."""
+    masked, reduction = group["mask"] != "none", group["reduction"]
+    needed = {
+        "max_exp_avg_sq": (group["amsgrad"], "", "amsgrad=False"),
+        "exp_avg_signal": (masked and group["signal_beta"] is not None, " of signal_beta", "signal_beta=None"),
+        "grad_var": (
+            masked and (reduction == "per_param" or not flat),
+            f" of reduction={reduction!r}",
+            "reduction='per_tensor', whose `grad_var` they keep",
+        ),
+    }
+    for name, (wanted, what, instead) in needed.items():
+        if not wanted or name in state:
+            continue
+        if flat:
+            raise ValueError(
+                f"The checkpoint has no `{name}`{what}, which DeepSpeed's universal checkpoints do not keep: resume "
+                f"the original one on as many processes as wrote it, or train with {instead}."
+            )
+        raise ValueError(
+            f"A setting was changed that needs `{name}`, and the state of its group has none: mask={group['mask']!r}, "
+            f"amsgrad={group['amsgrad']!r}, signal_beta={group['signal_beta']!r}. Set it from the first step on; to "
+            "start with plain AdamW set `mask_warmup_steps` instead of mask='none'."
+        )

@@ -1,0 +1,1 @@
+"""The Triton implementation of a step."""
