@@ -97,9 +97,9 @@ class StepRecorder:
             if number is not None:
                 self.slices.append((number, 0, grad, before, after))
                 continue
-            for piece in self.locator.layout.pieces[id(p)]:
-                part = slice(piece.start, piece.start + piece.length)
-                self.slices.append((piece.tensor, piece.offset, grad[part], before[part], after[part]))
+            for segment in self.locator.layout.segments[id(p)]:
+                part = slice(segment.start, segment.start + segment.length)
+                self.slices.append((segment.tensor, segment.offset, grad[part], before[part], after[part]))
         self._stepped = []
 
     def whole_tensors(self) -> list[list[torch.Tensor]]:

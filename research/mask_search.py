@@ -25,16 +25,19 @@ from transformers import Trainer, TrainerCallback
 from prm_hf.compare import Comparison, Interval, Row, compare_runs
 from prm_hf.compare.comparison import frontier_difference
 from prm_hf.compare.statistics import holm
-from prm_hf.experiments import dpo as dpo_noisy
-from prm_hf.experiments import sft as sft_noisy
-from prm_hf.experiments.controls import OPTIMIZERS, enlarge_eps, gradient_scale, is_sharded, scale_embedding
-from prm_hf.experiments.runner import Data, Recipe, RunSpec, run_comparisons
-from prm_hf.runs.methods import BASELINE, CONTROL, OTHER, PRM, Method, find_method, register
+from prm_hf.experiments.controls import is_sharded, scale_embedding
+from prm_hf.experiments.data import Data
+from prm_hf.experiments.dpo import DPOExperiment
+from prm_hf.experiments.runner import run_comparisons
+from prm_hf.experiments.sft import SFTExperiment
+from prm_hf.optim.hyperparameters import Hyperparameters
+from prm_hf.runs.methods import BASELINE, OTHER, PRM, Method, find_method, register
+from prm_hf.runs.write import RunSpec
 from prm_hf.trainers.callbacks import innermost_optimizer
-from research.searched_prm import SearchedPRM, mask_of, mean_square
+from research.searched_prm import SearchedPRM, mean_square, unit_masks
 
 
-# What each variant changes: `eps` as in `adamw_eps`, `embedding` as in `adamw_embedding`, `modules` one of the `pools`
+# What each variant changes: `eps` is `relative_eps`, `embedding` as in `adamw_embedding`, `modules` one of the `pools`
 # for each LoRA layer; the rest are arguments of `SearchedPRM`.
 VARIANTS: dict[str, dict[str, Any]] = {
     "search_prm_rows": {"rows": True},
@@ -67,10 +70,10 @@ VARIANTS[FIXED] = {"rows": True, "eps": 10}
 VARIANTS |= {"search_prm_modules": {"modules": True}, "search_prm_modules_eps10": {"modules": True, "eps": 10}}
 for _name, _options in VARIANTS.items():
     _masked = not {"keep_mean", "embedding"} & set(_options)
-    _group = CONTROL if _name == FIXED or "shuffle" in _options else PRM if _masked else OTHER
-    register(Method(_name, _name, _group, find_method("adamw").settings, has_mask=_masked))
+    _group = PRM if _masked and _name != FIXED and "shuffle" not in _options else OTHER
+    _settings = find_method("adamw").settings | {"relative_eps": _options.get("eps")}
+    register(Method(_name, _name, _group, _settings, has_mask=_masked))
 ROW_MASKS = "row_masks.pt"
-RECIPES = {"dpo_noisy": dpo_noisy, "sft_noisy": sft_noisy}
 MICRO_BATCHES = 4  # a step's, for noise that is measured within it
 
 
@@ -85,12 +88,11 @@ class RowMaskRecorder(TrainerCallback):
         prm = self.trainer.find_prm()
         self.steps += 1
         for group in prm.param_groups:
-            options = {"betas": group["betas"], "rho": group["rho"], "signal_beta": group["signal_beta"]}
+            h = Hyperparameters.of_group(group)
             for p in group["params"]:
                 state = prm.state[p]
                 mean_sq = mean_square(state["exp_avg_signal"], rows=True)
-                q = mask_of(mean_sq, state["grad_var"], int(state["step"]), softness=group["softness"], **options)
-                self.sums[p] = self.sums.get(p, 0) + q
+                self.sums[p] = self.sums.get(p, 0) + unit_masks(mean_sq, state["grad_var"], int(state["step"]), h)
 
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -102,17 +104,12 @@ def set_up_variant(trainer: Trainer, variant: str, fixed: Path | None = None) ->
     """Gives the trainer the optimizer of a variant; `fixed` is the file of the row masks of `FIXED`.
 
     Raises:
-        ValueError: the model is sharded, or gradients are not clipped and the variant's eps is relative to the norm.
+        ValueError: the model is sharded, or what the variant needs is not there.
     """
     if is_sharded(trainer) or trainer.args.world_size > 1:
         raise ValueError(f"`{variant}` runs on whole tensors in one process: launch it on one GPU, or on a CPU.")
-    options = dict(VARIANTS[variant])
-    eps = options.pop("eps", None)
-    optimizer = trainer.create_optimizer()
-    if eps is not None:
-        if not trainer.args.max_grad_norm:
-            raise ValueError(f"`{variant}` is scaled by the clipped gradient: set `max_grad_norm` above 0.")
-        enlarge_eps(optimizer.param_groups, eps, gradient_scale(trainer))
+    options = {key: value for key, value in VARIANTS[variant].items() if key != "eps"}
+    optimizer = trainer.create_optimizer()  # AdamW, with the variant's eps and learning rate
     if "embedding" in options:
         scale_embedding(trainer, variant, options["embedding"])
         return
@@ -137,14 +134,45 @@ def set_up_variant(trainer: Trainer, variant: str, fixed: Path | None = None) ->
     trainer.optimizer = SearchedPRM(groups, **options)
 
 
-def methods(base: Recipe, noise_rate: float, per_device: int, accumulation: int) -> dict[str, dict[str, Any]]:
-    """The methods of a recipe and the variants; micro-batches split the batch of a step and do not enlarge it."""
-    known = dict(base.methods(noise_rate))
-    micro = 1 if per_device % MICRO_BATCHES else per_device // MICRO_BATCHES
-    split = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation * per_device // micro}
-    for variant, options in VARIANTS.items():
-        known[variant] = known["adamw"] | (split if options.get("within_step") else {})
-    return known
+class Search:
+    """Mixin for an experiment, which then knows the variants too."""
+
+    output_dir = "runs/mask_search"
+
+    def make_trainer(self, config: Any, spec: RunSpec, data: Data) -> Trainer:
+        if VARIANTS.get(spec.method, {}).get("within_step"):  # the batch of a step is split, and not enlarged
+            per_device = config.per_device_train_batch_size
+            micro = 1 if per_device % MICRO_BATCHES else per_device // MICRO_BATCHES
+            config.per_device_train_batch_size = micro
+            config.gradient_accumulation_steps *= per_device // micro
+        trainer = super().make_trainer(config, spec, data)
+        if spec.method in VARIANTS:
+            seeds, fixed = self.script_args.seeds, None
+            if spec.method == FIXED:
+                other = RunSpec(FIXED_FROM, spec.learning_rate, seeds[seeds.index(spec.seed) - 1], {})
+                fixed = Path(config.output_dir).parent / other.name / ROW_MASKS
+            set_up_variant(trainer, spec.method, fixed)
+        elif spec.method == FIXED_FROM:
+            trainer.add_callback(RowMaskRecorder(trainer))
+        return trainer
+
+    def outcomes(self, trainer: Trainer, data: Data) -> tuple[dict[str, float], dict[str, list]]:
+        metrics, margins = super().outcomes(trainer, data)
+        optimizer = innermost_optimizer(trainer.optimizer)
+        if isinstance(optimizer, SearchedPRM):
+            metrics = {**metrics, "mask/mean_q": torch.stack(optimizer.mean_qs).mean().item()}
+        return metrics, margins
+
+
+class DPOSearch(Search, DPOExperiment):
+    """The variants in DPO."""
+
+
+class SFTSearch(Search, SFTExperiment):
+    """The variants in SFT."""
+
+
+RECIPES = {"dpo_noisy": DPOSearch, "sft_noisy": SFTSearch}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,46 +239,18 @@ def table(comparison: Comparison) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    module = dpo_noisy
+    search = DPOSearch
     if arguments and not arguments[0].startswith("-"):
         name, arguments = Path(arguments[0]).stem, arguments[1:]
         if name not in RECIPES:
             raise ValueError(f"The first argument may name a recipe, {' or '.join(RECIPES)}, got {name!r}.")
-        module = RECIPES[name]
+        search = RECIPES[name]
     if "--methods" not in arguments:
         arguments = [*arguments, "--methods", *METHODS]
-    known = [*(dpo_noisy.methods(0.3) if module is dpo_noisy else OPTIMIZERS), *VARIANTS]
-    script_args, training_args, model_args = module.parse(arguments, known, "runs/mask_search")
-    base = module.make_recipe(script_args, model_args)
-    per_device, accumulation = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
-
-    def make_trainer(config: Any, spec: RunSpec, data: Data) -> Trainer:
-        trainer = base.make_trainer(config, spec, data)
-        if spec.method in VARIANTS:
-            seeds, fixed = script_args.seeds, None
-            if spec.method == FIXED:
-                other = RunSpec(FIXED_FROM, spec.learning_rate, seeds[seeds.index(spec.seed) - 1], {})
-                fixed = Path(config.output_dir).parent / other.name / ROW_MASKS
-            set_up_variant(trainer, spec.method, fixed)
-        elif spec.method == FIXED_FROM:
-            trainer.add_callback(RowMaskRecorder(trainer))
-        return trainer
-
-    def outcomes(trainer: Trainer, data: Data) -> tuple[dict[str, float], dict[str, list]]:
-        metrics, margins = base.outcomes(trainer, data)
-        optimizer = innermost_optimizer(trainer.optimizer)
-        if isinstance(optimizer, SearchedPRM):
-            metrics = {**metrics, "mask/mean_q": torch.stack(optimizer.mean_qs).mean().item()}
-        return metrics, margins
-
-    recipe = dataclasses.replace(
-        base,
-        methods=lambda noise_rate: methods(base, noise_rate, per_device, accumulation),
-        make_trainer=make_trainer,
-        outcomes=outcomes,
-    )
-    code = run_comparisons(script_args, training_args, model_args, recipe)
-    for folder in sorted({path.parent.parent for path in Path(training_args.output_dir).rglob("metrics.json")}):
+    experiment = search.parse(arguments)
+    code = run_comparisons(experiment)
+    output_dir = Path(experiment.training_args.output_dir)
+    for folder in sorted({path.parent.parent for path in output_dir.rglob("metrics.json")}):
         comparison = compare_runs(folder)
         if "adamw" in comparison.methods():
             print(f"\n{folder}, areas over log KL:\n\n{table(comparison)}")

@@ -10,50 +10,18 @@ import torch
 from torch import Tensor
 
 from prm_hf.optim import masks
+from prm_hf.optim.hyperparameters import Hyperparameters
 
 
-def mask_of(
-    mean_sq: Tensor,
-    var: Tensor,
-    t: int,
-    *,
-    betas: tuple[float, float],
-    rho: float,
-    signal_beta: float | None = None,
-    softness: float = 1.0,
-) -> Tensor:
-    """q of each unit by the debiased `snr` mask at step `t`, `(units,)`.
+def unit_masks(mean_sq: Tensor, var: Tensor, t: int, h: Hyperparameters) -> Tensor:
+    """q of each unit at step `t`, counted from 1, `(units,)`.
 
     Args:
         mean_sq: mean over each unit of the squared average that the signal is estimated from.
         var: mean over each unit of `grad_var`.
-        t: the step, counted from 1; at the first one every mask is 0.
-        betas, rho, signal_beta, softness: as of [`SearchedPRM`].
+        h: the settings.
     """
-    return masks.compute_mask(
-        mean_sq,
-        var,
-        _step_scalars(t, betas, rho, signal_beta),
-        mask="snr",
-        estimator="debiased",
-        alpha=1.0,
-        softness=softness,
-        mask_eps=masks.SCALE_FREE_EPS,
-        first_ratio=1.0,
-    )[0]
-
-
-def _step_scalars(t: int, betas: tuple[float, float], rho: float, signal_beta: float | None) -> masks.StepScalars:
-    return masks.step_scalars(
-        t,
-        beta1=betas[0],
-        beta2=betas[1],
-        rho=rho,
-        estimator="debiased",
-        bias_correction=True,
-        warmup_steps=0,
-        signal_beta=signal_beta,
-    )
+    return masks.compute_mask(mean_sq, var, masks.step_scalars(t, h), h)[0]
 
 
 def mean_square(x: Tensor, rows: bool) -> Tensor:
@@ -70,7 +38,7 @@ class SearchedPRM(torch.optim.Optimizer):
 
     Args:
         params: parameters or groups of them, whole tensors.
-        lr, betas, rho, eps, weight_decay, softness: as of `PRM`.
+        lr, betas, variance_beta, eps, weight_decay, softness: as of `PRM`.
         rows: one q an output row, dimension 0, for tensors that have rows.
         signal_beta: decay rate of a gradient average of its own, from which the signal is estimated; a slower one
             sees smaller signals. The mask weighs it against the noise of the average that is stepped with.
@@ -93,7 +61,7 @@ class SearchedPRM(torch.optim.Optimizer):
         params,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
-        rho: float = 0.99,
+        variance_beta: float = 0.99,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         softness: float = 1.0,
@@ -112,7 +80,8 @@ class SearchedPRM(torch.optim.Optimizer):
             )
         if pools is not None and (rows or within_step):
             raise ValueError("`pools` have one q for several tensors: leave out `rows` and `within_step`.")
-        super().__init__(params, dict(lr=lr, betas=betas, rho=rho, eps=eps, weight_decay=weight_decay))
+        defaults = dict(lr=lr, betas=betas, variance_beta=variance_beta, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, defaults)
         self.softness, self.rows, self.signal_beta = softness, rows, signal_beta
         self.keep_mean, self.shuffle, self.within_step = keep_mean, shuffle, within_step
         every = [p for group in self.param_groups for p in group["params"]]
@@ -137,8 +106,8 @@ class SearchedPRM(torch.optim.Optimizer):
                 loss = closure()
         groups = {p: group for group in self.param_groups for p in group["params"] if p.grad is not None}
         for p, group in groups.items():
-            self._advance(p, group)
-        qs = {p: self._mask(p, group) for p, group in groups.items()}
+            self._advance(p, self._settings(group))
+        qs = {p: self._mask(p, self._settings(group)) for p, group in groups.items()}
         mean = sum(q.mean() * p.numel() for p, q in qs.items()) / sum(p.numel() for p in qs)
         self.mean_qs.append(mean)
         generator = torch.Generator().manual_seed(len(self.mean_qs))
@@ -152,9 +121,14 @@ class SearchedPRM(torch.optim.Optimizer):
         self._micro.clear()
         return loss
 
-    def _advance(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _settings(self, group: dict[str, Any]) -> Hyperparameters:
+        """The settings of the debiased `snr` mask, for the formulas."""
+        own = {name: group[name] for name in ("betas", "variance_beta")}
+        return Hyperparameters(signal_beta=self.signal_beta, softness=self.softness, **own)
+
+    def _advance(self, p: Tensor, h: Hyperparameters) -> None:
         """Takes the gradient of a tensor into its state."""
-        state, (beta1, beta2), rho = self.state[p], group["betas"], group["rho"]
+        state, (beta1, beta2) = self.state[p], h.betas
         if not state:
             units = p.shape[0] if self.rows and p.dim() > 1 else 1
             state["step"] = 0
@@ -167,12 +141,12 @@ class SearchedPRM(torch.optim.Optimizer):
         state["step"] += 1
         if self.within_step:
             square, variance = self._of_micro_batches(p)
-            state["grad_var"].mul_(rho).add_((1 - rho) * variance)
+            state["grad_var"].mul_(h.variance_beta).add_((1 - h.variance_beta) * variance)
             state["signal_sq"].mul_(beta1).add_((1 - beta1) * (square - variance))
         else:
-            c = _step_scalars(state["step"], group["betas"], rho, self.signal_beta)
+            c = masks.step_scalars(state["step"], h)
             deviation = mean_square(p.grad - c.center * state["exp_avg"], self.rows)
-            state["grad_var"].mul_(rho).add_(c.weight * deviation)
+            state["grad_var"].mul_(h.variance_beta).add_(c.weight * deviation)
         state["exp_avg"].lerp_(p.grad, 1 - beta1)
         state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
         if self.signal_beta is not None:
@@ -191,16 +165,16 @@ class SearchedPRM(torch.optim.Optimizer):
         variance = count / (count - 1) * (clipped * squares - whole / count)
         return whole / p.numel(), variance / p.numel()
 
-    def _mask(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+    def _mask(self, p: Tensor, h: Hyperparameters) -> Tensor:
         """q of each unit of a tensor, from its state, or from the states of its pool."""
-        state, (beta1, _), rho = self.state[p], group["betas"], group["rho"]
+        state = self.state[p]
         if self.fixed:
             return self.fixed[p].to(p.device)
         if self.within_step:
             t = state["step"]
-            signal = (state["signal_sq"] / (1 - beta1**t)).clamp(min=0)
-            noise = masks.averaging_variance(beta1, t) * state["grad_var"] / (1 - rho**t)
-            return signal / (signal + self.softness * noise + masks.SCALE_FREE_EPS)
+            signal = (state["signal_sq"] / (1 - h.beta1**t)).clamp(min=0)
+            noise = masks.averaging_variance(h.beta1, t) * state["grad_var"] / (1 - h.variance_beta**t)
+            return masks.mask_values(signal, noise, h)
         pool = [p]
         if self.pools:
             pool = [other for other, number in self.pools.items() if number == self.pools[p] and self.state[other]]
@@ -208,8 +182,7 @@ class SearchedPRM(torch.optim.Optimizer):
         numel = sum(other.numel() for other in pool)
         mean_sq = sum(mean_square(self.state[x][key], self.rows) * (x.numel() / numel) for x in pool)
         var = sum(self.state[x]["grad_var"] * (x.numel() / numel) for x in pool)
-        options = {"signal_beta": self.signal_beta, "softness": self.softness}
-        return mask_of(mean_sq, var, state["step"], betas=group["betas"], rho=rho, **options)
+        return unit_masks(mean_sq, var, state["step"], h)
 
     def _update(self, p: Tensor, group: dict[str, Any], q: Tensor) -> None:
         state, (beta1, beta2) = self.state[p], group["betas"]
