@@ -17,7 +17,6 @@ EXPERIMENTS = {
     "randomization": "can a model fit pure noise, and what does PRM change?",
     "sweep": "run `dpo` or `sft` on every GPU of this machine, one process each",
 }
-TRAINING_PACKAGES = ("trl", "transformers", "datasets", "accelerate", "peft")
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -50,10 +49,8 @@ def _make_parser() -> argparse.ArgumentParser:
 def _run_experiment(name: str, arguments: list[str]) -> int:
     try:
         experiment = importlib.import_module(f"prm_hf.experiments.{name}")
-    except ModuleNotFoundError as error:
-        if error.name not in TRAINING_PACKAGES:
-            raise
-        print(f'prm-hf {name}: error: {error.name} is not installed: pip install "prm-hf[trl]"', file=sys.stderr)
+    except ImportError as error:
+        print(f"prm-hf {name}: error: {error}", file=sys.stderr)
         return 2
     return experiment.main(arguments) or 0
 

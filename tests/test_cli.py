@@ -1,6 +1,6 @@
 """The command line: `prm-hf compare`, and that each experiment is reached."""
 
-import importlib
+import importlib.util
 import json
 import runpy
 import subprocess
@@ -103,10 +103,12 @@ def test_experiments_get_their_arguments(name, code, monkeypatch):
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    monkeypatch.delitem(sys.modules, "prm_hf.experiments.dpo", raising=False)
+    for name in [name for name in sys.modules if name.startswith("prm_hf.experiments")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "trl" else name)
     assert cli.main(["dpo"]) == 2
-    assert capsys.readouterr().err == ('prm-hf dpo: error: datasets is not installed: pip install "prm-hf[trl]"\n')
+    error = 'prm-hf dpo: error: `prm_hf.experiments` needs trl: pip install "prm-hf[trl]"\n'
+    assert capsys.readouterr().err == error
 
 
 def test_version(capsys):

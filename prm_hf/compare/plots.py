@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..runs.methods import find_method
+from ..runs.read import Run
 from ..runs.schema import KL, MEAN_Q
 from .comparison import Comparison, Row, best, format_rate
 from .statistics import finite, noise_floor
@@ -70,13 +71,6 @@ _RC = {
 }
 
 
-def _require_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError('Pictures and report.html need matplotlib: pip install "prm-hf[report]"') from error
-
-
 def method_styles(methods: list[str]) -> dict[str, tuple[str, str]]:
     """(colour, marker) of each method: fixed for the known ones, the rest in alphabetical order."""
     unknown = sorted(set(methods) - set(_STYLES))
@@ -93,9 +87,10 @@ def house_style() -> AbstractContextManager[None]:
     Raises:
         ImportError: matplotlib is not installed; names the extra that brings it.
     """
-    _require_matplotlib()
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError('Pictures and report.html need matplotlib: pip install "prm-hf[report]"') from error
     return matplotlib.rc_context(_RC)
 
 
@@ -132,96 +127,83 @@ def plot_frontier(comparison: Comparison) -> Figure | None:
     Raises:
         ImportError: matplotlib is not installed; names the extra that brings it.
     """
-    drawn = {
-        method: sorted(placed, key=lambda row: _geometric_kl(row))
-        for method, rows in comparison.methods().items()
-        if (placed := [row for row in rows if _on_frontier(row)])
-    }
-    if not drawn:
+    points = {row: [run for run in row.runs if _has_point(run)] for row in comparison.rows}
+    kls = {row: [run.metrics[KL] for run in runs] for row, runs in points.items() if runs}
+    if not kls:
         return None
-    styles = method_styles(list(comparison.methods()))
+    drawn = {
+        method: sorted((row for row in rows if row in kls), key=lambda row: _geometric_mean(kls[row]))
+        for method, rows in comparison.methods().items()
+    }
+    styles = method_styles(list(drawn))
     with house_style():
         figure, [[axes]] = new_figure(9.2, 5.6)
         axes.set_xscale("log")
-        labels, kinds, handles = [], set(), []
+        labels = []
         for method, rows in drawn.items():
-            colour, marker = styles[method]
-            kls, accuracies = [_geometric_kl(row) for row in rows], [row.accuracy for row in rows]
-            errors, over = zip(*(row.accuracy_error() for row in rows), strict=True)
-            kinds |= {kind for kind in over if kind}
-            # Controls are points of their own, each bound to another PRM run: no curve joins them.
-            line = "none" if any(row.source for row in rows) else "-"
-            axes.errorbar(
-                kls,
-                accuracies,
-                yerr=np.nan_to_num(errors),
-                color=colour,
-                marker=marker,
-                markersize=7,
-                markeredgecolor="white",
-                markeredgewidth=0.8,
-                linestyle=line,
-                linewidth=1.8,
-                elinewidth=1.0,
-                capsize=2.5,
-                ecolor=(colour, 0.55),
-                zorder=3,
-            )
-            handles.append(
-                axes.plot([], [], color=colour, marker=marker, markersize=7, linestyle=line, linewidth=1.8)[0]
-            )
+            if rows:
+                labels += _draw_curve(axes, rows, kls, *styles[method])
             for row in rows:
                 if len(row.runs) > 1:
-                    runs = [run for run in row.runs if _has_point(run)]
-                    axes.scatter(
-                        [run.metrics[KL] for run in runs],
-                        [run.metrics[run.measures.accuracy] for run in runs],
-                        s=14,
-                        color=colour,
-                        alpha=0.35,
-                        linewidths=0,
-                        zorder=2,
-                    )
-            labels += [
-                (kl, accuracy, error, format_rate(row.learning_rate), colour)
-                for kl, accuracy, error, row in zip(kls, accuracies, np.nan_to_num(errors), rows, strict=True)
-                if row.learning_rate is not None
-            ]
-        every = [run.metrics[KL] for rows in drawn.values() for row in rows for run in row.runs if _has_point(run)]
-        margin = max(1.35, 2 / np.sqrt(max(every) / min(every)))  # at least a factor of 4 in all
-        axes.set_xlim(min(every) / margin, max(every) * margin)
+                    accuracies = [run.metrics[run.measures.accuracy] for run in points[row]]
+                    look = {"color": styles[method][0], "alpha": 0.35, "linewidths": 0}
+                    axes.scatter(kls[row], accuracies, s=14, zorder=2, **look)
+        low, high = min(map(min, kls.values())), max(map(max, kls.values()))
+        margin = max(1.35, 2 / np.sqrt(high / low))  # at least a factor of 4 in all
+        axes.set_xlim(low / margin, high * margin)
         axes.margins(y=0.1)
         _plain_log_ticks(axes, "x")
         axes.set_xlabel("drift/kl: KL(π‖π_ref), nats a token, log scale")
         axes.set_ylabel(f"held-out accuracy ({comparison.measures.accuracy})")
         axes.set_title("Held-out accuracy against drift")
-        bars = " or ".join(
-            {"seeds": "over seeds", "examples": f"over {comparison.measures.examples} (one seed)"}[kind]
-            for kind in sorted(kinds)
-        )
-        note = f"Bars: ± one standard error {bars}. " if bars else ""
-        figure.supxlabel(
-            f"{note}Labels: learning rate. Upper left is better: more accurate, closer to the reference.",
-            fontsize=8.5,
-            color="#666666",
-        )
-        names = [find_method(method).label for method in drawn]
-        axes.legend(handles, names, loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=1.8, labelspacing=0.7)
+        over = sorted({row.accuracy_error()[1] for row in kls} - {""})
+        words = {"seeds": "over seeds", "examples": f"over {comparison.measures.examples} (one seed)"}
+        bars = f"Bars: ± one standard error {' or '.join(words[kind] for kind in over)}. " if over else ""
+        note = f"{bars}Labels: learning rate. Upper left is better: more accurate, closer to the reference."
+        figure.supxlabel(note, fontsize=8.5, color="#666666")
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=1.8, labelspacing=0.7)
         figure.canvas.draw()  # the layout is final from here on, so that labels can be placed in pixels
         _place_labels(axes, labels)
     return figure
 
 
-def _has_point(run) -> bool:
+Label = tuple[float, float, float, str, str]  # x, y, its error, text and colour
+
+
+def _draw_curve(axes: Axes, rows: list[Row], kls: dict[Row, list[float]], colour: str, marker: str) -> list[Label]:
+    """Draws one method and returns the labels of its points."""
+    x, y = [_geometric_mean(kls[row]) for row in rows], [row.accuracy for row in rows]
+    errors = np.nan_to_num([row.accuracy_error()[0] for row in rows])
+    axes.errorbar(
+        x,
+        y,
+        yerr=errors,
+        label=rows[0].kind.label,
+        color=colour,
+        marker=marker,
+        markersize=7,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        # Controls are points of their own, each bound to another PRM run: no curve joins them.
+        linestyle="none" if any(row.source for row in rows) else "-",
+        linewidth=1.8,
+        elinewidth=1.0,
+        capsize=2.5,
+        ecolor=(colour, 0.55),
+        zorder=3,
+    )
+    places = zip(x, y, errors, rows, strict=True)
+    return [
+        (*place, format_rate(row.learning_rate), colour) for *place, row in places if row.learning_rate is not None
+    ]
+
+
+def _has_point(run: Run) -> bool:
     return finite(run.metrics.get(KL)) and run.metrics[KL] > 0 and finite(run.metrics.get(run.measures.accuracy))
 
 
-def _on_frontier(row: Row) -> bool:
-    return any(_has_point(run) for run in row.runs)
-
-
-def _geometric_kl(row: Row) -> float:
-    return float(np.exp(np.mean([np.log(run.metrics[KL]) for run in row.runs if _has_point(run)])))
+def _geometric_mean(values: list[float]) -> float:
+    return float(np.exp(np.mean(np.log(values))))
 
 
 def _plain_log_ticks(axes: Axes, which: str) -> None:
@@ -236,44 +218,37 @@ def _plain_log_ticks(axes: Axes, which: str) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _place_labels(axes: Axes, labels: list[tuple[float, float, float, str, str]]) -> None:
-    """Writes each (x, y, error, text, colour) beside its point, in the place around it that covers the least."""
+def _place_labels(axes: Axes, labels: list[Label]) -> None:
+    """Writes each label beside its point, in the place around it that covers the least."""
     from matplotlib.patheffects import withStroke
 
-    scale = axes.figure.dpi / 72
-    frame = axes.get_window_extent()
-    points = axes.transData.transform([(x, y) for x, y, *_ in labels]) if labels else np.empty((0, 2))
-    taken = [(x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale) for x, y in points]
-    for x, y, error, *_ in labels:  # the error bars
+    scale, frame = axes.figure.dpi / 72, axes.get_window_extent()
+    taken = []  # boxes (left, bottom, right, top) in pixels: the points, their error bars, and pieces of the curves
+    for x, y, error, *_ in labels:
         (left, bottom), (right, top) = axes.transData.transform([(x, y - error), (x, y + error)])
-        taken.append((left - scale, bottom, right + scale, top))
-    for line in axes.get_lines():  # the curves, as a string of small boxes
-        if line.get_linestyle() == "-" and len(line.get_xdata()) > 1:
-            path = axes.transData.transform(line.get_xydata())
-            for start, end in itertools.pairwise(path):
-                steps = np.linspace(start, end, 2 + int(np.hypot(*(end - start)) / (4 * scale)))
-                taken += [(px - 1.5 * scale, py - 1.5 * scale, px + 1.5 * scale, py + 1.5 * scale) for px, py in steps]
-    for (x, y, _, text, colour), (px, py) in zip(labels, points, strict=True):
-        width, height = 5.2 * scale * len(text), 9 * scale
-        places = [
-            (dx * (step + width / 2), dy * ((0 if dx else step) + height / 2))
+        taken += [_box(*axes.transData.transform((x, y)), 5 * scale, 5 * scale), (left - scale, bottom, right, top)]
+    for line in axes.get_lines():
+        if line.get_linestyle() == "-":
+            for start, end in itertools.pairwise(axes.transData.transform(line.get_xydata())):
+                pieces = np.linspace(start, end, 2 + int(np.hypot(*(end - start)) / (4 * scale)))
+                taken += [_box(*piece, 1.5 * scale, 1.5 * scale) for piece in pieces]
+    sides = ((1, 1), (-1, 1), (1, -1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))
+    for x, y, _, text, colour in labels:
+        width, height = 2.6 * scale * len(text), 4.5 * scale  # half of each
+        offsets = [
+            (dx * (step + width), dy * ((0 if dx else step) + height))
             for step in (6 * scale, 12 * scale)
-            for dx, dy in ((1, 1), (-1, 1), (1, -1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))
+            for dx, dy in sides
         ]
-        boxes = [
-            (px + dx - width / 2, py + dy - height / 2, px + dx + width / 2, py + dy + height / 2) for dx, dy in places
-        ]
-        costs = [
-            sum(_overlap(box, other) for other in taken)
-            + (1e6 if box[0] < frame.x0 or box[2] > frame.x1 or box[1] < frame.y0 or box[3] > frame.y1 else 0)
-            for box in boxes
-        ]
-        chosen = int(np.argmin(costs))
-        taken.append(boxes[chosen])
+        boxes = np.array([_box(*offset, width, height) for offset in offsets])
+        boxes += np.tile(axes.transData.transform((x, y)), 2)
+        outside = (boxes[:, :2] < frame.min).any(axis=1) | (boxes[:, 2:] > frame.max).any(axis=1)
+        chosen = int(np.argmin(_overlaps(boxes, np.array(taken)) + 1e6 * outside))
+        taken.append(tuple(boxes[chosen]))
         axes.annotate(
             text,
             (x, y),
-            xytext=(places[chosen][0] / scale, places[chosen][1] / scale),
+            xytext=np.divide(offsets[chosen], scale),
             textcoords="offset points",
             ha="center",
             va="center",
@@ -284,8 +259,15 @@ def _place_labels(axes: Axes, labels: list[tuple[float, float, float, str, str]]
         )
 
 
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+def _box(x: float, y: float, half_width: float, half_height: float) -> tuple[float, float, float, float]:
+    return x - half_width, y - half_height, x + half_width, y + half_height
+
+
+def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """`[boxes]`: the area that each of `[boxes, 4]` shares with all of `[others, 4]`."""
+    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    return (high - low).clip(min=0).prod(axis=2).sum(axis=1)
 
 
 def plot_curves(comparison: Comparison) -> Figure | None:

@@ -1,5 +1,10 @@
 """A preference task with a known utility, a tokenizer and a tiny Qwen2 model: real runs without a model hub."""
 
+from .._extras import require
+
+
+require("prm_hf.demo", "transformers", "trl", "datasets")
+
 from .build import Demo, build_demo
 from .completions import best_completion, completion_rows
 from .model import make_model, make_tokenizer, train_reference

@@ -29,22 +29,13 @@ class ShuffledPRM(PRM):
 
     def __init__(self, groups: list[dict[str, Any]], seed: int) -> None:
         self.seed = seed
-        # The fused kernel decides on the masks of whole tensors by itself.
-        super().__init__([{**group, "fused": False} for group in groups])
+        super().__init__(groups)
 
     def transform_unit_masks(self, q: Tensor) -> Tensor:
         """The masks of a step in another order: `q` float64, `[tensors]`."""
         step = max(int(state["step"]) for state in self.state.values() if "step" in state)
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + step)
         return q[torch.randperm(len(q), generator=generator).to(q.device)]
-
-    def _tensor_masks(self, parts, sums):
-        masks = super()._tensor_masks(parts, sums)
-        known = [q for q in masks if q is not None]
-        if not known:
-            return masks
-        shuffled = iter(self.transform_unit_masks(torch.cat(known)).split([len(q) for q in known]))
-        return [None if q is None else next(shuffled) for q in masks]
 
 
 def is_sharded(trainer: Trainer) -> bool:

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from ..optim.hyperparameters import Hyperparameters
 from ..runs.write import RunSpec, finish_run, history_of, start_run
 from ..trainers.callbacks import find_prm, innermost_optimizer
 
@@ -39,7 +40,7 @@ def make_run(
     more, margins = outcomes(trainer)
     metrics = {**final_metrics(trainer), **more, "wall_seconds": round(time.perf_counter() - clock, 3)}
     if state.is_main_process:
-        record["optimizer"] = describe_optimizer(innermost_optimizer(trainer.optimizer))
+        record["optimizer"] = describe_optimizer(innermost_optimizer(trainer.optimizer), trainer.model)
         finish_run(folder, record, history_of(trainer.state.log_history), margins, metrics)
     state.wait_for_everyone()
     return metrics
@@ -56,14 +57,19 @@ def final_metrics(trainer: Trainer) -> dict[str, float]:
     return {**metrics, "steps": trainer.state.global_step}
 
 
-def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def describe_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, Any]:
     """Class, largest and smallest learning rate that a schedule starts from, and eps, of the optimizer in effect."""
-    rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    first = optimizer.param_groups[0]
+    relative_eps = first.get("relative_eps") or 0.0
+    rates = [float(group.get("initial_lr", group["lr"])) * (1 + relative_eps) for group in optimizer.param_groups]
     found = {"class": type(optimizer).__name__, "learning_rate": max(rates)}
     if min(rates) != max(rates):
         found["smallest_learning_rate"] = min(rates)
-    if "eps" in optimizer.param_groups[0]:
-        found["eps"] = optimizer.param_groups[0]["eps"]
+    if relative_eps:
+        n_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+        found["eps"] = Hyperparameters.of_group(first).adam_eps(n_parameters)
+    elif "eps" in first:
+        found["eps"] = first["eps"]
     return found
 
 

@@ -223,7 +223,7 @@ def make_trainer(spec: RunSpec, folder: Path) -> Trainer:
         "bf16": False,
         "disable_tqdm": True,
     }
-    noise = {"kind": settings["kind"], "p": settings["p"], "seed": spec.seed}
+    noise = {"kind": settings["kind"], "noise_rate": settings["p"], "seed": spec.seed}
     if settings["model"] in ("vit", "resnet"):
         data = corrupt(digits(settings["rows"], settings["heldout_rows"]), **noise).with_format("torch")
         torch.manual_seed(spec.seed)

@@ -1,14 +1,14 @@
-"""What the runs of randomization.py say: tables, curves of the fit, and statements, from the runs' files alone."""
+"""What the runs of a randomization test say: tables, curves of the fit, and statements, from the runs' files alone."""
 
 import json
 import math
 from collections.abc import Iterable
-from html import escape
 from pathlib import Path
 
 import numpy as np
 
-from ..compare import page
+from ..compare import page, plots
+from ..compare.findings import Case, say
 from ..compare.report import align, wrap
 from ..compare.statistics import proportion_standard_error
 from ..runs.methods import find_method
@@ -18,6 +18,7 @@ from ..runs.schema import CLEAN_FIT, CORRUPTED_FIT, HELDOUT_FIT, TRAIN_FIT
 
 FITTED = 0.99
 EQUAL_CLEAN_FIT = 0.9
+TRUE, PARTIAL, RANDOM = "true_labels", "partial_labels", "random_labels"
 
 TABLE_NOTE = (
     f"Each entry: optimizer steps until {FITTED:.0%} of the training rows are fitted as they are labelled; fit of the "
@@ -33,7 +34,8 @@ MEMORY_NOTE = (
     "those rows, and fit of held-out rows. best held-out: the highest on the way."
 )
 
-Groups = dict[tuple[str, str, str], list[Run]]
+Groups = dict[tuple[str, str, str], list[Run]]  # by model, kind and method
+Range = tuple[float, float, float]  # a value, and the least and the most that it can be
 
 
 def steps_to(points: Iterable[tuple[float, float]], level: float) -> float | None:
@@ -49,8 +51,15 @@ def grouped(runs: list[Run]) -> Groups:
     return groups
 
 
+def _label(method: str) -> str:
+    return find_method(method).label
+
+
 def _unique(groups: Groups, part: int) -> list[str]:
     return list(dict.fromkeys(key[part] for key in groups))
+
+
+# ---- Numbers ----
 
 
 def _mean(runs: list[Run], name: str) -> float:
@@ -67,66 +76,26 @@ def _steps(runs: list[Run]) -> str:
     return f"{steps:.0f}" if math.isfinite(steps) else f">{max(run.metrics['steps'] for run in runs):.0f}"
 
 
-def at_clean_fit(run: Run, name: str) -> float:
-    """Value of a curve where the clean fit first reaches `EQUAL_CLEAN_FIT`; NaN if it does not."""
-    _, clean = run.series(CLEAN_FIT)
-    _, values = run.series(name)
-    above = np.flatnonzero(clean >= EQUAL_CLEAN_FIT)
-    if not above.size:
-        return math.nan
-    i = above[0]
-    if i == 0:
-        return float(values[0])
-    share = (EQUAL_CLEAN_FIT - clean[i - 1]) / (clean[i] - clean[i - 1])
-    return float(values[i - 1] + share * (values[i] - values[i - 1]))
+def at_clean_fit(runs: list[Run], name: str) -> float:
+    """Mean over seeds of a curve where the clean fit first reaches `EQUAL_CLEAN_FIT`; NaN if one never does."""
+    values = []
+    for run in runs:
+        clean, curve = run.series(CLEAN_FIT)[1], run.series(name)[1]
+        reached = np.flatnonzero(clean >= EQUAL_CLEAN_FIT)
+        if not reached.size:
+            return math.nan
+        until = slice(max(reached[0] - 1, 0), reached[0] + 1)  # the evaluation before it, and that one
+        values.append(np.interp(EQUAL_CLEAN_FIT, clean[until], curve[until]))
+    return float(np.mean(values))
 
 
-def _corrupted_at_clean_fit(runs: list[Run]) -> tuple[float, float]:
+def corrupted_at_clean_fit(runs: list[Run]) -> tuple[float, float]:
     """Mean and the largest standard error that shares with this mean can have, over all corrupted rows."""
-    mean = float(np.mean([at_clean_fit(run, CORRUPTED_FIT) for run in runs]))
-    rows = sum(int(run.metrics["corrupted_rows"]) for run in runs)
-    return mean, proportion_standard_error(mean, rows)
+    mean = at_clean_fit(runs, CORRUPTED_FIT)
+    return mean, proportion_standard_error(mean, sum(int(run.metrics["corrupted_rows"]) for run in runs))
 
 
-def _share(value: float) -> str:
-    return f"{value:.2f}" if math.isfinite(value) else "-"
-
-
-def fit_table(groups: Groups) -> tuple[list[str], list[list[str]]]:
-    methods = _unique(groups, 2)
-    body = []
-    for model, kind in dict.fromkeys(key[:2] for key in groups):
-        cells = []
-        for method in methods:
-            runs = groups.get((model, kind, method))
-            shares = "" if runs is None else f"{_mean(runs, TRAIN_FIT):.2f} {_mean(runs, HELDOUT_FIT):.2f}"
-            cells.append("" if runs is None else f"{_steps(runs):>4} {shares}")
-        body.append([model, kind, *cells])
-    return ["model", "kind", *(find_method(method).label for method in methods)], body
-
-
-def memory_table(groups: Groups) -> tuple[list[str], list[list[str]]]:
-    """What does not depend on the size of a method's steps."""
-    body = []
-    for model in _unique(groups, 0):
-        for method in _unique(groups, 2):
-            true, partial, random = (
-                groups.get((model, kind, method)) for kind in ("true_labels", "partial_labels", "random_labels")
-            )
-            ratio = corrupted = heldout = best = "-"
-            if true and random:
-                ratio = _relative_steps_text(relative_steps(true, random))
-            if partial:
-                mean, error = _corrupted_at_clean_fit(partial)
-                corrupted = f"{mean:.2f} ± {error:.2f}" if math.isfinite(mean) else "-"
-                heldout = _share(float(np.mean([at_clean_fit(run, HELDOUT_FIT) for run in partial])))
-                best = _share(float(np.mean([run.series(HELDOUT_FIT)[1].max() for run in partial])))
-            body.append([model, find_method(method).label, ratio, corrupted, heldout, best])
-    heads = ["model", "method", "random/true", "corrupted fit", "held-out fit", "best held-out"]
-    return heads, body
-
-
-def relative_steps(true: list[Run], random: list[Run]) -> tuple[float, float, float]:
+def relative_steps(true: list[Run], random: list[Run]) -> Range:
     """Steps to fit random labels as a multiple of those for true ones, and the least and the most that it can be.
 
     The fit is known at the evaluations alone, so steps are known to within one interval between them; and seeds
@@ -144,132 +113,150 @@ def relative_steps(true: list[Run], random: list[Run]) -> tuple[float, float, fl
     return float(np.mean(means)), min(least), max(most)
 
 
-def _relative_steps_text(ratio: tuple[float, float, float]) -> str:
+def _ratio_text(ratio: Range) -> str:
     mean, least, most = ratio
     if not math.isfinite(least):
         return "-"
     return f"{mean:.1f} [{least:.1f}, {most:.1f}]" if math.isfinite(mean) else f">{least:.1f}"
 
 
-def statements(groups: Groups) -> list[str]:
-    """Which of the known results show, and where PRM changes them: from the numbers alone."""
-    found = []
+# ---- Tables ----
+
+
+def fit_table(groups: Groups) -> tuple[list[str], list[list[str]]]:
+    methods = _unique(groups, 2)
+
+    def cell(runs: list[Run] | None) -> str:
+        return f"{_steps(runs):>4} {_mean(runs, TRAIN_FIT):.2f} {_mean(runs, HELDOUT_FIT):.2f}" if runs else ""
+
+    body = [
+        [model, kind, *(cell(groups.get((model, kind, method))) for method in methods)]
+        for model, kind in dict.fromkeys(key[:2] for key in groups)
+    ]
+    return ["model", "kind", *(_label(method) for method in methods)], body
+
+
+def memory_table(groups: Groups) -> tuple[list[str], list[list[str]]]:
+    """What does not depend on the size of a method's steps."""
+    body = []
     for model in _unique(groups, 0):
-        by_method = {
-            method: {kind: runs for (m, kind, name), runs in groups.items() if (m, name) == (model, method)}
-            for method in _unique(groups, 2)
-        }
-        texts = _known_results(by_method) + _where_prm_slows(by_method) + _where_prm_memorises(by_method)
-        found += [f"{model}: {text}" for text in texts]
-    found.append(
+        for method in _unique(groups, 2):
+            true, partial, random = (groups.get((model, kind, method)) for kind in (TRUE, PARTIAL, RANDOM))
+            cells = [_ratio_text(relative_steps(true, random)) if true and random else "-", "-", "-", "-"]
+            if partial:
+                mean, error = corrupted_at_clean_fit(partial)
+                best = np.mean([run.series(HELDOUT_FIT)[1].max() for run in partial])
+                if math.isfinite(mean):
+                    cells[1:3] = f"{mean:.2f} ± {error:.2f}", f"{at_clean_fit(partial, HELDOUT_FIT):.2f}"
+                cells[3] = f"{best:.2f}"
+            body.append([model, _label(method), *cells])
+    heads = ["model", "method", "random/true", "corrupted fit", "held-out fit", "best held-out"]
+    return heads, body
+
+
+# ---- Statements ----
+
+
+ByKind = dict[str, dict[str, list[Run]]]  # the runs of one model by kind and method
+
+
+def _learnt(runs: ByKind) -> list[str]:
+    return [f"{_label(m)} {_steps(found)} ({_mean(found, TRAIN_FIT):.2f})" for m, found in runs[RANDOM].items()]
+
+
+def _chance(runs: ByKind) -> str:
+    random = list(runs[RANDOM].values())
+    if not random:
+        return ""
+    run, heldout = random[0][0], [_mean(found, HELDOUT_FIT) for found in random]
+    chance, between = run.metrics["chance"], f"{min(heldout):.2f} to {max(heldout):.2f}"
+    if run.settings["model"] == "sft":
+        return f"{between}; another row's completion has a share of {chance:.2f} of the tokens in common"
+    error = proportion_standard_error(chance, run.settings["heldout_rows"])  # the same rows for all seeds
+    is_chance = max(abs(fit - chance) for fit in heldout) <= 3 * error
+    return f"{between}, {'which is chance' if is_chance else 'not all of it by chance'} ({chance:.2f} ± {error:.2f})"
+
+
+def _rising(runs: ByKind) -> list[str]:
+    found = {"rising": [], "not throughout": []}
+    for method in runs[TRUE]:
+        if method in runs[PARTIAL] and method in runs[RANDOM]:
+            three = [runs[kind][method] for kind in (TRUE, PARTIAL, RANDOM)]
+            a, b, c = map(steps_to_fit, three)
+            text = f"{_label(method)} ({', '.join(map(_steps, three))})"
+            found["rising" if a < b < c else "not throughout"].append(text)
+    return _listed(found)
+
+
+def _slowed(runs: ByKind) -> list[str]:
+    both = [method for method in runs[TRUE] if method in runs[RANDOM]]
+    ratios = {method: relative_steps(runs[TRUE][method], runs[RANDOM][method]) for method in both}
+    return _beside_adamw({method: (ratio, _ratio_text(ratio)) for method, ratio in ratios.items()})
+
+
+def _memorised(runs: ByKind) -> list[str]:
+    fits = {method: corrupted_at_clean_fit(found) for method, found in runs[PARTIAL].items()}
+    reference = fits.get("adamw", (math.nan, math.nan))[1]
+    ranges = {}
+    for method, (mean, error) in fits.items():
+        reach = 0 if method == "adamw" else 2 * math.hypot(error, reference)
+        ranges[method] = (mean, mean - reach, mean + reach), f"{mean:.2f} ± {error:.2f}"
+    return _beside_adamw(ranges)
+
+
+def _beside_adamw(values: dict[str, tuple[Range, str]]) -> list[str]:
+    """Methods, with the texts of their values, by whether they lie above or below AdamW; empty without AdamW."""
+    if len(values) < 2 or "adamw" not in values:
+        return []
+    (reference, low, high), text = values["adamw"]
+    if math.isnan(reference):
+        return ["AdamW does not get there"]
+    found: dict[str, list[str]] = {"more": [], "less": [], "no sure difference": [], "not there": []}
+    for method, ((mean, least, most), text_of) in values.items():
+        where = "more" if least > high else "less" if most < low else "no sure difference"
+        if method != "adamw":
+            found["not there" if math.isnan(mean) else where].append(f"{_label(method)} {text_of}")
+    return [f"AdamW {text}", *_listed(found)]
+
+
+def _listed(found: dict[str, list[str]]) -> list[str]:
+    return [f"{where}: {', '.join(texts)}" for where, texts in found.items() if texts]
+
+
+CASES = (
+    Case("learnt", _learnt, "steps until random labels are learnt by heart (and the fit at the end): {it}."),
+    Case("chance", _chance, "after training on random labels, the held-out fit is {it}."),
+    Case("rising", _rising, "do steps rise from true to partly random to random labels? {it}."),
+    Case("slowed", _slowed, "steps for random labels, as a multiple of those for true ones: {it}."),
+    Case(
+        "memorised",
+        _memorised,
+        f"corrupted rows of partial_labels that are fitted when {EQUAL_CLEAN_FIT:.0%} of the clean ones are: {{it}}.",
+    ),
+)
+
+
+def statements(groups: Groups) -> dict[str, str]:
+    """Which of the known results show, and where PRM changes them, by the model and the case: `"vit: rising"`."""
+    found = {}
+    for model in _unique(groups, 0):
+        kinds = (TRUE, PARTIAL, RANDOM)
+        runs = {kind: {m: runs for (*place, m), runs in groups.items() if place == [model, kind]} for kind in kinds}
+        found |= {f"{model}: {key}": f"{model}: {text}" for key, text in say(CASES, runs)}
+    found["one_rate"] = (
         "Each method has one learning rate, at which it had learnt random labels soonest. Where PRM differs from "
-        "AdamW, it can be by the mask or by the rate; dpo_noisy.py and sft_noisy.py have the grids and controls."
+        "AdamW, it can be by the mask or by the rate; the comparisons of DPO and SFT have the grids and controls."
     )
     if all(len(runs) == 1 for runs in groups.values()):
-        found.append("One seed: the spread over seeds is not measured, and another seed may say otherwise.")
+        found["one_seed"] = "One seed: the spread over seeds is not measured, and another seed may say otherwise."
     return found
 
 
-def _known_results(by_method: dict[str, dict[str, list[Run]]]) -> list[str]:
-    found = []
-    random = {
-        find_method(m).label: kinds["random_labels"] for m, kinds in by_method.items() if "random_labels" in kinds
-    }
-    fitted = [f"{name} ({_steps(runs)})" for name, runs in random.items() if math.isfinite(steps_to_fit(runs))]
-    others = [
-        f"{name} ({_mean(runs, TRAIN_FIT):.2f} after {_steps(runs)[1:]})"
-        for name, runs in random.items()
-        if not math.isfinite(steps_to_fit(runs))
-    ]
-    if fitted:
-        found.append(f"random labels are learnt by heart; steps of {', '.join(fitted)}.")
-    if others:
-        found.append(f"random labels are not learnt by heart within the steps given by {', '.join(others)}.")
-    if random:
-        run = next(iter(random.values()))[0]
-        chance, heldout = run.metrics["chance"], [_mean(runs, HELDOUT_FIT) for runs in random.values()]
-        low, high = min(heldout), max(heldout)
-        beside = f"after training on random labels, the held-out fit is {low:.2f} to {high:.2f}"
-        if run.settings["model"] == "sft":
-            found.append(f"{beside}; another row's completion has a share of {chance:.2f} of the tokens in common.")
-        else:
-            error = proportion_standard_error(chance, run.settings["heldout_rows"])  # the same rows for all seeds
-            is_chance = max(abs(low - chance), abs(high - chance)) <= 3 * error
-            words = "which is chance" if is_chance else "and not all of it is chance"
-            found.append(f"{beside}, {words} ({chance:.2f} ± {error:.2f}).")
-    rising, not_rising = [], []
-    for method, kinds in by_method.items():
-        if not {"true_labels", "partial_labels", "random_labels"} <= kinds.keys():
-            continue
-        runs = [kinds[kind] for kind in ("true_labels", "partial_labels", "random_labels")]
-        a, b, c = map(steps_to_fit, runs)
-        text = f"{find_method(method).label} ({', '.join(map(_steps, runs))})"
-        (rising if a < b < c else not_rising).append(text)
-    if rising:
-        found.append(
-            "the more labels are random, the longer they take; steps for true, partly random and random labels of "
-            f"{', '.join(rising)}."
-        )
-    if not_rising:
-        found.append(
-            f"the steps for true, partly random and random labels do not rise throughout with {', '.join(not_rising)}."
-        )
-    return found
-
-
-def _where_prm_slows(by_method: dict[str, dict[str, list[Run]]]) -> list[str]:
-    ratios = {
-        method: relative_steps(kinds["true_labels"], kinds["random_labels"])
-        for method, kinds in by_method.items()
-        if {"true_labels", "random_labels"} <= kinds.keys()
-    }
-    if "adamw" not in ratios or len(ratios) < 2 or math.isnan(ratios["adamw"][0]):
-        return []
-    reference = ratios.pop("adamw")
-    longer, shorter, alike = [], [], []
-    for method, ratio in ratios.items():
-        text = f"{find_method(method).label} {_relative_steps_text(ratio)}"
-        (longer if ratio[1] > reference[2] else shorter if ratio[2] < reference[1] else alike).append(text)
-    parts = _parts(("longer:", longer), ("shorter:", shorter), ("no difference that is sure:", alike))
-    start = f"relative to true labels, random ones take AdamW {_relative_steps_text(reference)} times the steps"
-    return [f"{start}; {parts}."]
-
-
-def _where_prm_memorises(by_method: dict[str, dict[str, list[Run]]]) -> list[str]:
-    partial = {m: kinds["partial_labels"] for m, kinds in by_method.items() if "partial_labels" in kinds}
-    if "adamw" not in partial or len(partial) < 2:
-        return []
-    reference, reference_error = _corrupted_at_clean_fit(partial.pop("adamw"))
-    if not math.isfinite(reference):
-        return [f"AdamW does not fit {EQUAL_CLEAN_FIT:.0%} of the clean rows of partial_labels: nothing to compare."]
-    fewer, more, alike, without = [], [], [], []
-    for method, runs in partial.items():
-        mean, error = _corrupted_at_clean_fit(runs)
-        if not math.isfinite(mean):
-            without.append(find_method(method).label)
-            continue
-        is_alike = abs(mean - reference) <= 2 * math.hypot(error, reference_error)
-        (alike if is_alike else fewer if mean < reference else more).append(
-            f"{find_method(method).label} ({mean:.2f})"
-        )
-    parts = _parts(
-        ("fewer:", fewer),
-        ("more:", more),
-        ("no difference beyond two standard errors:", alike),
-        ("not there within the steps given:", without),
-    )
-    start = f"when {EQUAL_CLEAN_FIT:.0%} of the clean rows of partial_labels are fitted, AdamW fits"
-    return [f"{start} {reference:.2f} ± {reference_error:.2f} of the corrupted ones; {parts}."]
-
-
-def _parts(*parts: tuple[str, list[str]]) -> str:
-    return "; ".join(f"{words} {', '.join(names)}" for words, names in parts if names)
+# ---- The report ----
 
 
 def plot_fits(groups: Groups) -> bytes:
     """Fit of training rows (lines) and of held-out rows (dashes) over the steps: a row a model, a column a kind."""
-    from ..compare import plots
-
     models, kinds, methods = (_unique(groups, part) for part in range(3))
     styles = plots.method_styles(methods)
     with plots.house_style():
@@ -282,7 +269,7 @@ def plot_fits(groups: Groups) -> bytes:
                     steps, values = run.series(name)
                     look = {"color": styles[method][0], "linestyle": dashes, "linewidth": 1.2, "markersize": 2.5}
                     (line,) = ax.plot(steps[steps > 0], values[steps > 0], marker=".", **look)
-            lines[find_method(method).label] = line
+            lines[_label(method)] = line
         for i, model in enumerate(models):
             runs = [run for (name, *_), members in groups.items() for run in members if name == model]
             steps = [run.series(TRAIN_FIT)[0] for run in runs]
@@ -313,40 +300,34 @@ def plot_fits(groups: Groups) -> bytes:
 def report(folders: list[Path], output_dir: Path) -> None:
     """Prints tables and statements, and writes `randomization.json` and `report.html`."""
     groups = grouped(load_runs(folders))
-    tables = [(*fit_table(groups), TABLE_NOTE, {0, 1}), (*memory_table(groups), MEMORY_NOTE, {0, 1})]
-    texts = statements(groups)
-    for heads, body, note, left in tables:
-        print("\n" + align(heads, body, left) + "\n\n" + wrap(note))
+    tables = [(*fit_table(groups), TABLE_NOTE), (*memory_table(groups), MEMORY_NOTE)]
+    texts = list(statements(groups).values())
+    for heads, body, note in tables:
+        print("\n" + align(heads, body, {0, 1}) + "\n\n" + wrap(note))
     print("\n" + "\n".join(wrap(text, "- ", "  ") for text in texts))
-
-    summary = {
-        "schema": 1,
-        "runs": [
-            {
-                "folder": str(run.path.relative_to(output_dir)),
-                **{key: run.settings[key] for key in ("model", "kind", "p")},
-                **{key: getattr(run, key) for key in ("method", "learning_rate", "seed", "metrics")},
-                "curve": [row for row in run.history if TRAIN_FIT in row],
-            }
-            for runs in groups.values()
-            for run in runs
-        ],
-        "statements": texts,
-    }
+    runs = [
+        {
+            "folder": str(run.path.relative_to(output_dir)),
+            **{key: run.settings[key] for key in ("model", "kind", "p")},
+            **{key: getattr(run, key) for key in ("method", "learning_rate", "seed", "metrics")},
+            "curve": [row for row in run.history if TRAIN_FIT in row],
+        }
+        for members in groups.values()
+        for run in members
+    ]
+    summary = {"schema": 1, "runs": runs, "statements": texts}
     (output_dir / "randomization.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     try:
         picture = plot_fits(groups)
     except ImportError as error:
         print(f"\nNo report.html was written: {error}")
         return
-    sections = ["<h1>Randomization tests</h1>"]
-    for heads, body, note, left in tables:
-        rows = [
-            ("first" if i and row[0] != body[i - 1][0] else "", [escape(c) for c in row]) for i, row in enumerate(body)
-        ]
-        sections += [page.table(heads, left, rows), f'<p class="quiet">{escape(note)}</p>']
+    sections = [page.tag("h1", "Randomization tests")]
+    for heads, body, note in tables:
+        kinds = ["first" if i and row[0] != body[i - 1][0] else "" for i, row in enumerate(body)]
+        rows = [(kind, list(map(page.escape, row))) for kind, row in zip(kinds, body, strict=True)]
+        sections += [page.table(heads, {0, 1}, rows), page.quiet(note)]
     sections.append(page.figure(picture, "Fit over the steps of training."))
-    items = "".join(f"<li>{escape(text)}</li>" for text in texts)
-    sections += ["<h2>What this shows, and what it does not</h2>", f"<ul>{items}</ul>"]
+    sections.append(page.bullets("What this shows, and what it does not", texts))
     (output_dir / "report.html").write_text(page.document("Randomization tests", sections), encoding="utf-8")
     print(f"\nReport: {output_dir / 'report.html'}")

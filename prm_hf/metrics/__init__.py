@@ -1,5 +1,10 @@
 """Numbers that say how accurate a policy is, how far it drifted, and what noise it learnt by heart."""
 
+from .._extras import require
+
+
+require("prm_hf.metrics", "accelerate", "transformers")
+
 from .drift import ParameterDrift, drift_metrics
 from .evaluation import (
     ClassEvaluation,
@@ -9,7 +14,13 @@ from .evaluation import (
     evaluate_pairs,
     evaluate_sequences,
 )
-from .memorization import completion_metrics, fit_metrics, memorization_metrics, memorization_rows, row_fit
+from .memorization import (
+    completion_metrics,
+    fit_metrics,
+    memorization_metrics,
+    memorization_rows,
+    row_fit,
+)
 from .rewards import reward_accuracy, reward_margins, reward_metrics
 
 

@@ -11,7 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -182,17 +182,32 @@ def _evaluate(
     return evaluations_of(scores, has_kl=ref_model is not None or unwrap(model, accelerator)[1])
 
 
-def evaluations_of(scores: torch.Tensor, has_kl: bool) -> list[SequenceEvaluation]:
-    """A table for each sequence of a row, from the scores of all rows; `has_kl` says if there was a reference."""
-    logps, tokens, correct, logratio, kl = scores.unbind(1)
-    sequences = scores.shape[2]
+class Scores(NamedTuple):
+    """Sums over the tokens of each sequence, of one shape, float64; 0 for what there is no reference for.
+
+    Between processes they travel as one tensor, stacked along dimension 1.
+    """
+
+    logps: torch.Tensor
+    tokens: torch.Tensor
+    correct: torch.Tensor
+    logratio: torch.Tensor
+    kl: torch.Tensor
+
+
+def evaluations_of(stacked: torch.Tensor, has_kl: bool) -> list[SequenceEvaluation]:
+    """A table for each sequence of a row, from what [`score_rows`] gave for all rows.
+
+    `has_kl` says if there was a reference.
+    """
+    scores, sequences = Scores(*stacked.unbind(1)), stacked.shape[2]
     return [
         SequenceEvaluation(
-            logps=logps[:, i],
-            logratio=logratio[:, i] if has_kl or sequences == 2 else None,
-            tokens=tokens[:, i].long(),
-            kl=kl[:, i] if has_kl else None,
-            correct=correct[:, i].long(),
+            logps=scores.logps[:, i],
+            logratio=scores.logratio[:, i] if has_kl or sequences == 2 else None,
+            tokens=scores.tokens[:, i].long(),
+            kl=scores.kl[:, i] if has_kl else None,
+            correct=scores.correct[:, i].long(),
         )
         for i in range(sequences)
     ]
@@ -273,8 +288,8 @@ def score_rows(
         check: Whether to compare with the logits of what is run.
 
     Returns:
-        Sums over the tokens of each sequence: logps, tokens, correct, logratio, kl. `(rows, 5, sequences_per_row)`,
-        float64, on the batch's device (but on the CPU for Apple's GPUs, which have no float64).
+        The [`Scores`] of each sequence, stacked: `(rows, len(Scores._fields), sequences_per_row)`, float64, on the
+        batch's device (but on the CPU for Apple's GPUs, which have no float64).
     """
     batch = {k: v.to(accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     ref_logps = [batch.pop(key, None) for key in ("ref_chosen_logps", "ref_rejected_logps")]
@@ -321,19 +336,16 @@ def score_rows(
         return grid.index_put(places, per_token.to(device).double()).sum(1)
 
     logps, correct, *drift = map(total, scored)
-    scores = [logps, total(torch.ones_like(targets)), correct]
-    if ref is not None:
-        scores += drift
-    elif ref_logps[0] is not None:
-        scores += [logps - torch.cat(ref_logps).to(device).double(), torch.zeros_like(logps)]
-    elif sequences_per_row == 2:
+    if ref is None and ref_logps[0] is not None:
+        drift = [logps - torch.cat(ref_logps).to(device).double(), torch.zeros_like(logps)]
+    elif ref is None and sequences_per_row == 2:
         raise ValueError(
             "There is no reference to measure the drift from: `ref_model` is None, `model` is not a PEFT model, and "
             "the batch has no `ref_chosen_logps`. Pass `ref_model`, or precompute the reference log-probabilities."
         )
-    else:
-        scores += [torch.zeros_like(scores[0])] * 2
-    return torch.stack(scores).view(5, sequences_per_row, -1).permute(2, 0, 1)
+    logratio, kl = drift or [torch.zeros_like(logps)] * 2
+    scores = Scores(logps, total(torch.ones_like(targets)), correct, logratio, kl)
+    return torch.stack(scores).view(len(scores), sequences_per_row, -1).permute(2, 0, 1)
 
 
 @contextlib.contextmanager

@@ -6,14 +6,15 @@ from .evaluation import ClassEvaluation, PairEvaluation, SequenceEvaluation
 from .rewards import reward_accuracy, reward_margins
 
 
-def memorization_rows(n: int, max_rows: int | None) -> list[int]:
-    """The training rows on which memorisation is measured: all `n`, or `max_rows` spread evenly over them.
+def memorization_rows(n: int, memorization_max_rows: int | None) -> list[int]:
+    """The training rows on which memorisation is measured: all `n`, or `memorization_max_rows`
+    spread evenly over them.
 
     A function of its arguments alone, so that every process, run and evaluation measures on the same rows.
     """
-    if max_rows is None or n <= max_rows:
+    if memorization_max_rows is None or n <= memorization_max_rows:
         return list(range(n))
-    return [i * n // max_rows for i in range(max_rows)]
+    return [i * n // memorization_max_rows for i in range(memorization_max_rows)]
 
 
 def memorization_metrics(pairs: PairEvaluation, flipped: torch.Tensor, beta: float) -> dict[str, float]:

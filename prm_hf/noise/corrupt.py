@@ -6,24 +6,21 @@ from typing import Any
 
 import numpy as np
 from datasets import (
-    Array2D,
-    Array3D,
     ClassLabel,
     Dataset,
     DatasetDict,
     Features,
-    Image,
     IterableDataset,
     IterableDatasetDict,
-    LargeList,
-    List,
     Value,
 )
 
+from .._names import renamed_arguments
+from .columns import input_columns, is_text, is_tokens, label_columns, named_columns, pixel_dtype
 from .images import GaussianPixels, ShufflePixels, gaussian_moments
 from .labels import redraw_class
 from .preferences import flip_preferences
-from .rng import check_seed, row_uniforms
+from .rng import check_noise_rate, check_seed, row_uniforms
 from .rows import check_dataset, check_plain, map_rows, named_splits, pinned
 from .text import (
     OTHER,
@@ -41,14 +38,13 @@ from .text import (
 KINDS = ("true_labels", "partial_labels", "random_labels", "shuffled_inputs", "random_inputs", "gaussian_inputs")
 LABEL_KINDS = KINDS[1:3]
 SHUFFLES = ("vocabulary", "positions")
-_IMAGES = ("image", "img", "pixel_values")
-_LABELS = ("label", "labels")
 
 
+@renamed_arguments(p="noise_rate")
 def corrupt(
     dataset: Dataset | DatasetDict | IterableDataset | IterableDatasetDict,
     kind: str,
-    p: float = 1.0,
+    noise_rate: float = 1.0,
     seed: int = 0,
     columns: str | Sequence[str] | None = None,
     tokenizer: Any = None,
@@ -66,8 +62,8 @@ def corrupt(
     | `kind` | class labels, images | prompts and completions, text | preferences |
     |---|---|---|---|
     | `"true_labels"` | as they are | as they are | as they are |
-    | `"partial_labels"` | with probability p a uniform class | with probability p another row's completion | flipped \
-with probability p |
+    | `"partial_labels"` | with probability r a uniform class | with probability r another row's completion | flipped \
+with probability r |
     | `"random_labels"` | every label a uniform class | every completion another row's, each used once | flipped with \
 probability 1/2 |
     | `"shuffled_inputs"` | one order of pixels for all images | one bijection of the vocabulary, or one order of \
@@ -77,16 +73,16 @@ both sides |
     | `"gaussian_inputs"` | normal pixels with the dataset's mean and variance | tokens from the dataset's unigram \
 distribution | likewise |
 
-    A uniform class may be the true one, so that p (1 - 1/C) of the labels change. What happens to a row depends on
-    `seed`, on its index in `dataset` as given and on the dataset where the kind says so, and on nothing else; a row
-    that is corrupted at one p is corrupted at every higher p under the same seed.
+    r is `noise_rate`. A uniform class may be the true one, so that r (1 - 1/C) of the labels change. What happens to
+    a row depends on `seed`, on its index in `dataset` as given and on the dataset where the kind says so, and on
+    nothing else; a row that is corrupted at one rate is corrupted at every higher rate under the same seed.
 
     Args:
         dataset: `Dataset`, `IterableDataset`, or a dict of either. It is not changed. A stream comes back as one
             shard, since a row's index in a stream read in several places at once is not known. Kinds that need the
             whole dataset (completions of other rows, Gaussian pixels, unigrams) are not for streams.
         kind: as in the table.
-        p: probability, in [0, 1], with which a row is corrupted; 1 for `"true_labels"` and `"random_labels"`.
+        noise_rate: probability, in [0, 1], with which a row is corrupted; 1 for `"true_labels"` and `"random_labels"`.
         seed: non-negative integer. Two datasets need two seeds, or must be splits of one dict: equal seeds and indices
             have equal noise.
         columns: the column or columns to corrupt. Default: of labels, the preference, else `completion`, else a class
@@ -96,7 +92,7 @@ distribution | likewise |
             new string may be tokenised otherwise, and only token ids are exact. A list of integers holds token ids if
             there is a tokenizer, and is an array of pixels otherwise.
         keep_original: keep the values before as `original_<column>`.
-        exclude_true: draw from the other classes alone, so that a share p of the labels changes.
+        exclude_true: draw from the other classes alone, so that a share `noise_rate` of the labels changes.
         transition: C x C matrix of probabilities: the new class of a row of class i is drawn from row i.
         shuffle: for `"shuffled_inputs"` of text, `"vocabulary"` renames tokens and `"positions"` reorders them.
         window: for `"random_inputs"` of text: tokens move within blocks of so many only.
@@ -106,18 +102,18 @@ distribution | likewise |
         num_proc: processes for `Dataset.map`; streams do not use it.
 
     Returns:
-        The same type as `dataset`, with the bool column `corrupted`: whether anything in the row is not what it was.
-        Preferences with noisy labels also have `flipped`, as from `flip_preferences`.
+        The same type as `dataset`, with the bool column `corrupted`: whether anything in the row, input or label, is
+        not what it was. Preferences with noisy labels also have `flipped`, as from `flip_preferences`.
 
     Raises:
         TypeError: `dataset` is none of the four types, or a stream with a table format.
         ValueError: an argument is out of its range, missing, or of no use for this kind and data; a column is missing
             or of the wrong type; there is a column `corrupted` already; a stream where the whole dataset is needed.
     """
-    _check_arguments(kind, p, seed, exclude_true, transition, shuffle, window)
+    _check_arguments(kind, noise_rate, seed, exclude_true, transition, shuffle, window)
     options = {
         "kind": kind,
-        "p": 0.5 if kind == "random_labels" else float(p),
+        "noise_rate": 0.5 if kind == "random_labels" else float(noise_rate),
         "seed": int(seed),
         "tokenizer": tokenizer,
         "keep_original": keep_original,
@@ -135,23 +131,20 @@ distribution | likewise |
             for name in named_splits(dataset, splits, default)
         }
         return type(dataset)({**dataset, **changed})
-    check_dataset(dataset)
-    if splits is not None:
-        raise ValueError(
-            f"`splits={splits!r}` names splits of a DatasetDict, but `dataset` is a single {type(dataset).__name__}. "
-            "Leave `splits` out."
-        )
+    check_dataset(dataset, splits)
     return _corrupt(dataset, columns, source=dataset, split="train", **options)
 
 
-def _check_arguments(kind, p, seed, exclude_true, transition, shuffle, window) -> None:
+def _check_arguments(kind, noise_rate, seed, exclude_true, transition, shuffle, window) -> None:
     if kind not in KINDS:
         raise ValueError(f"`kind` must be one of {', '.join(map(repr, KINDS))}, got {kind!r}.")
-    if isinstance(p, (bool, np.bool_)) or not isinstance(p, numbers.Real) or not 0 <= p <= 1:
-        raise ValueError(f"`p` must be a number in [0, 1], got {p!r}.")
-    if kind in ("true_labels", "random_labels") and p != 1:
+    check_noise_rate(noise_rate)
+    if kind in ("true_labels", "random_labels") and noise_rate != 1:
         share = "no row is corrupted" if kind == "true_labels" else "every label is drawn anew"
-        raise ValueError(f"`p={p!r}` has no meaning for {kind!r}, where {share}. `'partial_labels'` takes a share.")
+        raise ValueError(
+            f"`noise_rate={noise_rate!r}` has no meaning for {kind!r}, where {share}. `'partial_labels'` takes a "
+            "share."
+        )
     check_seed(seed)
     if kind != "partial_labels" and (exclude_true or transition is not None):
         name = "exclude_true" if exclude_true else "transition"
@@ -168,7 +161,24 @@ def _check_arguments(kind, p, seed, exclude_true, transition, shuffle, window) -
         )
 
 
-def _corrupt(dataset, columns, source, split, kind, p, seed, keep_original, num_proc, **options) -> Any:
+def _corrupt(
+    dataset,
+    columns,
+    *,
+    source,
+    split,
+    kind,
+    noise_rate,
+    seed,
+    tokenizer,
+    keep_original,
+    exclude_true,
+    transition,
+    shuffle,
+    window,
+    num_proc,
+) -> Dataset | IterableDataset:
+    """`corrupt` of one split, whose inputs have the statistics of `source`."""
     dataset = pinned(dataset)
     features = dataset.features or Features()
     if "corrupted" in features:
@@ -182,26 +192,25 @@ def _corrupt(dataset, columns, source, split, kind, p, seed, keep_original, num_
     stream = f"corrupt {kind}" if split == "train" else f"corrupt {kind} {split}"
     arguments = {"keep_original": keep_original, "num_proc": num_proc}
     if kind == "true_labels":
-        names = [] if columns is None else _names(columns, features)
+        names = [] if columns is None else named_columns(columns, features)
         return _apply(dataset, names, None, 0.0, seed, stream, **arguments)
     if kind not in LABEL_KINDS:
-        names = _input_columns(columns, features)
-        change = _input_noise(dataset, pinned(source), names, kind, seed, stream, **options)
-        return _apply(dataset, names, change, p, seed, stream, **arguments)
+        names = input_columns(columns, features)
+        change = _input_noise(dataset, pinned(source), names, kind, seed, stream, tokenizer, shuffle, window)
+        return _apply(dataset, names, change, noise_rate, seed, stream, **arguments)
 
-    is_class_noise = options["exclude_true"] or options["transition"] is not None
-    names = _label_columns(columns, features)
+    replaces_all = kind == "random_labels"
+    is_class_noise = exclude_true or transition is not None
+    names = label_columns(columns, features)
     if not names:
         if is_class_noise:
             raise ValueError("`exclude_true` and `transition` are for class labels, and this is a preference.")
-        return _flip(dataset, p, seed, **arguments)
+        return _flip(dataset, noise_rate, seed, **arguments)
     if isinstance(features[names[0]], ClassLabel):
         if len(names) > 1:
             raise ValueError(f"`columns={columns!r}` names several columns: corrupt one class label at a time.")
-        change = redraw_class(
-            features[names[0]], seed, f"{stream} values", options["exclude_true"], options["transition"]
-        )
-        return _apply(dataset, names, change, 1.0 if kind == "random_labels" else p, seed, stream, **arguments)
+        change = redraw_class(features[names[0]], seed, f"{stream} values", exclude_true, transition)
+        return _apply(dataset, names, change, 1.0 if replaces_all else noise_rate, seed, stream, **arguments)
     if is_class_noise:
         raise ValueError("`exclude_true` and `transition` are for class labels, and this is text.")
     is_stream = isinstance(dataset, IterableDataset)
@@ -210,16 +219,16 @@ def _corrupt(dataset, columns, source, split, kind, p, seed, keep_original, num_
             f"`kind={kind!r}` takes {', '.join(names)} from other rows, which an IterableDataset does not have at "
             "hand. Load the dataset without streaming."
         )
-    derangement = kind == "random_labels"
-    joined = with_other_rows(dataset, names, seed, f"{stream} values", derangement)
-    return _apply(joined, names, OtherRow(), 1.0 if derangement else p, seed, stream, others=True, **arguments)
+    joined = with_other_rows(dataset, names, seed, f"{stream} values", derangement=replaces_all)
+    rate = 1.0 if replaces_all else noise_rate
+    return _apply(joined, names, OtherRow(), rate, seed, stream, others=True, **arguments)
 
 
 def _apply(
     dataset: Dataset | IterableDataset,
     names: list[str],
     change: Callable[[dict[str, Any], int], dict[str, Any]] | None,
-    p: float,
+    noise_rate: float,
     seed: int,
     stream: str,
     keep_original: bool,
@@ -240,7 +249,7 @@ def _apply(
         fn_kwargs={
             "names": names,
             "change": change,
-            "p": p,
+            "noise_rate": noise_rate,
             "seed": seed,
             "stream": stream,
             "prefixes": ["", OTHER] if others else [""],
@@ -249,9 +258,9 @@ def _apply(
     )
 
 
-def _corrupt_rows(rows, indices, names, change, p, seed, stream, prefixes, keep_original) -> dict[str, list]:
+def _corrupt_rows(rows, indices, names, change, noise_rate, seed, stream, prefixes, keep_original) -> dict[str, list]:
     check_plain(rows, "corrupting")
-    chosen = row_uniforms(seed, indices, stream) < p
+    chosen = row_uniforms(seed, indices, stream) < noise_rate
     result = {name: list(rows[name]) for name in names}
     corrupted = [False] * len(indices)
     for i, index in enumerate(indices):
@@ -271,8 +280,10 @@ def _equal(a: Any, b: Any) -> bool:
     return np.array_equal(np.asarray(a), np.asarray(b))
 
 
-def _flip(dataset: Dataset | IterableDataset, p: float, seed: int, keep_original: bool, num_proc: int | None) -> Any:
-    flipped = pinned(flip_preferences(dataset, p, seed, num_proc=num_proc))
+def _flip(
+    dataset: Dataset | IterableDataset, noise_rate: float, seed: int, keep_original: bool, num_proc: int | None
+) -> Any:
+    flipped = pinned(flip_preferences(dataset, noise_rate, seed, num_proc=num_proc))
     names = ("chosen", "rejected") if keep_original else ()
     originals = {f"original_{name}": flipped.features[name] for name in names}
     features = Features({**flipped.features, **originals, "corrupted": Value("bool")})
@@ -289,101 +300,6 @@ def _mark_flipped(rows, indices, keep_original) -> dict[str, list]:
     return result
 
 
-def _names(columns: str | Sequence[str], features: Features) -> list[str]:
-    names = [columns] if isinstance(columns, str) else list(columns)
-    missing = [name for name in names if name not in features]
-    if missing or not names or len(set(names)) < len(names):
-        raise ValueError(f"`columns={columns!r}` must name columns of `dataset`, once each; it has {list(features)}.")
-    return names
-
-
-def _label_columns(columns: str | Sequence[str] | None, features: Features) -> list[str]:
-    """The columns that hold the label; none for a preference, which lies in the order of two columns."""
-    if columns is None:
-        if "chosen" in features and "rejected" in features:
-            return []
-        names = ["completion"] if "completion" in features else [name for name in _LABELS if name in features][:1]
-        if not names:
-            raise ValueError(
-                "`dataset` has no label that is known by its name: neither `chosen` and `rejected`, nor `completion`, "
-                f"nor `label`; its columns are {list(features)}. Name it in `columns`; the last turn of a "
-                "conversation has to become a `completion` first."
-            )
-    else:
-        names = _names(columns, features)
-        if {"chosen", "rejected"} & set(names):
-            raise ValueError(
-                "The label of a preference is which completion is `chosen`: leave `columns` out to flip it."
-            )
-    for name in names:
-        if not isinstance(features[name], ClassLabel) and not _is_text(features[name]):
-            raise ValueError(
-                f"Column {name!r} of `dataset` is {features[name]}, neither a class label nor text. Make integers a "
-                "class label with `dataset.cast_column(…, ClassLabel(num_classes=…))`, words with "
-                "`dataset.class_encode_column`."
-            )
-        if isinstance(features[name], ClassLabel) != isinstance(features[names[0]], ClassLabel):
-            raise ValueError(f"`columns={columns!r}` mixes class labels and text: corrupt one after the other.")
-        if name in _LABELS and not isinstance(features[name], ClassLabel):
-            raise ValueError(
-                f"Column {name!r} of `dataset` holds text. If its words are classes, make them so with "
-                f"`dataset.class_encode_column({name!r})`; if it is a completion, rename it."
-            )
-    return names
-
-
-def _input_columns(columns: str | Sequence[str] | None, features: Features) -> list[str]:
-    if columns is not None:
-        names = _names(columns, features)
-    elif "chosen" in features and "rejected" in features:
-        names = [name for name in ("prompt", "chosen", "rejected") if name in features]
-    else:
-        known = (*_IMAGES, "prompt", "text", "messages", "input_ids")
-        names = [name for name in known if name in features][:1]
-        if not names:
-            raise ValueError(
-                f"`dataset` has no input that is known by its name ({', '.join(known)}); its columns are "
-                f"{list(features)}. Name it in `columns`."
-            )
-    if "input_ids" in names and isinstance(features.get("labels"), (List, LargeList)) and "labels" not in names:
-        raise ValueError(
-            "`dataset` has `labels` beside its `input_ids`, which would no longer be the tokens' own. Remove the "
-            "column, or corrupt the text before it is tokenised."
-        )
-    return names
-
-
-def _is_text(feature: Any) -> bool:
-    """Strings, or a list of messages."""
-    if isinstance(feature, Value):
-        return feature.dtype in ("string", "large_string")
-    inner = _inner(feature)
-    return isinstance(inner, dict) and "content" in inner
-
-
-def _inner(feature: Any) -> Any:
-    if isinstance(feature, (List, LargeList)):
-        return feature.feature
-    return feature[0] if isinstance(feature, list) and feature else None
-
-
-def _is_tokens(feature: Any) -> bool:
-    inner = _inner(feature)
-    return isinstance(inner, Value) and "int" in inner.dtype
-
-
-def _dtype(feature: Any) -> str | None:
-    """The type of a pixel's numbers; None if the feature does not hold pixels."""
-    if isinstance(feature, Image):
-        return "uint8"
-    if isinstance(feature, (Array2D, Array3D)):
-        return feature.dtype
-    inner = _inner(feature)
-    while _inner(inner) is not None:
-        inner = _inner(inner)
-    return inner.dtype if isinstance(inner, Value) and ("int" in inner.dtype or "float" in inner.dtype) else None
-
-
 def _input_noise(
     dataset: Dataset | IterableDataset,
     source: Dataset | IterableDataset,
@@ -394,13 +310,12 @@ def _input_noise(
     tokenizer: Any,
     shuffle: str,
     window: int | None,
-    **_: Any,
 ) -> Callable[[dict[str, Any], int], dict[str, Any]]:
     features = [dataset.features[name] for name in names]
-    is_text = all(_is_text(feature) for feature in features)
-    is_tokens = tokenizer is not None and all(_is_tokens(feature) for feature in features)
-    is_pixels = not is_text and not is_tokens and all(_dtype(feature) for feature in features)
-    if not (is_text or is_tokens or is_pixels):
+    holds_text = all(is_text(feature) for feature in features)
+    holds_tokens = tokenizer is not None and all(is_tokens(feature) for feature in features)
+    holds_pixels = not holds_text and not holds_tokens and all(pixel_dtype(feature) for feature in features)
+    if not (holds_text or holds_tokens or holds_pixels):
         raise ValueError(
             f"The columns {', '.join(names)} of `dataset` ({', '.join(map(str, features))}) must all hold images, or "
             "all text, or all token ids."
@@ -411,19 +326,19 @@ def _input_noise(
             "Load the dataset without streaming."
         )
     fixed = f"corrupt {kind}"  # the same in all splits
-    if is_pixels:
+    if holds_pixels:
         if shuffle != "vocabulary" or window is not None or tokenizer is not None:
             name = "shuffle" if shuffle != "vocabulary" else "window" if window is not None else "tokenizer"
             raise ValueError(f"`{name}` is for text, and {', '.join(names)} holds images. Leave it out.")
         if kind == "gaussian_inputs":
-            dtypes = {name: _dtype(feature) for name, feature in zip(names, features, strict=True)}
+            dtypes = {name: pixel_dtype(feature) for name, feature in zip(names, features, strict=True)}
             moments = {name: gaussian_moments(_values(source, [name]), name, dtypes[name]) for name in names}
             return GaussianPixels(seed, f"{stream} values", moments, dtypes)
         per_row = kind == "random_inputs"
         return ShufflePixels(seed, f"{stream if per_row else fixed} values", per_row)
     if tokenizer is None:
         raise ValueError(f"`kind={kind!r}` of text needs a `tokenizer`: pass that of the model.")
-    kept = kept_ids(tokenizer, is_text)
+    kept = kept_ids(tokenizer, holds_text)
     if kind == "gaussian_inputs":
         distribution = unigrams(_values(source, names), tokenizer, kept)
         return DrawTokens(tokenizer, kept, seed, f"{stream} values", *distribution)

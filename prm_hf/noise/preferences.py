@@ -1,28 +1,29 @@
 """Label noise in preference pairs: chosen and rejected swapped in a known share of the rows."""
 
 import math
-import numbers
 from collections.abc import Sequence
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
 
-from .rng import check_seed, row_uniforms
+from .._names import renamed_arguments
+from .rng import check_noise_rate, check_seed, row_uniforms
 from .rows import check_dataset, check_plain, map_rows, named_splits, pinned
 
 
 _STREAM = "flip_preferences"
 
 
+@renamed_arguments(rate="noise_rate")
 def flip_preferences(
     dataset: Dataset | DatasetDict | IterableDataset | IterableDatasetDict,
-    rate: float,
+    noise_rate: float,
     seed: int = 0,
     exact: bool = False,
     splits: str | Sequence[str] | None = None,
     num_proc: int | None = None,
 ) -> Dataset | DatasetDict | IterableDataset | IterableDatasetDict:
-    """Swap the preferred and the dispreferred completion of each row with probability `rate`.
+    """Swap the preferred and the dispreferred completion of each row with probability `noise_rate`.
 
     Works on every preference format of TRL (standard or conversational, with or without a `prompt` column). Every
     column whose name holds `chosen` is swapped with the column whose name holds `rejected` in the same place:
@@ -40,39 +41,33 @@ def flip_preferences(
         dataset: `Dataset`, `IterableDataset`, or a dict of either. It is not changed. An `IterableDataset` comes back
             as one shard, because a row's index in a stream read in several places at once is not known; so one
             data-loader worker reads it.
-        rate: probability of a flip, in [0, 1].
+        noise_rate: probability of a flip, in [0, 1].
         seed: non-negative integer.
-        exact: flip exactly `round(rate * len(dataset))` rows instead (Python's rounding). Not for an
+        exact: flip exactly `round(noise_rate * len(dataset))` rows instead (Python's rounding). Not for an
             `IterableDataset`, whose length is not known.
         splits: the split or splits to flip of a dict of datasets; the others come back untouched, without a
             `flipped` column. Default: `train`, so that evaluation stays clean.
         num_proc: processes for `Dataset.map`; streams do not use it.
 
     Returns:
-        The same type as `dataset`, with the bool column `flipped`.
+        The same type as `dataset`, with the bool column `flipped`: whether the label is not what it was.
 
     Raises:
         TypeError: `dataset` is none of the four types, or a stream with a table format.
-        ValueError: `rate` is not a number in [0, 1]; `seed` is not a non-negative integer; a named split, or the
+        ValueError: `noise_rate` is not a number in [0, 1]; `seed` is not a non-negative integer; a named split, or the
             column `chosen` or `rejected`, is missing; a column has no partner, or one of another type; there is a
             column `flipped` already; the dataset has no rows; `exact` for a stream; `splits` for a single dataset.
     """
-    if isinstance(rate, (bool, np.bool_)) or not isinstance(rate, numbers.Real) or not 0 <= rate <= 1:
-        raise ValueError(f"`rate` must be a number in [0, 1], got {rate!r}.")
+    check_noise_rate(noise_rate)
     check_seed(seed)
     if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
         flipped = {
-            name: flip_preferences(dataset[name], rate, seed, exact, num_proc=num_proc)
+            name: flip_preferences(dataset[name], noise_rate, seed, exact, num_proc=num_proc)
             for name in named_splits(dataset, splits, default=["train"])
         }
         return type(dataset)({**dataset, **flipped})
-    check_dataset(dataset)
-    if splits is not None:
-        raise ValueError(
-            f"`splits={splits!r}` names splits of a DatasetDict, but `dataset` is a single {type(dataset).__name__}. "
-            "Leave `splits` out."
-        )
-    rate = float(rate)
+    check_dataset(dataset, splits)
+    noise_rate = float(noise_rate)
     if isinstance(dataset, IterableDataset) and exact:
         raise ValueError(
             "`exact=True` needs the number of rows, which an IterableDataset does not know. Use `exact=False`, or "
@@ -91,7 +86,7 @@ def flip_preferences(
         fn_kwargs={
             "pairs": pairs,
             "seed": int(seed),
-            "threshold": _exact_threshold(rate, int(seed), len(dataset)) if exact else rate,
+            "threshold": _exact_threshold(noise_rate, int(seed), len(dataset)) if exact else noise_rate,
         },
     )
 
@@ -106,9 +101,9 @@ def _swap(rows: dict[str, list], indices: list[int], pairs: list[list[str]], see
     return result
 
 
-def _exact_threshold(rate: float, seed: int, n_rows: int) -> float:
-    """The number that exactly round(rate * n_rows) of the rows' uniforms lie under."""
-    n_flips = round(rate * n_rows)
+def _exact_threshold(noise_rate: float, seed: int, n_rows: int) -> float:
+    """The number that exactly round(noise_rate * n_rows) of the rows' uniforms lie under."""
+    n_flips = round(noise_rate * n_rows)
     if n_flips == n_rows:
         return math.inf
     return float(np.sort(row_uniforms(seed, np.arange(n_rows), _STREAM))[n_flips])

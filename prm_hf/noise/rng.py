@@ -1,7 +1,9 @@
 """Random numbers of a row: a pure function of (seed, stream, row index), whoever asks and in whatever order."""
 
+import numbers
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +47,13 @@ def check_seed(seed: int) -> None:
         valid = False
     if not valid:
         raise ValueError(f"`seed` must be a non-negative integer, got {seed!r}.")
+
+
+def check_noise_rate(noise_rate: Any) -> None:
+    """Raise `ValueError` unless `noise_rate` is a number (of Python or NumPy) in [0, 1]."""
+    is_number = isinstance(noise_rate, numbers.Real) and not isinstance(noise_rate, (bool, np.bool_))
+    if not is_number or not 0 <= noise_rate <= 1:
+        raise ValueError(f"`noise_rate` must be a number in [0, 1], got {noise_rate!r}.")
 
 
 def row_generator(seed: int, index: int, stream: str) -> np.random.Generator:

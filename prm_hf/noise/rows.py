@@ -53,11 +53,17 @@ def check_plain(rows: Any, doing: str) -> None:
         )
 
 
-def check_dataset(dataset: Any) -> None:
+def check_dataset(dataset: Any, splits: Any) -> None:
+    """Raises for what is neither a dataset nor a dict of some, and for `splits` of what is one dataset."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(
             "`dataset` must be a datasets.Dataset, IterableDataset, DatasetDict or IterableDatasetDict, got "
             f"{type(dataset).__name__}. A list of rows becomes one with `Dataset.from_list`."
+        )
+    if splits is not None:
+        raise ValueError(
+            f"`splits={splits!r}` names splits of a DatasetDict, but `dataset` is a single {type(dataset).__name__}. "
+            "Leave `splits` out."
         )
 
 

@@ -55,22 +55,27 @@ NOT_SETTINGS = {
     "learning_rate",  # named beside the settings
     "seed",
 }
-# Settings that were renamed, by the names in older files, and those that older files lack, with the value that they
-# had in effect. A setting that is None in effect needs no entry.
-RENAMED_SETTINGS: dict[str, str] = {}
-ADDED_SETTINGS: dict[str, Any] = {}
+# Names of settings in the files of version 0.1.
+RENAMED_SETTINGS = {
+    "prm_rho": "prm_variance_beta",
+    "prm_warmup_steps": "prm_mask_warmup_steps",
+    "memorization_max_pairs": "memorization_max_rows",
+}
 
 
 def comparable_settings(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """The settings of a run.json, of this version or an older one, that make a run what it is.
+    """The settings in a `run.json` that make a run what it is, by today's names.
 
     Args:
-        method: the method that the run is configured as. Its name alone told the relative eps in version 0.1.
+        method: the method that the run is configured as. In version 0.1 its name alone told the relative eps.
     """
-    named = find_method(method)
-    added = {**ADDED_SETTINGS, **({named.value_setting: named.value} if named.value_setting else {})}
     renamed = {RENAMED_SETTINGS.get(key, key): value for key, value in settings.items()}
-    return {key: value for key, value in {**added, **renamed}.items() if key not in NOT_SETTINGS}
+    if renamed.pop("optimizer_name", None) == "prm":
+        renamed["optim"] = "prm"
+    named = find_method(method)
+    if named.value_setting:
+        renamed.setdefault(named.value_setting, named.value)
+    return {key: value for key, value in renamed.items() if key not in NOT_SETTINGS}
 
 
 def metric_name(key: str) -> str | None:

@@ -5,16 +5,16 @@ from .._extras import require
 
 require("prm_hf.trainers", "transformers", "trl", "accelerate", "datasets", "peft")
 
-from .callbacks import (  # noqa: E402
+from .callbacks import (
     MemorizationCallback,
     PopulationRiskStopping,
     PopulationRiskStoppingCallback,
     PRMCallback,
 )
-from .config import PRMArguments, PRMDPOConfig, PRMSFTConfig  # noqa: E402
-from .dpo import PRMDPOTrainer  # noqa: E402
-from .mixin import PRMTrainerMixin  # noqa: E402
-from .sft import PRMSFTTrainer  # noqa: E402
+from .config import PRMArguments, PRMDPOConfig, PRMSFTConfig
+from .dpo import PRMDPOTrainer
+from .mixin import PRMTrainerMixin
+from .sft import PRMSFTTrainer
 
 
 __all__ = [

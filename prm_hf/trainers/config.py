@@ -153,13 +153,13 @@ class PRMArguments:
             self._set_by_old_name(name, value)
 
     def _set_by_old_name(self, name: str, value: Any) -> None:
-        warn_renamed(name, RENAMED[name], stacklevel=5)
         if name == "no_drift_metrics":
             value = not value
         elif name == "optimizer_name" and value == "adamw":
             value = _DEFAULTS["optim"] if self.optim == "prm" else self.optim
         elif name == "optimizer_name" and (value != "prm" or self.optim not in ("prm", _DEFAULTS["optim"])):
             raise ValueError(f"`optimizer_name={value!r}` contradicts `optim={self.optim!r}`: set `optim` alone.")
+        warn_renamed(name, RENAMED[name], stacklevel=5)
         setattr(self, RENAMED[name], value)
 
     def __post_init__(self):

@@ -259,7 +259,7 @@ def test_only_the_named_splits_are_flipped(streaming):
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1, 30, float("nan"), float("inf"), "0.3", None, True])
 def test_wrong_rate(rate):
-    with pytest.raises(ValueError, match="`rate` must be a number in"):
+    with pytest.raises(ValueError, match="`noise_rate` must be a number in"):
         flip_preferences(standard(3), rate)
 
 
