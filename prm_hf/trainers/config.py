@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import inspect
 import math
 import re
 import textwrap
@@ -18,7 +17,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .._names import warn_renamed
 from ..optim import PRM
-from ..optim.validation import check_held_in_parts
+from ..sharding import ShardingPath
 from ..sharding.deepspeed import check_config
 
 
@@ -41,7 +40,6 @@ RENAMED = {
     "no_drift_metrics": "drift_metrics",
 }
 _DEFAULTS = {f.name: f.default for f in fields(TrainingArguments)}
-_PARAMETERS = inspect.signature(PRM).parameters
 
 
 def _old_name() -> Any:
@@ -314,10 +312,6 @@ def scaled_by_relative_eps(args: TrainingArguments, kwargs: dict[str, Any], nume
     return {**kwargs, "eps": eps, "lr": kwargs["lr"] * (1 + args.relative_eps)}
 
 
-# Whether PRM scales its step by itself. Otherwise its arguments are scaled as AdamW's are.
-PRM_SCALES = "relative_eps" in _PARAMETERS
-
-
 def prm_kwargs(args: PRMArguments) -> dict[str, Any]:
     """The keyword arguments of [`PRM`] that `args` stand for, with those of `TrainingArguments` if it has them.
 
@@ -326,13 +320,10 @@ def prm_kwargs(args: PRMArguments) -> dict[str, Any]:
     kwargs = {}
     if isinstance(args, TrainingArguments):
         kwargs = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-        if PRM_SCALES and args.relative_eps is not None:
+        if args.relative_eps is not None:
             kwargs |= {"relative_eps": args.relative_eps, "max_grad_norm": args.max_grad_norm}
     names = [f.name for f in fields(PRMArguments) if f.name.startswith("prm_") and f.name not in RENAMED]
     kwargs |= {name.removeprefix("prm_"): getattr(args, name) for name in names if name != "prm_preset"}
-    for new, old in (("variance_beta", "rho"), ("mask_warmup_steps", "warmup_steps")):
-        if new not in _PARAMETERS:
-            kwargs[old] = kwargs.pop(new)
     return kwargs
 
 
@@ -369,7 +360,7 @@ def _by_field_name(message: str) -> str:
         "max_grad_norm": "max_grad_norm",
     }
     names = {name.removeprefix("prm_"): name for name in (f.name for f in fields(PRMArguments)) if name not in RENAMED}
-    names |= {"rho": "prm_variance_beta", "warmup_steps": "prm_mask_warmup_steps"} | trainers
+    names |= trainers
     pattern = r"(?<![\w`])(" + "|".join(map(re.escape, names)) + r")(?==)"
     return re.sub(pattern, lambda found: names[found[0]], message)
 
@@ -381,8 +372,8 @@ def check_deepspeed_config(args: TrainingArguments) -> None:
         try:
             check_config(plugin.deepspeed_config)
             stage = (plugin.deepspeed_config.get("zero_optimization") or {}).get("stage", 0)
-            if stage != 0:
-                check_held_in_parts(args.prm_reduction, args.prm_state_dtype, f"DeepSpeed ZeRO-{stage}")
+            if (path := ShardingPath.of_zero(stage)) is not None:
+                path.check(args.prm_reduction, args.prm_state_dtype)
         except ValueError as error:
             note = preset_note(args, is_peft=None)
             raise ValueError(f"{error} Or set `optim='adamw_torch'`. {note}".rstrip()) from error

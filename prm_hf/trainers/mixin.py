@@ -10,11 +10,10 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from ..optim import PRM
-from ..optim.validation import check_held_in_parts
-from ..sharding import deepspeed, fsdp
+from ..sharding import ShardingPath, deepspeed, fsdp
 from .callbacks import PRMCallback
 from .checkpoints import CheckpointMixin
-from .config import PRM_SCALES, PRMArguments, preset_note, prm_kwargs, scaled_by_relative_eps, with_preset
+from .config import PRMArguments, preset_note, prm_kwargs, scaled_by_relative_eps, with_preset
 from .evaluation import EvaluationMixin
 
 
@@ -75,9 +74,9 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
                 plugin = self.accelerator.state.fsdp_plugin
                 fsdp.check_plugin(plugin.fsdp_version, plugin.use_orig_params)
                 if self._arguments_choose:
-                    path = f"FSDP{plugin.fsdp_version}"
+                    path = ShardingPath[f"FSDP{plugin.fsdp_version}"]
                     try:
-                        check_held_in_parts(self._settings().prm_reduction, self.args.prm_state_dtype, path)
+                        path.check(self._settings().prm_reduction, self.args.prm_state_dtype)
                     except ValueError as error:
                         raise ValueError(f"{error} {preset_note(self.args, None)}".rstrip()) from error
             self.add_callback(PRMCallback)
@@ -115,13 +114,17 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
             return super().create_optimizer(*args, **kwargs)
         else:
             optimizer_cls, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(settings, self.model)
-        if optimizer_cls is not PRM or not PRM_SCALES:
+        if optimizer_cls is not PRM:
             optimizer_kwargs = scaled_by_relative_eps(settings, optimizer_kwargs, self._trained_numel)
         self.optimizer_cls_and_kwargs = optimizer_cls, optimizer_kwargs
         try:
-            return super().create_optimizer(*args, **kwargs)
+            optimizer = super().create_optimizer(*args, **kwargs)
         finally:
             self.optimizer_cls_and_kwargs = None
+        if optimizer_cls is not PRM:  # lr·weight_decay stays as it was
+            for group in optimizer.param_groups:
+                group["weight_decay"] /= 1 + settings.relative_eps
+        return optimizer
 
     def _settings(self) -> PRMArguments:
         """The arguments, with what the preset sets where PRM is the optimizer."""

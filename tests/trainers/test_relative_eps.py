@@ -34,6 +34,8 @@ def test_adamw_with_relative_eps_is_adamw_with_that_eps_and_learning_rate(tmp_pa
     by_hand = dpo_trainer(tmp_path, optim=optim, **run)
     eps, lr = scaled(by_hand.model, 3.0, 0.5, by_hand.args.learning_rate)
     groups = groups_of(by_hand.create_optimizer(), by_hand.model)
+    for group in groups:  # the decay of a step is that of the plain learning rate
+        group["weight_decay"] /= 4.0
     by_hand.optimizer = torch.optim.AdamW(groups, lr=lr, eps=eps, fused=optim == "adamw_torch_fused")
     trainer.train()
     by_hand.train()
