@@ -220,7 +220,9 @@ def measure_agreement(args: argparse.Namespace, accelerator: Accelerator) -> dic
         if replayed is None:
             params = [before.clone().requires_grad_() for _, before, _ in tensors]
             groups = [{"params": [p], "weight_decay": x} for p, x in zip(params, recorder.weight_decays, strict=True)]
-            replayed = PRM(groups, lr=LEARNING_RATE, **settings)
+            # On a CPU shards are stepped by the multi-tensor code, whose rounding whole tensors then have to share.
+            foreach = None if torch.cuda.is_available() else True
+            replayed = PRM(groups, lr=LEARNING_RATE, foreach=foreach, **settings)
         for p, (gradient, _, _) in zip(params, tensors, strict=True):
             p.grad = gradient
         replayed.step()
