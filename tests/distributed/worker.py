@@ -151,16 +151,15 @@ class Rows(Dataset):
 
 def make_model(options: dict) -> torch.nn.Module:
     set_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 65, "num_attention_heads": 4} | options.get("model", {})
     config = Qwen2Config(
         vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=65,
         num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=options.get("tied", True),
         use_cache=False,
         initializer_range=0.1,
+        **sizes,
     )
     model = Qwen2ForCausalLM(config).to(getattr(torch, options.get("dtype", "float32")))
     if options.get("lora"):
