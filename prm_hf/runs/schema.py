@@ -70,8 +70,11 @@ def comparable_settings(settings: Mapping[str, Any], method: str) -> dict[str, A
         method: the method that the run is configured as. In version 0.1 its name alone told the relative eps.
     """
     renamed = {RENAMED_SETTINGS.get(key, key): value for key, value in settings.items()}
-    if renamed.pop("optimizer_name", None) == "prm":
+    optimizer = renamed.pop("optimizer_name", None)
+    if optimizer == "prm":
         renamed["optim"] = "prm"
+    elif optimizer == "adamw":  # runs of the randomization tests name nothing else
+        renamed.setdefault("optim", "adamw_torch_fused")
     named = find_method(method)
     if named.value_setting:
         renamed.setdefault(named.value_setting, named.value)
