@@ -1,4 +1,4 @@
-"""What the optimizer costs of a whole DPO training step: `bench_step.py --dpo_steps 12`.
+"""What the optimizer costs of a whole DPO training step: `benchmarks/step.py --dpo_steps 12`.
 
 [`PRMDPOTrainer`] trains a model of random weights on random preference pairs of a fixed length, in bfloat16 with
 float32 weights. PRM and fused AdamW take turns, step by step, on the same weights, so that both see the same clocks,
@@ -19,6 +19,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from prm_hf import PRMDPOConfig, PRMDPOTrainer
 from prm_hf.demo import task
 from prm_hf.demo.model import make_tokenizer
+from prm_hf.metrics import ParameterDrift
 
 
 PAIRS = 32  # a step
@@ -188,7 +189,8 @@ def measure(model_name: str, steps: int, device: str) -> dict:
         mask_stats = turns.seconds(turns.optimizers["PRM"].get_mask_stats)
         evaluation = turns.seconds(trainer.evaluate)
         own_pass = turns.seconds(trainer.evaluate_pairs)
-        params_rel = turns.seconds(lambda: trainer._parameter_drift.relative(trainer.model_wrapped))
+        drift = ParameterDrift(trainer.model, trainer.accelerator)
+        params_rel = turns.seconds(lambda: drift.relative(trainer.model_wrapped))
         trainer.args.drift_metrics = False
         evaluation_of_trl = turns.seconds(trainer.evaluate)
     row = {

@@ -17,10 +17,10 @@ bf16` the reference of each path but `ddp` is the same path on one GPU. The mode
 default of the size of Qwen2.5-0.5B, the batches are random tokens: nothing is downloaded. Each run prints, and writes,
 one JSON object:
 
-- `agreement`: of `steps` training steps. `mask_replay` is the largest relative difference between the masks that were
-  used and those of PRM on whole tensors in one process, fed with the gradients that the processes saw; `weight_replay`
-  the largest difference of a weight. In these two is all that sharding could do wrong; with `--reduction per_row`, of
-  whose masks PRM tells nothing, in the second. `mask_reference` is, step by step, the largest relative difference to
+- `agreement`: of `steps` training steps. `mask_replay` is the largest relative difference between the masks (their
+  means over each tensor, by `PRM.get_tensor_masks`) and those of PRM on whole tensors in one process, fed with the
+  gradients that the processes saw; `weight_replay` the largest difference of a weight. In these two is all that
+  sharding could do wrong. `mask_reference` is, step by step, the largest relative difference to
   the masks of the `--reference` run. Two halves add up to the same gradient on one GPU and on two, bit for bit where
   kernels are deterministic, as they are made to be here; but not the norm for `--max_grad_norm`, which each path adds
   up in another order.
@@ -36,6 +36,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
@@ -44,95 +45,80 @@ from torch.distributed.tensor import DTensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from prm_hf import PRM
-from prm_hf.optim.masks import n_rows
+from prm_hf.sharding import Locator
 
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.1
-ROWS = {"reduction": "per_row", "estimator": "debiased", "signal_beta": 0.98}
+TENSOR, ROW = {"reduction": "per_tensor"}, {"reduction": "per_row"}
+EMA, DEBIASED = {"estimator": "ema"}, {"estimator": "debiased"}
 OPTIMIZERS = {
     "adamw": (torch.optim.AdamW, {}),
     "adamw_fused": (torch.optim.AdamW, {"fused": True}),
-    "prm_per_tensor": (PRM, {"reduction": "per_tensor"}),
-    "prm_debiased": (PRM, {"reduction": "per_tensor", "estimator": "debiased"}),
-    "prm_per_param": (PRM, {"reduction": "per_param"}),
-    "prm_per_row": (PRM, ROWS),
+    "prm_per_tensor": (PRM, TENSOR | EMA),
+    "prm_debiased": (PRM, TENSOR | DEBIASED),
+    "prm_per_param": (PRM, {"reduction": "per_param"} | EMA),
+    "prm_per_row": (PRM, ROW | DEBIASED | {"signal_beta": 0.98}),
 }
+# By `--reduction`, the settings of which the agreement is measured
+AGREEMENT = {"per_tensor": TENSOR | EMA, "per_row": ROW | DEBIASED | {"signal_beta": 0.98}}
 
 
-class RecordingPRM(PRM):
-    """PRM that keeps what each step saw, as slices of the original tensors, and of tensors the masks it decided on."""
+class StepRecorder:
+    """Keeps what each step of an optimizer saw and did, as slices of the original tensors.
 
-    def start_record(self) -> None:
-        self.masks: dict[int, float] = {}
+    Args:
+        optimizer: before its parameters are sharded.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.locator = optimizer, Locator()
+        for group in optimizer.param_groups:
+            group["recorded_as"] = self.locator.register(group["params"])
+        self.shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+        self.weight_decays = [group["weight_decay"] for group in optimizer.param_groups for _ in group["params"]]
         self.slices: list[tuple[int, int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._stepped: list[tuple] = []
+        optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_post_hook(self._after)
 
-    def _parts(self, group):
-        parts = super()._parts(group)
-        for part in parts:
-            first = self._locator.numbers(group["prm_group"]).start
-            part.numbers = [first + i for i in part.owners] if self._locator.layout is None else part.owners
-        return parts
-
-    def _tensor_masks(self, parts, sums):
-        qs = super()._tensor_masks(parts, sums)
-        for part, q in zip(parts, qs, strict=True):
-            if q is not None and not part.in_rows:
-                self.masks |= dict(zip(part.numbers, q.tolist(), strict=True))
-        return qs
-
-    def _step(self):
-        stepped = [
-            (group, i, p, _whole(p.grad).detach().clone().flatten(), _whole(p).detach().clone().flatten())
-            for group in self.param_groups
-            for i, p in enumerate(group["params"])
+    def _before(self, *_) -> None:
+        groups = [(group["recorded_as"], group["params"]) for group in self.optimizer.param_groups]
+        self.locator.locate(groups)
+        self._stepped = [
+            (self.locator.numbers(number)[i] if not self.locator.flat else None, p, _flat(p.grad), _flat(p))
+            for number, params in groups
+            for i, p in enumerate(params)
             if p.grad is not None
         ]
-        super()._step()
-        if self.defaults["reduction"] == "per_tensor":
-            self._note_masks()
-        for group, i, p, grad, before in stepped:
-            after = _whole(p).detach().clone().flatten()
-            if self._locator.flat:
-                for piece in self._locator.layout.pieces[id(p)]:
-                    part = slice(piece.start, piece.start + piece.length)
-                    self.slices.append((piece.tensor, piece.offset, grad[part], before[part], after[part]))
-            else:
-                self.slices.append((self._locator.numbers(group["prm_group"])[i], 0, grad, before, after))
 
-    def _note_masks(self):
-        for plan in self._plans.values():  # which take steps without `_tensor_masks`
-            if plan.masks is not None and plan.masks.q is not None:
-                self.masks |= dict(zip(plan.masks.numbers, plan.masks.q.tolist(), strict=True))
-        if self._locator.layout is None:  # the kernel decides on the masks of whole tensors by itself
-            self.masks = dict(enumerate(itertools.chain(*self.get_tensor_masks())))
+    def _after(self, *_) -> None:
+        for number, p, grad, before in self._stepped:
+            after = _flat(p)
+            if number is not None:
+                self.slices.append((number, 0, grad, before, after))
+                continue
+            for segment in self.locator.layout.segments[id(p)]:
+                part = slice(segment.start, segment.start + segment.length)
+                self.slices.append((segment.tensor, segment.offset, grad[part], before[part], after[part]))
+        self._stepped = []
 
-    def whole_tensors(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Gradient and weights before and after the last step of each tensor, put together, in rows. Collective."""
-        n_tensors = sum(len(self._locator.numbers(group)) for group in range(len(self.param_groups)))
-        sizes = [0] * n_tensors
-        for number, offset, grad, *_ in self.slices:
-            sizes[number] = max(sizes[number], offset + len(grad))
+    def whole_tensors(self) -> list[list[torch.Tensor]]:
+        """Gradient and weights before and after the last step of each tensor, put together. Collective."""
         device = self.slices[0][2].device
-        if self._locator.flat:
-            table = torch.tensor(sizes, device=device)
-            torch.distributed.all_reduce(table, torch.distributed.ReduceOp.MAX)
-            sizes = table.tolist()
-        tensors = [tuple(torch.zeros(size, device=device) for _ in range(3)) for size in sizes]
+        tensors = [[torch.zeros(shape.numel(), device=device) for _ in range(3)] for shape in self.shapes]
         for number, offset, *slices in self.slices:
             for whole, part in zip(tensors[number], slices, strict=True):
                 whole[offset : offset + len(part)] = part.float()
-        if self._locator.flat:
-            for whole in (x for triple in tensors for x in triple):
+        self.slices = []
+        if self.locator.flat:  # each process has slices of its own
+            for whole in itertools.chain(*tensors):
                 torch.distributed.all_reduce(whole)
-        if self._locator.layout is None:
-            rows = [n_rows(p) for group in self.param_groups for p in group["params"]]
-        else:
-            rows = self._locator.layout.rows
-        return [tuple(x.view(n, -1) if n > 1 else x for x in xs) for n, xs in zip(rows, tensors, strict=True)]
+        return [[whole.view(shape) for whole in own] for shape, own in zip(self.shapes, tensors, strict=True)]
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor, whole if it is a shard, flattened."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone().flatten()
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -151,8 +137,14 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def build(args: argparse.Namespace, accelerator: Accelerator, optimizer_class: type, settings: dict) -> tuple:
-    """The wrapped model, the wrapped optimizer, and the optimizer inside."""
+def build(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    optimizer_class: type,
+    settings: dict,
+    is_recorded: bool = False,
+) -> tuple:
+    """The wrapped model, the wrapped optimizer, the optimizer inside, and what records its steps."""
     set_seed(0)
     config = Qwen2Config(
         vocab_size=args.vocab_size,
@@ -170,7 +162,8 @@ def build(args: argparse.Namespace, accelerator: Accelerator, optimizer_class: t
     rest = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decay, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}]
     optimizer = optimizer_class(groups, lr=LEARNING_RATE, **settings)
-    return *accelerator.prepare(model, optimizer), optimizer
+    recorder = StepRecorder(optimizer) if is_recorded else None
+    return *accelerator.prepare(model, optimizer), optimizer, recorder
 
 
 def share_of(args: argparse.Namespace, accelerator: Accelerator) -> int:
@@ -218,37 +211,30 @@ def batches(args: argparse.Namespace, accelerator: Accelerator, steps: int):
 
 
 def measure_agreement(args: argparse.Namespace, accelerator: Accelerator) -> dict:
-    in_rows = args.reduction == "per_row"
-    settings = ROWS if in_rows else {"reduction": "per_tensor", "rho": 0.9}
-    model, wrapped, prm = build(args, accelerator, RecordingPRM, settings)
-    prm.start_record()
+    settings = AGREEMENT[args.reduction]
+    model, wrapped, prm, recorder = build(args, accelerator, PRM, settings, is_recorded=True)
     replayed, masks, mask_difference, weight_difference = None, [], 0.0, 0.0
     for batch in batches(args, accelerator, args.steps):
-        prm.start_record()
         train_step(args, accelerator, model, wrapped, batch)
-        tensors = prm.whole_tensors()
-        decided = [] if in_rows else _all_masks(accelerator, prm)
+        tensors = recorder.whole_tensors()
         if replayed is None:
-            groups = [{"params": [], "weight_decay": g["weight_decay"]} for g in prm._created]
-            for number, group in enumerate(groups):
-                group["params"] = [before.clone().requires_grad_() for _, before, _ in _of(prm, number, tensors)]
-            replayed = RecordingPRM(groups, lr=LEARNING_RATE, **settings)
-        params = [p for group in replayed.param_groups for p in group["params"]]
+            params = [before.clone().requires_grad_() for _, before, _ in tensors]
+            groups = [{"params": [p], "weight_decay": x} for p, x in zip(params, recorder.weight_decays, strict=True)]
+            # On a CPU shards are stepped by the multi-tensor code, whose rounding whole tensors then have to share.
+            foreach = None if torch.cuda.is_available() else True
+            replayed = PRM(groups, lr=LEARNING_RATE, foreach=foreach, **settings)
         for p, (gradient, _, _) in zip(params, tensors, strict=True):
             p.grad = gradient
-        replayed.start_record()
         replayed.step()
-        if not in_rows:
-            expected = [replayed.masks[number] for number in range(len(params))]
-            mask_difference = max(mask_difference, _relative(decided, expected))
-        masks.append(decided)
+        masks.append(list(itertools.chain(*prm.get_tensor_masks())))
+        mask_difference = max(mask_difference, _relative(masks[-1], itertools.chain(*replayed.get_tensor_masks())))
         for p, (_, _, after) in zip(params, tensors, strict=True):
             weight_difference = max(weight_difference, (p.detach() - after).abs().max().item())
     result = {
         "steps": args.steps,
         "path": prm.describe_sharding(),
         "parameters": sum(p.numel() for p in params),
-        "mask_replay": None if in_rows else mask_difference,
+        "mask_replay": mask_difference,
         "weight_replay": weight_difference,
     }
     if args.reference:
@@ -263,25 +249,7 @@ def measure_agreement(args: argparse.Namespace, accelerator: Accelerator) -> dic
     return {"agreement": result, "masks": masks}
 
 
-def _of(prm: RecordingPRM, group: int, tensors: list) -> list:
-    numbers = prm._locator.numbers(group)
-    return tensors[numbers.start : numbers.stop]
-
-
-def _all_masks(accelerator: Accelerator, prm: RecordingPRM) -> list[float]:
-    """By number of each tensor; a process knows those of the tensors that it holds something of."""
-    masks = dict(prm.masks)
-    if accelerator.num_processes > 1:
-        found = [None] * accelerator.num_processes
-        torch.distributed.all_gather_object(found, prm.masks)
-        for other in found:
-            for number, q in other.items():
-                if masks.setdefault(number, q) != q:
-                    raise RuntimeError(f"The processes disagree on the mask of tensor {number}.")
-    return [masks[number] for number in range(len(masks))]
-
-
-def _relative(values: list[float], expected: list[float]) -> float:
+def _relative(values: Iterable[float], expected: Iterable[float]) -> float:
     return max(abs(a - b) / abs(b) if a != b else 0.0 for a, b in zip(values, expected, strict=True))
 
 
@@ -289,7 +257,7 @@ def measure_time(args: argparse.Namespace, accelerator: Accelerator) -> dict:
     optimizer_ms, train_ms = {}, {}
     for name in args.optimizers:
         with released_memory(accelerator):
-            model, wrapped, _ = build(args, accelerator, *OPTIMIZERS[name])
+            model, wrapped, *_ = build(args, accelerator, *OPTIMIZERS[name])
             times, wholes = [], []
             for batch in batches(args, accelerator, args.warmup + args.timed_steps):
                 begin = now()
@@ -339,10 +307,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--optimizers", nargs="*", choices=OPTIMIZERS, default=list(OPTIMIZERS), help="to be timed")
     parser.add_argument("--reference", help="output of a run on one GPU, to compare the masks with")
     parser.add_argument("--output", help="JSON file to write")
-    args = parser.parse_args(arguments)
-    if args.reference and args.reduction == "per_row":
-        parser.error("--reference compares the masks of tensors: leave it out with --reduction per_row")
-    return args
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:

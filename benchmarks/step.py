@@ -23,6 +23,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,6 +67,13 @@ TITLES = {
     "7b": "Qwen2.5-7B's shapes",
 }
 LARGE = ("7b",)  # in bfloat16 alone
+PER_TENSOR = {"reduction": "per_tensor", "estimator": "ema"}
+PRM_SETTINGS = {
+    "per_tensor": PER_TENSOR,
+    "per_param": {"reduction": "per_param", "estimator": "ema"},
+    "per_tensor bf16 state": {**PER_TENSOR, "state_dtype": "bf16"},
+    "per_row": {"reduction": "per_row", "estimator": "debiased", "signal_beta": 0.98},
+}
 
 
 def optimizers(device: str) -> list[dict[str, Callable]]:
@@ -75,32 +83,21 @@ def optimizers(device: str) -> list[dict[str, Callable]]:
     """
     cuda = device == "cuda"
     quick = {
-        BASE: lambda p: torch.optim.AdamW(p, fused=True),
-        "AdamW foreach": lambda p: torch.optim.AdamW(p, foreach=True),
+        BASE: partial(torch.optim.AdamW, fused=True),
+        "AdamW foreach": partial(torch.optim.AdamW, foreach=True),
     }
     for implementation in ("fused", "foreach") if cuda else ("foreach",):
-        flag = {implementation: True}
-        quick |= {
-            f"PRM per_tensor {implementation}": lambda p, f=flag: PRM(p, reduction="per_tensor", **f),
-            f"PRM per_param {implementation}": lambda p, f=flag: PRM(p, **f),
-            f"PRM per_tensor bf16 state {implementation}": lambda p, f=flag: PRM(
-                p, reduction="per_tensor", state_dtype="bf16", **f
-            ),
-            f"PRM per_row {implementation}": lambda p, f=flag: PRM(
-                p, reduction="per_row", estimator="debiased", signal_beta=0.98, **f
-            ),
-        }
+        for name, settings in PRM_SETTINGS.items():
+            quick[f"PRM {name} {implementation}"] = partial(PRM, **settings, **{implementation: True})
     if cuda:
-        quick["PRM per_tensor debiased fused"] = lambda p: PRM(
-            p, reduction="per_tensor", estimator="debiased", fused=True
-        )
+        quick["PRM per_tensor debiased fused"] = partial(PRM, reduction="per_tensor", estimator="debiased", fused=True)
         if importlib.util.find_spec("bitsandbytes"):
             from bitsandbytes.optim import AdamW8bit as BnbAdamW8bit
 
             quick["AdamW8bit (bitsandbytes)"] = BnbAdamW8bit
     slow = {}
     if importlib.util.find_spec("torchao"):
-        slow["PRM per_tensor 8bit state"] = lambda p: PRM(p, reduction="per_tensor", state_dtype="8bit")
+        slow["PRM per_tensor 8bit state"] = partial(PRM, **PER_TENSOR, state_dtype="8bit")
     if importlib.util.find_spec("pytorch_optimizer"):
         from pytorch_optimizer import MSVAG
 
@@ -256,10 +253,10 @@ def main(argv: list[str] | None = None) -> None:
                     print_row(rows, bandwidth)
     dpo = None
     if arguments.dpo_steps:
-        from benchmarks import dpo_step as bench_step_dpo
+        from benchmarks import dpo_step
 
-        dpo = bench_step_dpo.measure(arguments.dpo_model, arguments.dpo_steps, device)
-        bench_step_dpo.print_row(dpo)
+        dpo = dpo_step.measure(arguments.dpo_model, arguments.dpo_steps, device)
+        dpo_step.print_row(dpo)
     write(Path(arguments.output), rows, dpo, name, bandwidth)
 
 

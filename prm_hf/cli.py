@@ -62,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run_experiment(argv[0], argv[1:])
     arguments = _make_parser().parse_args(argv)
 
-    from prm_hf.compare import compare_runs, format_comparison
-
     try:
+        from prm_hf.compare import compare_runs, format_comparison
+
         text = format_comparison(compare_runs(arguments.folders), arguments.format)
         if arguments.output:
             Path(arguments.output).write_text(text, encoding="utf-8")

@@ -9,6 +9,11 @@ write_report(comparison, "runs/dpo_noisy")
 ```
 """
 
+from .._extras import require
+
+
+require("prm_hf.compare", "scipy", extra="report")
+
 from ..runs.read import Run, load_runs
 from .comparison import Comparison, Contrast, Row
 from .report import FORMATS, compare_runs, format_comparison, write_report

@@ -209,9 +209,10 @@ class Comparison:
         plain = [row for row in controls if row.source is None or row.source.kind.baseline == "adamw"]
         return [*self.baseline, *plain]
 
-    def find(self, kind: str, left: Row) -> Contrast | None:
-        """The first contrast of a row of that kind; against AdamW, if it is judged against that."""
-        return next((c for c in self.contrasts if c.kind == kind and c.left is left), None)
+    def find(self, kind: str, left: Row, right: str | None = None) -> Contrast | None:
+        """The first contrast of a row of that kind, which is that against AdamW; or against the method `right`."""
+        found = [c for c in self.contrasts if c.kind == kind and c.left is left]
+        return next((c for c in found if right is None or c.right.method == right), None)
 
 
 def best(rows: Iterable[Row]) -> Row | None:

@@ -34,13 +34,12 @@ class Facts:
     """What the conditions and the sentences of the cases speak of.
 
     Attributes:
-        rows, contrasts, runs, unfinished, measures: of the comparison.
-        methods: its rows by method.
-        kinds: the kinds of its contrasts that have an interval.
+        methods: the rows by method, as all else that is not named here from the comparison.
         top, lead: the most accurate row of all, and of PRM.
+        lacks: `PRM` or `AdamW`, if there is no run of it.
         settings, tries: the number of PRM's rows, and of AdamW's.
-        at_best, at_kl, at_step: the lead minus AdamW at its best, at the same KL, and with PRM's mean step.
-        rival: the lead's curve minus that of the strongest rival.
+        at_best, at_kl, at_step, rival: the lead minus AdamW at its best, at the same KL, and with PRM's mean step; and
+            the lead's curve minus that of the strongest rival. None where they were not compared.
         verdicts: those of `at_best` and `at_kl`.
         seeds: the smallest and the largest number of runs in a row.
         intervals, clear, kept: numbers of intervals, of those that leave 0 out, and of those that do after Holm.
@@ -49,7 +48,6 @@ class Facts:
     def __init__(self, comparison: Comparison) -> None:
         self.rows, self.contrasts, self.runs = comparison.rows, comparison.contrasts, comparison.runs
         self.unfinished, self.measures, self.methods = comparison.unfinished, comparison.measures, comparison.methods()
-        self.kinds = {c.kind for c in self.contrasts if c.interval}
         baseline, prm = comparison.baseline, comparison.methods(PRM)
         self.grids = [baseline, *prm.values()]
         self.top, self.lead = best(self.rows), best(row for rows in prm.values() for row in rows)
@@ -57,10 +55,9 @@ class Facts:
         self.adamw = baseline[0].kind.label if baseline else "AdamW"
         self.settings, self.tries = sum(map(len, prm.values())), len(baseline)
         self.at_best, self.at_kl = (comparison.find(kind, self.lead) for kind in (BEST_LR, EQUAL_KL))
-        of_lead = [c for c in self.contrasts if self.lead and c.right and c.left.method == self.lead.method]
-        own = [c for c in of_lead if c.kind == CONTROLLED and c.left is self.lead and c.right.method == "constant_q"]
-        self.at_step = next(iter(own), None)
-        self.rival = next((c for c in of_lead if c.kind == FRONTIER), None)
+        self.at_step = comparison.find(CONTROLLED, self.lead, "constant_q")
+        areas = [c for c in self.contrasts if c.kind == FRONTIER and c.right and self.lead]
+        self.rival = next((c for c in areas if c.left.method == self.lead.method), None)
         self.verdicts = {c.verdict for c in (self.at_best, self.at_kl) if c}
         counts = [len(row.runs) for row in self.rows]
         self.seeds = min(counts), max(counts)
@@ -135,16 +132,11 @@ REMARKS = (
         "smaller learning rate. {it}.",
     ),
     Case(
-        "frontier",
-        lambda f: FRONTIER in f.kinds,
-        "The frontier's area is the accuracy averaged over log KL where both curves run, so that neither a learning "
-        "rate nor a drift is picked.",
-    ),
-    Case(
-        "straight_line",
-        lambda f: {EQUAL_KL, EQUAL_KL_MEAN} & f.kinds,
-        "{f.adamw}'s accuracy at the same KL lies on the straight line in log KL between its two neighbouring runs of "
-        "the same seed, constant q among them. Where its curve bulges up, that line flatters the other method.",
+        "equal_kl",
+        lambda f: any(c.kind in (EQUAL_KL, EQUAL_KL_MEAN, FRONTIER) and c.interval for c in f.contrasts),
+        "At the same KL, a curve is read on the straight line in log KL between two neighbouring runs of a seed; the "
+        "frontier's area is its mean height where both curves run, with no learning rate picked. Where a curve bulges "
+        "up between its runs, the line lies too low.",
     ),
     Case(
         "picked",
@@ -164,20 +156,14 @@ REMARKS = (
     ),
     Case(
         "one_seed",
-        lambda f: f.seeds == (1, 1),
+        lambda f: f.seeds[1] == 1,
         "One seed: the spread over seeds is not measured, and another seed may lie outside all intervals.",
     ),
     Case(
         "seeds",
         lambda f: f.seeds[1] > 1,
-        "{f.seeds[0]} to {f.seeds[1]} seeds a row; the intervals resample seeds and, with margins.json, "
-        "{f.measures.examples}.",
-    ),
-    Case(
-        "few_seeds",
-        lambda f: f.seeds[0] <= 3 and f.seeds[1] > 1,
-        "With two or three seeds an interval covers less than it says (about 80 and 90 % instead of 95 %) where the "
-        "seed matters most; over one shared seed it holds for that seed alone.",
+        "{f.seeds[0]} to {f.seeds[1]} seeds a row. Over two or three an interval covers less than it says (about 80 "
+        "and 90 % instead of 95 %) where the seed matters most; over one shared seed it holds for that seed alone.",
     ),
     Case(
         "many_intervals",
@@ -185,10 +171,10 @@ REMARKS = (
         "If nothing differed, about {it} of the {f.intervals} intervals of 95 % would miss 0 by chance. {f.clear} do, "
         "and {f.kept} still after Holm's correction for all of them.",
     ),
-    Case("run_notes", lambda f: _by_note((run.name, run.notes) for run in f.runs), "{it}."),
+    Case("run_notes", lambda f: _by_note((run.name, note) for run in f.runs for note in run.notes), "{it}."),
     Case(
         "contrast_notes",
-        lambda f: _by_note((f"{c.left.label} against {c.against}", [c.note]) for c in f.contrasts),
+        lambda f: _by_note((f"{c.left.label} against {c.against}", c.note) for c in f.contrasts if c.note),
         "{it}.",
     ),
     Case(
@@ -202,13 +188,7 @@ REMARKS = (
         lambda f: [text for rows in f.methods.values() if (text := _unequal_settings(rows))],
         "The runs of a method are not one experiment, for they differ not only in learning rate and seed: {it}.",
     ),
-    Case(
-        "not_on_frontier",
-        lambda f: (
-            0 < len(lacking := [row.label for row in f.rows if not finite(row.mean(KL)[0])]) < len(f.rows) and lacking
-        ),
-        f"Not on the frontier, for lack of {KL}: {{it}}.",
-    ),
+    Case("not_on_frontier", lambda f: _without_kl(f.rows), f"Not on the frontier, for lack of {KL}: {{it}}."),
     Case(
         "unfinished",
         lambda f: [run.name for run in f.unfinished],
@@ -273,12 +253,16 @@ def _edge(rows: list[Row]) -> str:
     return f"{top.name} ({side}, {format_rate(top.learning_rate)})"
 
 
-def _by_note(noted: Iterable[tuple[str, list[str]]]) -> list[str]:
+def _by_note(noted: Iterable[tuple[str, str]]) -> list[str]:
     names = defaultdict(list)
-    for name, notes in noted:
-        for note in filter(None, notes):
-            names[note].append(name)
+    for name, note in noted:
+        names[note].append(name)
     return [f"{', '.join(those)}: {note}" for note, those in names.items()]
+
+
+def _without_kl(rows: list[Row]) -> list[str]:
+    without = [row.label for row in rows if not finite(row.mean(KL)[0])]
+    return without if len(without) < len(rows) else []
 
 
 def _unequal_settings(rows: list[Row]) -> str:

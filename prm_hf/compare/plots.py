@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from .statistics import finite, noise_floor
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 
 CAPTIONS = {
@@ -49,8 +51,6 @@ _STYLES = {
 _MORE_COLOURS = ("#332288", "#117733", "#AA4499", "#88CCEE", "#6B5B2E", "#7F7F7F", "#DDAA33")
 _MORE_MARKERS = ("p", "d", "8", "H", "o", "s")  # as many as is coprime to the colours, so that pairs differ
 _RC = {
-    "font.family": "sans-serif",
-    "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#888888",
@@ -66,19 +66,14 @@ _RC = {
     "ytick.color": "#555555",
     "legend.frameon": False,
     "legend.fontsize": 9,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
 }
 
 
 def method_styles(methods: list[str]) -> dict[str, tuple[str, str]]:
     """(colour, marker) of each method: fixed for the known ones, the rest in alphabetical order."""
-    unknown = sorted(set(methods) - set(_STYLES))
-    more = {
-        method: (_MORE_COLOURS[i % len(_MORE_COLOURS)], _MORE_MARKERS[i % len(_MORE_MARKERS)])
-        for i, method in enumerate(unknown)
-    }
-    return {method: _STYLES.get(method) or more[method] for method in methods}
+    more = zip(itertools.cycle(_MORE_COLOURS), itertools.cycle(_MORE_MARKERS), strict=False)
+    styles = {**_STYLES, **dict(zip(sorted(set(methods) - set(_STYLES)), more, strict=False))}
+    return {method: styles[method] for method in methods}
 
 
 def house_style() -> AbstractContextManager[None]:
@@ -96,12 +91,10 @@ def house_style() -> AbstractContextManager[None]:
 
 def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, list[list[Axes]]]:
     """A figure, inches wide and high, and its axes, a list a row."""
-    # Figure and Agg canvas directly: pyplot would keep global state and might choose an interactive backend.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    # Not through pyplot, which would keep global state and might choose an interactive backend.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False).tolist()
 
 
@@ -162,7 +155,7 @@ def plot_frontier(comparison: Comparison) -> Figure | None:
         note = f"{bars}Labels: learning rate. Upper left is better: more accurate, closer to the reference."
         figure.supxlabel(note, fontsize=8.5, color="#666666")
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=1.8, labelspacing=0.7)
-        figure.canvas.draw()  # the layout is final from here on, so that labels can be placed in pixels
+        figure.draw_without_rendering()  # the layout is final from here on, so that labels can be placed in pixels
         _place_labels(axes, labels)
     return figure
 
@@ -276,97 +269,86 @@ def plot_curves(comparison: Comparison) -> Figure | None:
     Lines are means over seeds with the range of the seeds as a band. None if nothing of this was logged.
     """
     names = comparison.measures
-    panels = (
-        (names.accuracy, f"Held-out accuracy ({names.accuracy})", False),
-        (names.noise_fit, f"{names.noise_label.capitalize()} ({names.noise_fit})", False),
-        (KL, "KL to the reference (drift/kl), log scale", True),
-    )
-    return _plot_over_steps(comparison, panels, note="Thick: each method's most accurate learning rate. Thin: others.")
+    panels = {
+        names.accuracy: f"Held-out accuracy ({names.accuracy})",
+        names.noise_fit: f"{names.noise_label.capitalize()} ({names.noise_fit})",
+        KL: f"KL to the reference ({KL}), log scale",
+    }
+    return _plot_over_steps(comparison, panels)
 
 
 def plot_mask(comparison: Comparison) -> Figure | None:
     """`mask/mean_q` over the steps, with the level at which pure noise holds the `"ema"` `snr` mask. None if no run
     logged a mask."""
     return _plot_over_steps(
-        comparison,
-        ((MEAN_Q, "Mean of the mask (mask/mean_q), log scale", True),),
-        note="Thick: each method's most accurate learning rate. Thin: others.",
-        floors=_noise_floors(comparison),
+        comparison, {MEAN_Q: f"Mean of the mask ({MEAN_Q}), log scale"}, floors=_noise_floors(comparison)
     )
 
 
-def _plot_over_steps(
-    comparison: Comparison,
-    panels: tuple[tuple[str, str, bool], ...],
-    note: str,
-    floors: dict[float, str] | None = None,
-) -> Figure | None:
-    panels = tuple(panel for panel in panels if any(_mean_series(row, panel[0])[0].size for row in comparison.rows))
+def _plot_over_steps(comparison: Comparison, panels: dict[str, str], floors: Iterable[float] = ()) -> Figure | None:
+    """A panel for each metric that was logged, by its title; None if none was."""
+    panels = {name: title for name, title in panels.items() if any(_mean_series(r, name) for r in comparison.rows)}
     if not panels:
         return None
-    styles = method_styles(list(comparison.methods()))
+    styles, handles = method_styles(list(comparison.methods())), {}
     with house_style():
         figure, [all_axes] = new_figure(4.4 * len(panels) + 2.0 if len(panels) > 1 else 8.2, 4.0, len(panels))
-        handles = {}
-        for axes, (name, title, log) in zip(all_axes, panels, strict=True):
+        for axes, (name, title) in zip(all_axes, panels.items(), strict=True):
+            axes.set_title(title, fontsize=10)
+            axes.set_xlabel("optimizer step")
+            if title.endswith("log scale"):
+                axes.set_yscale("log", nonpositive="mask")  # the KL is 0 before the first step
             for method, rows in comparison.methods().items():
                 top = best(rows) or rows[0]
                 for row in sorted(rows, key=lambda row, top=top: row is top):
-                    steps, mean, low, high = _mean_series(row, name)
-                    if not steps.size:
-                        continue
-                    if log:  # the KL is 0 before the first step
-                        mean, low, high = (np.where(values > 0, values, np.nan) for values in (mean, low, high))
-                    thick = row is top
-                    style = {"color": styles[method][0], "alpha": 1.0 if thick else 0.4}
-                    if steps.size == 1:
-                        (line,) = axes.plot(steps, mean, marker=styles[method][1], linestyle="none", **style)
-                    else:
-                        (line,) = axes.plot(steps, mean, linewidth=2.0 if thick else 1.0, **style)
-                        if len(row.runs) > 1 and thick:
-                            axes.fill_between(steps, low, high, color=styles[method][0], alpha=0.15, linewidth=0)
-                    if thick or method not in handles:
+                    line = _draw_series(axes, row, name, styles[method], thick=row is top)
+                    if line is not None and (row is top or method not in handles):
                         handles[method] = line
-            if log:
-                axes.set_yscale("log")
+            if title.endswith("log scale"):
                 _plain_log_ticks(axes, "y")
-            axes.set_title(title, fontsize=10)
-            axes.set_xlabel("optimizer step")
-        lines = list(handles.values())
-        names = [find_method(method).label for method in handles]
-        for level, label in (floors or {}).items():
+        lines, labels = list(handles.values()), [find_method(method).label for method in handles]
+        for level in floors:
             lines.append(all_axes[0].axhline(level, color="#666666", linestyle="--", linewidth=1.2, zorder=1))
-            names.append(label)
-        figure.legend(lines, names, loc="outside right center", handlelength=1.6, labelspacing=0.7)
+            labels.append(f"pure noise, ema snr\nper_tensor: q = {level:.3f}")
+        figure.legend(lines, labels, loc="outside right center", handlelength=1.6, labelspacing=0.7)
+        note = "Thick: each method's most accurate learning rate. Thin: others."
         figure.supxlabel(note, fontsize=8.5, color="#666666")
     return figure
 
 
-def _mean_series(row: Row, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _draw_series(axes: Axes, row: Row, name: str, style: tuple[str, str], thick: bool) -> Line2D | None:
+    """Draws the mean over seeds of a metric, and with a thick line their range; None if it was not logged."""
+    series = _mean_series(row, name)
+    if series is None:
+        return None
+    steps, mean, low, high = series
+    look = {"color": style[0], "alpha": 1.0 if thick else 0.4}
+    if steps.size == 1:
+        return axes.plot(steps, mean, marker=style[1], linestyle="none", **look)[0]
+    if len(row.runs) > 1 and thick:
+        axes.fill_between(steps, low, high, color=style[0], alpha=0.15, linewidth=0)
+    return axes.plot(steps, mean, linewidth=2.0 if thick else 1.0, **look)[0]
+
+
+def _mean_series(row: Row, name: str) -> tuple[np.ndarray, ...] | None:
     """Steps that all seeds of a row logged, and mean, minimum and maximum over the seeds there: four `[n]` arrays."""
     series = [dict(zip(*run.series(name), strict=True)) for run in row.runs]
     series = [each for each in series if each]
     steps = sorted(set.intersection(*map(set, series))) if series else []
-    values = np.array([[each[step] for step in steps] for each in series]).reshape(len(series), len(steps))
     if not steps:
-        return (np.empty(0),) * 4
+        return None
+    values = np.array([[each[step] for step in steps] for each in series])
     return np.array(steps), values.mean(axis=0), values.min(axis=0), values.max(axis=0)
 
 
-def _noise_floors(comparison: Comparison) -> dict[float, str]:
+def _noise_floors(comparison: Comparison) -> set[float]:
     """Noise floor of each `"ema"` `snr` setting among the runs; those not on record have the optimizer's default."""
-    floors = {}
+    floors = set()
     for run in comparison.runs:
-        settings = {key.removeprefix("prm_"): value for key, value in run.settings.items()}
+        settings = {key.removeprefix("prm_"): value for key, value in run.settings.items() if value is not None}
         estimator = settings.get("estimator", find_method(run.method).settings.get("prm_estimator"))
-        if estimator != "ema" or settings.get("mask", "snr") != "snr" or not run.series(MEAN_Q)[0].size:
-            continue
-        alpha = settings.get("alpha")
-        if alpha is None and settings.get("boundary", "batch") != "batch":
-            continue  # α = b/(n-b) is not on record
-        alpha = 1.0 if alpha is None else alpha
-        beta1 = settings.get("adam_beta1", 0.9)
-        softness = settings.get("softness", 1.0)
-        level = noise_floor(beta1, softness, alpha)
-        floors[level] = f"pure noise, ema snr\nper_tensor: q = {level:.3f}"
+        known_alpha = "alpha" in settings or settings.get("boundary", "batch") == "batch"  # b/(n-b) is not on record
+        if estimator == "ema" and settings.get("mask", "snr") == "snr" and known_alpha and run.series(MEAN_Q)[0].size:
+            used = {"adam_beta1": "beta1", "softness": "softness", "alpha": "alpha"}
+            floors.add(noise_floor(**{used[key]: value for key, value in settings.items() if key in used}))
     return floors

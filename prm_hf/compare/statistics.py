@@ -12,12 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-
-try:
-    from scipy.special import stdtr, stdtrit
-except ImportError as error:
-    raise ImportError('Comparisons need scipy: pip install "prm-hf[report]"') from error
+from scipy.special import stdtr, stdtrit
 
 
 Z_95 = 1.959964
@@ -179,6 +174,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def _curve(kl: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The points of a curve whose KL is positive and finite, by ascending KL; points of one KL are averaged."""
+    kl, values = np.asarray(kl, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    if kl.ndim != 1 or values.ndim != 2 or len(kl) != len(values):
+        raise ValueError(f"`kl` and `values` must be [points] and [points, examples], got {kl.shape}, {values.shape}.")
+    known = np.unique(kl[np.isfinite(kl) & (kl > 0)])
+    return known, np.array([values[kl == at].mean(axis=0) for at in known])
+
+
 def interpolate_at_kl(kl: np.ndarray, values: np.ndarray, at: float) -> np.ndarray | None:
     """Values of a method's curve at a given KL, linear in log KL between its two neighbouring runs.
 
@@ -192,20 +196,20 @@ def interpolate_at_kl(kl: np.ndarray, values: np.ndarray, at: float) -> np.ndarr
     Returns:
         `[examples]` float64, or None where `at` lies outside the range that the runs cover: nothing is extrapolated.
     """
-    kl, values = np.asarray(kl, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    if kl.ndim != 1 or values.ndim != 2 or len(kl) != len(values):
-        raise ValueError(f"`kl` and `values` must be [points] and [points, examples], got {kl.shape}, {values.shape}.")
-    usable = np.isfinite(kl) & (kl > 0)
-    kl, values = kl[usable], values[usable]
-    if not (np.isfinite(at) and at > 0) or kl.size == 0 or not kl.min() <= at <= kl.max():
+    kl, values = _curve(kl, values)
+    if not (kl.size and kl[0] <= at <= kl[-1]):
         return None
-    order = np.argsort(kl, kind="stable")
-    kl, values = kl[order], values[order]
     right = int(np.searchsorted(kl, at))  # kl[right - 1] < at <= kl[right]
     if kl[right] == at:
-        return values[kl == at].mean(axis=0)
+        return values[right]
     weight = np.log(at / kl[right - 1]) / np.log(kl[right] / kl[right - 1])
     return (1 - weight) * values[right - 1] + weight * values[right]
+
+
+def bracket_ratio(kl: np.ndarray, at: float) -> float:
+    """Ratio of the two neighbouring KLs in `kl` (`[points]`) that `interpolate_at_kl` uses; 1 at a point itself."""
+    kl = np.asarray(kl, dtype=np.float64)
+    return float(kl[kl >= at].min() / kl[(kl > 0) & (kl <= at)].max())
 
 
 def mean_over_log_kl(kl: np.ndarray, values: np.ndarray, low: float, high: float) -> np.ndarray | None:
@@ -215,32 +219,27 @@ def mean_over_log_kl(kl: np.ndarray, values: np.ndarray, low: float, high: float
     the larger area is the more accurate at equal drift, over all drifts and with no learning rate picked.
 
     Args:
-        kl: `[points]` and
-        values: `[points, examples]`, as in `interpolate_at_kl`. Linear in `values`, so areas can be paired by example.
-        low: lower end of the range, nats a token.
-        high: upper end, above `low`.
+        kl, values: as in `interpolate_at_kl`. The result is linear in `values`, so areas can be paired by example.
+        low, high: the range, nats a token.
 
     Returns:
         `[examples]` float64, or None where the runs do not cover the range: nothing is extrapolated.
     """
-    ends = [interpolate_at_kl(kl, values, at) for at in (low, high)]
-    if not low < high or any(end is None for end in ends):
+    points = [low, *(at for at in _curve(kl, values)[0] if low < at < high), high]
+    heights = [interpolate_at_kl(kl, values, at) for at in points]
+    if not low < high or any(height is None for height in heights):
         return None
-    kl = np.asarray(kl, dtype=np.float64)
-    inside = sorted({at for at in kl[np.isfinite(kl)] if low < at < high})
-    heights = np.stack([ends[0], *(interpolate_at_kl(kl, values, at) for at in inside), ends[1]])
-    widths = np.diff(np.log([low, *inside, high]))
-    return (widths @ (heights[1:] + heights[:-1])) / 2 / widths.sum()
+    widths, heights = np.diff(np.log(points)), np.stack(heights)
+    return widths @ (heights[1:] + heights[:-1]) / 2 / widths.sum()
 
 
 def shared_range(curves: Sequence[np.ndarray]) -> tuple[float, float] | None:
     """The range of KL that all curves cover, each a `[points]` array of KLs; None if there is none."""
-    usable = [np.asarray(kl, dtype=np.float64) for kl in curves]
-    usable = [kl[np.isfinite(kl) & (kl > 0)] for kl in usable]
-    if not usable or any(kl.size == 0 for kl in usable):
+    usable = [[x for x in kl if 0 < x < math.inf] for kl in curves]
+    if not usable or not all(usable):
         return None
-    low, high = max(float(kl.min()) for kl in usable), min(float(kl.max()) for kl in usable)
-    return (low, high) if low < high else None
+    low, high = max(map(min, usable)), min(map(max, usable))
+    return (float(low), float(high)) if low < high else None
 
 
 def rate_at_kl(learning_rates: np.ndarray, kl: np.ndarray, at: float) -> float | None:
@@ -260,13 +259,6 @@ def rate_at_kl(learning_rates: np.ndarray, kl: np.ndarray, at: float) -> float |
             weight = math.log(at / x) / math.log(next_x / x) if next_x != x else 0.0
             return float(rate * (next_rate / rate) ** weight)
     return None
-
-
-def bracket_ratio(kl: np.ndarray, at: float) -> float:
-    """Ratio of the two neighbouring KLs in `kl` (`[points]`) that `interpolate_at_kl` uses; 1 at a point itself."""
-    kl = np.asarray(kl, dtype=np.float64)
-    kl = kl[np.isfinite(kl) & (kl > 0)]
-    return float(kl[kl >= at].min() / kl[kl <= at].max())
 
 
 def noise_floor(beta1: float = 0.9, softness: float = 1.0, alpha: float = 1.0) -> float:

@@ -160,10 +160,6 @@ def memory_table(groups: Groups) -> tuple[list[str], list[list[str]]]:
 ByKind = dict[str, dict[str, list[Run]]]  # the runs of one model by kind and method
 
 
-def _learnt(runs: ByKind) -> list[str]:
-    return [f"{_label(m)} {_steps(found)} ({_mean(found, TRAIN_FIT):.2f})" for m, found in runs[RANDOM].items()]
-
-
 def _chance(runs: ByKind) -> str:
     random = list(runs[RANDOM].values())
     if not random:
@@ -224,7 +220,6 @@ def _listed(found: dict[str, list[str]]) -> list[str]:
 
 
 CASES = (
-    Case("learnt", _learnt, "steps until random labels are learnt by heart (and the fit at the end): {it}."),
     Case("chance", _chance, "after training on random labels, the held-out fit is {it}."),
     Case("rising", _rising, "do steps rise from true to partly random to random labels? {it}."),
     Case("slowed", _slowed, "steps for random labels, as a multiple of those for true ones: {it}."),

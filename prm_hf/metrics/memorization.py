@@ -3,7 +3,7 @@
 import torch
 
 from .evaluation import ClassEvaluation, PairEvaluation, SequenceEvaluation
-from .rewards import reward_accuracy, reward_margins
+from .rewards import reward_margins
 
 
 def memorization_rows(n: int, memorization_max_rows: int | None) -> list[int]:
@@ -32,17 +32,9 @@ def memorization_metrics(pairs: PairEvaluation, flipped: torch.Tensor, beta: flo
     Raises:
         ValueError: if `flipped` does not have one entry a pair.
     """
-    flipped = torch.as_tensor(flipped, dtype=torch.bool)
-    if flipped.shape != (len(pairs),):
-        raise ValueError(
-            f"`flipped` must have one entry for each of the {len(pairs)} pairs, got shape {tuple(flipped.shape)}: "
-            "pass the `flipped` column of the rows that were evaluated."
-        )
-    metrics = {}
-    for name, mask in (("memorization/flipped_fit", flipped), ("memorization/clean_fit", ~flipped)):
-        if mask.any():
-            metrics[name] = reward_accuracy(pairs.select(mask), beta)
-    return metrics
+    fits = fit_metrics(row_fit(pairs, beta), _checked("flipped", flipped, len(pairs), "pairs"))
+    wanted = ("corrupted_fit", "clean_fit")
+    return {name.replace("corrupted", "flipped"): fits[name] for name in fits if name.endswith(wanted)}
 
 
 def completion_metrics(sequences: SequenceEvaluation) -> dict[str, float]:
@@ -94,12 +86,7 @@ def fit_metrics(
         and each only if there is such a row; `memorization/train_fit` over both; `memorization/heldout_fit` and
         `…_loss`, and `memorization/gap`, the train fit minus the held-out fit.
     """
-    corrupted = torch.as_tensor(corrupted, dtype=torch.bool)
-    if corrupted.shape != train[0].shape:
-        raise ValueError(
-            f"`corrupted` must have one entry for each of the {len(train[0])} rows, got shape "
-            f"{tuple(corrupted.shape)}: pass that column of the rows that were evaluated."
-        )
+    corrupted = _checked("corrupted", corrupted, len(train[0]), "rows")
     metrics = {}
     for name, mask in (("corrupted", corrupted), ("clean", ~corrupted)):
         if mask.any():
@@ -111,3 +98,14 @@ def fit_metrics(
             metrics[f"memorization/heldout_{what}"] = values.mean().item()
         metrics["memorization/gap"] = metrics["memorization/train_fit"] - metrics["memorization/heldout_fit"]
     return metrics
+
+
+def _checked(name: str, flags: torch.Tensor, n: int, what: str) -> torch.Tensor:
+    """The flags of `n` rows or pairs, as a bool tensor."""
+    flags = torch.as_tensor(flags, dtype=torch.bool)
+    if flags.shape != (n,):
+        raise ValueError(
+            f"`{name}` must have one entry for each of the {n} {what}, got shape {tuple(flags.shape)}: pass that column "
+            "of the rows that were evaluated."
+        )
+    return flags

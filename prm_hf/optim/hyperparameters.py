@@ -5,11 +5,12 @@ allowed.
 """
 
 import importlib.util
+import inspect
 import math
 import warnings
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -212,6 +213,49 @@ class Hyperparameters:
 NAMES = tuple(field.name for field in fields(Hyperparameters))
 
 
+class Options(TypedDict, total=False):
+    """The keyword arguments of [`PRM`] for type checkers; `rho` and `warmup_steps` are names of earlier versions."""
+
+    eps: float
+    weight_decay: float
+    mask: Mask
+    reduction: Reduction
+    estimator: Estimator
+    variance_beta: float
+    signal_beta: float | None
+    softness: float
+    boundary: Boundary
+    alpha: float | None
+    batch_size: int | None
+    n_dataset: int | None
+    mask_eps: float | None
+    mask_warmup_steps: int
+    relative_eps: float | None
+    max_grad_norm: float
+    amsgrad: bool
+    bias_correction: bool
+    decoupled_weight_decay: bool
+    maximize: bool
+    foreach: bool | None
+    fused: bool | None
+    capturable: bool
+    differentiable: bool
+    state_dtype: StateDtype | torch.dtype
+    rho: float
+    warmup_steps: int
+
+
+def signature() -> inspect.Signature:
+    """The signature of [`PRM`], for `help` and for libraries that look at it."""
+    params = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    kinds = {"lr": inspect.Parameter.POSITIONAL_OR_KEYWORD, "betas": inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    others = [
+        inspect.Parameter(f.name, kinds.get(f.name, inspect.Parameter.KEYWORD_ONLY), default=f.default)
+        for f in fields(Hyperparameters)
+    ]
+    return inspect.Signature([params, *others])
+
+
 def check_lr(h: "Hyperparameters", lr: float | Tensor | None = None) -> None:
     """Raises ValueError for an invalid learning rate: that of `h`, or another one that a schedule has set."""
     lr = h.lr if lr is None else lr
@@ -225,11 +269,25 @@ def check_lr(h: "Hyperparameters", lr: float | Tensor | None = None) -> None:
     _check(lr.device.type != "cpu" or lr.item() >= 0, "lr", lr, "the learning rate must be at least 0")
 
 
-def normalize(settings: dict[str, Any]) -> dict[str, Any]:
+def with_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were given, and the defaults of the others. A parameter group may complete them.
+
+    Raises:
+        TypeError: a setting is not known.
+    """
+    for name in given:
+        if name not in NAMES:
+            raise TypeError(f"PRM() got an unexpected keyword argument {name!r}. It knows {', '.join(NAMES)}.")
+    return {name: given.get(name, getattr(Hyperparameters, name)) for name in NAMES}
+
+
+def normalize(settings: dict[str, Any], warn: bool = True) -> dict[str, Any]:
     """A group's settings by today's names and values: earlier names are renamed, torch dtypes become their names."""
     for old, new in RENAMED.items():
         if old in settings:
-            warnings.warn(f"PRM's `{old}` is `{new}` now; the old name will go.", DeprecationWarning, stacklevel=4)
+            if warn:
+                message = f"PRM's `{old}` is `{new}` now; the old name will go."
+                warnings.warn(message, DeprecationWarning, stacklevel=3)
             settings[new] = settings.pop(old)
     dtypes = {torch.float32: "float32", torch.bfloat16: "bf16"}
     if isinstance(dtype := settings.get("state_dtype"), torch.dtype):

@@ -109,7 +109,6 @@ class StepPlan:
         self._groups = [Settings(group, locator) for group in groups]
         self._idle: list[Tensor] = []
         members = self._collect(groups, init_state)
-        self.gradients = [member.grad for member in members]
         self._clock = Clock(members)
         by_kind: dict[tuple, list[Member]] = {}
         for member in members:
@@ -219,7 +218,6 @@ class StepPlan:
 
     def drop_gradients(self) -> None:
         """Holds no gradient between steps, whose memory would be missed elsewhere."""
-        self.gradients = []
         for x in self._lists:
             x.drop_gradients()
 

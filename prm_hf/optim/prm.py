@@ -10,35 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
+from typing_extensions import Unpack
 
-from ..sharding import FlatVariances, Locator, deepspeed
-from . import masks
-from .hyperparameters import (
-    NAMES,
-    RENAMED,
-    Boundary,
-    Estimator,
-    Hyperparameters,
-    Mask,
-    Reduction,
-    StateDtype,
-    check_checkpoint_group,
-    normalize,
-)
+from ..sharding import Locator
+from ..sharding.deepspeed import LifeCycle
+from .hyperparameters import Hyperparameters, Options, check_checkpoint_group, normalize, signature, with_defaults
 from .mask_stats import group_table, mask_summary, mean_masks
+from .masks import statistics_dtype
 from .plan import StepPlan
 from .state import check_state, load_state, new_state
 
 
-# Keys of ours in parameter groups, which wrappers and checkpoints carry along: the number that the group was created
-# with, and in checkpoints of flat partitions `grad_var` of all tensors or of all of their rows (DeepSpeed drops or
-# trims it in the state).
-_NUMBER = "prm_group"
-_VARIANCES = {"per_tensor": "prm_grad_var", "per_row": "prm_row_grad_var"}
-
-
 # What an optimizer meant that was pickled before a setting was there.
-_EARLIEST = {name: getattr(Hyperparameters, name) for name in NAMES} | {"reduction": "per_param", "estimator": "ema"}
+_EARLIEST = vars(Hyperparameters(reduction="per_param", estimator="ema"))
 
 
 class PRM(Optimizer):
@@ -130,17 +114,10 @@ class PRM(Optimizer):
             are multiples of 256; not for `reduction="per_row"`). The step is computed in float32 and what is kept is
             rounded to the nearest once, at its end: changes of `exp_avg` below 2^-9 of it are lost in bfloat16.
             `"bf16"` is not for DeepSpeed ZeRO and FSDP1, `"8bit"` for whole tensors alone (one process, DDP).
-        rho (`float`, *optional*): an earlier name of `variance_beta`.
-        warmup_steps (`int`, *optional*): an earlier name of `mask_warmup_steps`.
 
     All arguments may differ between parameter groups.
 
-    State of a parameter: `step` (0-dim float32), `exp_avg`, `exp_avg_sq`, with `amsgrad` `max_exp_avg_sq` (the
-    parameter's shape; float32 for bfloat16 and float16 parameters, or as `state_dtype` says) and, unless
-    `mask="none"`, `grad_var` (the parameter's shape for `per_param`, one 0-dim float64 for `per_tensor`, float64
-    `(rows,)` for `per_row`) and with `signal_beta` `exp_avg_signal` (as `exp_avg`, but never in bfloat16). `grad_var`
-    estimates the variance of the gradient of the batch *mean*: with per-example gradients at hand its long-run mean is
-    their population variance over b - 1.
+    What is kept of a parameter is said in `state.py`.
 
     Raises:
         ValueError: an argument is out of its range, or arguments contradict each other; the message names them.
@@ -159,81 +136,17 @@ class PRM(Optimizer):
         params: ParamsT,
         lr: float | Tensor = Hyperparameters.lr,
         betas: tuple[float, float] = Hyperparameters.betas,
-        *,
-        eps: float = Hyperparameters.eps,
-        weight_decay: float = Hyperparameters.weight_decay,
-        mask: Mask = Hyperparameters.mask,
-        reduction: Reduction = Hyperparameters.reduction,
-        estimator: Estimator = Hyperparameters.estimator,
-        variance_beta: float = Hyperparameters.variance_beta,
-        signal_beta: float | None = Hyperparameters.signal_beta,
-        softness: float = Hyperparameters.softness,
-        boundary: Boundary = Hyperparameters.boundary,
-        alpha: float | None = Hyperparameters.alpha,
-        batch_size: int | None = Hyperparameters.batch_size,
-        n_dataset: int | None = Hyperparameters.n_dataset,
-        mask_eps: float | None = Hyperparameters.mask_eps,
-        mask_warmup_steps: int = Hyperparameters.mask_warmup_steps,
-        relative_eps: float | None = Hyperparameters.relative_eps,
-        max_grad_norm: float = Hyperparameters.max_grad_norm,
-        amsgrad: bool = Hyperparameters.amsgrad,
-        bias_correction: bool = Hyperparameters.bias_correction,
-        decoupled_weight_decay: bool = Hyperparameters.decoupled_weight_decay,
-        maximize: bool = Hyperparameters.maximize,
-        foreach: bool | None = Hyperparameters.foreach,
-        fused: bool | None = Hyperparameters.fused,
-        capturable: bool = Hyperparameters.capturable,
-        differentiable: bool = Hyperparameters.differentiable,
-        state_dtype: StateDtype | torch.dtype = Hyperparameters.state_dtype,
-        rho: float | None = None,
-        warmup_steps: int | None = None,
+        **hyperparameters: Unpack[Options],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "mask": mask,
-            "reduction": reduction,
-            "estimator": estimator,
-            "variance_beta": variance_beta,
-            "signal_beta": signal_beta,
-            "softness": softness,
-            "boundary": boundary,
-            "alpha": alpha,
-            "batch_size": batch_size,
-            "n_dataset": n_dataset,
-            "mask_eps": mask_eps,
-            "mask_warmup_steps": mask_warmup_steps,
-            "relative_eps": relative_eps,
-            "max_grad_norm": max_grad_norm,
-            "amsgrad": amsgrad,
-            "bias_correction": bias_correction,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "maximize": maximize,
-            "foreach": foreach,
-            "fused": fused,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "state_dtype": state_dtype,
-        }
-        defaults |= {
-            name: value for name, value in (("rho", rho), ("warmup_steps", warmup_steps)) if value is not None
-        }
         self._forget()
-        super().__init__(params, normalize(defaults))
+        super().__init__(params, with_defaults(normalize({"lr": lr, "betas": betas, **hyperparameters})))
 
     def _forget(self) -> None:
         """Starts with no groups, of which it is not known where they live."""
         self._locator = Locator()
-        self._deepspeed = deepspeed.LifeCycle(_NUMBER)
-        self._variances = FlatVariances(self._locator)
+        self._deepspeed = LifeCycle(self._locator)
         self._kernel_tables: dict[tuple, Any] = {}
         self._plans: dict[tuple[int, ...], StepPlan] = {}  # by what groups show at a step
-
-    def _register_group(self, group: dict[str, Any]) -> None:
-        group[_NUMBER] = self._locator.register(group["params"])
-        self._deepspeed.created(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         Hyperparameters.of_group({**self.defaults, **normalize(param_group)})
@@ -245,19 +158,19 @@ class PRM(Optimizer):
                     f"Invalid parameter of dtype {p.dtype}: PRM takes real floating-point parameters; pass complex "
                     "ones as `torch.view_as_real(p)` and leave the others out."
                 )
-        self._register_group(self.param_groups[-1])
+        self._deepspeed.register(self.param_groups[-1])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_locator" not in self.__dict__:  # a pickled or copied optimizer
             self._forget()
             for group in self.param_groups:
-                self._register_group(group)
+                self._deepspeed.register(group)
         self._plans, self._kernel_tables = {}, {}  # of state that is no more
-        _rename(self.defaults)
+        normalize(self.defaults, warn=False)
         for number, group in enumerate(self.param_groups):
-            _rename(group)
-            group.setdefault(_NUMBER, number)
+            normalize(group, warn=False)
+            group.setdefault(LifeCycle.NUMBER, number)
             for key, value in (_EARLIEST | self.defaults).items():
                 group.setdefault(key, value)
             for p in group["params"]:
@@ -271,10 +184,7 @@ class PRM(Optimizer):
         """As of any optimizer. Under DeepSpeed ZeRO the variances of all tensors or rows go with each group."""
         self._absorb_loaded()
         state_dict = super().state_dict()
-        for group in state_dict["param_groups"]:
-            for reduction, key in _VARIANCES.items():
-                if (table := self._variances.saved(reduction, group[_NUMBER])) is not None:
-                    group[key] = table
+        self._deepspeed.add_variances(state_dict["param_groups"])
         return state_dict
 
     @torch._disable_dynamo
@@ -289,7 +199,7 @@ class PRM(Optimizer):
         if state_dict["state"]:
             for number, (ours, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
                 check_checkpoint_group(number, ours, theirs)
-        own = [{key: group[key] for key in (_NUMBER, "state_dtype")} for group in self.param_groups]
+        own = [{key: group[key] for key in (LifeCycle.NUMBER, "state_dtype")} for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, kept in zip(self.param_groups, own, strict=True):
             group.update(kept)
@@ -327,7 +237,7 @@ class PRM(Optimizer):
         plan = self._plans.get(shown)
         if plan is None or not plan.holds(groups, self.state):
             plan = self._make_plan(groups, shown)
-        if self._locator.replaced and self._deepspeed.is_initialization(plan.gradients):
+        if self._deepspeed.is_initialization(groups):
             plan.drop_gradients()
             return
         plan.run(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
@@ -343,7 +253,7 @@ class PRM(Optimizer):
             self.state,
             self._init_state,
             self._locator,
-            self._variances,
+            self._deepspeed.variances,
             self._kernel_tables,
             self.transform_unit_masks if changes_masks else None,
         )
@@ -385,43 +295,24 @@ class PRM(Optimizer):
 
     def _locate(self) -> None:
         self._absorb_loaded()
-        self._locator.locate([(group[_NUMBER], group["params"]) for group in self.param_groups])
+        groups = self.param_groups
+        self._locator.locate([(group[LifeCycle.NUMBER], group["params"]) for group in groups])
         layout = self._locator.layout
         if layout is None:
             return
-        for group in self.param_groups:
+        for group in groups:
             layout.path.check(group["reduction"], group["state_dtype"])
             if group["mask"] != "none" and group["reduction"] == "per_row":
-                layout.check_rows(self._locator.numbers(group[_NUMBER]))
-        if not layout.flat:
-            return
-        deepspeed.unshare_steps(self.state)
-        for reduction in _VARIANCES:
-            groups = [g for g in self.param_groups if g["mask"] != "none" and g["reduction"] == reduction]
-            if groups:
-                if self._variances.is_new(reduction):
-                    self._check_is_fresh(groups, reduction)
-                self._variances.place(reduction, masks.statistics_dtype(layout.locals[0].device))
-
-    def _check_is_fresh(self, groups: list[dict[str, Any]], reduction: str) -> None:
-        """Raises if a checkpoint gave these groups a state and no table of variances."""
-        tensors = (p for group in groups for p in self._locator.local_tensors(group[_NUMBER], group["params"]))
-        if any(self.state[p]["step"] > 0 for p in tensors if self.state.get(p)):
-            raise ValueError(
-                f"The checkpoint has no `grad_var` of reduction={reduction!r} for DeepSpeed ZeRO: it was not "
-                "written by PRM, or with another reduction. Start from the weights alone with a fresh optimizer."
-            )
+                layout.check_rows(self._locator.numbers(group[LifeCycle.NUMBER]))
+        if layout.flat:
+            self._deepspeed.prepare(groups, self.state, statistics_dtype(layout.locals[0].device))
 
     def _absorb_loaded(self) -> None:
-        """Takes over what a checkpoint put into the parameter groups, however DeepSpeed put it there."""
+        """Takes over what a checkpoint put into the parameter groups."""
         for group in self.param_groups:
-            _rename(group)
-            check_checkpoint_group(group[_NUMBER], self._deepspeed.settings(group), group)
-        self._deepspeed.restore_groups(self.param_groups)
-        for group in self.param_groups:
-            for reduction, key in _VARIANCES.items():
-                if key in group:
-                    self._variances.load(reduction, group[_NUMBER], group.pop(key))
+            normalize(group, warn=False)
+            check_checkpoint_group(group[LifeCycle.NUMBER], self._deepspeed.settings(group), group)
+        self._deepspeed.absorb(self.param_groups)
 
     @torch.no_grad()
     def get_mask_stats(self, per_group: bool = False) -> dict[str, float] | list[dict[str, float]]:
@@ -456,8 +347,11 @@ class PRM(Optimizer):
         return [mean_masks(table) for table, _ in self._mask_tables()]
 
     def _mask_tables(self) -> list[tuple[Tensor, bool]]:
-        groups = [(group, self._locator.local_tensors(group[_NUMBER], group["params"])) for group in self.param_groups]
-        return [group_table(group, params, self.state, self._locator, self._variances) for group, params in groups]
+        tables = []
+        for group in self.param_groups:
+            params = self._locator.local_tensors(group[LifeCycle.NUMBER], group["params"])
+            tables.append(group_table(group, params, self.state, self._locator, self._deepspeed.variances))
+        return tables
 
     def describe_sharding(self) -> str | None:
         """How many tensors are trained, with which masks, and how they are held; None before the first step.
@@ -466,18 +360,9 @@ class PRM(Optimizer):
         """
         if not any(self.state.values()):
             return None
-        layout = self._locator.layout
         reductions = sorted({group["reduction"] if group["mask"] != "none" else "no" for group in self.param_groups})
-        if layout is None:
-            number, path = sum(map(bool, self.state.values())), "as whole tensors"
-        else:
-            number = len({number for members in layout.members.values() for number in members})
-            path = f"under {layout.path.value}"
-        return f"{number} tensors with {' and '.join(reductions)} masks {path}"
+        number, where = self._locator.describe(sum(map(bool, self.state.values())))
+        return f"{number} tensors with {' and '.join(reductions)} masks {where}"
 
 
-def _rename(group: dict[str, Any]) -> None:
-    """Gives a group of an earlier version's checkpoint today's names."""
-    for old, new in RENAMED.items():
-        if old in group:
-            group[new] = group.pop(old)
+PRM.__signature__ = signature()

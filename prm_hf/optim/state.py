@@ -1,4 +1,11 @@
-"""The state of a parameter: how it begins, and how it comes from a checkpoint."""
+"""The state of a parameter: how it begins, and how it comes from a checkpoint.
+
+`step` (0-dim float32), `exp_avg`, `exp_avg_sq` and with `amsgrad` `max_exp_avg_sq` (the parameter's shape; float32 for
+bfloat16 and float16 parameters, or as `state_dtype` says); unless `mask="none"`, `grad_var` (the parameter's shape for
+`per_param`, 0-dim float64 for `per_tensor`, float64 `(rows,)` for `per_row`); with `signal_beta` `exp_avg_signal` (as
+`exp_avg`, but never in bfloat16). `grad_var` estimates the variance of the gradient of the batch *mean*: with
+per-example gradients at hand its long-run mean is their population variance over b - 1.
+"""
 
 from typing import Any
 

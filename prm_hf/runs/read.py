@@ -245,7 +245,9 @@ def _read_trainer_run(folder: Path, file: Path) -> Run:
     rates = [entry["learning_rate"] for entry in log if _is_number(entry.get("learning_rate"))]
     run = Run(file.parent, name, method, max(rates, default=named_rate), seed, source="trainer")
     run.info = {key: state[key] for key in ("global_step", "max_steps", "num_train_epochs") if key in state}
-    _take_splits(run, _take_log(run, log))
+    runtimes = [entry["train_runtime"] for entry in log if "train_runtime" in entry]
+    run.metrics = {"wall_seconds": float(runtimes[-1])} if runtimes else {}
+    _take_log(run, [entry for entry in log if "train_runtime" not in entry])
     if state.get("global_step") is not None:
         run.metrics["steps"] = float(state["global_step"])
         if state.get("max_steps", 0) > state["global_step"]:
@@ -253,68 +255,54 @@ def _read_trainer_run(folder: Path, file: Path) -> Run:
     return run
 
 
-def _take_log(run: Run, log: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Fills the history of a Trainer's run; returns the values of each evaluation split's last evaluation."""
-    splits: dict[str, dict[str, Any]] = {}
+def _take_log(run: Run, log: list[dict[str, Any]]) -> None:
+    """Fills history, metrics and notes of a Trainer's run. The main evaluation split has the plain names."""
+    last: dict[str, dict[str, Any]] = {}  # of each split the values of its last evaluation, which may have two entries
     for entry in log:
-        step = {key: entry[key] for key in ("step", "epoch") if key in entry}
-        if any(key.startswith("eval_") for key in entry):
-            split, values = _evaluation(entry)
-            if splits.get(split, {}).get("step") != entry.get("step"):
-                splits[split] = {}
-            splits[split] |= {**step, **values}
-            run.history.append({**step, **(values if not split else {f"{split}/{k}": v for k, v in values.items()})})
-        elif "train_runtime" in entry:
-            run.metrics["wall_seconds"] = float(entry["train_runtime"])
-        else:
-            values = {metric_name(key): value for key, value in entry.items() if _is_number(value)}
-            run.history.append({**step, **{key: value for key, value in values.items() if key is not None}})
-    return splits
-
-
-def _take_splits(run: Run, splits: dict[str, dict[str, Any]]) -> None:
-    """Fills the metrics of a Trainer's run from the last evaluations. Those of the main split have the plain names."""
-    main = _main_split(splits)
-    if main:
-        for entry in run.history:
-            entry.update({key[len(main) + 1 :]: entry[key] for key in list(entry) if key.startswith(f"{main}/")})
-        run.notes.append(f"its accuracy is that of the evaluation split {main!r}")
-    for split in sorted(splits, key=lambda split: split == main):  # the main split last: it wins
-        values = {key: float(value) for key, value in splits[split].items() if key not in ("step", "epoch")}
-        run.metrics |= values if split in ("", main) else {f"{split}/{key}": value for key, value in values.items()}
+        split, values = _evaluation(entry)
+        if split is not None:
+            same = last.get(split, {}).get("step") == entry.get("step")
+            last[split] = {**(last.get(split, {}) if same else {}), **values, "step": entry.get("step")}
+    main = _main_split(last)
     if main is None:
         run.notes.append(
-            f"it was evaluated on several splits ({', '.join(filter(None, sorted(splits)))}) of which none is named "
+            f"it was evaluated on several splits ({', '.join(filter(None, sorted(last)))}) of which none is named "
             f"{', '.join(SPLITS)}: no accuracy is taken from them"
         )
-    if not splits:
+    elif main:
+        run.notes.append(f"its accuracy is that of the evaluation split {main!r}")
+    if not last:
         run.notes.append("no evaluation was logged")
+
+    def named(split: str | None, values: dict[str, float]) -> dict[str, float]:
+        return values if split in (None, "", main) else {f"{split}/{key}": value for key, value in values.items()}
+
+    for entry in log:
+        step = {key: entry[key] for key in ("step", "epoch") if key in entry}
+        run.history.append({**step, **named(*_evaluation(entry))})
+    for split in sorted(last, key=lambda split: split == main):  # the main split last: it wins
+        values = {key: float(value) for key, value in last[split].items() if key != "step"}
+        run.metrics |= named(split, values)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _evaluation(entry: dict[str, Any]) -> tuple[str, dict[str, float]]:
-    """Split and values of one evaluation's log entry.
+def _evaluation(entry: dict[str, Any]) -> tuple[str | None, dict[str, float]]:
+    """Split and values of an evaluation's log entry; None and the values of one of training.
 
     With several evaluation sets the Trainer logs an entry a set and writes `eval_<split>_runtime`, but TRL adds its
     `eval_rewards/…` without the split: the split is read from the Trainer's own keys, and holds for the whole entry.
     """
-    split = ""
-    for own in ("runtime", "loss"):
-        if f"eval_{own}" in entry:
-            break
-        named = [key for key in entry if re.fullmatch(rf"eval_.+_{own}", key)]
-        if named:
-            split = named[0].removeprefix("eval_").removesuffix(f"_{own}")
-            break
-    values = {}
-    for key, value in entry.items():
-        if key.startswith("eval_") and _is_number(value):
-            named = f"eval_{split}_"
-            values[key.removeprefix(named if split and key.startswith(named) else "eval_")] = value
-    return split, values
+    values = {key: value for key, value in entry.items() if _is_number(value) and key not in ("step", "epoch")}
+    if not any(key.startswith("eval_") for key in entry):
+        return None, {name: value for key, value in values.items() if (name := metric_name(key)) is not None}
+    patterns = [re.compile(rf"eval_(?:(.+)_)?{name}") for name in ("runtime", "loss")]
+    own = [match for pattern in patterns for match in map(pattern.fullmatch, sorted(entry, key=len)) if match]
+    split = (own[0][1] or "") if own else ""
+    values = {key: value for key, value in values.items() if key.startswith("eval_")}
+    return split, {key.removeprefix("eval_").removeprefix(f"{split}_"): value for key, value in values.items()}
 
 
 def _main_split(splits: dict[str, dict[str, Any]]) -> str | None:

@@ -3,10 +3,13 @@
 (How its flat buffers are read is in `layout.py`.)
 """
 
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
+
+from .locator import Locator
+from .unit_masks import FlatVariances
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -74,32 +77,51 @@ def _device(offload: dict[str, Any]) -> str:
 
 
 class LifeCycle:
-    """What DeepSpeed does to an optimizer outside its steps, seen and mended.
+    """What DeepSpeed does to an optimizer outside its steps, and what it needs from it: seen, mended and kept.
 
     Args:
-        number_key: the key of a parameter group under which the optimizer keeps the group's number.
+        locator: of the optimizer's parameters.
+
+    Attributes:
+        variances: `grad_var` of flat buffers.
     """
 
-    def __init__(self, number_key: str) -> None:
-        self._number_key = number_key
+    # Keys of ours in parameter groups, which wrappers and checkpoints carry along: the number that the group was
+    # created with, and in checkpoints of flat partitions `grad_var` of all tensors or of all of their rows (DeepSpeed
+    # drops or trims it in the state).
+    NUMBER = "prm_group"
+    VARIANCES: ClassVar = {"per_tensor": "prm_grad_var", "per_row": "prm_row_grad_var"}
+
+    def __init__(self, locator: Locator) -> None:
+        self._locator = locator
+        self.variances = FlatVariances(locator)
         self._created: list[dict[str, Any]] = []
         self._started = False
 
-    def created(self, group: dict[str, Any]) -> None:
-        """Takes note of the settings that a group was created with."""
+    def register(self, group: dict[str, Any]) -> None:
+        """Takes note of a new parameter group and its settings, and gives it its number."""
+        group[self.NUMBER] = self._locator.register(group["params"])
         self._created.append({key: value for key, value in group.items() if key != "params"})
 
     def settings(self, group: dict[str, Any]) -> dict[str, Any]:
         """The settings that a group was created with."""
-        return self._created[group[self._number_key]]
+        return self._created[group[self.NUMBER]]
 
-    def restore_groups(self, groups: list[dict[str, Any]]) -> None:
+    def absorb(self, groups: list[dict[str, Any]]) -> None:
+        """Takes over what a checkpoint put into the parameter groups, however DeepSpeed put it there."""
+        self._restore(groups)
+        for group in groups:
+            for reduction, key in self.VARIANCES.items():
+                if key in group:
+                    self.variances.load(reduction, group[self.NUMBER], group.pop(key))
+
+    def _restore(self, groups: list[dict[str, Any]]) -> None:
         """Gives each group its own settings again, where all have those of the first.
 
         DeepSpeed's stage-3 universal load copies them, with the number of the group. The learning rate is a
         schedule's: its progress is kept.
         """
-        numbers = [group[self._number_key] for group in groups]
+        numbers = [group[self.NUMBER] for group in groups]
         if len(groups) != len(self._created) or len(set(numbers)) == len(numbers):
             return
         first, created_lr = groups[0], self._created[0]["lr"]
@@ -108,16 +130,48 @@ class LifeCycle:
             group.update(created)
             group.update({key: created["lr"] * value for key, value in progress.items()})
 
-    def is_initialization(self, gradients: Iterable[Tensor]) -> bool:
+    def add_variances(self, groups: list[dict[str, Any]]) -> None:
+        """Puts the variances of flat buffers into the groups of a state dict."""
+        for group in groups:
+            for reduction, key in self.VARIANCES.items():
+                if (table := self.variances.saved(reduction, group[self.NUMBER])) is not None:
+                    group[key] = table
+
+    def prepare(self, groups: list[dict[str, Any]], state: dict[Tensor, dict], dtype: torch.dtype) -> None:
+        """Makes the state of flat buffers ready for a step.
+
+        Raises:
+            ValueError: a checkpoint gave groups a state and no variances.
+        """
+        _unshare_steps(state)
+        for reduction in self.VARIANCES:
+            masked = [group for group in groups if group["mask"] != "none" and group["reduction"] == reduction]
+            tensors = (p for g in masked for p in self._locator.local_tensors(g[self.NUMBER], g["params"]))
+            if (
+                masked
+                and self.variances.is_new(reduction)
+                and any(state[p]["step"] > 0 for p in tensors if state.get(p))
+            ):
+                raise ValueError(
+                    f"The checkpoint has no `grad_var` of reduction={reduction!r} for DeepSpeed ZeRO: it was not "
+                    "written by PRM, or with another reduction. Start from the weights alone with a fresh optimizer."
+                )
+            if masked:
+                self.variances.place(reduction, dtype)
+
+    def is_initialization(self, groups: list[dict[str, Any]]) -> bool:
         """Whether a step on clones of the parameters is one by which stage 0 in half precision allocates the state.
 
         It has zero gradients, and comes before the first real step.
         """
-        self._started = self._started or any(bool(grad.any()) for grad in gradients)
+        if not self._locator.replaced or self._started:
+            return False
+        grads = (p.grad for group in groups for p in group["params"] if p.grad is not None)
+        self._started = any(bool(grad.any()) for grad in grads)
         return not self._started
 
 
-def unshare_steps(state: dict[Tensor, dict[str, Tensor]]) -> None:
+def _unshare_steps(state: dict[Tensor, dict[str, Tensor]]) -> None:
     """DeepSpeed's stage-3 universal load gives all sub-groups the same `step`, which each would then advance."""
     seen = set()
     for entry in filter(None, state.values()):

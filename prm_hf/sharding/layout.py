@@ -173,8 +173,8 @@ class Layout:
         if wrong:
             raise RuntimeError(
                 f"PRM could not find the borders of the parameter tensors under {self.path.value} "
-                f"({'; '.join(wrong[:3])}{'; …' if len(wrong) > 3 else ''}), so reduction='per_tensor' would be wrong. "
-                "Use reduction='per_param', and please report the versions of torch and deepspeed."
+                f"({'; '.join(wrong[:3])}{'; …' if len(wrong) > 3 else ''}), so reduction='per_tensor' would be "
+                "wrong. Use reduction='per_param', and please report the versions of torch and deepspeed."
             )
 
 

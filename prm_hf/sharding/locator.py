@@ -115,6 +115,12 @@ class Locator:
             units = UnitRange(number, (offset + begin) // in_row, count)
             yield Slice(units, start + begin, end - begin, (count, (end - begin) // count))
 
+    def describe(self, n_whole: int) -> tuple[int, str]:
+        """How many tensors are stepped, of which `n_whole` if they are whole, and how they are held, for people."""
+        if self.layout is None:
+            return n_whole, "as whole tensors"
+        return len(set().union(*self.layout.members.values())), f"under {self.layout.path.value}"
+
     def members(self, p: Tensor) -> list[int]:
         """The numbers of the original tensors that advance when local tensor `p` is stepped, also from elsewhere."""
         return self.layout.members[id(p)]

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.trainer import SCHEDULER_NAME
 
 from ..optim import PRM, masks
-from ..optim.validation import check_reduction
+from ..optim.hyperparameters import check_checkpoint_group
 from ..sharding.checkpoint import is_sharded, load_model, load_optimizer, saved_variance_shapes
 from .callbacks import find_prm, innermost_optimizer
 
@@ -71,4 +71,4 @@ class CheckpointMixin:
                     shape, rows = shapes[names[p]], (masks.n_rows(p),)
                     theirs = "per_row" if shape == rows else "per_param" if shape else "per_tensor"
                     if shape != rows or p.shape != rows:  # a single element is a row of its own
-                        check_reduction(number, group["reduction"], theirs)
+                        check_checkpoint_group(number, group, {**group, "reduction": theirs})

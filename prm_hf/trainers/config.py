@@ -1,8 +1,6 @@
 """The settings of a run with PRM, as dataclass fields: command-line flags and YAML keys through `trl.TrlParser`."""
 
 import argparse
-import copy
-import inspect
 import math
 import re
 import textwrap
@@ -18,20 +16,11 @@ from trl.trainer.utils import get_config_model_id
 
 from .._names import warn_renamed
 from ..optim import PRM
-from ..optim.validation import check_held_in_parts
+from ..sharding import ShardingPath
 from ..sharding.deepspeed import check_config
+from .presets import preset_note, with_preset
 
 
-# What the evidence supports, by the preset's name; with LoRA the larger eps costs accuracy.
-PRESETS = {
-    "noisy_labels": {
-        "prm_reduction": "per_row",
-        "prm_estimator": "debiased",
-        "prm_signal_beta": 0.98,
-        "relative_eps": 10.0,
-    }
-}
-WITH_LORA = {"noisy_labels": {"relative_eps": None}}
 # Old names of fields: accepted as flags, YAML keys, keyword arguments and in assignments, but never read.
 RENAMED = {
     "optimizer_name": "optim",
@@ -41,7 +30,6 @@ RENAMED = {
     "no_drift_metrics": "drift_metrics",
 }
 _DEFAULTS = {f.name: f.default for f in fields(TrainingArguments)}
-_PARAMETERS = inspect.signature(PRM).parameters
 
 
 def _old_name() -> Any:
@@ -120,9 +108,9 @@ class PRMArguments:
         drift_metrics (`bool`, *optional*):
             Whether to measure how far the policy drifts (for preference pairs also rewards and memorization) at each
             evaluation and at the end of training; by default with `optim="prm"` alone. Nothing is measured without an
-            `eval_dataset`. It costs a product
-            of the hidden states, which TRL's evaluation has at hand, with the output embedding; a pass over a
-            reference that TRL does not run; and a copy of the trained weights in the main process' host memory.
+            `eval_dataset`. It costs a product of the hidden states, which TRL's evaluation has at hand, with the
+            output embedding; a pass over a reference that TRL does not run; and a copy of the trained weights in the
+            main process' host memory.
     """
 
     optim: str = "prm"
@@ -228,52 +216,6 @@ def renamed_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {RENAMED.get(name, name): value for name, value in settings.items()}
 
 
-def preset_values(args: PRMArguments, is_peft: bool | None) -> dict[str, Any]:
-    """The fields that `prm_preset` sets for a PEFT model or for any other one; for None, those that it sets for both.
-
-    Raises:
-        ValueError: a field was set to something else than its default and the preset's value.
-    """
-    if args.prm_preset is None:
-        return {}
-    if args.prm_preset not in PRESETS:
-        raise ValueError(
-            f"`prm_preset` is {args.prm_preset!r}: set it to one of {', '.join(map(repr, PRESETS))}, or to None."
-        )
-    others = WITH_LORA[args.prm_preset]
-    values = {**PRESETS[args.prm_preset], **others}
-    if not is_peft:
-        values = {k: v for k, v in PRESETS[args.prm_preset].items() if is_peft is not None or k not in others}
-    defaults = {f.name: f.default for f in fields(PRMArguments)}
-    for name, value in values.items():
-        if getattr(args, name) not in (defaults[name], value):
-            raise ValueError(
-                f"`{name}={getattr(args, name)!r}` and `prm_preset={args.prm_preset!r}`, which sets it to {value!r}"
-                f"{' with LoRA' if is_peft else ''}, contradict each other. Leave `{name}` unset, or set the other "
-                f"fields of the preset yourself instead of `prm_preset`: {_listed(values)}."
-            )
-    return values
-
-
-def with_preset(args: PRMArguments, is_peft: bool | None) -> PRMArguments:
-    """A copy of `args` with the [`preset_values`]; the user's own stays as it is, for other trainers."""
-    result = copy.copy(args)
-    for name, value in preset_values(args, is_peft).items():
-        setattr(result, name, value)
-    check_relative_eps(result)
-    return result
-
-
-def preset_note(args: PRMArguments, is_peft: bool | None) -> str:
-    """A sentence about what the preset sets; empty without a preset."""
-    values = preset_values(args, is_peft)
-    return f"`prm_preset={args.prm_preset!r}` sets {_listed(values)}." if values else ""
-
-
-def _listed(values: dict[str, Any]) -> str:
-    return ", ".join(f"`{name}={value!r}`" for name, value in values.items())
-
-
 def check_relative_eps(args: PRMArguments) -> None:
     """Raises ValueError if `relative_eps` is not in its range or contradicts other arguments."""
     relative_eps = args.relative_eps
@@ -314,10 +256,6 @@ def scaled_by_relative_eps(args: TrainingArguments, kwargs: dict[str, Any], nume
     return {**kwargs, "eps": eps, "lr": kwargs["lr"] * (1 + args.relative_eps)}
 
 
-# Whether PRM scales its step by itself. Otherwise its arguments are scaled as AdamW's are.
-PRM_SCALES = "relative_eps" in _PARAMETERS
-
-
 def prm_kwargs(args: PRMArguments) -> dict[str, Any]:
     """The keyword arguments of [`PRM`] that `args` stand for, with those of `TrainingArguments` if it has them.
 
@@ -326,19 +264,17 @@ def prm_kwargs(args: PRMArguments) -> dict[str, Any]:
     kwargs = {}
     if isinstance(args, TrainingArguments):
         kwargs = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-        if PRM_SCALES and args.relative_eps is not None:
+        if args.relative_eps is not None:
             kwargs |= {"relative_eps": args.relative_eps, "max_grad_norm": args.max_grad_norm}
     names = [f.name for f in fields(PRMArguments) if f.name.startswith("prm_") and f.name not in RENAMED]
     kwargs |= {name.removeprefix("prm_"): getattr(args, name) for name in names if name != "prm_preset"}
-    for new, old in (("variance_beta", "rho"), ("mask_warmup_steps", "warmup_steps")):
-        if new not in _PARAMETERS:
-            kwargs[old] = kwargs.pop(new)
     return kwargs
 
 
 def check_optimizer(args: PRMArguments) -> None:
     """Raises before anything is loaded if PRM would refuse its arguments."""
-    check_relative_eps(args)
+    settings = with_preset(args, is_peft=None) if args.optim == "prm" else args
+    check_relative_eps(settings)
     if args.optim != "prm":
         return
     if getattr(args, "optim_args", None):
@@ -346,7 +282,7 @@ def check_optimizer(args: PRMArguments) -> None:
             f"`optim_args={args.optim_args!r}` is not for `optim='prm'`, whose arguments start with `prm_`: leave it "
             "unset, or choose another `optim`."
         )
-    kwargs = prm_kwargs(with_preset(args, is_peft=None))
+    kwargs = prm_kwargs(settings)
     if args.prm_boundary == "empirical":
         kwargs |= {"batch_size": 1, "n_dataset": 2}
     if isinstance(args, TrainingArguments):
@@ -369,24 +305,31 @@ def _by_field_name(message: str) -> str:
         "max_grad_norm": "max_grad_norm",
     }
     names = {name.removeprefix("prm_"): name for name in (f.name for f in fields(PRMArguments)) if name not in RENAMED}
-    names |= {"rho": "prm_variance_beta", "warmup_steps": "prm_mask_warmup_steps"} | trainers
+    names |= trainers
     pattern = r"(?<![\w`])(" + "|".join(map(re.escape, names)) + r")(?==)"
     return re.sub(pattern, lambda found: names[found[0]], message)
 
 
+def check_sharding(args: PRMArguments, path: ShardingPath) -> None:
+    """Raises if PRM does not run as `args` say where `path` says how tensors are held in parts."""
+    try:
+        path.check(with_preset(args, is_peft=None).prm_reduction, args.prm_state_dtype)
+    except ValueError as error:
+        raise ValueError(f"{error} {preset_note(args, is_peft=None)}".rstrip()) from error
+
+
 def check_deepspeed_config(args: TrainingArguments) -> None:
     """Raises if under the DeepSpeed configuration of the run the optimizer would not be PRM, or not exact."""
-    plugin = args.deepspeed_plugin
-    if args.optim == "prm" and plugin is not None:
+    config = {} if args.deepspeed_plugin is None else args.deepspeed_plugin.deepspeed_config
+    stage = (config.get("zero_optimization") or {}).get("stage", 0)
+    if args.optim == "prm":
         try:
-            check_config(plugin.deepspeed_config)
-            stage = (plugin.deepspeed_config.get("zero_optimization") or {}).get("stage", 0)
-            if stage != 0:
-                check_held_in_parts(args.prm_reduction, args.prm_state_dtype, f"DeepSpeed ZeRO-{stage}")
+            check_config(config)
+            if (path := ShardingPath.of_zero(stage)) is not None:
+                check_sharding(args, path)
         except ValueError as error:
-            note = preset_note(args, is_peft=None)
-            raise ValueError(f"{error} Or set `optim='adamw_torch'`. {note}".rstrip()) from error
-    elif args.relative_eps is not None and plugin is not None and "optimizer" in plugin.deepspeed_config:
+            raise ValueError(f"{error} Or set `optim='adamw_torch'`.") from error
+    elif args.relative_eps is not None and "optimizer" in config:
         raise ValueError(
             "The DeepSpeed configuration has a section `optimizer`, whose eps `relative_eps` does not set. Remove the "
             "section, or leave `relative_eps` unset."

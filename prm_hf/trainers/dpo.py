@@ -9,7 +9,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from trl import DPOTrainer
@@ -105,16 +104,13 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
         ref_model: PreTrainedModel | None = None,
         args: PRMDPOConfig | None = None,
         *positional,
-        optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
         **kwargs,
     ):
         args = checked_config(args, PRMDPOConfig, model, "DPO")
         # TRL has none for DPO at present, and says so
         self._packing_is_due, args.padding_free = args.padding_free, False
         try:
-            super().__init__(
-                model, ref_model, args, *positional, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs, **kwargs
-            )
+            super().__init__(model, ref_model, args, *positional, **kwargs)
             self._add_packing()
         finally:
             args.padding_free = getattr(self, "padding_free", self._packing_is_due)  # it raised, where there is none

@@ -10,12 +10,12 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from ..optim import PRM
-from ..optim.validation import check_held_in_parts
-from ..sharding import deepspeed, fsdp
+from ..sharding import ShardingPath, deepspeed, fsdp
 from .callbacks import PRMCallback
 from .checkpoints import CheckpointMixin
-from .config import PRM_SCALES, PRMArguments, preset_note, prm_kwargs, scaled_by_relative_eps, with_preset
+from .config import PRMArguments, check_relative_eps, check_sharding, prm_kwargs, scaled_by_relative_eps
 from .evaluation import EvaluationMixin
+from .presets import preset_note, with_preset
 
 
 logger = get_logger(__name__)
@@ -62,7 +62,8 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
         else:
             self.trains_with_prm = self.optimizer_cls_and_kwargs[0] is PRM
         self._is_peft = is_peft_model(self.model)
-        if self._arguments_choose and self.trains_with_prm and self.args.prm_preset is not None:
+        # Raises where arguments contradict each other
+        if self._settings() is not self.args and self.args.prm_preset is not None:
             logger.warning(preset_note(self.args, self._is_peft))
         # Counted before shards are made, of which FSDP1 would not say how large the tensors are
         self._trained_numel = sum(
@@ -75,11 +76,7 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
                 plugin = self.accelerator.state.fsdp_plugin
                 fsdp.check_plugin(plugin.fsdp_version, plugin.use_orig_params)
                 if self._arguments_choose:
-                    path = f"FSDP{plugin.fsdp_version}"
-                    try:
-                        check_held_in_parts(self._settings().prm_reduction, self.args.prm_state_dtype, path)
-                    except ValueError as error:
-                        raise ValueError(f"{error} {preset_note(self.args, None)}".rstrip()) from error
+                    check_sharding(self.args, ShardingPath[f"FSDP{plugin.fsdp_version}"])
             self.add_callback(PRMCallback)
             self._tag_names = [*self._tag_names, "prm-optimizer"]
             self.model.add_model_tags(self._tag_names)
@@ -107,25 +104,30 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
         if self.optimizer is not None or not self._arguments_choose:
             return super().create_optimizer(*args, **kwargs)
         settings = self._settings()
-        if self.trains_with_prm:
-            optimizer_cls, optimizer_kwargs = PRM, prm_kwargs(settings)
-            if self._needs_sizes():
-                optimizer_kwargs |= self._sizes()
-        elif settings.relative_eps is None:
+        if not self.trains_with_prm and settings.relative_eps is None:
             return super().create_optimizer(*args, **kwargs)
-        else:
-            optimizer_cls, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(settings, self.model)
-        if optimizer_cls is not PRM or not PRM_SCALES:
+        optimizer_cls, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(settings, self.model)
+        if optimizer_cls is not PRM:
             optimizer_kwargs = scaled_by_relative_eps(settings, optimizer_kwargs, self._trained_numel)
+        if self._needs_sizes():
+            optimizer_kwargs |= self._sizes()
         self.optimizer_cls_and_kwargs = optimizer_cls, optimizer_kwargs
         try:
-            return super().create_optimizer(*args, **kwargs)
+            optimizer = super().create_optimizer(*args, **kwargs)
         finally:
             self.optimizer_cls_and_kwargs = None
+        if optimizer_cls is not PRM:  # lr·weight_decay stays as it was
+            for group in optimizer.param_groups:
+                group["weight_decay"] /= 1 + settings.relative_eps
+        return optimizer
 
     def _settings(self) -> PRMArguments:
         """The arguments, with what the preset sets where PRM is the optimizer."""
-        return with_preset(self.args, self._is_peft) if self.trains_with_prm else self.args
+        if not (self._arguments_choose and self.trains_with_prm):
+            return self.args
+        settings = with_preset(self.args, self._is_peft)
+        check_relative_eps(settings)
+        return settings
 
     def _needs_sizes(self) -> bool:
         arguments_choose_prm = self._arguments_choose and self.args.optim == "prm"

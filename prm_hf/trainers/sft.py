@@ -3,7 +3,6 @@
 from typing import Any
 
 from accelerate.logging import get_logger
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from trl import SFTTrainer
@@ -59,7 +58,6 @@ class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
         args: PRMSFTConfig | None = None,
         *positional,
         ref_model: PreTrainedModel | None = None,
-        optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
         **kwargs,
     ):
         args = checked_config(args, PRMSFTConfig, model, "SFT")
@@ -69,7 +67,7 @@ class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
             raise ValueError(
                 "`ref_model` only serves `drift_metrics`, which is False: set it to True, or drop the model."
             )
-        super().__init__(model, args, *positional, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs, **kwargs)
+        super().__init__(model, args, *positional, **kwargs)
         self.sequence_evaluations: dict[str, SequenceEvaluation] = {}
 
         if ref_model is None:

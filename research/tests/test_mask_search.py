@@ -9,7 +9,7 @@ import torch
 from prm_hf import PRM
 from prm_hf.compare import compare_runs
 from research import mask_search
-from research.mask_search import SearchedPRM
+from research.searched_prm import SearchedPRM
 from tests.compare.compared_runs import write_grid, write_run
 
 
@@ -323,8 +323,7 @@ def test_fixed_masks_are_those_of_another_run():
 def test_fixed_rows_need_the_run_of_another_seed(tmp_path):
     with pytest.raises(ValueError, match="run prm_rows_eps:10 with all `seeds`"):
         mask_search.main(
-            ["--methods", "adamw", mask_search.FIXED, "--seeds", "0", "1", "--max_steps", "1"]
-            + ["--output_dir", str(tmp_path)]
+            ["--methods", mask_search.FIXED, "--seeds", "0", "1", "--max_steps", "1", "--output_dir", str(tmp_path)]
         )
 
 

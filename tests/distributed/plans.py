@@ -1,7 +1,7 @@
 """The runs that the tests look at, by path. All of a path are made in one launch, and shared by the tests."""
 
-PER_TENSOR = {"reduction": "per_tensor"}
-PER_PARAM = {"reduction": "per_param"}
+PER_TENSOR = {"reduction": "per_tensor", "estimator": "ema"}
+PER_PARAM = {"reduction": "per_param", "estimator": "ema"}
 DEBIASED = {"estimator": "debiased"}
 PER_ROW = {"reduction": "per_row", "signal_beta": 0.98} | DEBIASED
 
@@ -31,7 +31,7 @@ COMMON = {
     "lora_bf16": {"prm": PER_TENSOR, "lora": True, "bf16": True, **SAVED},
     "per_row": {"prm": PER_ROW, "accumulation": 2, **SAVED},
     "per_row_bf16": {"prm": PER_ROW, "bf16": True, **SAVED},
-    "per_row_lora": {"prm": {"reduction": "per_row"}, "lora": True},
+    "per_row_lora": {"prm": {"reduction": "per_row", "estimator": "ema"}, "lora": True},
 }
 # What only some paths have, by path.
 # With stage 1 that is DeepSpeed's `BF16_Optimizer`, unless the optimizer is offloaded

@@ -115,7 +115,7 @@ def test_bench_sharded(tmp_path):
         accelerate_launch(path, module, tmp_path / f"{name}.log", PATHS[path])
     in_rows = json.loads((tmp_path / "rows.json").read_text())["agreement"]
     assert in_rows["path"] == "26 tensors with per_row masks under DeepSpeed ZeRO-3"
-    assert in_rows["mask_replay"] is None and in_rows["weight_replay"] < 1e-6
+    assert in_rows["mask_replay"] < 1e-6 and in_rows["weight_replay"] < 1e-6
     result = json.loads((tmp_path / "zero3.json").read_text())
     assert result["processes"] == 2
     agreement = result["agreement"]

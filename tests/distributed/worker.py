@@ -86,7 +86,9 @@ class RecordingPRM(PRM):
 
     def _note_unit_masks(self):
         per_row = self.param_groups[0]["reduction"] == "per_row"
-        if self._locator.layout is None and not per_row:
+        if self._locator.layout is None:
+            if self.param_groups[0]["reduction"] != "per_tensor":
+                return
             for group, values in zip(self.param_groups, self.get_tensor_masks(), strict=True):
                 before = sum(self._sizes()[: group["prm_group"]])
                 numbers = [before + i for i, p in enumerate(group["params"]) if self.state.get(p)]
@@ -149,16 +151,15 @@ class Rows(Dataset):
 
 def make_model(options: dict) -> torch.nn.Module:
     set_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 65, "num_attention_heads": 4} | options.get("model", {})
     config = Qwen2Config(
         vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=65,
         num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=options.get("tied", True),
         use_cache=False,
         initializer_range=0.1,
+        **sizes,
     )
     model = Qwen2ForCausalLM(config).to(getattr(torch, options.get("dtype", "float32")))
     if options.get("lora"):

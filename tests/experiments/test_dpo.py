@@ -177,7 +177,7 @@ def test_the_published_setting_parses():
         (["--noise_rate", "0.6", "--methods", "robust"], "`robust` needs a noise rate between 0 and 0.5"),
         (["--model_name_or_path", "somewhere"], "needs a `--dataset_name`"),
         (["--dataset_name", "somewhere", *ON_CPU], "needs a `--model_name_or_path`"),
-        (["--prm_variance_beta", "1.5"], "prm_variance_beta"),
+        (["--prm_variance_beta", "1.5"], "prm_variance_beta=1.5"),
         (["--optim", "adamw_torch"], "`methods` choose the optimizers, and `optim` is .*: leave it unset"),
         (["--max_minutes", "0"], "`max_minutes` must be above 0, got 0"),
         (["--task_seed", "-1"], "`task_seed` is the built-in task's and at least 0, got -1"),

@@ -46,7 +46,6 @@ def test_the_known_results(tmp_path):
     write_method(tmp_path, "prm_per_tensor", (10, 8, 40), 0.5)
     write_method(tmp_path, "prm_debiased", (10, 20, None), 0.5, heldout_random=0.12)
     found = report.statements(read(tmp_path))
-    assert all(text in found["vit: learnt"] for text in ("AdamW 40 (1.00)", "PRM debiased >100 (0.70)"))
     assert "0.10 to 0.12, which is chance (0.10 ± 0.03)" in found["vit: chance"]
     assert "rising: AdamW (10, 20, 40), PRM debiased (10, 20, >100);" in found["vit: rising"]
     assert "not throughout: PRM per_tensor (10, 8, 40)." in found["vit: rising"]

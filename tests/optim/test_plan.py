@@ -51,7 +51,7 @@ class Held:
     def result(self) -> list[torch.Tensor]:
         states = [self.optimizer.state[p] for p in self.locals if p in self.optimizer.state]
         state = [local_tensor(state[key]) for state in states for key in sorted(state)]
-        everything = [*map(local_tensor, self.locals), *state, *self.optimizer._variances.tables.values()]
+        everything = [*map(local_tensor, self.locals), *state, *self.optimizer._deepspeed.variances.tables.values()]
         return [x.detach().clone() for x in everything]
 
 

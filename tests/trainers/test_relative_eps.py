@@ -8,7 +8,8 @@ from trl import TrlParser
 
 from prm_hf import PRM
 from prm_hf.trainers import PRMDPOConfig
-from prm_hf.trainers.config import PRESETS
+from prm_hf.trainers.config import check_sharding
+from prm_hf.trainers.presets import PRESETS
 
 from ..tiny import make_model
 from .trainer_runs import dpo_trainer, lora, settings, sft_trainer, weights
@@ -34,6 +35,8 @@ def test_adamw_with_relative_eps_is_adamw_with_that_eps_and_learning_rate(tmp_pa
     by_hand = dpo_trainer(tmp_path, optim=optim, **run)
     eps, lr = scaled(by_hand.model, 3.0, 0.5, by_hand.args.learning_rate)
     groups = groups_of(by_hand.create_optimizer(), by_hand.model)
+    for group in groups:  # the decay of a step is that of the plain learning rate
+        group["weight_decay"] /= 4.0
     by_hand.optimizer = torch.optim.AdamW(groups, lr=lr, eps=eps, fused=optim == "adamw_torch_fused")
     trainer.train()
     by_hand.train()
@@ -81,6 +84,15 @@ def test_prm_with_relative_eps_is_prm_with_that_eps_and_learning_rate(tmp_path, 
 def test_contradictions_raise(tmp_path, kwargs, message):
     with pytest.raises(ValueError, match=message):
         PRMDPOConfig(**settings(tmp_path, **kwargs))
+
+
+@pytest.mark.parametrize("preset", [None, "noisy_labels"])
+def test_refused_sharding_names_the_preset(tmp_path, preset):
+    args = PRMDPOConfig(**settings(tmp_path, prm_preset=preset))
+    check_sharding(args, "FSDP2")
+    message = "reduction='per_row'.*FSDP1.*" + ("'per_tensor'.$" if preset is None else "`prm_preset='noisy_labels'`")
+    with pytest.raises(ValueError, match=message):
+        check_sharding(args, "FSDP1")
 
 
 def test_an_optimizer_without_eps_raises(tmp_path):

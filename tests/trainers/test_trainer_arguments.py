@@ -42,6 +42,8 @@ def test_flags_and_yaml(config, tmp_path):
     )
     assert (args.optim, args.prm_reduction) == ("prm", "per_row")
 
+    with pytest.raises(SystemExit):  # argparse knows the choices
+        TrlParser((config,)).parse_args_and_config(args=[*common, "--prm_mask", "snrr"])
     file.write_text("prm_maks: soft\n")
     with pytest.raises(ValueError, match="prm_maks"):
         TrlParser((config,)).parse_args_and_config(args=common, fail_with_unknown_args=True)

@@ -77,11 +77,11 @@ def test_prm_is_built_from_the_arguments_with_decay_groups(tmp_path):
         "reduction": "per_param",
         "softness": 2.0,
         "estimator": "debiased",
-        "rho": 0.95,
+        "variance_beta": 0.95,
         "boundary": "batch",
         "alpha": 0.5,
         "mask_eps": 1e-9,
-        "warmup_steps": 2,
+        "mask_warmup_steps": 2,
         "state_dtype": "bf16",
     }
     for group in optimizer.param_groups:
@@ -179,7 +179,7 @@ def test_a_deepspeed_optimizer_raises(trainer_class, config, tmp_path):
 def test_bf16_state_under_deepspeed_zero_raises(tmp_path):
     args = PRMDPOConfig(**settings(tmp_path, prm_state_dtype="bf16"))
     args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 2}}, zero_stage=2)
-    with pytest.raises(ValueError, match="state_dtype='bf16'.*under DeepSpeed ZeRO-2"):
+    with pytest.raises(ValueError, match="state_dtype='bf16'.*under DeepSpeed ZeRO-1/2"):
         PRMDPOTrainer(make_model(), args=args, train_dataset=TRAIN, processing_class=make_tokenizer())
 
 
@@ -474,7 +474,7 @@ def test_prm_in_other_trainers(tmp_path, make, how):
     trainer.train()
     optimizer = trainer.optimizer.optimizer
     assert type(optimizer) is PRM and {int(s["step"]) for s in optimizer.state.values()} == {3}
-    assert optimizer.param_groups[0]["reduction"] == ("per_param" if how == "optimizers" else "per_tensor")
+    assert optimizer.param_groups[0]["reduction"] == ("per_row" if how == "optimizers" else "per_tensor")
     assert not torch.equal(weights(trainer.model), before)
 
 
@@ -483,7 +483,7 @@ def test_the_check_of_our_trainers_in_other_ones(tmp_path, caplog, make):
     trainer = make(tmp_path, make_model(), optimizer_cls_and_kwargs=(PRM, {"lr": 1e-2}), callbacks=[PRMCallback()])
     trainer.train()
     number = sum(p.requires_grad for p in trainer.model.parameters())
-    assert caplog.text.count(f"PRM trains {number} tensors with per_param masks as whole tensors on 1 process.") == 1
+    assert caplog.text.count(f"PRM trains {number} tensors with per_row masks as whole tensors on 1 process.") == 1
     trainer = make(tmp_path, make_model(), callbacks=[PRMCallback()])
     with pytest.raises(RuntimeError, match="to train with PRM, but the optimizer in effect is AdamW"):
         trainer.train()

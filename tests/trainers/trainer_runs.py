@@ -17,6 +17,7 @@ MASK_KEYS = {
     "mask/min_q",
     "mask/max_q",
     "mask/parameter_count",
+    "mask/noise_sq",
     "mask/noise_scale",
     "mask/signal_sq",
     "mask/snr",
