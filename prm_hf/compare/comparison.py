@@ -85,10 +85,6 @@ class Row:
         return f"{self.name} at {format_rate(rate)}" if rate is not None else self.name
 
     @property
-    def seeds(self) -> list[int | None]:
-        return [run.seed for run in self.runs]
-
-    @property
     def accuracy(self) -> float:
         return self.mean(self.measures.accuracy)[0]
 
@@ -251,7 +247,7 @@ def _check_comparable(runs: list[Run]) -> None:
     )
     seen: dict[tuple, Run] = {}
     for run in runs:
-        key = (run.method, format_rate(run.learning_rate), run.seed, _source_name(run))
+        key = (*_row_key(run), format_rate(run.learning_rate), run.seed)
         if key in seen:
             raise ValueError(
                 f"{seen[key].path} and {run.path} are both {run.method!r} at learning rate "
@@ -271,31 +267,25 @@ def _check_one_value(what: str, values: dict[str, object]) -> None:
             )
 
 
-def _source_name(run: Run) -> str | None:
-    """Of a control: the name, without the seed, of the run it is the control of (`settings[method]["of"]`)."""
-    return re.sub(r"[-_.]?seed[-_=]?\d+", "", _source(run)) if _source(run) else None
-
-
-def _source(run: Run) -> str | None:
-    control = run.settings.get(run.method)
-    return control.get("of") if isinstance(control, dict) else None
+def _row_key(run: Run) -> tuple[str, str]:
+    """The method and the learning rate; of a control, whose rate follows its run, that run's name without the seed."""
+    if run.control_of:
+        return run.method, re.sub(r"[-_.]?seed[-_=]?\d+", "", run.control_of)
+    return run.method, format_rate(run.learning_rate)
 
 
 def _rows(runs: list[Run]) -> list[Row]:
-    grouped: dict[tuple, list[Run]] = {}
-    names: dict[str, tuple] = {}
+    grouped: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        source = _source_name(run)
-        key = (run.method, source if source else format_rate(run.learning_rate))
-        grouped.setdefault(key, []).append(run)
-        names[run.name] = key
+        grouped.setdefault(_row_key(run), []).append(run)
     rows = {}
     for key, members in grouped.items():
         rates = [run.learning_rate for run in members]
         rate = rates[0] if len(set(map(format_rate, rates))) == 1 else float(np.mean(rates))
         rows[key] = Row(key[0], rate, sorted(members, key=lambda run: -1 if run.seed is None else run.seed))
+    names = {run.name: rows[_row_key(run)] for run in runs}
     for row in rows.values():
-        row.source = next((rows[names[of]] for run in row.runs if (of := _source(run)) in names), None)
+        row.source = next((names[run.control_of] for run in row.runs if run.control_of in names), None)
     order = {key: index for index, key in enumerate(METHODS)}
 
     def place(row: Row) -> tuple:

@@ -86,28 +86,26 @@ def _header(comparison: Comparison) -> list[str]:
     return ["method", "lr", "seeds", "accuracy", *fits, "drift/kl", names.extra_label, "mean q", "wall s"]
 
 
-def _number(value: float, digits: int = 3) -> str:
-    """Fixed digits for shares; for what spans orders of magnitude, `digits` significant ones. Unmeasured: `-`."""
+def _share(value: float) -> str:
+    return f"{value:.3f}" if finite(value) else "-"
+
+
+def _number(value: float) -> str:
+    """Three significant digits, for what spans orders of magnitude; `-` if it was not measured."""
     if not finite(value):
         return "-"
     if value == 0 or abs(value) >= 1000:
         return f"{value:.0f}"
-    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 
 
 def _row_cells(row: Row) -> list[str]:
-    names, means = row.measures, {}
-    for name in (names.accuracy, names.noise_fit, CLEAN_FIT, KL, names.extra, "mean_q", "wall_seconds"):
-        means[name] = row.mean(name)[0]
-    accuracy, *fits = (
-        f"{value:.3f}" if finite(value) else "-"
-        for value in (means[names.accuracy], means[names.noise_fit], means[CLEAN_FIT])
-    )
-    error, over = row.accuracy_error()
+    names, (error, over) = row.measures, row.accuracy_error()
+    shares = [_share(row.mean(name)[0]) for name in (names.accuracy, names.noise_fit, CLEAN_FIT)]
     if over:
-        accuracy += f" ± {error:.3f}" + ("*" if over == "examples" else "")
-    others = [_number(means[name]) for name in (KL, names.extra, "mean_q", "wall_seconds")]
-    return [row.name, format_rate(row.learning_rate), str(len(row.runs)), accuracy, *fits, *others]
+        shares[0] += f" ± {error:.3f}" + ("*" if over == "examples" else "")
+    numbers = [_number(row.mean(name)[0]) for name in (KL, names.extra, "mean_q", "wall_seconds")]
+    return [row.name, format_rate(row.learning_rate), str(len(row.runs)), *shares, *numbers]
 
 
 def _contrast_cells(contrast: Contrast) -> list[str]:
@@ -205,7 +203,7 @@ def _row_as_dict(row: Row) -> dict[str, Any]:
         "group": row.group,
         "name": row.label,
         "learning_rate": row.learning_rate,
-        "seeds": row.seeds,
+        "seeds": [run.seed for run in row.runs],
         "runs": [run.name for run in row.runs],
         "accuracy_standard_error": {"value": error, "over": over} if over else None,
         "metrics": {

@@ -84,6 +84,12 @@ class Run:
         return self.info.get("settings", {})
 
     @property
+    def control_of(self) -> str | None:
+        """Of a control, the name of the run that it takes something from."""
+        control = self.settings.get(self.method)
+        return control.get("of") if isinstance(control, dict) else None
+
+    @property
     def mean_q(self) -> float | None:
         """Mean of the mask over the run: of the logged steps, else the final value, else that of `constant_q`."""
         logged = [entry[MEAN_Q] for entry in self.history if MEAN_Q in entry]
