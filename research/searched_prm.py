@@ -34,7 +34,7 @@ class SearchedPRM(torch.optim.Optimizer):
     """Debiased PRM with one mask value a tensor, and options that PRM does not have, or not together.
 
     A unit is what has one mask value. State of a parameter: `step`, `exp_avg`, `exp_avg_sq` (its shape), `grad_var`
-    (float64 `(units,)`), with `signal_beta` `exp_avg_signal` (its shape), with `within_step` `signal_sq` (as `grad_var`).
+    (float64 `(units,)`), with `signal_beta` `exp_avg_signal` (its shape), with `within_step` `signal_sq` (`(units,)`).
 
     Args:
         params: parameters or groups of them, whole tensors.
