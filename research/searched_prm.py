@@ -31,21 +31,21 @@ def mean_square(x: Tensor, rows: bool) -> Tensor:
 
 
 class SearchedPRM(torch.optim.Optimizer):
-    """PRM with the debiased estimator and one q a tensor, and options that PRM does not have, or not together.
+    """Debiased PRM with one mask value a tensor, and options that PRM does not have, or not together.
 
-    A unit is what has one q. State of a parameter: `step`, `exp_avg`, `exp_avg_sq` (its shape), `grad_var` (float64
-    `(units,)`), with `signal_beta` `exp_avg_signal` (its shape), with `within_step` `signal_sq` (as `grad_var`).
+    A unit is what has one mask value. State of a parameter: `step`, `exp_avg`, `exp_avg_sq` (its shape), `grad_var`
+    (float64 `(units,)`), with `signal_beta` `exp_avg_signal` (its shape), with `within_step` `signal_sq` (`(units,)`).
 
     Args:
         params: parameters or groups of them, whole tensors.
         lr, betas, variance_beta, eps, weight_decay, softness: as of `PRM`.
-        rows: one q an output row, dimension 0, for tensors that have rows.
+        rows: one mask value a row, dimension 0, for tensors that have rows.
         signal_beta: decay rate of a gradient average of its own, from which the signal is estimated; a slower one
             sees smaller signals. The mask weighs it against the noise of the average that is stepped with.
         keep_mean: q divided by its mean over all parameters, so that the mean step is AdamW's and selection remains.
         shuffle: the masks of a step dealt out anew, at random, to the rows of each tensor.
         fixed: masks to step with instead of those that are measured, one vector for each of `params`.
-        pools: for each of `params` a number; those of the same number have one q, from their means together.
+        pools: for each of `params` a number; those of the same number have one mask value, from their means together.
         within_step: signal and noise from the gradients of the step's micro-batches, two or more. Of K such gradients,
             each divided by K, Σ|g|² gives the unbiased variance N of their sum; S is the sum's square less N.
 
@@ -75,11 +75,11 @@ class SearchedPRM(torch.optim.Optimizer):
     ) -> None:
         if within_step and (rows or signal_beta is not None):
             raise ValueError(
-                "`within_step` measures its own signal, one q a tensor: leave out `rows` and `signal_beta`, got "
+                "`within_step` measures its own signal, over whole tensors: leave out `rows` and `signal_beta`, got "
                 f"{rows} and {signal_beta}."
             )
         if pools is not None and (rows or within_step):
-            raise ValueError("`pools` have one q for several tensors: leave out `rows` and `within_step`.")
+            raise ValueError("`pools` have one mask value for several tensors: leave out `rows` and `within_step`.")
         defaults = dict(lr=lr, betas=betas, variance_beta=variance_beta, eps=eps, weight_decay=weight_decay)
         super().__init__(params, defaults)
         self.softness, self.rows, self.signal_beta = softness, rows, signal_beta

@@ -28,8 +28,8 @@ class Grid:
         output_dir: the folder of the runs.
 
     Attributes:
+        methods, controls: those of the comparison that the noise rate has.
         rates: by the name of a method its learning rates.
-        controls: the controls of the comparison.
         left_out: methods that the noise rate does not have.
         info: what `run.json` says of every run.
     """
@@ -41,11 +41,8 @@ class Grid:
         methods = [method for method in args.compared if method.changes(noise_rate) is not None]
         self.left_out = [method.name for method in args.compared if method not in methods]
         self.controls = [method for method in methods if method.group == CONTROL]
-        self.rates = {
-            method.name: args.prm_learning_rates if method.has_mask else args.learning_rates
-            for method in methods
-            if method not in self.controls
-        }
+        self.methods = [method for method in methods if method.group != CONTROL]
+        self.rates = {m.name: args.prm_learning_rates if m.has_mask else args.learning_rates for m in self.methods}
         of_data = {"noise_rate": noise_rate, "model": data.model_name, "dataset": data.dataset_name}
         self.info = {**experiment.info(), **of_data}
         self.settings = {
@@ -77,8 +74,7 @@ class Grid:
         """
         accuracy, found = measures_of(self.info).accuracy, []
         for control in self.controls:
-            methods = [parse_method(name) for name in self.rates]
-            able = [m.name for m in methods if m.has_controls and (m.tensor_masks or not control.tensor_masks)]
+            able = [m.name for m in self.methods if m.has_controls and (m.tensor_masks or not control.tensor_masks)]
             rows = [row for row in metrics if row[0] in able]
             row = max(rows, key=lambda row: sum(run[accuracy] for run in metrics[row].values()))
             found += [self._control(control.name, row, seed, metrics) for seed in self.seeds]

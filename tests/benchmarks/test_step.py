@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from benchmarks import step as bench_step
+from benchmarks import step
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def no_bfloat16_for_others():
 def test_bench_step_writes_what_it_says(tmp_path, capsys):
     names = ["AdamW fused", "AdamW foreach", "PRM per_tensor foreach", "PRM per_param", "bf16 state"]
     arguments = ["--shapes", "tiny", "--dtypes", "float32", "bfloat16", "--repeats", "5", "--dpo_steps", "2"]
-    bench_step.main([*arguments, "--optimizers", *names, "--output", str(tmp_path)])
+    step.main([*arguments, "--optimizers", *names, "--output", str(tmp_path)])
     record = json.loads((tmp_path / "bench_step.json").read_text(encoding="utf-8"))
     rows = {(row["dtype"], row["optimizer"]): row for row in record["rows"]}
     assert len(rows) == 2 * len(names) and not any("error" in row for row in rows.values())
@@ -51,13 +51,11 @@ def test_the_time_limit_and_another_package_that_fails(tmp_path, monkeypatch):
     def broken(params):
         raise RuntimeError("not on this device")
 
-    monkeypatch.setattr(bench_step, "copy_bandwidth", lambda device: 1e9)  # measuring it takes a second
-    monkeypatch.setattr(
-        bench_step, "optimizers", lambda device: [{"broken": broken}, {"AdamW fused": torch.optim.AdamW}]
-    )
-    bench_step.main(["--shapes", "tiny", "--dtypes", "float32", "--repeats", "5", "--output", str(tmp_path)])
+    monkeypatch.setattr(step, "copy_bandwidth", lambda device: 1e9)  # measuring it takes a second
+    monkeypatch.setattr(step, "optimizers", lambda device: [{"broken": broken}, {"AdamW fused": torch.optim.AdamW}])
+    step.main(["--shapes", "tiny", "--dtypes", "float32", "--repeats", "5", "--output", str(tmp_path)])
     rows = json.loads((tmp_path / "bench_step.json").read_text(encoding="utf-8"))["rows"]
     assert rows[0]["error"] == "RuntimeError: not on this device" and rows[1]["median_ms"] > 0
-    bench_step.main(["--shapes", "tiny", "--dtypes", "float32", "--time_limit", "0", "--output", str(tmp_path)])
+    step.main(["--shapes", "tiny", "--dtypes", "float32", "--time_limit", "0", "--output", str(tmp_path)])
     rows = json.loads((tmp_path / "bench_step.json").read_text(encoding="utf-8"))["rows"]
     assert {row["error"] for row in rows} == {"left out: time limit"}

@@ -1,4 +1,4 @@
-"""Prints the README's table of paths and precisions, measured anew: `python -m tests.distributed.matrix`."""
+"""Prints the table of results/sharding.md, measured anew: `python -m tests.distributed.matrix`."""
 
 import tempfile
 from pathlib import Path
