@@ -62,7 +62,7 @@ class CheckpointMixin:
         return is_sharded(checkpoint)
 
     def _check_sharded_reduction(self, prm: PRM, checkpoint: str) -> None:
-        # torch would only find that two shapes differ
+        # torch would only say that two shapes differ
         shapes = saved_variance_shapes(checkpoint)
         names = {p: name for name, p in self.model.named_parameters()}
         for number, group in enumerate(prm.param_groups):

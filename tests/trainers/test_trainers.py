@@ -1,6 +1,7 @@
 """The trainers: their optimizer, and what TRL lets one do with a trainer."""
 
 import copy
+import inspect
 import logging
 import os
 import subprocess
@@ -474,13 +475,16 @@ def test_prm_in_other_trainers(tmp_path, make, how):
     trainer.train()
     optimizer = trainer.optimizer.optimizer
     assert type(optimizer) is PRM and {int(s["step"]) for s in optimizer.state.values()} == {3}
-    assert optimizer.param_groups[0]["reduction"] == ("per_param" if how == "optimizers" else "per_tensor")
+    default = inspect.signature(PRM).parameters["reduction"].default
+    assert optimizer.param_groups[0]["reduction"] == (default if how == "optimizers" else "per_tensor")
     assert not torch.equal(weights(trainer.model), before)
 
 
 @pytest.mark.parametrize("make", [plain_trainer, trl_sft_trainer])
 def test_the_check_of_our_trainers_in_other_ones(tmp_path, caplog, make):
-    trainer = make(tmp_path, make_model(), optimizer_cls_and_kwargs=(PRM, {"lr": 1e-2}), callbacks=[PRMCallback()])
+    trainer = make(
+        tmp_path, make_model(), optimizer_cls_and_kwargs=(PRM, {"reduction": "per_param"}), callbacks=[PRMCallback()]
+    )
     trainer.train()
     number = sum(p.requires_grad for p in trainer.model.parameters())
     assert caplog.text.count(f"PRM trains {number} tensors with per_param masks as whole tensors on 1 process.") == 1
