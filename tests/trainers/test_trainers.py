@@ -78,15 +78,15 @@ def test_prm_is_built_from_the_arguments_with_decay_groups(tmp_path):
         "reduction": "per_param",
         "softness": 2.0,
         "estimator": "debiased",
-        "rho": 0.95,
         "boundary": "batch",
         "alpha": 0.5,
         "mask_eps": 1e-9,
-        "warmup_steps": 2,
         "state_dtype": "bf16",
     }
     for group in optimizer.param_groups:
         assert {key: group[key] for key in expected} == expected
+        assert group.get("variance_beta", group.get("rho")) == 0.95
+        assert group.get("mask_warmup_steps", group.get("warmup_steps")) == 2
 
 
 def test_the_control_trains_exactly_as_the_parent(tmp_path):
