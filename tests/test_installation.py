@@ -37,16 +37,7 @@ def test_lazy_names_say_what_they_need():
     assert "`prm_hf.trainers` needs transformers, trl, accelerate, datasets, peft: pip install" in result.stderr
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "import prm_hf",
-        pytest.param(
-            "from prm_hf import PRM",
-            marks=pytest.mark.xfail(reason="prm_hf.sharding imports torch.distributed.tensor and fsdp, for 0.6 s"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("statement", ["import prm_hf", "from prm_hf import PRM"])
 def test_an_import_costs_little_beyond_torch(statement):
     code = f"import time, torch; start = time.process_time(); {statement}; print(time.process_time() - start)"
     seconds = min(float(run_without((), code).stdout) for _ in range(3))

@@ -49,8 +49,8 @@ def drift_metrics(evaluation: PairEvaluation | SequenceEvaluation, beta: float |
 class ParameterDrift:
     """‖w - w₀‖ / ‖w₀‖ over the trained tensors, w₀ being the weights at construction.
 
-    LoRA layers count by their effective weight: ‖BA·scaling - (its value at construction)‖ against ‖W‖, W the frozen
-    weight. (Of DoRA that is the direction; its magnitude vectors count as tensors of their own.)
+    LoRA layers count by their effective weight: ‖BA·scaling - (its value at construction)‖ against ‖W‖, where W is the
+    frozen weight. (With DoRA that is the direction; the magnitude vectors count as tensors of their own.)
 
     The copy of w₀ stays in the main process' host memory, in the parameters' dtype; a LoRA adapter whose product is
     zero at construction needs none. Sharded parameters are gathered one at a time.
@@ -78,7 +78,7 @@ class ParameterDrift:
 
     def relative(self, model: nn.Module) -> float:
         """‖w - w₀‖ / ‖w₀‖ of the model's present weights; the same number on every process. Collective."""
-        norms = []  # of the changes, read when all are under way
+        norms = []  # of the changes; they are read after all have been launched
         for name, value, _ in _trained_tensors(model, self.accelerator, with_frozen=False):
             initial = self._initial[name]
             change = value if initial is None else initial.to(value.device).float() - value

@@ -1,10 +1,10 @@
 """One pass over held-out rows: a table with one entry a completion, from which every metric is computed.
 
-`evaluate_pairs` and `evaluate_sequences` run the policy and its reference once over a dataset, `evaluate_classes` a
-classifier. What they return is on the CPU, in dataset order, the same on every process, and free of the duplicates
-that fill uneven last batches, so that `rewards.py`, `drift.py` and `memorization.py` are pure functions of it. Where a
-trainer runs both models anyway, `captured_hidden_states`, `score_rows` and `evaluations_of` make the same table of its
-passes.
+`evaluate_pairs` and `evaluate_sequences` run the policy and its reference once over a dataset, `evaluate_classes` runs
+a classifier. The tables are on the CPU, in dataset order, the same on every process, and without the duplicates that
+fill uneven last batches, so that `rewards.py`, `drift.py` and `memorization.py` are pure functions of them. If a
+trainer runs both models anyway, `captured_hidden_states`, `score_rows` and `evaluations_of` make the same tables from
+its passes.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from transformers.trainer_utils import has_length
 from .forward import Forward, as_reference, evaluation_mode, forward, unwrap
 
 
-# Logits that exist at one time, per model: in float32 0.5 GB, and 2 GB with what is computed of them. At a vocabulary
-# of 150,000 these are 883 tokens; a few hundred would leave most of a GPU without work.
+# Number of logits that exist at one time, per model: 0.5 GB in float32, and 2 GB with the intermediate results. With a
+# vocabulary of 150,000 these are 883 tokens; a few hundred tokens would leave most of a GPU without work.
 CHUNK_LOGITS = 2**27
 
 
@@ -222,7 +222,7 @@ def rows_of(dataloader: DataLoader) -> Sequence[dict[str, Any]]:
 
 
 def check_parallelism(model: nn.Module, accelerator: Accelerator) -> None:
-    """Raises an error where rows are not one process' each, or the weights can't be read."""
+    """Raises an error if several processes share a row, or if the weights can't be read."""
     parallelism = accelerator.parallelism_config
     if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError(
@@ -301,7 +301,7 @@ def score_rows(
             f"`collate` made a batch of {sorted(batch)}, with neither `completion_mask` nor `labels` to say which "
             "tokens to evaluate. Use TRL's collator, or one that adds either."
         )
-    # Where a next token is evaluated: the sequence, and the position before it
+    # Sequence and position before each token that is evaluated
     places = (labels[:, 1:] != -100).nonzero(as_tuple=True)
     targets = labels[:, 1:][places]
 
@@ -310,8 +310,8 @@ def score_rows(
         policy = forward(model, batch, places, accelerator, next(known, None))
         with as_reference(model, ref_model, accelerator) as reference:
             ref = None if reference is None else forward(reference, batch, places, accelerator, next(known, None))
-        # Precomputed log-probabilities come from logits in autocast's precision, and only such compare with them. With
-        # a reference both are float32: rounding to bf16 is by itself a KL of 1e-3, the size of a short run's drift.
+        # Precomputed log-probabilities come from logits in autocast's precision, so ours must have it too. With a
+        # reference both are float32, since rounding to bf16 alone is a KL of 1e-3, the size of a short run's drift.
         full_precision = torch.autocast(accelerator.device.type, enabled=False)
         precision = accelerator.autocast() if ref is None else full_precision
         with (
@@ -326,8 +326,8 @@ def score_rows(
                     ref.check()
             scored = _score_tokens(policy, ref, targets)
 
-    # Sums in an order that is always the same. Nothing here waits for the device, which may still be at this batch
-    # when the host is at the next.
+    # The order of the sums is always the same. Nothing here waits for the device, which may still work on this batch
+    # when the host prepares the next.
     device = torch.device("cpu") if labels.device.type == "mps" else labels.device  # which has no float64
     places = tuple(x.to(device) for x in places)
 
@@ -384,8 +384,8 @@ def _score_tokens(policy: Forward, ref: Forward | None, targets: torch.Tensor) -
                     "reference must share the policy's vocabulary. Resize both embeddings alike before training."
                 )
             ref_logps = log_r.gather(-1, target).squeeze(-1)
-            # Σ p (log p - log r), in place. A token that the policy never emits adds nothing, also where the reference
-            # never emits it; but 0·∞ and ∞ - ∞ are NaN. A row that is NaN by itself stays so, by its log-probability.
+            # Σ p (log p - log r), in place. A token that the policy never emits adds nothing, even if the reference
+            # never emits it, although 0·∞ and ∞ - ∞ are NaN. A row with NaN logits stays NaN by its log-probability.
             log_r = torch.sub(log_p, log_r, out=log_r)
             kl = log_p.exp_().mul_(log_r).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf).sum(-1)
             either = logps + ref_logps

@@ -1,7 +1,7 @@
 """One forward pass whose result is hidden states, from which logits are made in chunks.
 
-The logits of whole sequences never exist: at a vocabulary of 150,000 they are what does not fit into memory. A pass is
-run here, or is one that a trainer makes anyway and that is captured.
+The logits of whole sequences never exist, since with a vocabulary of 150,000 they do not fit into memory. The pass is
+run here, or captured from a trainer that makes it anyway.
 """
 
 import contextlib
@@ -76,7 +76,7 @@ def forward(
 
     `places` are the sequences and the positions whose next token is evaluated, int64, `(tokens,)` each.
     """
-    # A compiled forward does not see the hook
+    # A compiled forward does not call the hook
     model = model._orig_mod if is_compiled_module(model) else model
     causal = _causal_model(model, accelerator)
     decoder, head, name = causal.get_decoder(), causal.get_output_embeddings(), type(causal).__name__
@@ -134,10 +134,10 @@ def captured_hidden_states(models: Sequence[nn.Module], accelerator: Accelerator
 def without_cudnn() -> Iterator[None]:
     """Attention by torch's other kernels.
 
-    cuDNN's is planned anew for each shape of a batch, and no two batches of packed rows, or of rows sorted by length,
-    have the same: on an H200 that is a tenth of a second or more, half of a step of a 0.5 B model. To be around the
-    backward pass too, which runs the forward pass once more under gradient checkpointing, and raises an error if
-    another kernel is at work then.
+    cuDNN plans its kernel for each new shape of a batch, and batches of packed rows, or of rows sorted by length, all
+    have different shapes. On an H200 a plan takes a tenth of a second or more, half of a step of a 0.5 B model. The
+    context must hold the backward pass too: gradient checkpointing runs the forward pass again in it, and raises an
+    error if another kernel is used then.
     """
     enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -187,7 +187,7 @@ _INNER: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref, bool]] = weakref
 def unwrap(model: nn.Module, accelerator: Accelerator) -> tuple[nn.Module, bool]:
     """The model inside its wrappers, and whether it is one of PEFT's.
 
-    accelerate is asked once a model: it takes milliseconds to answer, as it looks for installed packages each time.
+    accelerate is asked once a model, since it looks for installed packages each time, which takes milliseconds.
     """
     if model not in _INNER:
         inner = accelerator.unwrap_model(model, keep_torch_compile=False)

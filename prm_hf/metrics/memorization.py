@@ -105,7 +105,7 @@ def _checked(name: str, flags: torch.Tensor, n: int, what: str) -> torch.Tensor:
     flags = torch.as_tensor(flags, dtype=torch.bool)
     if flags.shape != (n,):
         raise ValueError(
-            f"`{name}` must have one entry for each of the {n} {what}, got shape {tuple(flags.shape)}: pass that column "
-            "of the rows that were evaluated."
+            f"`{name}` must have one entry for each of the {n} {what}, got shape {tuple(flags.shape)}: pass that "
+            "column of the rows that were evaluated."
         )
     return flags

@@ -20,8 +20,8 @@ def whole(*params: torch.Tensor | None) -> Iterator[list[torch.Tensor | None]]:
             import deepspeed
             from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-            # One that is whole already (a tied embedding) must not be partitioned again on leaving, and DeepSpeed
-            # mishandles one that is named twice.
+            # A parameter that is whole already (a tied embedding) must not be partitioned again on leaving, and
+            # DeepSpeed mishandles a parameter that is named twice.
             missing = {id(p): p for p in partitioned if p.ds_status != ZeroParamStatus.AVAILABLE}
             stack.enter_context(deepspeed.zero.GatheredParameters(list(missing.values())))
         yield [p.full_tensor() if isinstance(p, DTensor) else p for p in params]

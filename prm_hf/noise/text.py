@@ -19,7 +19,7 @@ from .images import fixed_order
 from .rng import row_generator, row_uniforms
 
 
-OTHER = "other_row_"  # the prefix under which another row's columns stand beside a row's own for a while
+OTHER = "other_row_"  # prefix of the columns of another row, which stand beside a row's own for a while
 
 
 def with_other_rows(dataset: Dataset, columns: list[str], seed: int, stream: str, derangement: bool) -> Dataset:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from ..sharding import FlatVariances, Locator, UnitTable, local_tensors
+from ..sharding import FlatVariances, Locator, UnitTable, is_dtensor, local_tensors
 from . import masks
 from .foreach import ForeachStep, TensorLists
 from .quantized import read, write
@@ -206,7 +205,7 @@ class PlanList:
         self.members, self.settings, self.unit_masks = members, members[0].settings, unit_masks
         self.sums: Tensor | None = None
         self._params = [member.param for member in members]
-        self._sharded = any(isinstance(p, DTensor) for p in self._params)
+        self._sharded = any(map(is_dtensor, self._params))
         self._grad_dtype = members[0].grad.dtype
         # Those of shards that hold nothing may stay None
         self._empty = {i: m.grad for i, m in enumerate(members) if m.param.grad is None}

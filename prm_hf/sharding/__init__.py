@@ -1,6 +1,6 @@
 """Where a tensor lives under DDP, FSDP and DeepSpeed. This room imports torch alone and knows no optimizer."""
 
-from .layout import Layout, Segment, ShardingPath, UnitRange, find_layout, local_tensor, local_tensors
+from .layout import Layout, Segment, ShardingPath, UnitRange, find_layout, is_dtensor, local_tensor, local_tensors
 from .locator import Locator
 from .unit_masks import FlatVariances, UnitTable
 
@@ -14,6 +14,7 @@ __all__ = [
     "UnitRange",
     "UnitTable",
     "find_layout",
+    "is_dtensor",
     "local_tensor",
     "local_tensors",
 ]

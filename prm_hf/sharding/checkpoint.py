@@ -4,6 +4,7 @@
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -65,6 +66,10 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, folder: str | Path) -
     """
     if is_sharded(folder):
         state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+        # A checkpoint of an earlier version has other settings, and torch reads none but those that it is asked for.
+        for number, group in enumerate(state["optimizer"]["param_groups"]):
+            saved = saved_settings(folder, number)
+            state["optimizer"]["param_groups"][number] = {key: group.get(key) for key in saved}
         dcp.load(state, checkpoint_id=Path(folder, SHARDED_OPTIMIZER))
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
         return
@@ -84,15 +89,24 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, folder: str | Path) -
     optimizer.load_state_dict(state_dict)
 
 
+def saved_settings(folder: str | Path, group: int) -> list[str]:
+    """The names of what a sharded checkpoint keeps with a parameter group, its parameters included."""
+    prefix = f"optimizer.param_groups.{group}."
+    return [name.removeprefix(prefix) for name in _metadata(folder) if name.startswith(prefix)]
+
+
 def saved_variance_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     """By name of each parameter in a sharded checkpoint, the shape of the `grad_var` that was saved for it."""
-    metadata = dcp.FileSystemReader(Path(folder, SHARDED_OPTIMIZER)).read_metadata().state_dict_metadata
     prefix, suffix = "optimizer.state.", ".grad_var"
     return {
         name.removeprefix(prefix).removesuffix(suffix): tuple(entry.size)
-        for name, entry in metadata.items()
+        for name, entry in _metadata(folder).items()
         if name.startswith(prefix) and name.endswith(suffix)
     }
+
+
+def _metadata(folder: str | Path) -> dict[str, Any]:
+    return dcp.FileSystemReader(Path(folder, SHARDED_OPTIMIZER)).read_metadata().state_dict_metadata
 
 
 def _is_tied(model: nn.Module, name: str) -> bool:

@@ -9,6 +9,7 @@ true ones, so that a mistake is an error and not a wrong statistic.
 
 import enum
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,9 +17,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FlatParameter
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from .fsdp import FLAT_PARAMETERS
 
@@ -191,9 +189,9 @@ def find_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[Tens
         RuntimeError: the parameters are held in a way that a tensor's borders can't be recovered from.
     """
     local = [p for _, params in groups for p in params]
-    if any(isinstance(p, FlatParameter) for p in local):
+    if any(_is_instance(p, "torch.distributed.fsdp", "FlatParameter") for p in local):
         raise RuntimeError(FLAT_PARAMETERS)
-    if any(isinstance(p, DTensor) for p in local):
+    if any(is_dtensor(p) for p in local):
         return _dtensor_layout(groups)
     if any(getattr(p, "_fsdp_flattened", False) for p in local):
         return _fsdp1_layout(groups)
@@ -216,21 +214,33 @@ def find_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[Tens
     return None
 
 
+def _is_instance(x: Tensor, module: str, name: str) -> bool:
+    """`isinstance` of a class whose module takes long to import: where nobody has, there is no such tensor."""
+    return module in sys.modules and isinstance(x, getattr(sys.modules[module], name))
+
+
+def is_dtensor(x: Tensor) -> bool:
+    return _is_instance(x, "torch.distributed.tensor", "DTensor")
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """This process' part of a DTensor, sharing its memory; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def local_tensors(tensors: list[Tensor]) -> list[Tensor]:
     """[`local_tensor`] of each. Of a parameter `to_local` makes a new view, which takes longer than all else here."""
-    return [x._local_tensor if isinstance(x, DTensor) else x for x in tensors]
+    return [x._local_tensor if is_dtensor(x) else x for x in tensors]
 
 
 def _dtensor_layout(groups: list[tuple[int, list[Tensor]]]) -> Layout:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     layout = Layout(path=ShardingPath.FSDP2, flat=False, numels=[], process_groups=[])
     for number, p in enumerate(p for _, params in groups for p in params):
         process_groups = ()
-        if isinstance(p, DTensor):
+        if is_dtensor(p):
             if any(isinstance(placement, Partial) for placement in p.placements):
                 raise RuntimeError(f"PRM cannot step a parameter with partial placements: {p.placements}.")
             shards = (i for i, placement in enumerate(p.placements) if not placement.is_replicate())
@@ -238,7 +248,7 @@ def _dtensor_layout(groups: list[tuple[int, list[Tensor]]]) -> Layout:
         layout.numels.append(p.numel())
         layout.process_groups.append(process_groups)
         rows, offset = _n_rows(p.shape), 0
-        if isinstance(p, DTensor):
+        if is_dtensor(p):
             if not all(type(placement) in (Shard, Replicate) for placement in p.placements):
                 rows = 0  # those of strided shards are not next to each other
             elif p.dim() > 1:

@@ -1,5 +1,4 @@
-"""What trainers can be given: to be sure of PRM, to end when there is nothing left to learn, to see what is learnt by
-heart."""
+"""Callbacks of a trainer: checks of PRM, early stopping, memorization, and the evaluation at the end."""
 
 import logging
 import math
@@ -39,8 +38,8 @@ def find_prm(optimizer: Optimizer | None) -> PRM | None:
 class PRMCallback(TrainerCallback):
     """Checks when training begins that PRM is the optimizer in effect, and that its masks will be exact.
 
-    After the first step, when it is known, it says in one line how PRM found the tensors. Our trainers have it; to any
-    other one that trains with PRM it can be added: `Trainer(…, callbacks=[PRMCallback()])`.
+    After the first step it says in one line how PRM found the tensors. The trainers of this package have it; add it to
+    any other trainer that trains with PRM: `Trainer(…, callbacks=[PRMCallback()])`.
     """
 
     def __init__(self) -> None:
@@ -95,7 +94,7 @@ class PopulationRiskStoppingCallback(TrainerCallback):
     about 1/20. With `prm_reduction="per_row"` the ratio is larger, the more so the shorter the rows, as what is below
     0 in a row is not weighed against what is above 0 in others: look at your logs before you choose `threshold`.
 
-    All that it knows is in the logs, which checkpoints carry, so a resumed run stops where it would have.
+    It knows only what is in the logs, which checkpoints carry, so a resumed run stops at the same epoch.
 
     Args:
         threshold (`float`, *optional*, defaults to `0.4`):
@@ -153,8 +152,8 @@ class PopulationRiskStoppingCallback(TrainerCallback):
                 "`PopulationRiskStoppingCallback` goes by `mask/snr` in the logs, and this trainer does not log it: "
                 "use `PRMDPOTrainer`, `PRMSFTTrainer`, or `PRMTrainerMixin` in a class of your own."
             )
-        # While the learning rate rises, the averages of signal and noise form; in the first step of the debiased
-        # estimator there is neither.
+        # The averages of signal and noise form while the learning rate rises. The debiased estimator has neither in
+        # the first step.
         warmup = args.get_warmup_steps(state.max_steps)
         logged = [ratio for step, ratio in logged if step > warmup and math.isfinite(ratio)]
         if logged and sum(logged) / len(logged) < self.threshold:
@@ -234,7 +233,7 @@ class MemorizationCallback(TrainerCallback):
         self._measured: dict[str, float] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        # What cannot be measured is said now rather than at the first evaluation
+        # Raise errors now rather than at the first evaluation
         for name, dataset in self._datasets.items():
             if dataset is not None:
                 self._first_batch(name)
@@ -261,7 +260,7 @@ class MemorizationCallback(TrainerCallback):
         return fit_metrics(fits["train"], self.corrupted, fits.get("heldout"))
 
     def _first_batch(self, name: str) -> dict[str, torch.Tensor]:
-        """The batch of the first row alone, whose shapes say what kind of task it is."""
+        """The batch of the first row alone. Its shapes say what kind of task it is."""
         if name not in self._loaders:
             self._loaders[name] = self.trainer.get_test_dataloader(self._datasets[name])
         loader = self._loaders[name]

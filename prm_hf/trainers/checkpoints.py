@@ -47,7 +47,7 @@ class CheckpointMixin:
                     "`fsdp_state_dict_type: FULL_STATE_DICT`, or FSDP2 (`fsdp_version: 2`)."
                 )
             self._check_sharded_reduction(prm, checkpoint)
-        if self._was_written_elsewhere(checkpoint):
+        if self._was_written_elsewhere(checkpoint) or is_sharded(checkpoint):
             load_optimizer(self.model, prm, checkpoint)
             path = os.path.join(checkpoint, SCHEDULER_NAME)
             self.lr_scheduler.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -62,7 +62,7 @@ class CheckpointMixin:
         return is_sharded(checkpoint)
 
     def _check_sharded_reduction(self, prm: PRM, checkpoint: str) -> None:
-        # torch would only find that two shapes differ
+        # torch would only say that two shapes differ
         shapes = saved_variance_shapes(checkpoint)
         names = {p: name for name, p in self.model.named_parameters()}
         for number, group in enumerate(prm.param_groups):

@@ -127,7 +127,9 @@ class PRMArguments:
     prm_mask_eps: float | None = None
     prm_mask_warmup_steps: int = 0
     prm_state_dtype: Literal["float32", "bf16", "8bit"] = "float32"
-    drift_metrics: bool | None = None
+    drift_metrics: bool | None = field(
+        default=None, metadata={"nargs": "?", "const": True}
+    )  # a flag may have no value
 
     optimizer_name: Literal["prm", "adamw"] = _old_name()
     prm_rho: float = _old_name()

@@ -50,18 +50,18 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
     - `memorization/flipped_fit` and `memorization/clean_fit`, if `train_dataset` is a [`~datasets.Dataset`] with a
       bool column `flipped`, on `args.memorization_max_rows` of its rows.
 
-    What is measured on a split comes of the hidden states of TRL's own forward passes; a compiled model takes passes
-    of our own, as do rows that TRL leaves out or permutes, and the rows for memorization.
+    The metrics of a split are computed from the hidden states of TRL's own forward passes. A compiled model, rows that
+    TRL leaves out or permutes, and the rows for memorization need passes of their own.
 
-    Rows that are tokenized, as the trainer's own `train_dataset` is, are not tokenized again; where all datasets have
-    the columns `ref_chosen_logps` and `ref_rejected_logps` of `precompute_ref_log_probs=True`, training takes the
-    reference's log-probabilities from there, and `drift/kl` is measured still. So runs can share both.
+    Tokenized rows, as those of another trainer's `train_dataset`, are not tokenized again. If all datasets have the
+    columns `ref_chosen_logps` and `ref_rejected_logps` of `precompute_ref_log_probs=True`, training takes the
+    reference's log-probabilities from them, and `drift/kl` is still measured. So runs can share both.
 
     The reference is the trainer's: `ref_model`, or for a PEFT model the model with its adapter disabled (or TRL's
     copy of an adapter that training started from).
 
-    `args.padding_free=True` runs all forward passes of training on packed sequences, for any kernel of attention: as
-    many rows as the tokens fit in, with masks that keep the sequences apart. The losses are those of padded batches.
+    `args.padding_free=True` runs all forward passes of training on packed sequences, with any attention kernel. Masks
+    keep the sequences of a row apart, and the losses are those of padded batches.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -107,13 +107,14 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
         **kwargs,
     ):
         args = checked_config(args, PRMDPOConfig, model, "DPO")
-        # TRL has none for DPO at present, and says so
+        # TRL has no padding-free DPO, and raises an error for it
         self._packing_is_due, args.padding_free = args.padding_free, False
         try:
             super().__init__(model, ref_model, args, *positional, **kwargs)
             self._add_packing()
         finally:
-            args.padding_free = getattr(self, "padding_free", self._packing_is_due)  # it raised, where there is none
+            # The attribute is missing if TRL raised an error
+            args.padding_free = getattr(self, "padding_free", self._packing_is_due)
         datasets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         datasets = [self.train_dataset, *(dataset for dataset in datasets if dataset is not None)]
         self.precompute_ref_logps |= all(map(_has_reference_logps, datasets))
@@ -134,7 +135,7 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
         return super()._prepare_dataset(dataset, *args, **kwargs)
 
     def _add_packing(self) -> None:
-        """`padding_free=True`, as soon as the models have TRL's fused head."""
+        """Sets `padding_free=True` up, as soon as the models have TRL's fused head."""
         if not self._packing_is_due:
             return
         model = self.model
@@ -151,7 +152,7 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         collate = self.data_collator
-        # A stream's batches are cut up by tensors, to be dealt out to the processes
+        # accelerate deals the batches of a stream out to the processes, by slicing their tensors
         dealt_out = self.args.accelerator_config.dispatch_batches or isinstance(self.train_dataset, IterableDataset)
         if self.padding_free and not dealt_out:
             self.data_collator = functools.partial(with_lengths, collate)
@@ -168,7 +169,7 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
         if _has_reference_logps(dataset):
             return dataset
         self._add_packing()
-        if self._precompute_model_hash is None:  # the log-probabilities so far came with the datasets
+        if self._precompute_model_hash is None:  # all log-probabilities so far came with the datasets
             self._precompute_model_hash = hash_module(self.ref_model or self.model)
         return super()._precompute_ref_logps(dataset, *args, **kwargs)
 
@@ -228,7 +229,7 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
         rows = rows_of(dataloader)
         order = range(len(rows))
         if isinstance(rows, Dataset) and "prompt_ids" in rows.column_names:
-            # Batches of pairs of one length are hardly padded
+            # Batches of pairs of about one length have little padding
             texts = zip(*(rows[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")), strict=True)
             lengths = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in texts]
             order = sorted(order, key=lengths.__getitem__)

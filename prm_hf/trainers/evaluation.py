@@ -1,4 +1,4 @@
-"""What the trainers measure at an evaluation: exact metrics, out of the forward passes that TRL makes in it."""
+"""The exact metrics of an evaluation, which the trainers compute from TRL's own forward passes."""
 
 import contextlib
 from typing import Any
@@ -26,11 +26,12 @@ class EvaluationMixin:
     which returns a dict of numbers by their names in `prm_hf.metrics`; it may extend `_run_metrics()`, what is
     measured once an evaluation.
 
-    If the class says that `_rows_are_apart`, hooks take the last hidden states of TRL's forward passes over a batch,
-    and the scores of the batch are computed of them right after. `_shared_tables()` then gives what the scores say of
-    each sequence of a row; None where the model is compiled (its passes call no hooks), or rows are left out or
-    permuted. Such a class says how many sequences a row is, and how many of the passes over policy and reference TRL
-    makes. It may run more passes as TRL does, and change the shape of the states.
+    If the class sets `_rows_are_apart`, hooks keep the last hidden states of TRL's forward passes over a batch, and
+    the scores of the batch are computed from them at once. `_shared_tables()` then returns a table for each sequence
+    of a row. It returns None if the model is compiled, since compiled passes call no hooks, or if the dataloader
+    leaves rows out or permutes them. Such a class sets how many sequences a row has, and how many of the passes over
+    policy and reference TRL makes. It may run the missing passes in `_run_more`, and restore the shape of the states
+    in `_unpack`.
 
     Attributes:
         last_eval_metrics (`dict[str, float]`):
@@ -45,9 +46,9 @@ class EvaluationMixin:
         self.last_eval_metrics: dict[str, float] = {}
         self._evaluated_step: int | None = None
         self._is_evaluating = False
-        # Prefix of an evaluation under way, until what belongs to the run rather than to a split has been measured
+        # The prefix of the current evaluation, until the metrics of the run (not of a split) have been measured
         self._run_prefix: str | None = None
-        # Of an evaluation under way: a tensor a batch, as `score_rows` gives it
+        # The scores of the current evaluation: one tensor a batch, as `score_rows` returns it
         self._scores: list[torch.Tensor] | None = None
         self._logits_are_checked = False
         self._parameter_drift = None
@@ -63,7 +64,8 @@ class EvaluationMixin:
 
     def train(self, *args, **kwargs) -> TrainOutput:
         if self.args.use_liger_kernel and self.ref_model is not None:
-            # The model gets the kernels in there. Had the reference others, their rounding would look like drift.
+            # `super().train` gives the kernels to the model. If the reference had other kernels, the difference in
+            # rounding would look like drift.
             apply_liger_kernel(self.accelerator.unwrap_model(self.ref_model), self.args.liger_kernel_config)
         return super().train(*args, **kwargs)
 
@@ -99,7 +101,7 @@ class EvaluationMixin:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-            # What TRL collected in this loop, taken over before its `log` names it "eval_" whatever the split is
+            # Take over what TRL collected in this loop, before its `log` names it "eval_" whatever the split is
             metrics = {name: sum(values) / len(values) for name, values in self._metrics["eval"].items()}
             self._metrics["eval"].clear()
             if measured:
@@ -118,7 +120,7 @@ class EvaluationMixin:
             return super().prediction_step(model, inputs, *args, **kwargs)
         inputs = self._prepare_inputs(inputs)
         models = [m for m in (model, self.ref_model) if m is not None]
-        # Without `train` before it, an evaluation of TRL's runs the reference in mixed precision and the policy not
+        # Outside of `train`, TRL evaluates the reference in mixed precision and the policy in full precision
         autocast = contextlib.nullcontext() if self.is_in_train else self.accelerator.autocast()
         with captured_hidden_states(models, self.accelerator) as hidden:
             with autocast:
@@ -128,7 +130,8 @@ class EvaluationMixin:
             passes += self._run_more(model, inputs)
         is_first, self._logits_are_checked = not self._logits_are_checked, True
         if is_first or len(hidden) < passes:
-            hidden = []  # passes of our own, which give logits to compare with, and also see a model that is compiled
+            # `score_rows` then runs its own passes, which return logits to compare with and see compiled models too
+            hidden = []
         scores = score_rows(
             model,
             self.ref_model,
@@ -144,18 +147,18 @@ class EvaluationMixin:
         return outputs
 
     def _run_more(self, model: nn.Module, inputs: dict[str, Any]) -> int:
-        """Makes passes that are not TRL's here but are made in its way, and returns their number."""
+        """Runs the passes that TRL leaves out, in the way that TRL runs its own; returns their number."""
         return 0
 
     def _unpack(self, hidden: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-        """Hidden states in the shape of the batch."""
+        """Returns the hidden states in the shape of the batch."""
         return hidden
 
     def _has_reference(self) -> bool:
         return self.ref_model is not None or is_peft_model(self.model)
 
     def _shared_tables(self) -> list[SequenceEvaluation] | None:
-        """A table for each sequence of a row, when TRL has gone through all batches."""
+        """Returns a table for each sequence of a row, after TRL has gone through all batches."""
         return None if self._scores is None else evaluations_of(torch.cat(self._scores).cpu(), self._has_reference())
 
     def _run_metrics(self) -> dict[str, float]:

@@ -53,7 +53,7 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
                 )
             self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
 
-        # An optimizer that was passed wins over the arguments
+        # An optimizer that was passed takes precedence over the arguments
         self._arguments_choose = self.optimizer is None and self.optimizer_cls_and_kwargs is None
         if self._arguments_choose:
             self.trains_with_prm = self.args.optim == "prm"
@@ -65,7 +65,7 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
         # Raises where arguments contradict each other
         if self._settings() is not self.args and self.args.prm_preset is not None:
             logger.warning(preset_note(self.args, self._is_peft))
-        # Counted before shards are made, of which FSDP1 would not say how large the tensors are
+        # Count before the model is sharded, since FSDP1 hides the sizes of the tensors
         self._trained_numel = sum(
             getattr(p, "ds_numel", p.numel()) for p in self.model.parameters() if p.requires_grad
         )
@@ -157,8 +157,8 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
     # ---- Logs ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # "loss" is in the logs of training steps and in no other. All processes come here, as the statistics of
-        # sharded parameters need them to.
+        # Only the logs of training steps have "loss". All processes come here, which the statistics of sharded
+        # parameters need.
         if "loss" in logs and (prm := self.find_prm()) is not None:
             logs.update({f"mask/{name}": value for name, value in prm.get_mask_stats().items()})
         super().log(logs, start_time)
@@ -190,6 +190,6 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
 
 
 def _decay(prm: PRM) -> dict[str, Any]:
-    """Trainers set the weight decay of each group rather than the optimizer's default."""
+    """The weight decay of the groups, which trainers set instead of the optimizer's default."""
     decays = sorted({group["weight_decay"] for group in prm.param_groups})
     return {"weight_decay": " and ".join(map(str, decays))}

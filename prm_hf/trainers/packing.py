@@ -31,10 +31,10 @@ def pack(lengths: list[int], capacity: int) -> tuple[list[tuple[int, int]], list
 def add_packing(model: PreTrainedModel) -> None:
     """Lets calls `model(input_ids, attention_mask, labels=…, fused_lm_head=True)` run without padding.
 
-    For models patched with TRL's `add_fused_lm_head`; all other calls stay as they are. Inputs are of shape
-    `(sequences, length)`, padded on the right. They are run as rows in which several sequences follow one another,
-    each with positions from 0, from which transformers' masks know the borders. What comes back is what the padded
-    call returns for each token, up to the rounding of the attention kernel.
+    The model must be patched with TRL's `add_fused_lm_head`; all other calls stay as they are. Inputs have the shape
+    `(sequences, length)` and are padded on the right. They run as rows in which several sequences follow one another.
+    Each sequence has positions from 0, which tell transformers' masks where it begins. The call returns for each token
+    what the padded call returns, up to the rounding of the attention kernel.
 
     With `lengths`, the sequences' lengths as a list (see [`with_lengths`]), and `attn_implementation="sdpa"` such a
     call does not wait for the device, as long as no layer has a window.
@@ -59,20 +59,20 @@ def add_packing(model: PreTrainedModel) -> None:
         if args or mask is None or mask.dim() != 2 or not kwargs.get("fused_lm_head") or "position_ids" in kwargs:
             return forward(*args, **kwargs)
         lengths = lengths or mask.sum(1).tolist()
-        # Flash attention takes packed sequences in one row
+        # Flash attention needs all packed sequences in one row
         one_row = "flash" in (config._attn_implementation or "")
         index = _indices(lengths, sum(lengths) if one_row else max(lengths))
         index = (index.pin_memory() if mask.is_cuda else index).to(mask.device, non_blocking=True)
         filled, (sequence, position) = index[0] >= 0, index.clamp(min=0)
         borders = None
         if config._attn_implementation == "sdpa" and not has_windows:
-            # transformers makes the same mask of the positions, but waits for the device to see that there are borders
+            # transformers would make the same mask from the positions, but would wait for the device to do so
             keys, queries = index[:, :, None, None, :], index[:, :, None, :, None]
             borders = (queries[0] == keys[0]) & (queries[1] >= keys[1])
         kwargs |= {
             "attention_mask": borders,
             "input_ids": kwargs["input_ids"][sequence, position],
-            # What is left of a row is a sequence of its own, that nothing comes of
+            # The rest of a row is a sequence of its own, whose results are not used
             "position_ids": position,
             "labels": kwargs["labels"][sequence, position].masked_fill(~filled | (position == 0), -100),
         }
@@ -94,8 +94,8 @@ def add_packing(model: PreTrainedModel) -> None:
 def with_lengths(collate: Callable[[list[Any]], dict[str, Any]], rows: list[Any]) -> dict[str, Any]:
     """The batch that `collate` makes of `rows`, with the `lengths` of its sequences.
 
-    For calls on a device, which need them on the host: a host that asks the device has it idle until there is the next
-    pass to run.
+    A call on a device needs them on the host. If the host asked the device for them, the device would be idle until
+    the host has launched the next pass.
     """
     batch = collate(rows)
     return {**batch, "lengths": batch["attention_mask"].sum(1).tolist()}
@@ -113,9 +113,9 @@ def unpack_hidden(hidden: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 def _indices(lengths: list[int], capacity: int) -> Tensor:
-    """Of each place of the packed rows, the sequence and the position in it: int64, `(2, rows, capacity)`.
+    """The sequence, and the position in it, of each place of the packed rows: int64, `(2, rows, capacity)`.
 
-    Where a row is not filled, the sequence is -1 and the position counts from 0 anew.
+    Where a row is not filled, the sequence is -1 and positions count from 0 again.
     """
     places, filled = pack(lengths, capacity)
     index = torch.full((2, len(filled), capacity), -1)

@@ -100,7 +100,7 @@ class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
             dataloader.collate_fn,
             self.accelerator,
             ref_model=self.ref_model,
-            # A padding-free batch is one long sequence: taken row by row, its sums are the row's
+            # A padding-free batch is one long sequence; in batches of one row its sums are those of the row
             batch_size=self.args.per_device_eval_batch_size if self._rows_are_apart else 1,
         )
 

@@ -49,7 +49,7 @@ VARIANTS = [
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: next(iter(v), "plain"))
 @pytest.mark.parametrize("implementation", ["fused", "foreach"])
 def test_equals_the_definition_in_float64(implementation, variant):
-    """Against `_single_tensor` on float64 copies, which the CPU tests hold against an independent implementation."""
+    """Against the reference on float64 copies, which the CPU tests hold against an independent implementation."""
     for mask, measured in itertools.product(MASKS, MEASURED):
         settings = {"mask": mask, **measured, "weight_decay": 0.1, **variant}
         params = make_params()
@@ -159,7 +159,7 @@ def test_a_step_never_waits_for_the_device_under_the_trainer(settings, bf16, sch
         per_device_train_batch_size=4,
         learning_rate=1e-3,
         lr_scheduler_type=scheduler,
-        mask_warmup_steps=3,
+        warmup_steps=3,
         weight_decay=0.1,
         bf16=bf16,
         logging_steps=5,

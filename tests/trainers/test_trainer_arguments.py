@@ -121,6 +121,15 @@ def test_settings_of_an_earlier_version_are_known(tmp_path):
     assert renamed_settings(old) == args == renamed_settings(args)
 
 
+def test_flags_of_drift_metrics_need_no_value(tmp_path):
+    flags = [str(part) for name, value in settings(tmp_path, optim="sgd").items() for part in (f"--{name}", value)]
+    (args,) = TrlParser((PRMDPOConfig,)).parse_args_and_config(args=[*flags, "--drift_metrics"])
+    assert args.drift_metrics is True
+    with pytest.warns(DeprecationWarning, match="`no_drift_metrics` is now `drift_metrics`"):
+        (args,) = TrlParser((PRMDPOConfig,)).parse_args_and_config(args=[*flags, "--no_drift_metrics"])
+    assert args.drift_metrics is False
+
+
 def test_drift_is_measured_by_default_with_prm_alone(tmp_path):
     defaults = [PRMDPOConfig(**settings(tmp_path, optim=optim)).drift_metrics for optim in ("prm", "adamw_torch")]
     assert defaults == [True, False]

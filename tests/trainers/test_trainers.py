@@ -480,7 +480,9 @@ def test_prm_in_other_trainers(tmp_path, make, how):
 
 @pytest.mark.parametrize("make", [plain_trainer, trl_sft_trainer])
 def test_the_check_of_our_trainers_in_other_ones(tmp_path, caplog, make):
-    trainer = make(tmp_path, make_model(), optimizer_cls_and_kwargs=(PRM, {"lr": 1e-2}), callbacks=[PRMCallback()])
+    trainer = make(
+        tmp_path, make_model(), optimizer_cls_and_kwargs=(PRM, {"reduction": "per_param"}), callbacks=[PRMCallback()]
+    )
     trainer.train()
     number = sum(p.requires_grad for p in trainer.model.parameters())
     assert caplog.text.count(f"PRM trains {number} tensors with per_row masks as whole tensors on 1 process.") == 1

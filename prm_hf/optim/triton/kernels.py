@@ -19,6 +19,18 @@ import triton
 import triton.language as tl
 
 
+class _Position(tl.constexpr):
+    """A position in a table. Triton compares each that a kernel reads at each launch, which must take no time."""
+
+    def __eq__(self, other) -> bool:
+        return self.value == getattr(other, "value", other)
+
+    def __ne__(self, other) -> bool:
+        return self.value != getattr(other, "value", other)
+
+    __hash__ = object.__hash__
+
+
 # A row of the table of scalars, float64: the step's own, then the settings of its group. A kernel reads them by name.
 SCALARS = (
     "step_size",
@@ -67,7 +79,7 @@ SCALARS = (
     _UNSCALE,
     _FLOOR,
     _ONE_MINUS_SIGNAL_BETA,
-) = map(tl.constexpr, range(len(SCALARS)))
+) = map(_Position, range(len(SCALARS)))
 # A row of the table of tensors, int64: where each is (0 for none), its elements, the first of its chunks, its rows,
 # and the first of them among those of all tensors.
 STATES = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var", "exp_avg_signal")
@@ -83,7 +95,7 @@ TENSOR = (*STATES, "numel", "first_chunk", "rows", "first_row")
     _FIRST_CHUNK,
     _N_ROWS,
     _FIRST_ROW,
-) = map(tl.constexpr, range(len(TENSOR)))
+) = map(_Position, range(len(TENSOR)))
 
 
 @triton.jit
