@@ -68,8 +68,6 @@ def test_every_field_is_explained():
 def test_defaults_are_those_of_prm():
     """One set of defaults, whichever way PRM is reached."""
     theirs = {name: parameter.default for name, parameter in inspect.signature(PRM).parameters.items()}
-    if theirs["reduction"] == "per_param":
-        pytest.xfail("PRM has the paper's defaults still")
     ours = prm_kwargs(PRMArguments())
     assert ours == {name: theirs[name] for name in ours}
 

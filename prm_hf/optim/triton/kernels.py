@@ -15,6 +15,8 @@ row. It has `row_kernel`, launched once for each shape of tile that the rows of 
 held in parts it is launched twice, for the sums and for the update, as `step_kernel` is for tensors in parts.
 """
 
+# Arguments stand on few lines, so that a kernel fits on a screen.
+# fmt: off
 import triton
 import triton.language as tl
 
@@ -33,68 +35,22 @@ class _Position(tl.constexpr):
 
 # A row of the table of scalars, float64: the step's own, then the settings of its group. A kernel reads them by name.
 SCALARS = (
-    "step_size",
-    "bias2_sqrt",
-    "decay",
-    "center",
-    "weight",
-    "signal",
-    "noise",
-    "first",
-    "open",
-    "one_minus_beta1",
-    "beta2",
-    "one_minus_beta2",
-    "variance_beta",
-    "eps",
-    "weight_decay",
-    "noise_weight",
-    "softness",
-    "mask_eps",
-    "first_ratio",
-    "unscale",
-    "floor",
-    "one_minus_signal_beta",
+    "step_size", "bias2_sqrt", "decay", "center", "weight", "signal", "noise", "first", "open", "one_minus_beta1",
+    "beta2", "one_minus_beta2", "variance_beta", "eps", "weight_decay", "noise_weight", "softness", "mask_eps",
+    "first_ratio", "unscale", "floor", "one_minus_signal_beta"
 )
 (
-    _STEP_SIZE,
-    _BIAS2_SQRT,
-    _DECAY,
-    _CENTER,
-    _WEIGHT,
-    _SIGNAL,
-    _NOISE,
-    _FIRST,
-    _OPEN,
-    _ONE_MINUS_BETA1,
-    _BETA2,
-    _ONE_MINUS_BETA2,
-    _VARIANCE_BETA,
-    _EPS,
-    _WEIGHT_DECAY,
-    _NOISE_WEIGHT,
-    _SOFTNESS,
-    _MASK_EPS,
-    _FIRST_RATIO,
-    _UNSCALE,
-    _FLOOR,
-    _ONE_MINUS_SIGNAL_BETA,
+    _STEP_SIZE, _BIAS2_SQRT, _DECAY, _CENTER, _WEIGHT, _SIGNAL, _NOISE, _FIRST, _OPEN, _ONE_MINUS_BETA1, _BETA2,
+    _ONE_MINUS_BETA2, _VARIANCE_BETA, _EPS, _WEIGHT_DECAY, _NOISE_WEIGHT, _SOFTNESS, _MASK_EPS, _FIRST_RATIO,
+    _UNSCALE, _FLOOR, _ONE_MINUS_SIGNAL_BETA
 ) = map(_Position, range(len(SCALARS)))
 # A row of the table of tensors, int64: where each is (0 for none), its elements, the first of its chunks, its rows,
 # and the first of them among those of all tensors.
 STATES = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var", "exp_avg_signal")
 TENSOR = (*STATES, "numel", "first_chunk", "rows", "first_row")
 (
-    _PARAM,
-    _EXP_AVG,
-    _EXP_AVG_SQ,
-    _MAX_EXP_AVG_SQ,
-    _GRAD_VAR,
-    _EXP_AVG_SIGNAL,
-    _NUMEL,
-    _FIRST_CHUNK,
-    _N_ROWS,
-    _FIRST_ROW,
+    _PARAM, _EXP_AVG, _EXP_AVG_SQ, _MAX_EXP_AVG_SQ, _GRAD_VAR, _EXP_AVG_SIGNAL, _NUMEL, _FIRST_CHUNK, _N_ROWS,
+    _FIRST_ROW
 ) = map(_Position, range(len(TENSOR)))
 
 
@@ -157,16 +113,8 @@ def _mask(mean_sq, var, row, dtype: tl.constexpr, MASK: tl.constexpr, DEBIASED: 
 
 @triton.jit
 def _gradient(
-    g_ptr,
-    p,
-    offsets,
-    mask,
-    row,
-    COUPLED: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    SCALED: tl.constexpr,
-    MASKED: tl.constexpr,
-    policy: tl.constexpr,
+    g_ptr, p, offsets, mask, row, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, SCALED: tl.constexpr, MASKED:
+    tl.constexpr, policy: tl.constexpr
 ):
     g = _load(g_ptr, offsets, mask, MASKED, policy)
     if SCALED:
@@ -180,24 +128,9 @@ def _gradient(
 
 @triton.jit
 def _update_chunk(
-    p_ptr,
-    g_ptr,
-    m_ptr,
-    v_ptr,
-    x_ptr,
-    s_ptr,
-    row,
-    q,
-    offsets,
-    mask,
-    MASK: tl.constexpr,
-    DEBIASED: tl.constexpr,
-    PER_TENSOR: tl.constexpr,
-    AMSGRAD: tl.constexpr,
-    COUPLED: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    SCALED: tl.constexpr,
-    MASKED: tl.constexpr,
+    p_ptr, g_ptr, m_ptr, v_ptr, x_ptr, s_ptr, row, q, offsets, mask, MASK: tl.constexpr, DEBIASED: tl.constexpr,
+    PER_TENSOR: tl.constexpr, AMSGRAD: tl.constexpr, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, SCALED:
+    tl.constexpr, MASKED: tl.constexpr
 ):
     p = _load(p_ptr, offsets, mask, MASKED, "evict_first")
     m = _load(m_ptr, offsets, mask, MASKED, "evict_first")
@@ -231,16 +164,8 @@ def _update_chunk(
 
 @triton.jit
 def _before_update(
-    p_ptr,
-    g_ptr,
-    m_ptr,
-    row,
-    offsets,
-    mask,
-    COUPLED: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    SCALED: tl.constexpr,
-    MASKED: tl.constexpr,
+    p_ptr, g_ptr, m_ptr, row, offsets, mask, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, SCALED: tl.constexpr,
+    MASKED: tl.constexpr
 ):
     """g, m and g - center, of elements that are read again for their update; 0 where the mask leaves them out."""
     p = 0.0
@@ -253,16 +178,8 @@ def _before_update(
 
 @triton.jit
 def _chunk_sums(
-    p_ptr,
-    g_ptr,
-    m_ptr,
-    row,
-    offsets,
-    mask,
-    COUPLED: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    SCALED: tl.constexpr,
-    MASKED: tl.constexpr,
+    p_ptr, g_ptr, m_ptr, row, offsets, mask, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, SCALED: tl.constexpr,
+    MASKED: tl.constexpr
 ):
     """Σ(g - center)² and Σm² of a chunk, float64, m being what the update will make of it."""
     g, m, deviation = _before_update(p_ptr, g_ptr, m_ptr, row, offsets, mask, COUPLED, MAXIMIZE, SCALED, MASKED)
@@ -290,33 +207,10 @@ def _tensor_sums(partials, begin, end, BLOCK: tl.constexpr):
 
 @triton.jit
 def step_kernel(
-    items,
-    n_items,
-    chunk_tensors,
-    tensors,
-    n_tensors,
-    grads,
-    scalars,
-    counters,
-    partials,
-    sums,
-    qs,
-    found_inf,
-    P: tl.constexpr,
-    G: tl.constexpr,
-    M: tl.constexpr,
-    MASK: tl.constexpr,
-    DEBIASED: tl.constexpr,
-    PER_TENSOR: tl.constexpr,
-    AMSGRAD: tl.constexpr,
-    COUPLED: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    SCALED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    N_ENTRIES: tl.constexpr,
-    N_SCALARS: tl.constexpr,
-    PHASE: tl.constexpr,
+    items, n_items, chunk_tensors, tensors, n_tensors, grads, scalars, counters, partials, sums, qs, found_inf, P:
+    tl.constexpr, G: tl.constexpr, M: tl.constexpr, MASK: tl.constexpr, DEBIASED: tl.constexpr, PER_TENSOR:
+    tl.constexpr, AMSGRAD: tl.constexpr, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, SCALED: tl.constexpr, ALIGNED:
+    tl.constexpr, CHUNK: tl.constexpr, N_ENTRIES: tl.constexpr, N_SCALARS: tl.constexpr, PHASE: tl.constexpr
 ):
     # PHASE: 0 all, 1 the sums over tensors alone, 2 the update alone with the masks given in `qs`
     # tensors: a row a tensor, `TENSOR`; grads: likewise, where its gradient is, and which row of `scalars` is its own
@@ -385,75 +279,23 @@ def step_kernel(
                 s_ptr = _pointer(entry + _GRAD_VAR, tl.float32, ALIGNED)
             if start + CHUNK <= numel:
                 _update_chunk(
-                    p_ptr,
-                    g_ptr,
-                    m_ptr,
-                    v_ptr,
-                    x_ptr,
-                    s_ptr,
-                    row,
-                    q,
-                    offsets,
-                    inside,
-                    MASK,
-                    DEBIASED,
-                    PER_TENSOR,
-                    AMSGRAD,
-                    COUPLED,
-                    MAXIMIZE,
-                    SCALED,
-                    False,
+                    p_ptr, g_ptr, m_ptr, v_ptr, x_ptr, s_ptr, row, q, offsets, inside, MASK, DEBIASED, PER_TENSOR,
+                    AMSGRAD, COUPLED, MAXIMIZE, SCALED, False
                 )
             else:
                 _update_chunk(
-                    p_ptr,
-                    g_ptr,
-                    m_ptr,
-                    v_ptr,
-                    x_ptr,
-                    s_ptr,
-                    row,
-                    q,
-                    offsets,
-                    inside,
-                    MASK,
-                    DEBIASED,
-                    PER_TENSOR,
-                    AMSGRAD,
-                    COUPLED,
-                    MAXIMIZE,
-                    SCALED,
-                    True,
+                    p_ptr, g_ptr, m_ptr, v_ptr, x_ptr, s_ptr, row, q, offsets, inside, MASK, DEBIASED, PER_TENSOR,
+                    AMSGRAD, COUPLED, MAXIMIZE, SCALED, True
                 )
         ticket = tl.atomic_add(counters, 1, sem="relaxed")
 
 
 @triton.jit
 def row_kernel(
-    items,
-    tensors,
-    grads,
-    scalars,
-    sums,
-    qs,
-    found_inf,
-    P: tl.constexpr,
-    G: tl.constexpr,
-    M: tl.constexpr,
-    MASK: tl.constexpr,
-    DEBIASED: tl.constexpr,
-    SIGNAL: tl.constexpr,
-    AMSGRAD: tl.constexpr,
-    COUPLED: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    SCALED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    EVEN: tl.constexpr,
-    N_ENTRIES: tl.constexpr,
-    N_SCALARS: tl.constexpr,
-    PHASE: tl.constexpr,
+    items, tensors, grads, scalars, sums, qs, found_inf, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, MASK:
+    tl.constexpr, DEBIASED: tl.constexpr, SIGNAL: tl.constexpr, AMSGRAD: tl.constexpr, COUPLED: tl.constexpr,
+    MAXIMIZE: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EVEN:
+    tl.constexpr, N_ENTRIES: tl.constexpr, N_SCALARS: tl.constexpr, PHASE: tl.constexpr
 ):
     # items: tensor and first row of each; the tables as those of `step_kernel`, `sums` and `qs` of rows.
     # EVEN: rows are of whole 16 elements
@@ -517,22 +359,6 @@ def row_kernel(
             columns = start + tl.arange(0, COLS)[None, :]
             offsets, inside = begins + columns, there[:, None] & (columns < n_cols)
             _update_chunk(
-                p_ptr,
-                g_ptr,
-                m_ptr,
-                v_ptr,
-                x_ptr,
-                v_ptr,
-                row,
-                q[:, None],
-                offsets,
-                inside,
-                MASK,
-                DEBIASED,
-                True,
-                AMSGRAD,
-                COUPLED,
-                MAXIMIZE,
-                SCALED,
-                True,
+                p_ptr, g_ptr, m_ptr, v_ptr, x_ptr, v_ptr, row, q[:, None], offsets, inside, MASK, DEBIASED, True,
+                AMSGRAD, COUPLED, MAXIMIZE, SCALED, True
             )
