@@ -10,7 +10,7 @@ import io
 import itertools
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -89,13 +89,15 @@ def house_style() -> AbstractContextManager[None]:
     return matplotlib.rc_context(_RC)
 
 
-def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, list[list[Axes]]]:
-    """A figure, inches wide and high, and its axes, a list a row."""
+def new_figure(
+    width: float, height: float, columns: int = 1, rows: int = 1, **shared: Any
+) -> tuple[Figure, list[list[Axes]]]:
+    """A figure, inches wide and high, and its axes, a list a row; `shared` as of `Figure.subplots`."""
     # Not through pyplot, which would keep global state and might choose an interactive backend.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False).tolist()
+    return figure, figure.subplots(rows, columns, squeeze=False, **shared).tolist()
 
 
 def to_png(figure: Figure, dpi: int = 150) -> bytes:

@@ -253,10 +253,10 @@ def statements(groups: Groups) -> dict[str, str]:
 def plot_fits(groups: Groups) -> bytes:
     """Fit of training rows (lines) and of held-out rows (dashes) over the steps: a row a model, a column a kind."""
     models, kinds, methods = (_unique(groups, part) for part in range(3))
-    styles = plots.method_styles(methods)
+    styles, lines = plots.method_styles(methods), {}
+    size = 2.5 * len(kinds) + 0.6, 2.1 * len(models) + 1.0
     with plots.house_style():
-        figure, axes = plots.new_figure(2.5 * len(kinds) + 0.6, 2.1 * len(models) + 1.0, len(kinds), len(models))
-        lines = {}
+        figure, axes = plots.new_figure(*size, len(kinds), len(models), sharex="row", sharey=True)
         for (model, kind, method), runs in groups.items():
             ax = axes[models.index(model)][kinds.index(kind)]
             for run in runs:
@@ -265,30 +265,21 @@ def plot_fits(groups: Groups) -> bytes:
                     look = {"color": styles[method][0], "linestyle": dashes, "linewidth": 1.2, "markersize": 2.5}
                     (line,) = ax.plot(steps[steps > 0], values[steps > 0], marker=".", **look)
             lines[_label(method)] = line
-        for i, model in enumerate(models):
+        for model, row in zip(models, axes, strict=True):
             runs = [run for (name, *_), members in groups.items() for run in members if name == model]
-            steps = [run.series(TRAIN_FIT)[0] for run in runs]
-            shortest, longest = min(each[each > 0][0] for each in steps), max(each[-1] for each in steps)
-            ticks = 2 ** np.arange(np.floor(np.log2(shortest)), np.ceil(np.log2(longest)) + 1)
-            for j, kind in enumerate(kinds):
-                ax = axes[i][j]
+            steps = np.concatenate([run.series(TRAIN_FIT)[0] for run in runs])
+            shortest, longest = steps[steps > 0].min(), steps.max()
+            for ax in row:
                 ax.axhline(runs[0].metrics["chance"], color="#999999", linestyle=":", linewidth=1.2, zorder=1)
-                ax.set_xscale("log")
-                ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-                ax.set_xticks([], minor=True)
-                ax.set_xlim(shortest / 1.15, longest * 1.15)
-                ax.set_ylim(-0.03, 1.03)
-                ax.set_yticks([0, 0.5, 1])
-                ax.tick_params(labelleft=j == 0)
-                if i == 0:
-                    ax.set_title(kind, fontsize=10)
-            axes[i][0].set_ylabel(f"{model}: fit")
+            row[0].set(ylabel=f"{model}: fit", ylim=(-0.03, 1.03), yticks=[0, 0.5, 1])
+            row[0].set_xscale("log", base=2, subs=[])
+            row[0].set_xlim(shortest / 1.15, longest * 1.15)
+            row[0].xaxis.set_major_formatter("{x:g}")
+        for ax, kind in zip(axes[0], kinds, strict=True):
+            ax.set_title(kind, fontsize=10)
         figure.legend(lines.values(), lines.keys(), loc="outside upper left", ncols=len(lines))
-        figure.supxlabel(
-            "Optimizer step, log scale. Lines: training rows as labelled. Dashes: held-out rows. Dots: chance.",
-            fontsize=8.5,
-            color="#666666",
-        )
+        note = "Optimizer step, log scale. Lines: training rows as labelled. Dashes: held-out rows. Dots: chance."
+        figure.supxlabel(note, fontsize=8.5, color="#666666")
     return plots.to_png(figure, dpi=110)
 
 

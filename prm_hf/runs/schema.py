@@ -73,7 +73,7 @@ def comparable_settings(settings: Mapping[str, Any], method: str) -> dict[str, A
     optimizer = renamed.pop("optimizer_name", None)
     if optimizer == "prm":
         renamed["optim"] = "prm"
-    elif optimizer == "adamw":  # runs of the randomization tests name nothing else
+    elif optimizer == "adamw":
         renamed.setdefault("optim", "adamw_torch_fused")
     named = find_method(method)
     if named.value_setting:

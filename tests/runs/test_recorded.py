@@ -80,6 +80,13 @@ def test_a_recorded_run_of_other_settings_is_another_run(name, change):
     assert specify(name, change).changes_from(info) == list(change)
 
 
+def test_a_run_of_the_randomization_tests_has_no_other_optimizer():
+    """In version 0.1.0 its settings named the optimizer by `optimizer_name` alone."""
+    spec = RunSpec("adamw", 1e-3, 0, {"kind": "true_labels", "optim": "adamw_torch_fused"})
+    info = {"method": "adamw", "learning_rate": 1e-3, "seed": 0}
+    assert spec.changes_from({**info, "settings": {"kind": "true_labels", "optimizer_name": "adamw"}}) == []
+
+
 def test_the_same_command_finds_them_finished(tmp_path, capsys):
     from prm_hf.experiments import dpo
 
