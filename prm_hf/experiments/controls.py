@@ -18,9 +18,9 @@ WHOLE_TENSORS = ("adamw_embedding", "cautious", "msvag", "shuffled_q", "fixed_q"
 
 
 class ShuffledPRM(PRM):
-    """PRM whose masks of a step are dealt out to the tensors anew, at random: as many are as open, but others.
+    """PRM that gives the masks of each step to the tensors in a random order.
 
-    The order depends on `seed` and the step alone, so that all processes and a resumed run have the same.
+    The order depends on `seed` and the step alone, so that all processes and a resumed run have the same one.
 
     Args:
         groups: the parameter groups of a PRM with `reduction="per_tensor"`, whose settings they carry.
@@ -128,8 +128,7 @@ def scale_learning_rates(optimizer: Optimizer, factors: dict[Tensor, float]) -> 
 class MaskRecorder(TrainerCallback):
     """Writes the mask of each tensor at each log into `masks.jsonl`, for `fixed_q`.
 
-    For whole tensors. A line is `{"step": …, "q": {name: …}}`; a resumed run writes those again that an earlier one
-    wrote after its checkpoint.
+    For whole tensors. A line is `{"step": …, "q": {name: …}}`. A resumed run repeats the lines after its checkpoint.
     """
 
     def __init__(self, trainer: Trainer, folder: Path) -> None:

@@ -73,12 +73,12 @@ def load_data(
 
 
 def local_name(name: str) -> str:
-    """Of a local file or folder its own name, so that a run is the same wherever it lies; a hub's id stays."""
+    """The name of a local file or folder without its path, so that a run is the same wherever it lies."""
     return Path(name).name if Path(name).exists() else name
 
 
 def _digest(name: str) -> str:
-    """What tells the contents of a local file from others; a dataset on the hub or in a folder goes by its name."""
+    """A hash of a local file's contents; of a dataset on the hub or in a folder its name."""
     path = Path(name)
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else local_name(name)
 

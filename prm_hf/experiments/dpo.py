@@ -19,11 +19,11 @@ from .runner import run_comparisons
 
 
 EARLY_STOPPING = ("early_stopping", CLEAN := "early_stopping_clean")
-VALIDATION_EVERY = 10  # of so many training pairs one is kept for validation
+VALIDATION_EVERY = 10  # one training pair of ten is kept for validation
 
 
 class KeepBest(TrainerCallback):
-    """Remembers the evaluation at which the DPO loss on `rows` was smallest: what keeping the best weights would give.
+    """Remembers the evaluation with the smallest DPO loss on `rows`, as keeping the best weights would.
 
     Args:
         trainer: the trainer that it is added to.
@@ -53,7 +53,7 @@ class KeepBest(TrainerCallback):
 
 
 def margins_of(trainer: PRMDPOTrainer) -> dict[str, list]:
-    """Of the last evaluation one number a pair, for paired statistics: beta times the difference of the log-ratios."""
+    """One number for each pair of the last evaluation: beta times the difference of the log-ratios."""
 
     def rounded(pairs: PairEvaluation) -> list[float]:
         return [round(x, 6) for x in reward_margins(pairs, trainer.beta).tolist()]

@@ -67,7 +67,7 @@ class Grid:
         ]
 
     def specify_controls(self, metrics: Metrics) -> tuple[list[RunSpec], list[str]]:
-        """The controls of the PRM row of the best accuracy, and why others are not to be had.
+        """The controls of the PRM row with the best accuracy, and why others cannot be made.
 
         Args:
             metrics: of all other runs.
@@ -90,7 +90,7 @@ class Grid:
         return config
 
     def _specify(self, method: str, learning_rate: float, seed: int, source: str | None = None, **extra) -> RunSpec:
-        """`source`: of a control the method of the run that it is the control of."""
+        """One run. A control has a `source`, the method of the run that it is bound to."""
         configured_as = method
         if source is not None:
             configured_as = source if method == "shuffled_q" else parse_method(source).baseline
@@ -98,7 +98,7 @@ class Grid:
         return RunSpec(method, learning_rate, seed, described, configured_as)
 
     def _control(self, control: str, row: tuple[str, float], seed: int, metrics: Metrics) -> RunSpec | str:
-        """The control of a seed's run in a row, with what it takes from that run; a string says why there is none."""
+        """The control of one seed's run, with what it takes from that run; a string says why there is none."""
         of, rate, detail = self._specify(*row, seed).name, row[1], {}
         if control == "constant_q":
             detail["mean_q"] = self._mean_q(of)

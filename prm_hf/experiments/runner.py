@@ -1,7 +1,7 @@
 """Makes the runs of a comparison, one after another: locks, resume, deadline, and the report at the end.
 
-`experiment.py` says what a task is, `grid.py` which runs there are. This module leaves out those that are finished,
-writes what `prm-hf compare` reads, and prints the result.
+`experiment.py` says what a task is, and `grid.py` which runs there are. This module makes the runs that are not
+finished, each in a folder that `prm-hf compare` reads, and prints the result.
 """
 
 import time
@@ -63,7 +63,7 @@ def run_comparisons(experiment: Experiment) -> int:
 class Runner:
     """Makes the runs of a grid, each into its folder, and reports on all of them.
 
-    Several processes may make the runs of one grid at a time, one a GPU: each takes the next run that no other is at.
+    Several processes may share a grid, one on each GPU: each takes the next run that no other process is training.
 
     Args:
         grid: the runs.
@@ -130,7 +130,7 @@ class Runner:
     def _decide(
         self, spec: RunSpec, folder: Path, lock: FileLock, wait: bool
     ) -> tuple[str, dict[str, float] | None, bool]:
-        """`"busy"` and `"late"`, or that the run is ours: with its metrics, or whether there is a checkpoint of it."""
+        """`"busy"`, `"late"` or `"mine"`; the metrics of a finished run; whether a run has a checkpoint."""
         left = -1.0 if self.deadline is None else max(0.0, self.deadline - time.monotonic())
         try:
             lock.acquire(timeout=left if wait else 0)
@@ -184,7 +184,7 @@ class Runner:
             self.bar.write(line)
 
     def report(self) -> None:
-        """Prints the table of these runs and writes the report. The main process does; the others have nothing to do.
+        """Prints the table of these runs and writes the report, in the main process alone.
 
         Folders that an earlier comparison left beside them do not belong to it.
         """

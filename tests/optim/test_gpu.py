@@ -402,7 +402,7 @@ def test_more_than_2_to_the_31_elements():
     n = 2**31 + 5
     p = torch.zeros(n, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     p.grad = torch.ones(n, dtype=torch.bfloat16, device="cuda")
-    PRM([p], lr=0.25, weight_decay=0.0, reduction="per_tensor", fused=True).step()
+    PRM([p], lr=0.25, weight_decay=0.0, reduction="per_tensor", estimator="ema", fused=True).step()
     # t = 1: S = N, q = 1/2, and m̂/√v̂ = 1
     assert p[:3].tolist() == p[-7:-4].tolist() == [-0.125] * 3
     assert p[-1].item() == -0.125 and p.sum(dtype=torch.float64).item() == -0.125 * n
