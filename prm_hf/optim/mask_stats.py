@@ -240,7 +240,7 @@ def mean_masks(table: Tensor) -> list[float]:
 
 def mask_summary(tables: list[tuple[Tensor, bool]]) -> dict[str, float]:
     """The statistics of several tables together; the flag of a table says whether it is masked at all."""
-    rows = torch.cat([table[table[:, 0] > 0] for table, _ in tables] or [torch.zeros(0, len(COLUMNS))])
+    rows = torch.cat([table[table[:, 0] > 0] for table, _ in tables] or [torch.zeros(0, len(COLUMNS), device="cpu")])
     if not len(rows):
         summary = {key: 0 if key.endswith("_count") else float("nan") for key in SUMMARY}
     else:

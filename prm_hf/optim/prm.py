@@ -18,7 +18,7 @@ from .hyperparameters import Hyperparameters, Options, check_checkpoint_group, n
 from .mask_stats import group_table, mask_summary, mean_masks
 from .masks import statistics_dtype
 from .plan import StepPlan
-from .state import check_state, load_state, new_state
+from .state import check_state, check_variances, load_state, new_state
 
 
 # What an optimizer meant that was pickled before a setting was there.
@@ -194,16 +194,30 @@ class PRM(Optimizer):
         Raises:
             ValueError: a group of the checkpoint was trained with another `reduction`; its `grad_var` has another
                 shape and meaning, so that moving it would be neither. Or one of the two has a `signal_beta` and the
-                other has none.
+                other has none. Or it was not trained by PRM.
         """
-        if state_dict["state"]:
-            for number, (ours, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
-                check_checkpoint_group(number, ours, theirs)
         own = [{key: group[key] for key in (LifeCycle.NUMBER, "state_dtype")} for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, kept in zip(self.param_groups, own, strict=True):
-            group.update(kept)
-        load_state(self.param_groups, self.state, state_dict)
+        given: dict[str, Any] = {}
+
+        def before(_, state_dict: dict[str, Any]) -> None:
+            given.update(state_dict)
+            pairs = zip(self.param_groups, state_dict["param_groups"], strict=False) if state_dict["state"] else ()
+            for number, (ours, theirs) in enumerate(pairs):
+                check_checkpoint_group(number, ours, theirs)
+                if not self._deepspeed.has_variances(theirs):
+                    check_variances(number, ours, [state_dict["state"].get(i) for i in theirs["params"]])
+
+        def after(_) -> None:
+            for group, kept in zip(self.param_groups, own, strict=True):
+                group.update(kept)
+            load_state(self.param_groups, self.state, given)
+
+        # Among the hooks of others: what those before have changed is loaded, what those after change stays.
+        with (
+            self.register_load_state_dict_pre_hook(before),
+            self.register_load_state_dict_post_hook(after, prepend=True),
+        ):
+            super().load_state_dict(state_dict)
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -248,16 +262,12 @@ class PRM(Optimizer):
         if not self._locator.flat:
             self._plans.clear()
         changes_masks = type(self).transform_unit_masks is not PRM.transform_unit_masks
-        self._plans[shown] = StepPlan(
-            groups,
-            self.state,
-            self._init_state,
-            self._locator,
-            self._deepspeed.variances,
-            self._kernel_tables,
-            self.transform_unit_masks if changes_masks else None,
-        )
-        return self._plans[shown]
+        transform = self.transform_unit_masks if changes_masks else None
+        variances, tables = self._deepspeed.variances, self._kernel_tables
+        with torch.device("cpu"):  # whatever the default device, tables are made on the host
+            plan = StepPlan(groups, self.state, self._init_state, self._locator, variances, tables, transform)
+        self._plans[shown] = plan
+        return plan
 
     def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state = self.state[p]
@@ -347,10 +357,11 @@ class PRM(Optimizer):
         return [mean_masks(table) for table, _ in self._mask_tables()]
 
     def _mask_tables(self) -> list[tuple[Tensor, bool]]:
-        tables = []
-        for group in self.param_groups:
-            params = self._locator.local_tensors(group[LifeCycle.NUMBER], group["params"])
-            tables.append(group_table(group, params, self.state, self._locator, self._deepspeed.variances))
+        tables, variances = [], self._deepspeed.variances
+        with torch.device("cpu"):
+            for group in self.param_groups:
+                params = self._locator.local_tensors(group[LifeCycle.NUMBER], group["params"])
+                tables.append(group_table(group, params, self.state, self._locator, variances))
         return tables
 
     def describe_sharding(self) -> str | None:

@@ -78,6 +78,16 @@ def _new_moment(p: Tensor, key: str, state_dtype: str) -> Tensor:
     return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
 
+def check_variances(number: int, group: dict[str, Any], states: list[dict[str, Tensor] | None]) -> None:
+    """Raises ValueError if a checkpoint's states of a group that is masked have no `grad_var`."""
+    if group["mask"] != "none" and any(state and "grad_var" not in state for state in states):
+        raise ValueError(
+            f"The checkpoint's parameter group {number} has no `grad_var`: it was written by another optimizer than "
+            "PRM, or with mask='none'. Start from the weights alone with a fresh optimizer, or create this one with "
+            "mask='none'."
+        )
+
+
 def check_state(state: dict[str, Tensor], group: dict[str, Any], flat: bool) -> None:
     """Raises ValueError if a state that is there already lacks what the group's settings need."""
     masked, reduction = group["mask"] != "none", group["reduction"]

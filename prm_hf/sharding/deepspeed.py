@@ -137,6 +137,10 @@ class LifeCycle:
                 if (table := self.variances.saved(reduction, group[self.NUMBER])) is not None:
                     group[key] = table
 
+    def has_variances(self, group: dict[str, Any]) -> bool:
+        """Whether a checkpoint's group carries variances of flat buffers."""
+        return any(key in group for key in self.VARIANCES.values())
+
     def prepare(self, groups: list[dict[str, Any]], state: dict[Tensor, dict], dtype: torch.dtype) -> None:
         """Makes the state of flat buffers ready for a step.
 

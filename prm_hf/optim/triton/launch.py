@@ -119,7 +119,7 @@ class KernelTables:
     def _make_room(self, n_rows: int) -> None:
         """For what is sent at each step, in one piece: the table of the gradients and `n_rows` of scalars."""
         n = len(self._tensors[0])
-        self._here = torch.zeros(2 * n + len(SCALARS) * n_rows, dtype=torch.int64)
+        self._here = torch.zeros(2 * n + len(SCALARS) * n_rows, dtype=torch.int64, device="cpu")
         self._there = self._upload(self._here.numpy())
         grads, scalars = self._here[: 2 * n], self._here[2 * n :].view(torch.float64)
         self._grads_here, self._scalars_here = grads.view(n, 2).numpy(), scalars.view(-1, len(SCALARS)).numpy()
