@@ -14,6 +14,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+# Beside other processes of tests a second thread only waits for the first.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def quiet(monkeypatch):
     """For tests that run trainers: no bars, and nothing asked of a hub."""

@@ -48,7 +48,8 @@ SLOW_VARIANTS = [pytest.param(v, marks=pytest.mark.slow) for v in ("maximize", "
 @pytest.mark.parametrize("variant", ["amsgrad", "coupled_weight_decay", *SLOW_VARIANTS])
 def test_equals_float64_reference(variant):
     for combination in COMBINATIONS:
-        if "boundary" in combination:
+        # The second variant changes the gradient alone, for which one mask is enough
+        if "boundary" in combination or (variant == "coupled_weight_decay" and combination["mask"] != "snr"):
             continue
         settings = combination | {"weight_decay": 0.1} | VARIANTS[variant]
         params = make_params()
