@@ -45,6 +45,25 @@ def test_pages_are_short(page):
     assert length <= LONGEST.get(name_of(page), 150)
 
 
+def table_rows(page: Path) -> list[list[str]]:
+    """The cells of the rows of all tables of a page whose first cell has code."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+
+
+def code_in(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+@pytest.mark.parametrize("row", table_rows(ROOT / "docs" / "architecture.md"), ids=lambda row: row[0])
+def test_the_architecture_names_what_is_there(row):
+    files = [ROOT / "prm_hf" / name for name in code_in(row[0])]
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
+    for name in code_in(row[1]) if len(row) == 3 else []:
+        for part in name.split("."):
+            assert re.search(rf"(def|class) {part}\b", text), name
+
+
 SNIPPETS = re.findall(
     r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
 )
