@@ -87,7 +87,7 @@ def test_no_file_changes_the_path_of_imports():
 
 LONGEST_FILE = 450
 # What is to be read in one piece is held to less.
-LONGEST = {"prm_hf/optim/prm.py": 380, "prm_hf/optim/reference.py": 150}
+LONGEST = {"prm_hf/optim/prm.py": 350, "prm_hf/optim/reference.py": 150}
 MOST_CODE_OF_A_RECIPE = 30
 # `Experiment` says with NotImplementedError which methods a task has to define.
 ABSTRACT = {"prm_hf/experiments/experiment.py"}

@@ -6,7 +6,7 @@ from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from . import masks
 from .foreach import ForeachStep, TensorLists
-from .hyperparameters import Hyperparameters
+from .hyperparameters import Hyperparameters, normalize
 from .reference import reference_step
 
 
@@ -36,7 +36,7 @@ def prm(
         TypeError: an argument that [`PRM`] does not have.
         ValueError: as [`PRM`].
     """
-    h = Hyperparameters(**hyperparameters)
+    h = Hyperparameters(**normalize(hyperparameters))
     if not params:
         return
     torch._foreach_add_(state_steps, 1)

@@ -44,7 +44,7 @@ def group_table(
     locator: Locator,
     variances: FlatVariances,
 ) -> tuple[Tensor, bool]:
-    """The table of a parameter group, and whether the group is masked. Collective where tensors are held in parts.
+    """The table of a parameter group, and whether the group is masked. Collective where tensors are sharded.
 
     Args:
         params: the local tensors that the group steps; those that were never stepped are left out.
@@ -239,7 +239,15 @@ def mean_masks(table: Tensor) -> list[float]:
 
 
 def mask_summary(tables: list[tuple[Tensor, bool]]) -> dict[str, float]:
-    """The statistics of several tables together; the flag of a table says whether it is masked at all."""
+    """The statistics of several tables together; the flag of a table says whether it is masked at all.
+
+    Returns:
+        `mean_q`, `min_q`, `max_q` over scalar parameters; `active_fraction`, the share of them with q > 0;
+        `parameter_count`, the scalar parameters that have been trained; `signal_sq` and `noise_sq`, the means of S and
+        N over the masked ones (squared gradient units), and `snr`, their ratio; `nonfinite_count`, the scalar
+        parameters that an infinite or NaN gradient has reached. Before the first step, and for S and N where every
+        mask is `"none"`, the means are NaN.
+    """
     rows = torch.cat([table[table[:, 0] > 0] for table, _ in tables] or [torch.zeros(0, len(COLUMNS), device="cpu")])
     if not len(rows):
         summary = {key: 0 if key.endswith("_count") else float("nan") for key in SUMMARY}

@@ -1,4 +1,35 @@
-"""The mask q in [0, 1] from the moments of the gradient: signal S, noise N, boundary alpha, and nothing else.
+r"""The mask q in [0, 1] from the moments of the gradient: signal S, noise N, boundary alpha, and nothing else.
+
+============  ==========================================================  =================================
+`estimator`   S                                                           N
+============  ==========================================================  =================================
+`"ema"`       :math:`\hat m^2`                                            :math:`\hat s`
+`"debiased"`  :math:`\max(\hat m^2 - \kappa_t \hat s, 0)`                 :math:`\kappa_t \hat s`
+============  ==========================================================  =================================
+
+============  ==========================================================================================
+`mask`        q
+============  ==========================================================================================
+`"snr"`       :math:`S / (S + \lambda \alpha N + \epsilon_q)`
+`"soft"`      :math:`(S - \alpha N)_+ / ((S - \alpha N)_+ + \lambda N + \epsilon_q)`
+`"hard"`      1 if :math:`S > \alpha N` else 0
+`"none"`      1: plain AdamW
+============  ==========================================================================================
+
+:math:`\kappa_t` is the variance of :math:`\hat m` relative to that of one batch. With `"debiased"`,
+:math:`s` is centred on the bias-corrected mean from the second step on; at the first step nothing is known and
+q = 0. With `"ema"` pure noise has S/N = (1-β1)/(1+β1)·…, about 1/20, so q never falls much under 0.048.
+
+With `reduction="per_tensor"` and `"per_row"` S and N are formed from the means of :math:`m^2` and :math:`s` over
+the tensor or the row. With `signal_beta` :math:`\beta_S`, the signal has a gradient average of its own,
+
+.. math::
+    a \leftarrow \beta_S a + (1-\beta_S) g, \quad
+    S = \max(\overline{\hat a^2} - \kappa^S_t \overline{\hat s}, 0), \quad
+    N = \kappa_t \overline{\hat s}
+
+where bars are means over the row and :math:`\kappa^S_t` is :math:`\kappa_t` of :math:`\beta_S`: a slower average
+sees smaller signals, and the mask weighs them against the noise of the average that is stepped with.
 
 Everything here is a pure function. `mean_sq` and `var` are either tensors of the parameter's shape
 (`reduction="per_param"`: m² and s of each scalar parameter) or vectors: with one entry a tensor

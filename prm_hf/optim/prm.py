@@ -36,38 +36,10 @@ class PRM(Optimizer):
         w &\leftarrow w - \eta \lambda_{wd} w - \eta\, q\, \hat m / (\sqrt{\hat v} + \epsilon)
 
     where hats are bias corrections. The mask :math:`q \in [0, 1]` compares the squared signal S with the noise N of
-    its estimate:
+    its estimate, by default :math:`q = S / (S + \lambda \alpha N + \epsilon_q)`; `masks.py` has all formulas.
 
-    ============  ==========================================================  =================================
-    `estimator`   S                                                           N
-    ============  ==========================================================  =================================
-    `"ema"`       :math:`\hat m^2`                                            :math:`\hat s`
-    `"debiased"`  :math:`\max(\hat m^2 - \kappa_t \hat s, 0)`                 :math:`\kappa_t \hat s`
-    ============  ==========================================================  =================================
-
-    ============  ==========================================================================================
-    `mask`        q
-    ============  ==========================================================================================
-    `"snr"`       :math:`S / (S + \lambda \alpha N + \epsilon_q)`
-    `"soft"`      :math:`(S - \alpha N)_+ / ((S - \alpha N)_+ + \lambda N + \epsilon_q)`
-    `"hard"`      1 if :math:`S > \alpha N` else 0
-    `"none"`      1: plain AdamW
-    ============  ==========================================================================================
-
-    :math:`\kappa_t` is the variance of :math:`\hat m` relative to that of one batch. With `"debiased"`,
-    :math:`s` is centred on the bias-corrected mean from the second step on; at the first step nothing is known and
-    q = 0. With `"ema"` pure noise has S/N = (1-β1)/(1+β1)·…, about 1/20, so q never falls much under 0.048.
-
-    With `reduction="per_tensor"` and `"per_row"` S and N are formed from the means of :math:`m^2` and :math:`s` over
-    the tensor or the row. With `signal_beta` :math:`\beta_S`, the signal has a gradient average of its own,
-
-    .. math::
-        a \leftarrow \beta_S a + (1-\beta_S) g, \quad
-        S = \max(\overline{\hat a^2} - \kappa^S_t \overline{\hat s}, 0), \quad
-        N = \kappa_t \overline{\hat s}
-
-    where bars are means over the row and :math:`\kappa^S_t` is :math:`\kappa_t` of :math:`\beta_S`: a slower average
-    sees smaller signals, and the mask weighs them against the noise of the average that is stepped with.
+    With `reduction="per_tensor"` and `"per_row"` S and N are formed from means over the tensor or the row. With
+    `signal_beta` the signal has a slower gradient average of its own.
 
     Args:
         params (iterable): parameters, `(name, parameter)` pairs, or dicts that define parameter groups.
@@ -110,10 +82,9 @@ class PRM(Optimizer):
         capturable (`bool`): keep `step` on the device and let no value decide control flow, for CUDA graphs.
         differentiable (`bool`): let autograd run through the step.
         state_dtype (`str` or `torch.dtype`): how the moments are kept: `"float32"`; `"bf16"`, `exp_avg` in bfloat16;
-            or `"8bit"`, `exp_avg` and `exp_avg_sq` in torchao's 8-bit blocks (tensors of at least 4096 elements that
-            are multiples of 256; not for `reduction="per_row"`). The step is computed in float32 and what is kept is
-            rounded to the nearest once, at its end: changes of `exp_avg` below 2^-9 of it are lost in bfloat16.
-            `"bf16"` is not for DeepSpeed ZeRO and FSDP1, `"8bit"` for whole tensors alone (one process, DDP).
+            or `"8bit"`, `exp_avg` and `exp_avg_sq` in torchao's 8-bit blocks (not for `"per_row"`). The step is
+            computed in float32, and what is kept is rounded once. `"bf16"` is not for DeepSpeed ZeRO and FSDP1,
+            `"8bit"` for whole tensors alone (one process, DDP).
 
     All arguments may differ between parameter groups.
 
@@ -262,6 +233,11 @@ class PRM(Optimizer):
         if not self._locator.flat:
             self._plans.clear()
         changes_masks = type(self).transform_unit_masks is not PRM.transform_unit_masks
+        if changes_masks and any(g["mask"] != "none" and g["reduction"] == "per_param" for g in groups):
+            raise ValueError(
+                "Invalid reduction='per_param': `transform_unit_masks` is given masks of tensors or rows. Use "
+                "reduction='per_tensor' or 'per_row'."
+            )
         transform = self.transform_unit_masks if changes_masks else None
         variances, tables = self._deepspeed.variances, self._kernel_tables
         with torch.device("cpu"):  # whatever the default device, tables are made on the host
@@ -281,7 +257,7 @@ class PRM(Optimizer):
         """Changes the masks of a step; a hook for subclasses, which study what a mask does.
 
         Called once a step, before the update, with the masks of all tensors (`per_tensor`) or rows (`per_row`) that
-        are stepped. A subclass that overrides it steps with the multi-tensor implementation.
+        are stepped. A subclass that overrides it steps with the multi-tensor implementation, and not with `per_param`.
 
         Args:
             q: the masks, float64 `(units,)`, in the order of the tensors.
@@ -296,7 +272,7 @@ class PRM(Optimizer):
         """Whether GradScaler may leave it to the step to unscale gradients and to do nothing where they overflowed.
 
         It then hands over `grad_scale` and `found_inf`, and need not wait for the device. Not where a step counts on
-        the host, which would have to wait to know whether it was one; and not for tensors that are held in parts.
+        the host, which would have to wait to know whether it was one; and not for sharded tensors.
         """
         if not all(group["fused"] and group["capturable"] for group in self.param_groups):
             return False
@@ -326,9 +302,7 @@ class PRM(Optimizer):
 
     @torch.no_grad()
     def get_mask_stats(self, per_group: bool = False) -> dict[str, float] | list[dict[str, float]]:
-        """What the mask of the last step was, recomputed from the state: it costs nothing until it is called.
-
-        (With a `state_dtype` of less than float32, from the state as it was rounded after the step.)
+        """What the mask of the last step was, recomputed from the state as it is kept.
 
         Collective under FSDP and DeepSpeed ZeRO, and the same on every process.
 
@@ -336,11 +310,8 @@ class PRM(Optimizer):
             per_group (`bool`): return one dict for each parameter group instead of one for all.
 
         Returns:
-            `mean_q`, `min_q`, `max_q` over scalar parameters; `active_fraction`, the share of them with q > 0;
-            `parameter_count`, the scalar parameters that have been trained; `signal_sq` and `noise_sq`, the means
-            of S and N over the masked ones (squared gradient units), and `snr`, their ratio; `nonfinite_count`, the
-            scalar parameters that an infinite or NaN gradient has reached. Before the first step, and for S and N
-            where every mask is `"none"`, the means are NaN.
+            `mean_q`, `min_q`, `max_q`, `active_fraction`, `parameter_count`, `signal_sq`, `noise_sq`, `snr` and
+            `nonfinite_count`, as [`mask_summary`] defines them.
         """
         self._locate()
         tables = self._mask_tables()

@@ -69,8 +69,8 @@ class Segment(NamedTuple):
 class UnitRange(NamedTuple):
     """Units [first, first + count) of original tensor number `tensor`, or a part of one unit.
 
-    A unit has one mask value. With masks of rows it is a row of a tensor of two dimensions and more, and all of any
-    other tensor; with masks of tensors it is the tensor.
+    A unit has one mask value. With `per_row` it is a row of a tensor of two dimensions and more, or the whole of any
+    other tensor; with `per_tensor` it is the tensor.
     """
 
     tensor: int

@@ -1,4 +1,4 @@
-"""Masks of tensors that are held in parts: sums over whole units, and the variances of the units of flat buffers.
+"""Masks of sharded tensors: sums over whole units, and the variances of the units of flat buffers.
 
 A unit is what has one mask value: a tensor with `per_tensor`, a row with `per_row`. A process may hold a part of one,
 so each process has a table of all of them: 24 bytes a unit on every process, and an all-reduce of 16 bytes a unit at

@@ -96,6 +96,12 @@ class Opened(PRM):
         return torch.ones_like(q)
 
 
+def test_a_subclass_that_changes_masks_has_none_of_elements():
+    params = make_params()
+    with pytest.raises(ValueError, match="Invalid reduction='per_param': `transform_unit_masks` is given masks of"):
+        train(Opened(params, reduction="per_param"), params, steps=1)
+
+
 @pytest.mark.parametrize("reduction", ["per_tensor", "per_row"])
 def test_a_subclass_may_change_the_masks(reduction):
     ours, theirs = make_params(), make_params()

@@ -460,6 +460,8 @@ def test_functional_form():
     # t = 1: S = N, q = 1/2, and m̂/√v̂ = sign(g)
     torch.testing.assert_close(p, torch.full((3,), 1 - 0.1 * 0.5))
     assert t == 1 and s.item() == pytest.approx(0.01 * 14 / 3)
+    with pytest.warns(DeprecationWarning, match="`beta1` and `beta2` are `betas` now"):
+        prm([p], [g], [m], [v], [], [s], [t], beta1=0.9, beta2=0.999, **settings)
     with pytest.raises(TypeError, match="beta3"):
         prm([p], [g], [m], [v], [], [s], [t], beta3=0.9)
 

@@ -12,7 +12,7 @@ reverse order, so that what the statistics read last is still in the L2 cache.
 
 `reduction="per_row"` waits for nobody: the rows of an item are whole, and one program reads their g and m twice in a
 row. It has `row_kernel`, launched once for each shape of tile that the rows of a list are cut into. Where rows are
-held in parts it is launched twice, for the sums and for the update, as `step_kernel` is for tensors in parts.
+sharded it is launched twice, for the sums and for the update, as `step_kernel` is for sharded tensors.
 """
 
 # Arguments stand on few lines, so that a kernel fits on a screen.
