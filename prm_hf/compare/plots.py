@@ -157,6 +157,7 @@ def _draw_curve(axes: Axes, rows: list[Row], kls: dict[Row, np.ndarray], colour:
     axes.errorbar(x, y, yerr=errors, label=rows[0].kind.label, ecolor=(colour, 0.55), markersize=7, **look)
     dx, dy, align = ((6, 4, "left"), (-6, 4, "right"), (6, -9, "left"), (-6, -9, "right"))[side % 4]
     label = {"textcoords": "offset points", "xytext": (dx, dy), "ha": align, "fontsize": 8.5, "color": colour}
+    label["bbox"] = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0}
     for *place, row in zip(x, y, rows, strict=True):
         if row.learning_rate is not None:
             axes.annotate(format_rate(row.learning_rate), place, **label)
