@@ -75,8 +75,8 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 4000, seed: int = 0)
     The spread of such a bootstrap is wrong in two known ways: a resample of k seeds has (k-1)/k of their variance, and
     the interaction of seed and example counts three times (Owen 2007, "The pigeonhole bootstrap", Ann. Appl. Stat.
     1(2)). So its deviations are rescaled to the unbiased variance of a two-way layout, and widened from the normal's
-    quantile to Student's t with Satterthwaite's degrees of freedom. Simulated coverage is 93 to 97 %; where the seed is
-    nearly all that matters it is about 80 % with two seeds and 90 % with three.
+    quantile to Student's t with Satterthwaite's degrees of freedom. Simulated coverage is 93 to 97 %; where the seed
+    is nearly all that matters it is about 80 % with two seeds and 90 % with three.
 
     Args:
         values: `[seeds, examples]` float. With one seed only the examples are resampled, and the interval holds for
@@ -224,7 +224,7 @@ def shared_range(curves: Sequence[np.ndarray]) -> tuple[float, float] | None:
 
 
 def rate_at_kl(learning_rates: np.ndarray, kl: np.ndarray, at: float) -> float | None:
-    """The smallest learning rate at which a method drifts to `at`, linear in the logarithms between neighbouring rates.
+    """The smallest learning rate that drifts to `at`, linear in the logarithms between neighbouring rates.
 
     Args:
         learning_rates, kl: `[points]` float, in any order. Points without a positive finite KL are left out.

@@ -25,35 +25,22 @@ TRAIN_FIT, HELDOUT_FIT = "memorization/train_fit", "memorization/heldout_fit"
 KL = "drift/kl"
 MEAN_Q = "mask/mean_q"
 
-# Where a run is written and how it is shown do not make it another run.
+# Where a run is written and how it is shown do not make it another run, nor how the batch of a step is spread (see
+# `effective_batch_size`); learning rate and seed are named beside the settings.
 NOT_SETTINGS = {
-    "output_dir",
-    "logging_dir",
-    "run_name",
-    "report_to",
-    "disable_tqdm",
-    "resume_from_checkpoint",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_token",
-    "log_level",
-    "log_level_replica",
-    "local_rank",
-    "use_cpu",
-    "per_device_train_batch_size",  # the batch of a step counts, however it is spread: see `effective_batch_size`
-    "gradient_accumulation_steps",
-    "per_device_eval_batch_size",
-    "deepspeed",
-    "fsdp",
-    "fsdp_config",
-    "accelerator_config",
-    "dataloader_pin_memory",
-    "logging_nan_inf_filter",
-    "ddp_backend",
-    "dataset_num_proc",
-    "dataloader_num_workers",
-    "learning_rate",  # named beside the settings
-    "seed",
+    *("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "resume_from_checkpoint", "push_to_hub"),
+    *(
+        "hub_model_id",
+        "hub_token",
+        "log_level",
+        "log_level_replica",
+        "local_rank",
+        "use_cpu",
+        "logging_nan_inf_filter",
+    ),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "deepspeed", "fsdp"),
+    *("fsdp_config", "accelerator_config", "ddp_backend", "dataset_num_proc", "dataloader_num_workers"),
+    *("dataloader_pin_memory", "learning_rate", "seed"),
 }
 # Names of settings in the files of version 0.1.
 RENAMED_SETTINGS = {

@@ -63,28 +63,16 @@ def find_run(spec: RunSpec, folder: Path, tell: Callable[[str], None]) -> tuple[
 
 def start_run(spec: RunSpec, folder: Path, info: dict[str, Any]) -> dict[str, Any]:
     """Writes `run.json` and returns what it says; `info` is what it says besides the specification."""
-    record = {
-        "schema": VERSION,
-        "name": spec.name,
-        "method": spec.method,
-        "learning_rate": spec.learning_rate,
-        "seed": spec.seed,
-        **info,
-        "settings": spec.settings,
-        "versions": versions(),
-        "started": _now(),
-    }
+    specified = {key: getattr(spec, key) for key in ("name", "method", "learning_rate", "seed")}
+    record = {"schema": VERSION, **specified, **info, "settings": spec.settings, "versions": versions()}
+    record["started"] = _now()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RUN_FILE, record)
     return record
 
 
 def finish_run(
-    folder: Path,
-    record: dict[str, Any],
-    history: Iterable[dict[str, float]],
-    margins: dict[str, list],
-    metrics: dict[str, float],
+    folder: Path, record: dict[str, Any], history: Iterable[dict], margins: dict[str, list], metrics: dict[str, float]
 ) -> None:
     """Writes all files of a run; `record` is what `start_run` returned, and what is known of the run since then."""
     write_json(folder / RUN_FILE, {**record, "finished": _now()})
