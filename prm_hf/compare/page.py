@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Iterable
 from html import escape
+from typing import Any
 
 
 _STYLE = """
@@ -39,7 +41,7 @@ figure img { display: block; width: 100%; height: auto; background: #fff; paddin
 figure.narrow img { max-width: 820px; }
 figcaption { margin-top: .5rem; }
 details { margin-top: 1rem; } summary { cursor: pointer; font-weight: 600; }
-code { font: .85em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
+pre { overflow-x: auto; }
 """
 
 
@@ -64,18 +66,19 @@ def quiet(text: str) -> str:
     return tag("p", text, "quiet")
 
 
-def code(text: str) -> str:
-    return tag("code", text)
+def section(title: str, *contents: str) -> str:
+    """A headline and HTML below it; empty without any."""
+    return "\n".join([tag("h2", title), *filter(None, contents)]) if any(contents) else ""
 
 
 def bullets(title: str, texts: list[str]) -> str:
     """A section of one list; empty without texts."""
-    return f"{tag('h2', title)}\n<ul>{''.join(tag('li', text) for text in texts)}</ul>" if texts else ""
+    return section(title, f"<ul>{''.join(tag('li', text) for text in texts)}</ul>" if texts else "")
 
 
-def folded(title: str, content: str) -> str:
-    """HTML that is shown on a click."""
-    return f"<details>{tag('summary', title)}{content}</details>"
+def folded(title: str, value: Any) -> str:
+    """A value as JSON, shown on a click."""
+    return f"<details>{tag('summary', title)}{tag('pre', json.dumps(value, indent=1, default=str))}</details>"
 
 
 def table(header: list[str], left: set[int], rows: list[tuple[str, list[str]]]) -> str:
