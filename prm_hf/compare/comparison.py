@@ -34,6 +34,7 @@ from .statistics import (
 
 
 Outcomes = Callable[[Run], np.ndarray | None]  # of a run, one value an example or one in all
+_RATE_CONTROLS = ("constant_q", "adamw_matched")  # AdamW at another learning rate
 SAME_LR = "same learning rate"
 BEST_LR = "best learning rates"
 EQUAL_KL = "equal KL"
@@ -113,12 +114,10 @@ class Contrast:
 
     Attributes:
         kind: one of the constants of this module, e.g. `"equal KL"`.
-        left: the row that is judged.
         right: the row it is judged against, or None where that is AdamW's whole curve; of another curve its best row.
         against: what it is judged against, for people.
-        interval: the difference with its 95 % interval, or None where it cannot be had.
+        interval: the difference with its 95 % interval, or None where it cannot be had, for the reason `missing`.
         note: what limits it, a clause.
-        missing: why there is no interval, in a few words.
         p_holm: Holm's adjusted p-value among all contrasts of the comparison; NaN without an interval.
     """
 
@@ -153,14 +152,9 @@ class Contrast:
 
 @dataclass(eq=False)
 class Comparison:
-    """The result of a comparison.
+    """The result of a comparison: rows in the order of the table, contrasts, and finished and unfinished runs.
 
-    Attributes:
-        rows: in the order of the table.
-        contrasts: all paired differences.
-        runs: that are finished.
-        unfinished: runs without `metrics.json`.
-        findings: what the numbers show and what they do not, as sentences by the keys of `findings.CASES`.
+    `findings` say what the numbers show and what they do not, as sentences by the keys of `findings.CASES`.
     """
 
     rows: list[Row]
@@ -203,7 +197,7 @@ class Comparison:
     @property
     def curve(self) -> list[Row]:
         """The rows whose runs are points of AdamW's curve: its own, and controls that are AdamW at another rate."""
-        controls = [row for row in self.rows if row.method in ("constant_q", "adamw_matched")]
+        controls = [row for row in self.rows if row.method in _RATE_CONTROLS]
         return [*self.baseline, *(c for c in controls if c.source is None or c.source.kind.baseline == "adamw")]
 
     def find(self, kind: str, left: Row, right: str | None = None) -> Contrast | None:
@@ -228,8 +222,8 @@ def build_comparison(runs: list[Run]) -> Comparison:
     finished = [run for run in runs if run.finished]
     unfinished = [run for run in runs if not run.finished]
     if not finished:
-        names = ", ".join(run.name for run in unfinished)
-        raise ValueError(f"No finished run (one with metrics.json); unfinished: {names or 'none'}.")
+        names = ", ".join(run.name for run in unfinished) or "none"
+        raise ValueError(f"No finished run (one with metrics.json); unfinished: {names}.")
     _check_comparable(finished)
     comparison = Comparison(_rows(finished), [], finished, unfinished)
     comparison.contrasts = [*_contrasts(comparison), *_frontier_contrasts(comparison)]
@@ -395,13 +389,11 @@ def _between(kind: str, left: Row, right: Row) -> Contrast:
     pairs = [(run.outcomes(), of_right.get(run.seed)) for run in left.runs]
     differences = [np.subtract(*_stack(pair)) for pair in pairs if not any(values is None for values in pair)]
     against = right.label
-    if right.method in ("constant_q", "adamw_matched"):
+    if right.method in _RATE_CONTROLS:
         adamw = find_method(left.kind.baseline).label
         against = f"{right.kind.label} ({adamw} at {format_rate(right.learning_rate)})"
-    elif kind == SAME_LR:
-        against += " (same rate: a larger step)"
-    elif kind == BEST_LR:
-        against += " (its best)"
+    else:
+        against += {SAME_LR: " (same rate: a larger step)", BEST_LR: " (its best)"}.get(kind, "")
     if not differences:
         return Contrast(kind, left, right, against, missing="no shared seed")
     partly = len(differences) < max(len(left.runs), len(right.runs))

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from ..runs.methods import PRM, find_method
+from ..runs.methods import PRM
 from ..runs.schema import KL
 from .comparison import (
     BEST_LR,
@@ -31,31 +31,22 @@ from .statistics import finite
 
 
 class Facts:
-    """What the conditions and the sentences of the cases speak of.
-
-    Attributes:
-        methods: the rows by method, as all else that is not named here from the comparison.
-        top, lead: the most accurate row of all, and of PRM.
-        lacks: `PRM` or `AdamW`, if there is no run of it.
-        settings, tries: the number of PRM's rows, and of AdamW's.
-        at_best, at_kl, at_step, rival: the lead minus AdamW at its best, at the same KL, and with PRM's mean step; and
-            the lead's curve minus that of the strongest rival. None where they were not compared.
-        verdicts: those of `at_best` and `at_kl`.
-        seeds: the smallest and the largest number of runs in a row.
-        intervals, clear, kept: numbers of intervals, of those that leave 0 out, and of those that do after Holm.
-    """
+    """A comparison and what follows from it: what the conditions and the sentences of the cases speak of."""
 
     def __init__(self, comparison: Comparison) -> None:
         self.rows, self.contrasts, self.runs = comparison.rows, comparison.contrasts, comparison.runs
         self.unfinished, self.measures, self.methods = comparison.unfinished, comparison.measures, comparison.methods()
         baseline, prm = comparison.baseline, comparison.methods(PRM)
         self.grids = [baseline, *prm.values()]
+        # The most accurate row of all, and of PRM.
         self.top, self.lead = best(self.rows), best(row for rows in prm.values() for row in rows)
         self.lacks = "PRM" if self.lead is None else "AdamW" if best(baseline) is None else ""
         self.adamw = baseline[0].kind.label if baseline else "AdamW"
         self.settings, self.tries = sum(map(len, prm.values())), len(baseline)
+        # The lead minus AdamW at its best, at the same KL, and with PRM's mean step; None where it was not compared.
         self.at_best, self.at_kl = (comparison.find(kind, self.lead) for kind in (BEST_LR, EQUAL_KL))
         self.at_step = comparison.find(CONTROLLED, self.lead, "constant_q")
+        # The lead's curve minus that of the strongest rival.
         areas = [c for c in self.contrasts if c.kind == FRONTIER and c.right and self.lead]
         self.rival = next((c for c in areas if c.left.method == self.lead.method), None)
         self.verdicts = {c.verdict for c in (self.at_best, self.at_kl) if c}
@@ -214,21 +205,12 @@ def say(cases: Iterable[Case], facts: Any) -> Iterator[tuple[str, str]]:
 
 def _summary(f: Facts) -> str:
     """The numbers of the row that leads, and of what it is compared with."""
-    if f.top is None:
+    lead = f.lead or f.top
+    if lead is None:
         return ""
-    if f.lacks:
-        others = [c for c in f.contrasts if c.kind == BEST_LR and f.top in (c.left, c.right)]
-        lead, among = f.top, f"setting of {len(f.rows)}"
-        parts = [(c, f"{c.left.label} against {c.against}: ") for c in others[:1]]
-    else:
-        lead, among = f.lead, f"PRM setting of {f.settings}"
-        adamw = find_method(lead.kind.baseline).label
-        parts = [
-            (f.at_best, f"against {f.adamw} at its best learning rate of {f.tries} "),
-            (f.at_kl, f"against {f.adamw} at the same KL "),
-            (f.at_step, f"against {adamw} with PRM's mean step "),
-        ]
-    numbers = "".join(f"; {what}{c.text} ({c.verdict})" for c, what in parts if c)
+    among = f"PRM setting of {f.settings}" if f.lead else f"setting of {len(f.rows)}"
+    compared = [c for c in (f.at_best, f.at_kl, f.at_step) if c]
+    numbers = "".join(f"; against {c.against} {c.text} ({c.verdict})" for c in compared)
     return f"{lead.label}, the best {among}, has {lead.accuracy:.3f} held-out accuracy{numbers}. "
 
 
@@ -247,7 +229,7 @@ def _edge(rows: list[Row]) -> str:
     """The best row of a method, if it has the smallest or largest learning rate tried; else empty."""
     rates = [row.learning_rate for row in rows if row.learning_rate is not None and finite(row.accuracy)]
     top = best(rows)
-    if top is None or len(rates) < 2 or min(rates) < (top.learning_rate or 0) < max(rates):
+    if top is None or len(rates) < 2 or top.learning_rate not in (min(rates), max(rates)):
         return ""
     side = "smallest" if top.learning_rate == min(rates) else "largest"
     return f"{top.name} ({side}, {format_rate(top.learning_rate)})"
@@ -269,6 +251,6 @@ def _unequal_settings(rows: list[Row]) -> str:
     """Settings that vary within a method and should not: leftovers of an earlier experiment in the same folder."""
     expected = ("seed", "learning_rate", "constant_q", "adamw_matched", "shuffled_q", "fixed_q", "name", "dir")
     settings = [run.settings for row in rows for run in row.runs if run.settings]
-    keys = sorted({key for each in settings for key in each if not any(word in key for word in expected)})
-    varying = [key for key in keys if any(each.get(key) != settings[0].get(key) for each in settings)]
+    varying = {key for each in settings for key in each if any(s.get(key) != each[key] for s in settings)}
+    varying = sorted(key for key in varying if not any(word in key for word in expected))
     return f"{rows[0].kind.label} in {', '.join(varying)}" if varying else ""

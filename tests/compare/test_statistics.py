@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from prm_hf.compare import bootstrap_interval, interpolate_at_kl, mean_over_log_kl, noise_floor, rate_at_kl, statistics
+from prm_hf.compare import statistics
+from prm_hf.compare.statistics import bootstrap_interval, interpolate_at_kl, mean_over_log_kl, noise_floor, rate_at_kl
 
 
 def test_mean_and_standard_error():
