@@ -19,18 +19,8 @@ import numpy as np
 from ..runs.methods import BASELINE, GROUPS, LOSS, METHODS, OTHER, PRM, Method, find_method
 from ..runs.read import Run
 from ..runs.schema import KL, Measures
-from .statistics import (
-    Interval,
-    bootstrap_interval,
-    bracket_ratio,
-    finite,
-    holm,
-    interpolate_at_kl,
-    mean_and_standard_error,
-    mean_over_log_kl,
-    proportion_standard_error,
-    shared_range,
-)
+from . import statistics
+from .statistics import Interval, finite
 
 
 Outcomes = Callable[[Run], np.ndarray | None]  # of a run, one value an example or one in all
@@ -95,7 +85,7 @@ class Row:
     def mean(self, name: str) -> tuple[float, float, int]:
         """Mean and standard error over seeds, and number of runs that have it; `"mean_q"` is the mean over the run."""
         values = [run.mean_q if name == "mean_q" else run.metrics.get(name) for run in self.runs]
-        return mean_and_standard_error([value for value in values if value is not None])
+        return statistics.mean_and_standard_error([value for value in values if value is not None])
 
     def accuracy_error(self) -> tuple[float, str]:
         """Standard error of the accuracy, and over what: `"seeds"`, with one seed `"examples"`, or `""` (unknown)."""
@@ -104,7 +94,7 @@ class Row:
             return error, "seeds"
         examples = next((len(run.heldout) for run in self.runs if run.heldout is not None), 0)
         if n and examples and finite(accuracy):
-            return proportion_standard_error(accuracy, examples), "examples"
+            return statistics.proportion_standard_error(accuracy, examples), "examples"
         return math.nan, ""
 
 
@@ -136,10 +126,10 @@ class Contrast:
 
     @property
     def verdict(self) -> str:
-        """`MORE`, `LESS`, `LEVEL` or `no interval`, of the left side; or why the difference is unknown."""
-        if self.interval is None:
-            return self.missing
-        return {"higher": MORE, "lower": LESS, "within noise": LEVEL}.get(self.interval.verdict, "no interval")
+        """`MORE`, `LESS`, `LEVEL` (the interval holds 0) or `no interval`; or why the difference is unknown."""
+        if not self.known:
+            return self.missing or "no interval"
+        return MORE if self.interval.low > 0 else LESS if self.interval.high < 0 else LEVEL
 
     @property
     def text(self) -> str:
@@ -227,7 +217,7 @@ def build_comparison(runs: list[Run]) -> Comparison:
     _check_comparable(finished)
     comparison = Comparison(_rows(finished), [], finished, unfinished)
     comparison.contrasts = [*_contrasts(comparison), *_frontier_contrasts(comparison)]
-    adjusted = holm([c.interval.p_value if c.interval else math.nan for c in comparison.contrasts])
+    adjusted = statistics.holm([c.interval.p_value if c.interval else math.nan for c in comparison.contrasts])
     for contrast, p in zip(comparison.contrasts, adjusted, strict=True):
         contrast.p_holm = p
     return comparison
@@ -355,15 +345,18 @@ def frontier_difference(
     seeds = dict.fromkeys(run.seed for row in mine for run in row.runs)
     pairs = [[_points(rows, seed, outcomes) for rows in (mine, theirs)] for seed in seeds]
     pairs = [both for both in pairs if min(map(len, both)) > 1]
-    span = shared_range([_kls(runs) for both in pairs for runs in both])
+    span = statistics.shared_range([_kls(runs) for both in pairs for runs in both])
     if span is None:
         return f"no {KL} range that both cover" if pairs else "no seed with two runs of both"
     differences = []
     for left, right in pairs:
         values = _stack([outcomes(run) for run in (*left, *right)])
         ours, others = np.split(values, [len(left)])
-        differences.append(mean_over_log_kl(_kls(left), ours, *span) - mean_over_log_kl(_kls(right), others, *span))
-    return bootstrap_interval(_stack(differences)), span
+        differences.append(
+            statistics.mean_over_log_kl(_kls(left), ours, *span)
+            - statistics.mean_over_log_kl(_kls(right), others, *span)
+        )
+    return statistics.bootstrap_interval(_stack(differences)), span
 
 
 def _kls(runs: list[Run]) -> np.ndarray:
@@ -398,7 +391,7 @@ def _between(kind: str, left: Row, right: Row) -> Contrast:
         return Contrast(kind, left, right, against, missing="no shared seed")
     partly = len(differences) < max(len(left.runs), len(right.runs))
     note = f"over the {len(differences)} seed(s) that both have" if partly else ""
-    return Contrast(kind, left, right, against, bootstrap_interval(_stack(differences)), note)
+    return Contrast(kind, left, right, against, statistics.bootstrap_interval(_stack(differences)), note)
 
 
 def _at_equal_kl(kind: str, rows: list[Row], baseline: list[Row]) -> Contrast:
@@ -414,11 +407,11 @@ def _at_equal_kl(kind: str, rows: list[Row], baseline: list[Row]) -> Contrast:
             continue
         kl, kls = run.metrics[KL], _kls(curve)
         outcomes, *points = _stack([other.outcomes() for other in (run, *curve)])
-        matched = interpolate_at_kl(kls, np.stack(points), kl)
+        matched = statistics.interpolate_at_kl(kls, np.stack(points), kl)
         if matched is None:
             lacking.append("larger" if kl > kls.max() else "smaller")
         else:
-            ratios.append(bracket_ratio(kls, kl))
+            ratios.append(statistics.bracket_ratio(kls, kl))
             by_seed[run.seed].append(outcomes - matched)
     if lacking:
         notes.append(
@@ -426,7 +419,9 @@ def _at_equal_kl(kind: str, rows: list[Row], baseline: list[Row]) -> Contrast:
             f"where nothing is extrapolated: {name} lacks {' and '.join(sorted(set(lacking)))} rates"
         )
     if ratios:
-        contrast.interval = bootstrap_interval(_stack([_stack(values).mean(axis=0) for values in by_seed.values()]))
+        contrast.interval = statistics.bootstrap_interval(
+            _stack([_stack(values).mean(axis=0) for values in by_seed.values()])
+        )
         notes += [f"interpolated between KLs up to {max(ratios):.0f}-fold apart"] if max(ratios) > 4 else []
     else:
         extent = "much" if set(lacking) == {"larger"} else "little"

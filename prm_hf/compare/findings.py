@@ -73,44 +73,30 @@ CONCLUSIONS = (
     Case("no_accuracy", lambda f: f.top is None, "No run has {f.measures.accuracy}: there is nothing to compare."),
     Case("without", lambda f: f.lacks, "Without a run of {it}, the table cannot say what PRM's mask does."),
     Case("loses", lambda f: LESS in f.verdicts and MORE not in f.verdicts, "So PRM loses to {f.adamw} here."),
-    Case(
-        "not_shown",
-        lambda f: MORE in f.verdicts and f.verdicts != {MORE},
-        "So PRM is not ahead in both, and the table does not show that it is better than a well-tuned {f.adamw}.",
-    ),
-    Case(
-        "level",
-        lambda f: LEVEL in f.verdicts,
-        "So the table shows neither that PRM is more accurate than {f.adamw} nor that the two are equal.",
-    ),
-    Case(
-        "no_interval",
-        lambda f: MORE not in f.verdicts,
-        "So the table shows no difference: without several seeds or margins.json there is no interval.",
-    ),
+    Case("not_shown", lambda f: MORE in f.verdicts and f.verdicts != {MORE}, "So PRM is not ahead in both."),
+    Case("level", lambda f: LEVEL in f.verdicts, "So neither is shown to be more accurate, nor that they are equal."),
+    Case("no_interval", lambda f: MORE not in f.verdicts, "No interval: that takes several seeds or margins.json."),
     Case(
         "more_tries",
         lambda f: f.settings > f.tries,
-        "So PRM is ahead here, but it had {f.settings} tries and {f.adamw} {f.tries}: the table does not show that it "
-        "is ahead of an equally tuned {f.adamw}.",
+        "So PRM is ahead, but it had {f.settings} tries and {f.adamw} {f.tries}, which might do as well with more.",
     ),
     Case(
         "mean_step",
         lambda f: f.at_step is None or f.at_step.verdict != MORE,
-        "So PRM is ahead of {f.adamw} here, but its mean step alone, constant q, is not known to do worse: the table "
-        "does not show that the mask is the reason.",
+        "So PRM is ahead of {f.adamw}, but its mean step alone, constant q, is not known to do worse.",
     ),
     Case(
         "rival",
         lambda f: f.rival and f.rival.verdict != MORE,
-        "So PRM is ahead of {f.adamw} here by more than a smaller step explains, but {f.rival.right.kind.label} is "
-        "not known to do worse at equal KL.",
+        "So PRM is ahead of {f.adamw} by more than a smaller step explains, but {f.rival.right.kind.label} is not "
+        "known to do worse at equal KL.",
     ),
     Case(
         "ahead",
         lambda f: True,
-        "So PRM is ahead here by more than a smaller step explains, on {f.measures.examples} that also chose its "
-        "learning rate, and on one task: the table does not show that it holds elsewhere.",
+        "So PRM is ahead by more than a smaller step explains, on one task and on {f.measures.examples} that also "
+        "chose its learning rate.",
     ),
 )
 
@@ -119,21 +105,19 @@ REMARKS = (
     Case(
         "same_rate",
         lambda f: [_drift(c) for c in f.contrasts if c.kind == SAME_LR],
-        "A difference at the same learning rate proves nothing about the mask: q < 1 shrinks the step, and so would a "
-        "smaller learning rate. {it}.",
+        "A difference at the same learning rate proves nothing about the mask, as q < 1 shrinks the step. {it}.",
     ),
     Case(
         "equal_kl",
         lambda f: any(c.kind in (EQUAL_KL, EQUAL_KL_MEAN, FRONTIER) and c.interval for c in f.contrasts),
-        "At the same KL, a curve is read on the straight line in log KL between two neighbouring runs of a seed; the "
-        "frontier's area is its mean height where both curves run, with no learning rate picked. Where a curve bulges "
-        "up between its runs, the line lies too low.",
+        "At the same KL, a curve is read on the straight line in log KL between two neighbouring runs of a seed, and "
+        "the frontier's area is its mean height. Where a curve bulges up between its runs, the line lies too low.",
     ),
     Case(
         "picked",
         lambda f: f.top and any(len(rows) > 1 for rows in f.methods.values()),
-        "Each method's best learning rate was picked on the same {f.measures.examples} that its accuracy is given on, "
-        "so every best is optimistic, and the intervals do not count the picking.",
+        "Each best learning rate was picked on the same {f.measures.examples}: every best is optimistic, which no "
+        "interval counts.",
     ),
     Case(
         "unequal_grids",
@@ -145,11 +129,7 @@ REMARKS = (
         lambda f: [text for rows in f.grids if (text := _edge(rows))],
         "At the edge of its grid, so that its true best may lie outside: {it}.",
     ),
-    Case(
-        "one_seed",
-        lambda f: f.seeds[1] == 1,
-        "One seed: the spread over seeds is not measured, and another seed may lie outside all intervals.",
-    ),
+    Case("one_seed", lambda f: f.seeds[1] == 1, "One seed: another seed may lie outside all intervals."),
     Case(
         "seeds",
         lambda f: f.seeds[1] > 1,
@@ -171,8 +151,7 @@ REMARKS = (
     Case(
         "trainer_runs",
         lambda f: any(run.source == "trainer" for run in f.runs),
-        "For runs read from trainer_state.json it is not known whether the labels of the evaluation split are clean, "
-        "nor whether data and model are the same.",
+        "trainer_state.json does not say whether evaluation labels are clean, nor which data and model were used.",
     ),
     Case(
         "unequal_settings",
@@ -180,11 +159,7 @@ REMARKS = (
         "The runs of a method are not one experiment, for they differ not only in learning rate and seed: {it}.",
     ),
     Case("not_on_frontier", lambda f: _without_kl(f.rows), f"Not on the frontier, for lack of {KL}: {{it}}."),
-    Case(
-        "unfinished",
-        lambda f: [run.name for run in f.unfinished],
-        "Left out, for they are unfinished (no metrics.json): {it}.",
-    ),
+    Case("unfinished", lambda f: [run.name for run in f.unfinished], "Unfinished, without metrics.json: {it}."),
 )
 
 

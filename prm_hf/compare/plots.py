@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._extras import require
 from ..runs.methods import find_method
 from ..runs.read import Run
 from ..runs.schema import KL, MEAN_Q
@@ -44,16 +45,8 @@ _COLOURS = (
     *("#CC79A7", "#882255", "#44AA99", "#332288", "#117733", "#AA4499", "#88CCEE", "#6B5B2E", "#7F7F7F", "#DDAA33"),
 )
 _MARKERS = "osD^hdpPXv<>*"  # their number is coprime to that of the colours, so that pairs differ
-_RC = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-}
+_RC = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.grid": True}
+_RC |= {"axes.axisbelow": True, "grid.color": "#e6e6e6", "legend.frameon": False, "legend.fontsize": 9}
 
 
 def method_styles(methods: list[str]) -> dict[str, tuple[str, str]]:
@@ -69,10 +62,9 @@ def house_style() -> AbstractContextManager[None]:
     Raises:
         ImportError: matplotlib is not installed; names the extra that brings it.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError('Pictures and report.html need matplotlib: pip install "prm-hf[report]"') from error
+    require("prm_hf.compare.plots", "matplotlib", extra="report")
+    import matplotlib
+
     return matplotlib.rc_context(_RC)
 
 
@@ -184,10 +176,7 @@ def _plain_log_ticks(axis: Axis) -> None:
 
 
 def plot_curves(comparison: Comparison) -> Figure | None:
-    """Held-out accuracy, fit of the noise and `drift/kl` over the steps; each method's best learning rate stands out.
-
-    Lines are means over seeds with the range of the seeds as a band. None if nothing of this was logged.
-    """
+    """Held-out accuracy, fit of the noise and `drift/kl` over the steps; None if nothing of this was logged."""
     names = comparison.measures
     panels = {
         names.accuracy: f"Held-out accuracy ({names.accuracy})",
@@ -198,15 +187,14 @@ def plot_curves(comparison: Comparison) -> Figure | None:
 
 
 def plot_mask(comparison: Comparison) -> Figure | None:
-    """`mask/mean_q` over the steps, with the level at which pure noise holds the `"ema"` `snr` mask. None if no run
-    logged a mask."""
+    """`mask/mean_q` over the steps, with the level that pure noise has; None if no run logged a mask."""
     return _plot_over_steps(
         comparison, {MEAN_Q: f"Mean of the mask ({MEAN_Q}), log scale"}, floors=_noise_floors(comparison)
     )
 
 
 def _plot_over_steps(comparison: Comparison, panels: dict[str, str], floors: Iterable[float] = ()) -> Figure | None:
-    """A panel for each metric that was logged, by its title; None if none was."""
+    """A panel for each metric that was logged, by its title; None if none was. Lines are means over seeds."""
     panels = {name: title for name, title in panels.items() if any(_mean_series(r, name) for r in comparison.rows)}
     if not panels:
         return None

@@ -147,13 +147,17 @@ def wrap(text: str, first: str = "", rest: str = "") -> str:
     return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
+def _parts(comparison: Comparison, table: Callable[[list[str], list[list[str]], set[int]], str]) -> tuple[str, str]:
+    """The table of rows and that of contrasts, which may be empty, as `table` writes heads, cells and left columns."""
+    contrasts = list(map(_contrast_cells, comparison.contrasts))
+    rows = table(_header(comparison), list(map(_row_cells, comparison.rows)), {0})
+    return rows, table(CONTRAST_HEADER, contrasts, {0, 1, 4}) if contrasts else ""
+
+
 def plain_text(comparison: Comparison) -> str:
-    summary, *others = comparison.statements
-    parts = [align(_header(comparison), list(map(_row_cells, comparison.rows)), left={0})]
-    parts += [wrap(_footnote(comparison)), wrap(summary)]
-    if comparison.contrasts:
-        parts.append(align(CONTRAST_HEADER, list(map(_contrast_cells, comparison.contrasts)), left={0, 1, 4}))
-    parts.append("\n".join(wrap(statement, "- ", "  ") for statement in others))
+    (rows, contrasts), (summary, *others) = _parts(comparison, align), comparison.statements
+    remarks = "\n".join(wrap(statement, "- ", "  ") for statement in others)
+    parts = rows, wrap(_footnote(comparison)), wrap(summary), contrasts, remarks
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -163,12 +167,9 @@ def markdown(comparison: Comparison) -> str:
         rule = [":--" if i in left else "--:" for i in range(len(heads))]
         return "\n".join("| " + " | ".join(cells) + " |" for cells in (escaped[0], rule, *escaped[1:]))
 
-    summary, *others = comparison.statements
-    parts = [f"**{summary}**", table(_header(comparison), list(map(_row_cells, comparison.rows)), {0})]
-    parts.append(_footnote(comparison).replace("*", "\\*").replace("|", "\\|"))
-    if comparison.contrasts:
-        parts.append(table(CONTRAST_HEADER, list(map(_contrast_cells, comparison.contrasts)), {0, 1, 4}))
-    parts.append("\n".join(f"- {statement}" for statement in others))
+    (rows, contrasts), (summary, *others) = _parts(comparison, table), comparison.statements
+    footnote = _footnote(comparison).replace("*", "\\*").replace("|", "\\|")
+    parts = f"**{summary}**", rows, footnote, contrasts, "\n".join(f"- {statement}" for statement in others)
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -320,9 +321,4 @@ def _run_details(comparison: Comparison) -> list[str]:
     ]
 
 
-FORMATS: dict[str, Callable[[Comparison], str]] = {
-    "table": plain_text,
-    "json": as_json,
-    "markdown": markdown,
-    "html": as_html,
-}
+FORMATS = {"table": plain_text, "json": as_json, "markdown": markdown, "html": as_html}

@@ -39,13 +39,6 @@ class Interval:
     def known(self) -> bool:
         return bool(np.isfinite(self.low) and np.isfinite(self.high))
 
-    @property
-    def verdict(self) -> str:
-        """`"higher"`, `"lower"`, `"within noise"` (the interval holds 0) or `"no interval"`."""
-        if not self.known:
-            return "no interval"
-        return "higher" if self.low > 0 else "lower" if self.high < 0 else "within noise"
-
 
 def finite(value: float | None) -> bool:
     """Whether `value` was measured and is a finite number."""

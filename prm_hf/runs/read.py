@@ -28,7 +28,7 @@ from .schema import (
     VERSION,
     Measures,
     measures_of,
-    metric_name,
+    named_metrics,
 )
 
 
@@ -291,7 +291,7 @@ def _evaluation(entry: dict[str, Any]) -> tuple[str | None, dict[str, float]]:
     """
     values = {key: value for key, value in entry.items() if _is_number(value) and key not in ("step", "epoch")}
     if not any(key.startswith("eval_") for key in entry):
-        return None, {name: value for key, value in values.items() if (name := metric_name(key)) is not None}
+        return None, named_metrics(values)
     own = (re.fullmatch(rf"eval_(?:(.+)_)?{n}", key) for n in ("runtime", "loss") for key in sorted(entry, key=len))
     split = next((match[1] or "" for match in own if match), "")
     values = {key: value for key, value in values.items() if key.startswith("eval_")}

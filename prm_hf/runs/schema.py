@@ -68,13 +68,14 @@ def comparable_settings(settings: Mapping[str, Any], method: str) -> dict[str, A
     return {key: value for key, value in renamed.items() if key not in NOT_SETTINGS}
 
 
-def metric_name(key: str) -> str | None:
-    """The name of a trainer's log key in a run's files: evaluations are plain, training batches under `train/`."""
-    if key.endswith(("_runtime", "_per_second", "_preparation_time")):
-        return None
-    if key in ("step", "epoch") or key.startswith("mask/"):
-        return key
-    return key.removeprefix("eval_") if key.startswith("eval_") else f"train/{key}"
+def named_metrics(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A trainer's log by the names in a run's files: evaluations are plain, training batches under `train/`."""
+    named = {}
+    for key, value in values.items():
+        plain = key in ("step", "epoch") or key.startswith("mask/")
+        if not key.endswith(("_runtime", "_per_second", "_preparation_time")):
+            named[key if plain else key.removeprefix("eval_") if key.startswith("eval_") else f"train/{key}"] = value
+    return named
 
 
 @dataclass(frozen=True)
