@@ -132,12 +132,20 @@ class Contrast:
         return MORE if self.interval.low > 0 else LESS if self.interval.high < 0 else LEVEL
 
     @property
+    def clear(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.verdict in (MORE, LESS)
+
+    @property
+    def judged(self) -> str:
+        """The left side for people: a row, or the method where its whole curve is judged."""
+        return self.left.name if self.kind in (EQUAL_KL_MEAN, FRONTIER) else self.left.label
+
+    @property
     def text(self) -> str:
         """`+0.010 [-0.008, +0.028]`, or the difference alone, or `unknown`."""
-        if self.interval is None:
-            return "unknown"
         ends = f" [{self.interval.low:+.3f}, {self.interval.high:+.3f}]" if self.known else ""
-        return f"{self.interval.mean:+.3f}{ends}"
+        return f"{self.interval.mean:+.3f}{ends}" if self.interval else "unknown"
 
 
 @dataclass(eq=False)
@@ -234,8 +242,8 @@ def _check_comparable(runs: list[Run]) -> None:
         for value, name in known:
             if value != known[0][0]:
                 raise ValueError(
-                    f"The runs differ in {what}: {known[0][0]!r} in {known[0][1]}, {value!r} in {name}. Their "
-                    "accuracies cannot be compared; pass the folders of one experiment at a time."
+                    f"The runs differ in {what}: {known[0][0]!r} in {known[0][1]}, {value!r} in {name}. Pass the "
+                    "folders of one experiment at a time."
                 )
     seen: dict[tuple, Run] = {}
     for run in runs:
@@ -244,8 +252,7 @@ def _check_comparable(runs: list[Run]) -> None:
         if other is not run:
             raise ValueError(
                 f"{other.path} and {run.path} are both {run.method!r} at learning rate {rate} with seed {run.seed}. "
-                "Leave one out, or tell them apart: by `method` in run.json, or by the folder's name for a Trainer's "
-                "run."
+                "Leave one out, or tell them apart: by `method` in run.json, or for a Trainer by the folder's name."
             )
 
 
@@ -349,13 +356,10 @@ def frontier_difference(
     if span is None:
         return f"no {KL} range that both cover" if pairs else "no seed with two runs of both"
     differences = []
-    for left, right in pairs:
-        values = _stack([outcomes(run) for run in (*left, *right)])
-        ours, others = np.split(values, [len(left)])
-        differences.append(
-            statistics.mean_over_log_kl(_kls(left), ours, *span)
-            - statistics.mean_over_log_kl(_kls(right), others, *span)
-        )
+    for both in pairs:
+        values = np.split(_stack([outcomes(run) for runs in both for run in runs]), [len(both[0])])
+        areas = [statistics.mean_over_log_kl(_kls(runs), its, *span) for runs, its in zip(both, values, strict=True)]
+        differences.append(np.subtract(*areas))
     return statistics.bootstrap_interval(_stack(differences)), span
 
 

@@ -52,9 +52,9 @@ class Facts:
         self.verdicts = {c.verdict for c in (self.at_best, self.at_kl) if c}
         counts = [len(row.runs) for row in self.rows]
         self.seeds = min(counts), max(counts)
-        known = [c for c in self.contrasts if c.known]
-        clear = [c for c in known if c.verdict != LEVEL]
-        self.intervals, self.clear, self.kept = len(known), len(clear), sum(c.p_holm < 0.05 for c in clear)
+        clear = [c for c in self.contrasts if c.clear]
+        self.clear, self.kept = len(clear), sum(c.p_holm < 0.05 for c in clear)
+        self.intervals = sum(c.known for c in self.contrasts)
 
 
 class Case(NamedTuple):
@@ -145,7 +145,7 @@ REMARKS = (
     Case("run_notes", lambda f: _by_note((run.name, note) for run in f.runs for note in run.notes), "{it}."),
     Case(
         "contrast_notes",
-        lambda f: _by_note((f"{c.left.label} against {c.against}", c.note) for c in f.contrasts if c.note),
+        lambda f: _by_note((f"{c.judged} against {c.against}", c.note) for c in f.contrasts if c.note),
         "{it}.",
     ),
     Case(
@@ -158,7 +158,11 @@ REMARKS = (
         lambda f: [text for rows in f.methods.values() if (text := _unequal_settings(rows))],
         "The runs of a method are not one experiment, for they differ not only in learning rate and seed: {it}.",
     ),
-    Case("not_on_frontier", lambda f: _without_kl(f.rows), f"Not on the frontier, for lack of {KL}: {{it}}."),
+    Case(
+        "not_on_frontier",
+        lambda f: any(map(_has_kl, f.rows)) and [row.label for row in f.rows if not _has_kl(row)],
+        f"Not on the frontier, for lack of {KL}: {{it}}.",
+    ),
     Case("unfinished", lambda f: [run.name for run in f.unfinished], "Unfinished, without metrics.json: {it}."),
 )
 
@@ -217,9 +221,8 @@ def _by_note(noted: Iterable[tuple[str, str]]) -> list[str]:
     return [f"{', '.join(those)}: {note}" for note, those in names.items()]
 
 
-def _without_kl(rows: list[Row]) -> list[str]:
-    without = [row.label for row in rows if not finite(row.mean(KL)[0])]
-    return without if len(without) < len(rows) else []
+def _has_kl(row: Row) -> bool:
+    return finite(row.mean(KL)[0])
 
 
 def _unequal_settings(rows: list[Row]) -> str:

@@ -24,7 +24,6 @@ from .statistics import finite, noise_floor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -47,6 +46,7 @@ _COLOURS = (
 _MARKERS = "osD^hdpPXv<>*"  # their number is coprime to that of the colours, so that pairs differ
 _RC = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.grid": True}
 _RC |= {"axes.axisbelow": True, "grid.color": "#e6e6e6", "legend.frameon": False, "legend.fontsize": 9}
+_RC["axes.formatter.min_exponent"] = 3  # ticks as 0.01 rather than powers of ten
 
 
 def method_styles(methods: list[str]) -> dict[str, tuple[str, str]]:
@@ -125,7 +125,6 @@ def plot_frontier(comparison: Comparison) -> Figure | None:
         margin = max(1.35, 2 / np.sqrt(high / low))  # at least a factor of 4 in all
         axes.set_xlim(low / margin, high * margin)
         axes.margins(y=0.1)
-        _plain_log_ticks(axes.xaxis)
         axes.set_xlabel("drift/kl: KL(π‖π_ref), nats a token, log scale")
         axes.set_ylabel(f"held-out accuracy ({comparison.measures.accuracy})")
         axes.set_title("Held-out accuracy against drift")
@@ -161,18 +160,6 @@ def _has_point(run: Run) -> bool:
 
 def _geometric_mean(values: np.ndarray) -> float:
     return float(np.exp(np.mean(np.log(values))))
-
-
-def _plain_log_ticks(axis: Axis) -> None:
-    """Ticks as 0.01, 0.02, 0.05 rather than powers of ten, where the range is short enough to show them."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    low, high = axis.get_view_interval()
-    decades = np.log10(high / low)
-    subs = range(1, 10) if decades < 0.8 else (1, 2, 5) if decades < 2.2 else (1,)
-    axis.set_major_locator(LogLocator(subs=subs, numticks=20))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
 
 
 def plot_curves(comparison: Comparison) -> Figure | None:
@@ -212,8 +199,6 @@ def _plot_over_steps(comparison: Comparison, panels: dict[str, str], floors: Ite
                     line = _draw_series(axes, row, name, styles[method], thick=row is top)
                     if line is not None:
                         lines[rows[0].kind.label] = line
-            if title.endswith("log scale"):
-                _plain_log_ticks(axes.yaxis)
         for level in floors:
             line = all_axes[0].axhline(level, color="#666666", linestyle="--", linewidth=1.2, zorder=1)
             lines[f"pure noise, ema snr\nper_tensor: q = {level:.3f}"] = line

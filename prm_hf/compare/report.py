@@ -13,18 +13,7 @@ from typing import Any
 from ..runs.read import load_runs
 from ..runs.schema import CLEAN_FIT, KL, VERSION
 from . import findings, page, plots
-from .comparison import (
-    EQUAL_KL_MEAN,
-    FRONTIER,
-    LEVEL,
-    SAME_LR,
-    Comparison,
-    Contrast,
-    Row,
-    best,
-    build_comparison,
-    format_rate,
-)
+from .comparison import SAME_LR, Comparison, Contrast, Row, best, build_comparison, format_rate
 from .statistics import Interval, finite
 
 
@@ -105,9 +94,8 @@ def _row_cells(row: Row) -> list[str]:
 
 
 def _contrast_cells(contrast: Contrast) -> list[str]:
-    left = contrast.left.name if contrast.kind in (EQUAL_KL_MEAN, FRONTIER) else contrast.left.label
     p = "<0.001" if contrast.p_holm < 0.001 else _share(contrast.p_holm)
-    return [left, contrast.against, contrast.text, p, contrast.verdict]
+    return [contrast.judged, contrast.against, contrast.text, p, contrast.verdict]
 
 
 def _footnote(comparison: Comparison) -> str:
@@ -296,8 +284,7 @@ def _interval_picture(contrast: Contrast, reach: float) -> str:
     if interval is None:
         return ""
     # A difference at the same learning rate proves nothing, however clear, and gets no colour.
-    clear = contrast.known and contrast.verdict != LEVEL and contrast.kind != SAME_LR
-    colour = "var(--accent)" if clear else "var(--quiet)"
+    colour = "var(--accent)" if contrast.clear and contrast.kind != SAME_LR else "var(--quiet)"
     low, mean, high = (80 + 76 * value / reach for value in (interval.low, interval.mean, interval.high))
     ends = f'<line x1="{low:.1f}" x2="{high:.1f}" y1="9" y2="9" stroke="{colour}" stroke-width="2.5"/>'
     return (

@@ -76,12 +76,9 @@ def register(*methods: Method) -> None:
 def parse_method(name: str, known: Collection[str] | None = None) -> Method:
     """The method of a name that may end in a value: `adamw_eps:0.3`.
 
-    Args:
-        name: an element of the argument `methods`.
-        known: the names, without values, that are allowed; by default all of `METHODS`.
-
     Raises:
-        ValueError: the name is not known, or a value is missing, not wanted or not a positive number.
+        ValueError: the name is not in `known` (names without values, by default all of `METHODS`), or a value is
+            missing, not wanted or not a positive number.
     """
     key, colon, text = name.partition(":")
     known = METHODS if known is None else known

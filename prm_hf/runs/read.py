@@ -109,13 +109,10 @@ class Run:
 
 
 def load_runs(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Run]:
-    """Reads every run under `paths`.
+    """Reads every run under `paths`, in the order given, unfinished ones included with `finished=False`.
 
     Args:
         paths: a folder or several; each is a run, or holds runs (up to three levels down). Globs are expanded.
-
-    Returns:
-        The runs in the order given, unfinished ones included with `finished=False`.
 
     Raises:
         FileNotFoundError: a path, or what a glob should match, does not exist.
@@ -239,8 +236,9 @@ def _read_trainer_run(folder: Path, file: Path) -> Run:
     rates = [entry["learning_rate"] for entry in log if _is_number(entry.get("learning_rate"))]
     run = Run(file.parent, name, method, max(rates, default=named_rate), seed, source="trainer")
     run.info = {key: state[key] for key in ("global_step", "max_steps", "num_train_epochs") if key in state}
-    runtimes = [entry["train_runtime"] for entry in log if "train_runtime" in entry]
-    run.metrics = {"wall_seconds": float(runtimes[-1])} if runtimes else {}
+    for entry in log:
+        if "train_runtime" in entry:
+            run.metrics["wall_seconds"] = float(entry["train_runtime"])
     _take_log(run, [entry for entry in log if "train_runtime" not in entry])
     if state.get("global_step") is not None:
         run.metrics["steps"] = float(state["global_step"])
