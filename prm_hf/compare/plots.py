@@ -57,11 +57,7 @@ def method_styles(methods: list[str]) -> dict[str, tuple[str, str]]:
 
 
 def house_style() -> AbstractContextManager[None]:
-    """The look that all pictures share, for the `with` in which one is drawn.
-
-    Raises:
-        ImportError: matplotlib is not installed; names the extra that brings it.
-    """
+    """The look of all pictures, for the `with` in which one is drawn; an ImportError names the extra it needs."""
     require("prm_hf.compare.plots", "matplotlib", extra="report")
     import matplotlib
 
@@ -82,7 +78,8 @@ def new_figure(
 def to_png(figure: Figure, dpi: int = 150) -> bytes:
     """The figure as a PNG file's bytes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    with house_style():  # the texts of the ticks are made here
+        figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 
@@ -101,9 +98,6 @@ def plot_frontier(comparison: Comparison) -> Figure | None:
 
     Curves go through the means over seeds (geometric for the KL), with standard errors: over seeds, or over held-out
     examples where there is one seed. None if no run has both numbers.
-
-    Raises:
-        ImportError: matplotlib is not installed; names the extra that brings it.
     """
     points = {row: [run for run in row.runs if _has_point(run)] for row in comparison.rows}
     kls = {row: np.array([run.metrics[KL] for run in runs]) for row, runs in points.items() if runs}

@@ -220,9 +220,9 @@ def _parse_name(name: str) -> tuple[str, float | None, int | None]:
     seed = re.search(r"[-_.]?seed[-_=]?(\d+)", name, flags=re.IGNORECASE)
     rate = re.search(r"(?:^|[-_.])lr[-_=]?(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", name, flags=re.IGNORECASE)
     method = name
-    for match in (seed, rate):
-        method = method.replace(match.group(0), "") if match else method
-    return method.strip("-_.") or name, float(rate.group(1)) if rate else None, int(seed.group(1)) if seed else None
+    for match in filter(None, (seed, rate)):
+        method = method.replace(match[0], "")
+    return method.strip("-_.") or name, float(rate[1]) if rate else None, int(seed[1]) if seed else None
 
 
 def _read_trainer_run(folder: Path, file: Path) -> Run:
@@ -253,9 +253,9 @@ def _take_log(run: Run, log: list[dict[str, Any]]) -> None:
     last: dict[str, dict[str, Any]] = {}  # of each split the values of its last evaluation, which may have two entries
     for entry, (split, values) in zip(log, evaluations, strict=True):
         if split is not None:
-            step = {"step": entry.get("step")}
             before = last.get(split, {})
-            last[split] = {**before, **values} if before.items() >= step.items() else {**values, **step}
+            same = before.get("step") == entry.get("step")
+            last[split] = {**(before if same else {}), **values, "step": entry.get("step")}
     main = _main_split(last)
     if main is None:
         run.notes.append(
