@@ -1,7 +1,7 @@
 """Pictures of a comparison. The only module that needs matplotlib, and it imports it when a picture is drawn.
 
-Colours are those of Okabe and Ito and of Tol ("muted"), told apart by colour-blind readers too; each method also has
-its own marker. A method has one colour in all pictures.
+Colours are those of Okabe and Ito and of Tol ("muted"), told apart by colour-blind readers too. A method has the same
+pair of colour and marker in all pictures.
 """
 
 from __future__ import annotations
