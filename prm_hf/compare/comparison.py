@@ -7,29 +7,24 @@ method's whole curve against AdamW's, by the area under accuracy over log KL.
 
 from __future__ import annotations
 
+import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from ..runs.methods import BASELINE, CONTROL, GROUPS, LOSS, METHODS, OTHER, PRM, Method, find_method
+from ..runs.methods import BASELINE, GROUPS, LOSS, METHODS, OTHER, PRM, Method, find_method
 from ..runs.read import Run
 from ..runs.schema import KL, Measures
-from .statistics import (
-    Interval,
-    bootstrap_interval,
-    bracket_ratio,
-    finite,
-    holm,
-    interpolate_at_kl,
-    mean_and_standard_error,
-    mean_over_log_kl,
-    proportion_standard_error,
-    shared_range,
-)
+from . import statistics
+from .statistics import Interval, finite
 
 
+Outcomes = Callable[[Run], np.ndarray | None]  # of a run, one value an example or one in all
+_RATE_CONTROLS = ("constant_q", "adamw_matched")  # AdamW at another learning rate
 SAME_LR = "same learning rate"
 BEST_LR = "best learning rates"
 EQUAL_KL = "equal KL"
@@ -52,8 +47,7 @@ class Row:
     """The runs of one method at one learning rate, one a seed.
 
     Attributes:
-        method: as in the runs.
-        learning_rate: theirs; the mean of them for `constant_q`, whose rate follows each run's mean mask.
+        learning_rate: that of the runs; the mean of them for `constant_q`, whose rate follows each run's mean mask.
         runs: sorted by seed.
         source: for a control such as `constant_q`, the row that it is the control of.
     """
@@ -91,17 +85,17 @@ class Row:
     def mean(self, name: str) -> tuple[float, float, int]:
         """Mean and standard error over seeds, and number of runs that have it; `"mean_q"` is the mean over the run."""
         values = [run.mean_q if name == "mean_q" else run.metrics.get(name) for run in self.runs]
-        return mean_and_standard_error(np.array([value for value in values if value is not None], dtype=np.float64))
+        return statistics.mean_and_standard_error([value for value in values if value is not None])
 
     def accuracy_error(self) -> tuple[float, str]:
         """Standard error of the accuracy, and over what: `"seeds"`, with one seed `"examples"`, or `""` (unknown)."""
         accuracy, error, n = self.mean(self.measures.accuracy)
         if n > 1:
             return error, "seeds"
-        examples = [len(run.heldout) for run in self.runs if run.heldout is not None]
-        if n == 1 and examples and finite(accuracy):
-            return proportion_standard_error(accuracy, examples[0]), "examples"
-        return float("nan"), ""
+        examples = next((len(run.heldout) for run in self.runs if run.heldout is not None), 0)
+        if n and examples and finite(accuracy):
+            return statistics.proportion_standard_error(accuracy, examples), "examples"
+        return math.nan, ""
 
 
 @dataclass(eq=False)
@@ -110,12 +104,10 @@ class Contrast:
 
     Attributes:
         kind: one of the constants of this module, e.g. `"equal KL"`.
-        left: the row that is judged.
         right: the row it is judged against, or None where that is AdamW's whole curve; of another curve its best row.
         against: what it is judged against, for people.
-        interval: the difference with its 95 % interval, or None where it cannot be had.
+        interval: the difference with its 95 % interval, or None where it cannot be had, for the reason `missing`.
         note: what limits it, a clause.
-        missing: why there is no interval, in a few words.
         p_holm: Holm's adjusted p-value among all contrasts of the comparison; NaN without an interval.
     """
 
@@ -123,10 +115,10 @@ class Contrast:
     left: Row
     right: Row | None
     against: str
-    interval: Interval | None
+    interval: Interval | None = None
     note: str = ""
     missing: str = ""
-    p_holm: float = float("nan")
+    p_holm: float = math.nan
 
     @property
     def known(self) -> bool:
@@ -134,30 +126,33 @@ class Contrast:
 
     @property
     def verdict(self) -> str:
-        """`MORE`, `LESS`, `LEVEL` or `no interval`, of the left side; or why the difference is unknown."""
-        if self.interval is None:
-            return self.missing
-        return {"higher": MORE, "lower": LESS, "within noise": LEVEL}.get(self.interval.verdict, "no interval")
+        """`MORE`, `LESS`, `LEVEL` (the interval holds 0) or `no interval`; or why the difference is unknown."""
+        if not self.known:
+            return self.missing or "no interval"
+        return MORE if self.interval.low > 0 else LESS if self.interval.high < 0 else LEVEL
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.verdict in (MORE, LESS)
+
+    @property
+    def judged(self) -> str:
+        """The left side for people: a row, or the method where its whole curve is judged."""
+        return self.left.name if self.kind in (EQUAL_KL_MEAN, FRONTIER) else self.left.label
 
     @property
     def text(self) -> str:
         """`+0.010 [-0.008, +0.028]`, or the difference alone, or `unknown`."""
-        if self.interval is None:
-            return "unknown"
         ends = f" [{self.interval.low:+.3f}, {self.interval.high:+.3f}]" if self.known else ""
-        return f"{self.interval.mean:+.3f}{ends}"
+        return f"{self.interval.mean:+.3f}{ends}" if self.interval else "unknown"
 
 
 @dataclass(eq=False)
 class Comparison:
-    """The result of a comparison.
+    """The result of a comparison: rows in the order of the table, contrasts, and finished and unfinished runs.
 
-    Attributes:
-        rows: in the order of the table.
-        contrasts: all paired differences.
-        runs: that are finished.
-        unfinished: runs without `metrics.json`.
-        findings: what the numbers show and what they do not, as sentences by the keys of `findings.CASES`.
+    `findings` say what the numbers show and what they do not, as sentences by the keys of `findings.CASES`.
     """
 
     rows: list[Row]
@@ -194,16 +189,14 @@ class Comparison:
     @property
     def rivals(self) -> dict[str, list[Row]]:
         """Rows by method of all that is neither PRM nor AdamW nor a control of one run."""
-        others = self.methods(BASELINE, LOSS, OTHER) if self.baseline else self.methods(LOSS, OTHER)
+        others = self.methods(BASELINE, LOSS, OTHER)
         return {method: rows for method, rows in others.items() if rows != self.baseline}
 
     @property
     def curve(self) -> list[Row]:
         """The rows whose runs are points of AdamW's curve: its own, and controls that are AdamW at another rate."""
-        controls = self.methods(CONTROL)
-        controls = [row for method in ("constant_q", "adamw_matched") for row in controls.get(method, [])]
-        plain = [row for row in controls if row.source is None or row.source.kind.baseline == "adamw"]
-        return [*self.baseline, *plain]
+        controls = [row for row in self.rows if row.method in _RATE_CONTROLS]
+        return [*self.baseline, *(c for c in controls if c.source is None or c.source.kind.baseline == "adamw")]
 
     def find(self, kind: str, left: Row, right: str | None = None) -> Contrast | None:
         """The first contrast of a row of that kind, which is that against AdamW; or against the method `right`."""
@@ -227,43 +220,39 @@ def build_comparison(runs: list[Run]) -> Comparison:
     finished = [run for run in runs if run.finished]
     unfinished = [run for run in runs if not run.finished]
     if not finished:
-        names = ", ".join(run.name for run in unfinished)
-        raise ValueError(f"No finished run (one with metrics.json); unfinished: {names or 'none'}.")
+        names = ", ".join(run.name for run in unfinished) or "none"
+        raise ValueError(f"No finished run (one with metrics.json); unfinished: {names}.")
     _check_comparable(finished)
     comparison = Comparison(_rows(finished), [], finished, unfinished)
     comparison.contrasts = [*_contrasts(comparison), *_frontier_contrasts(comparison)]
-    adjusted = holm([c.interval.p_value if c.interval else float("nan") for c in comparison.contrasts])
+    adjusted = statistics.holm([c.interval.p_value if c.interval else math.nan for c in comparison.contrasts])
     for contrast, p in zip(comparison.contrasts, adjusted, strict=True):
         contrast.p_holm = p
     return comparison
 
 
 def _check_comparable(runs: list[Run]) -> None:
-    _check_one_value("what their accuracy is", {run.name: run.measures.accuracy for run in runs})
-    for key in ("dataset", "model", "noise_rate"):
-        _check_one_value(f"`{key}`", {run.name: run.info[key] for run in runs if run.info.get(key) is not None})
-    _check_one_value(
-        f"the number of {runs[0].measures.examples}", {r.name: len(r.heldout) for r in runs if r.heldout is not None}
-    )
+    shared: dict[str, Callable[[Run], Any]] = {
+        "what their accuracy is": lambda run: run.measures.accuracy,
+        **{f"`{key}`": lambda run, key=key: run.info.get(key) for key in ("dataset", "model", "noise_rate")},
+        f"the number of {runs[0].measures.examples}": lambda run: None if run.heldout is None else len(run.heldout),
+    }
+    for what, of in shared.items():
+        known = [(of(run), run.name) for run in runs if of(run) is not None]
+        for value, name in known:
+            if value != known[0][0]:
+                raise ValueError(
+                    f"The runs differ in {what}: {known[0][0]!r} in {known[0][1]}, {value!r} in {name}. Pass the "
+                    "folders of one experiment at a time."
+                )
     seen: dict[tuple, Run] = {}
     for run in runs:
-        key = (*_row_key(run), format_rate(run.learning_rate), run.seed)
-        if key in seen:
+        rate = format_rate(run.learning_rate)
+        other = seen.setdefault((*_row_key(run), rate, run.seed), run)
+        if other is not run:
             raise ValueError(
-                f"{seen[key].path} and {run.path} are both {run.method!r} at learning rate "
-                f"{format_rate(run.learning_rate)} with seed {run.seed}. Leave one out, or tell them apart: by "
-                "`method` in run.json, or by the folder's name for a Trainer's run."
-            )
-        seen[key] = run
-
-
-def _check_one_value(what: str, values: dict[str, object]) -> None:
-    first = next(iter(values.items()), None)
-    for name, value in values.items():
-        if value != first[1]:
-            raise ValueError(
-                f"The runs differ in {what}: {first[1]!r} in {first[0]}, {value!r} in {name}. Their accuracies cannot "
-                "be compared; pass the folders of one experiment at a time."
+                f"{other.path} and {run.path} are both {run.method!r} at learning rate {rate} with seed {run.seed}. "
+                "Leave one out, or tell them apart: by `method` in run.json, or for a Trainer by the folder's name."
             )
 
 
@@ -286,11 +275,11 @@ def _rows(runs: list[Run]) -> list[Row]:
     names = {run.name: rows[_row_key(run)] for run in runs}
     for row in rows.values():
         row.source = next((names[run.control_of] for run in row.runs if run.control_of in names), None)
-    order = {key: index for index, key in enumerate(METHODS)}
+    order = [*METHODS]
 
     def place(row: Row) -> tuple:
-        method = find_method(row.method)
-        return GROUPS.index(method.group), order.get(method.key, len(order)), row.name, row.learning_rate or 0
+        number = order.index(row.kind.key) if row.kind.key in METHODS else len(order)
+        return GROUPS.index(row.group), number, row.name, row.learning_rate or 0
 
     return sorted(rows.values(), key=place)
 
@@ -318,7 +307,7 @@ def _contrasts(comparison: Comparison) -> Iterator[Contrast]:
     if lead is None and not baseline:
         lead = best(comparison.rows)
     if lead is not None:
-        for method, rows in (rivals if baseline else comparison.methods(LOSS, OTHER, BASELINE)).items():
+        for method, rows in rivals.items():
             rival = best(rows)
             if rival is not None and method != lead.method:
                 yield _between(BEST_LR, lead, rival)
@@ -342,41 +331,43 @@ def _areas(rows: list[Row], curve: list[Row], right: Row | None = None) -> Contr
     against = f"{curve[0].kind.label}, frontier area"
     found = frontier_difference(rows, curve)
     if isinstance(found, str):
-        return Contrast(FRONTIER, rows[0], right, against, None, found, found)
+        return Contrast(FRONTIER, rows[0], right, against, missing=found)
     interval, (low, high) = found
     note = f"over a range of KL of a factor of {high / low:.1f} only" if high / low < 2 else ""
     return Contrast(FRONTIER, rows[0], right, f"{against}, KL {low:.2g}-{high:.2g}", interval, note)
 
 
 def frontier_difference(
-    mine: list[Row], theirs: list[Row], outcomes: Callable[[Run], np.ndarray | None] = Run.outcomes
+    mine: list[Row], theirs: list[Row], outcomes: Outcomes = Run.outcomes
 ) -> tuple[Interval, tuple[float, float]] | str:
     """Mean over log KL of one curve minus another's, and the range of KL that both cover in every seed they share.
 
     Args:
         mine, theirs: the rows of each curve.
-        outcomes: of a run, one value an example, or one in all; by default whether each held-out example is right.
+        outcomes: by default whether each held-out example is right.
 
     Returns:
         The interval over seeds and examples, and the range, nats a token; or why there is none.
     """
-    seeds = {
-        run.seed: [_points(rows, run.seed, outcomes) for rows in (mine, theirs)] for row in mine for run in row.runs
-    }
-    seeds = {seed: both for seed, both in seeds.items() if min(map(len, both)) > 1}
-    span = shared_range([np.array([run.metrics[KL] for run in runs]) for both in seeds.values() for runs in both])
+    seeds = dict.fromkeys(run.seed for row in mine for run in row.runs)
+    pairs = [[_points(rows, seed, outcomes) for rows in (mine, theirs)] for seed in seeds]
+    pairs = [both for both in pairs if min(map(len, both)) > 1]
+    span = statistics.shared_range([_kls(runs) for both in pairs for runs in both])
     if span is None:
-        return f"no {KL} range that both cover" if seeds else "no seed with two runs of both"
+        return f"no {KL} range that both cover" if pairs else "no seed with two runs of both"
     differences = []
-    for left, right in seeds.values():
-        values = _stack([outcomes(run) for run in (*left, *right)])
-        kls = np.array([run.metrics[KL] for run in (*left, *right)])
-        n = len(left)
-        differences.append(mean_over_log_kl(kls[:n], values[:n], *span) - mean_over_log_kl(kls[n:], values[n:], *span))
-    return bootstrap_interval(_stack(differences)), span
+    for both in pairs:
+        values = np.split(_stack([outcomes(run) for runs in both for run in runs]), [len(both[0])])
+        areas = [statistics.mean_over_log_kl(_kls(runs), its, *span) for runs, its in zip(both, values, strict=True)]
+        differences.append(np.subtract(*areas))
+    return statistics.bootstrap_interval(_stack(differences)), span
 
 
-def _points(rows: list[Row], seed: int | None, outcomes: Callable[[Run], np.ndarray | None]) -> list[Run]:
+def _kls(runs: list[Run]) -> np.ndarray:
+    return np.array([run.metrics[KL] for run in runs])
+
+
+def _points(rows: list[Row], seed: int | None, outcomes: Outcomes = Run.outcomes) -> list[Run]:
     """The runs of a seed that are points of the rows' curve: those with a KL and with outcomes."""
     runs = [run for row in rows for run in row.runs if run.seed == seed]
     return [run for run in runs if finite(run.metrics.get(KL)) and outcomes(run) is not None]
@@ -395,51 +386,49 @@ def _between(kind: str, left: Row, right: Row) -> Contrast:
     pairs = [(run.outcomes(), of_right.get(run.seed)) for run in left.runs]
     differences = [np.subtract(*_stack(pair)) for pair in pairs if not any(values is None for values in pair)]
     against = right.label
-    if right.method in ("constant_q", "adamw_matched"):
+    if right.method in _RATE_CONTROLS:
         adamw = find_method(left.kind.baseline).label
         against = f"{right.kind.label} ({adamw} at {format_rate(right.learning_rate)})"
-    elif kind == SAME_LR:
-        against += " (same rate: a larger step)"
-    elif kind == BEST_LR:
-        against += " (its best)"
+    else:
+        against += {SAME_LR: " (same rate: a larger step)", BEST_LR: " (its best)"}.get(kind, "")
     if not differences:
-        return Contrast(kind, left, right, against, None, "they have no seed in common", "no shared seed")
-    note = ""
-    if len(differences) < max(len(left.runs), len(right.runs)):
-        note = f"over the {len(differences)} seed(s) that both have"
-    return Contrast(kind, left, right, against, bootstrap_interval(_stack(differences)), note)
+        return Contrast(kind, left, right, against, missing="no shared seed")
+    partly = len(differences) < max(len(left.runs), len(right.runs))
+    note = f"over the {len(differences)} seed(s) that both have" if partly else ""
+    return Contrast(kind, left, right, against, statistics.bootstrap_interval(_stack(differences)), note)
 
 
 def _at_equal_kl(kind: str, rows: list[Row], baseline: list[Row]) -> Contrast:
     """Runs minus the baseline's curve of the same seed, read at each run's KL; several rows are averaged in a seed."""
     name = baseline[0].kind.label
-    label = f"{name} at the same KL" + (f", mean over {len(rows)} rates" if kind == EQUAL_KL_MEAN else "")
-    by_seed: dict[int | None, list[np.ndarray]] = {}
-    lacking, ratios = [], []
+    several = f", mean over {len(rows)} rates" if kind == EQUAL_KL_MEAN else ""
+    contrast = Contrast(kind, rows[0], None, f"{name} at the same KL{several}")
+    by_seed: dict[int | None, list[np.ndarray]] = defaultdict(list)
+    lacking, ratios, notes = [], [], []
     for run in (run for row in rows for run in row.runs):
-        curve = _points(baseline, run.seed, Run.outcomes)
-        if not curve or not finite(run.metrics.get(KL)) or run.outcomes() is None:
+        curve = _points(baseline, run.seed)
+        if not curve or run not in _points(rows, run.seed):
             continue
+        kl, kls = run.metrics[KL], _kls(curve)
         outcomes, *points = _stack([other.outcomes() for other in (run, *curve)])
-        kls = np.array([other.metrics[KL] for other in curve])
-        matched = interpolate_at_kl(kls, np.stack(points), run.metrics[KL])
+        matched = statistics.interpolate_at_kl(kls, np.stack(points), kl)
         if matched is None:
-            lacking.append("larger" if run.metrics[KL] > kls.max() else "smaller")
-            continue
-        ratios.append(bracket_ratio(kls, run.metrics[KL]))
-        by_seed.setdefault(run.seed, []).append(outcomes - matched)
-    if not lacking and not ratios:
-        return Contrast(kind, rows[0], None, label, None, f"no {KL} in runs that share a seed", "no KL")
-    notes = []
+            lacking.append("larger" if kl > kls.max() else "smaller")
+        else:
+            ratios.append(statistics.bracket_ratio(kls, kl))
+            by_seed[run.seed].append(outcomes - matched)
     if lacking:
         notes.append(
             f"the KL of {len(lacking)} of {len(lacking) + len(ratios)} runs lies outside that of all {name} runs, "
             f"where nothing is extrapolated: {name} lacks {' and '.join(sorted(set(lacking)))} rates"
         )
-    if not ratios:
+    if ratios:
+        contrast.interval = statistics.bootstrap_interval(
+            _stack([_stack(values).mean(axis=0) for values in by_seed.values()])
+        )
+        notes += [f"interpolated between KLs up to {max(ratios):.0f}-fold apart"] if max(ratios) > 4 else []
+    else:
         extent = "much" if set(lacking) == {"larger"} else "little"
-        return Contrast(kind, rows[0], None, label, None, notes[0], f"no {name} drifts so {extent}")
-    if max(ratios) > 4:
-        notes.append(f"interpolated between KLs up to {max(ratios):.0f}-fold apart")
-    interval = bootstrap_interval(_stack([_stack(values).mean(axis=0) for values in by_seed.values()]))
-    return Contrast(kind, rows[0], None, label, interval, "; ".join(notes))
+        contrast.missing = f"no {name} drifts so {extent}" if lacking else "no KL"
+    contrast.note = "; ".join(notes)
+    return contrast

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from ..runs.methods import PRM, find_method
+from ..runs.methods import PRM
 from ..runs.schema import KL
 from .comparison import (
     BEST_LR,
@@ -31,39 +31,30 @@ from .statistics import finite
 
 
 class Facts:
-    """What the conditions and the sentences of the cases speak of.
-
-    Attributes:
-        methods: the rows by method, as all else that is not named here from the comparison.
-        top, lead: the most accurate row of all, and of PRM.
-        lacks: `PRM` or `AdamW`, if there is no run of it.
-        settings, tries: the number of PRM's rows, and of AdamW's.
-        at_best, at_kl, at_step, rival: the lead minus AdamW at its best, at the same KL, and with PRM's mean step; and
-            the lead's curve minus that of the strongest rival. None where they were not compared.
-        verdicts: those of `at_best` and `at_kl`.
-        seeds: the smallest and the largest number of runs in a row.
-        intervals, clear, kept: numbers of intervals, of those that leave 0 out, and of those that do after Holm.
-    """
+    """A comparison and what follows from it: what the conditions and the sentences of the cases speak of."""
 
     def __init__(self, comparison: Comparison) -> None:
         self.rows, self.contrasts, self.runs = comparison.rows, comparison.contrasts, comparison.runs
         self.unfinished, self.measures, self.methods = comparison.unfinished, comparison.measures, comparison.methods()
         baseline, prm = comparison.baseline, comparison.methods(PRM)
         self.grids = [baseline, *prm.values()]
+        # The most accurate row of all, and of PRM.
         self.top, self.lead = best(self.rows), best(row for rows in prm.values() for row in rows)
         self.lacks = "PRM" if self.lead is None else "AdamW" if best(baseline) is None else ""
         self.adamw = baseline[0].kind.label if baseline else "AdamW"
         self.settings, self.tries = sum(map(len, prm.values())), len(baseline)
+        # The lead minus AdamW at its best, at the same KL, and with PRM's mean step; None where it was not compared.
         self.at_best, self.at_kl = (comparison.find(kind, self.lead) for kind in (BEST_LR, EQUAL_KL))
         self.at_step = comparison.find(CONTROLLED, self.lead, "constant_q")
+        # The lead's curve minus that of the strongest rival.
         areas = [c for c in self.contrasts if c.kind == FRONTIER and c.right and self.lead]
         self.rival = next((c for c in areas if c.left.method == self.lead.method), None)
         self.verdicts = {c.verdict for c in (self.at_best, self.at_kl) if c}
         counts = [len(row.runs) for row in self.rows]
         self.seeds = min(counts), max(counts)
-        known = [c for c in self.contrasts if c.known]
-        clear = [c for c in known if c.verdict != LEVEL]
-        self.intervals, self.clear, self.kept = len(known), len(clear), sum(c.p_holm < 0.05 for c in clear)
+        clear = [c for c in self.contrasts if c.clear]
+        self.clear, self.kept = len(clear), sum(c.p_holm < 0.05 for c in clear)
+        self.intervals = sum(c.known for c in self.contrasts)
 
 
 class Case(NamedTuple):
@@ -82,44 +73,30 @@ CONCLUSIONS = (
     Case("no_accuracy", lambda f: f.top is None, "No run has {f.measures.accuracy}: there is nothing to compare."),
     Case("without", lambda f: f.lacks, "Without a run of {it}, the table cannot say what PRM's mask does."),
     Case("loses", lambda f: LESS in f.verdicts and MORE not in f.verdicts, "So PRM loses to {f.adamw} here."),
-    Case(
-        "not_shown",
-        lambda f: MORE in f.verdicts and f.verdicts != {MORE},
-        "So PRM is not ahead in both, and the table does not show that it is better than a well-tuned {f.adamw}.",
-    ),
-    Case(
-        "level",
-        lambda f: LEVEL in f.verdicts,
-        "So the table shows neither that PRM is more accurate than {f.adamw} nor that the two are equal.",
-    ),
-    Case(
-        "no_interval",
-        lambda f: MORE not in f.verdicts,
-        "So the table shows no difference: without several seeds or margins.json there is no interval.",
-    ),
+    Case("not_shown", lambda f: MORE in f.verdicts and f.verdicts != {MORE}, "So PRM is not ahead in both."),
+    Case("level", lambda f: LEVEL in f.verdicts, "So neither is shown to be more accurate, nor that they are equal."),
+    Case("no_interval", lambda f: MORE not in f.verdicts, "No interval: that takes several seeds or margins.json."),
     Case(
         "more_tries",
         lambda f: f.settings > f.tries,
-        "So PRM is ahead here, but it had {f.settings} tries and {f.adamw} {f.tries}: the table does not show that it "
-        "is ahead of an equally tuned {f.adamw}.",
+        "So PRM is ahead, but it had {f.settings} tries and {f.adamw} {f.tries}, which might do as well with more.",
     ),
     Case(
         "mean_step",
         lambda f: f.at_step is None or f.at_step.verdict != MORE,
-        "So PRM is ahead of {f.adamw} here, but its mean step alone, constant q, is not known to do worse: the table "
-        "does not show that the mask is the reason.",
+        "So PRM is ahead of {f.adamw}, but its mean step alone, constant q, is not known to do worse.",
     ),
     Case(
         "rival",
         lambda f: f.rival and f.rival.verdict != MORE,
-        "So PRM is ahead of {f.adamw} here by more than a smaller step explains, but {f.rival.right.kind.label} is "
-        "not known to do worse at equal KL.",
+        "So PRM is ahead of {f.adamw} by more than a smaller step explains, but {f.rival.right.kind.label} is not "
+        "known to do worse at equal KL.",
     ),
     Case(
         "ahead",
         lambda f: True,
-        "So PRM is ahead here by more than a smaller step explains, on {f.measures.examples} that also chose its "
-        "learning rate, and on one task: the table does not show that it holds elsewhere.",
+        "So PRM is ahead by more than a smaller step explains, on one task and on {f.measures.examples} that also "
+        "chose its learning rate.",
     ),
 )
 
@@ -128,21 +105,19 @@ REMARKS = (
     Case(
         "same_rate",
         lambda f: [_drift(c) for c in f.contrasts if c.kind == SAME_LR],
-        "A difference at the same learning rate proves nothing about the mask: q < 1 shrinks the step, and so would a "
-        "smaller learning rate. {it}.",
+        "A difference at the same learning rate proves nothing about the mask, as q < 1 shrinks the step. {it}.",
     ),
     Case(
         "equal_kl",
         lambda f: any(c.kind in (EQUAL_KL, EQUAL_KL_MEAN, FRONTIER) and c.interval for c in f.contrasts),
-        "At the same KL, a curve is read on the straight line in log KL between two neighbouring runs of a seed; the "
-        "frontier's area is its mean height where both curves run, with no learning rate picked. Where a curve bulges "
-        "up between its runs, the line lies too low.",
+        "At the same KL, a curve is read on the straight line in log KL between two neighbouring runs of a seed, and "
+        "the frontier's area is its mean height. Where a curve bulges up between its runs, the line lies too low.",
     ),
     Case(
         "picked",
         lambda f: f.top and any(len(rows) > 1 for rows in f.methods.values()),
-        "Each method's best learning rate was picked on the same {f.measures.examples} that its accuracy is given on, "
-        "so every best is optimistic, and the intervals do not count the picking.",
+        "Each best learning rate was picked on the same {f.measures.examples}: every best is optimistic, which no "
+        "interval counts.",
     ),
     Case(
         "unequal_grids",
@@ -154,11 +129,7 @@ REMARKS = (
         lambda f: [text for rows in f.grids if (text := _edge(rows))],
         "At the edge of its grid, so that its true best may lie outside: {it}.",
     ),
-    Case(
-        "one_seed",
-        lambda f: f.seeds[1] == 1,
-        "One seed: the spread over seeds is not measured, and another seed may lie outside all intervals.",
-    ),
+    Case("one_seed", lambda f: f.seeds[1] == 1, "One seed: another seed may lie outside all intervals."),
     Case(
         "seeds",
         lambda f: f.seeds[1] > 1,
@@ -174,26 +145,25 @@ REMARKS = (
     Case("run_notes", lambda f: _by_note((run.name, note) for run in f.runs for note in run.notes), "{it}."),
     Case(
         "contrast_notes",
-        lambda f: _by_note((f"{c.left.label} against {c.against}", c.note) for c in f.contrasts if c.note),
+        lambda f: _by_note((f"{c.judged} against {c.against}", c.note) for c in f.contrasts if c.note),
         "{it}.",
     ),
     Case(
         "trainer_runs",
         lambda f: any(run.source == "trainer" for run in f.runs),
-        "For runs read from trainer_state.json it is not known whether the labels of the evaluation split are clean, "
-        "nor whether data and model are the same.",
+        "trainer_state.json does not say whether evaluation labels are clean, nor which data and model were used.",
     ),
     Case(
         "unequal_settings",
         lambda f: [text for rows in f.methods.values() if (text := _unequal_settings(rows))],
         "The runs of a method are not one experiment, for they differ not only in learning rate and seed: {it}.",
     ),
-    Case("not_on_frontier", lambda f: _without_kl(f.rows), f"Not on the frontier, for lack of {KL}: {{it}}."),
     Case(
-        "unfinished",
-        lambda f: [run.name for run in f.unfinished],
-        "Left out, for they are unfinished (no metrics.json): {it}.",
+        "not_on_frontier",
+        lambda f: any(map(_has_kl, f.rows)) and [row.label for row in f.rows if not _has_kl(row)],
+        f"Not on the frontier, for lack of {KL}: {{it}}.",
     ),
+    Case("unfinished", lambda f: [run.name for run in f.unfinished], "Unfinished, without metrics.json: {it}."),
 )
 
 
@@ -214,21 +184,12 @@ def say(cases: Iterable[Case], facts: Any) -> Iterator[tuple[str, str]]:
 
 def _summary(f: Facts) -> str:
     """The numbers of the row that leads, and of what it is compared with."""
-    if f.top is None:
+    lead = f.lead or f.top
+    if lead is None:
         return ""
-    if f.lacks:
-        others = [c for c in f.contrasts if c.kind == BEST_LR and f.top in (c.left, c.right)]
-        lead, among = f.top, f"setting of {len(f.rows)}"
-        parts = [(c, f"{c.left.label} against {c.against}: ") for c in others[:1]]
-    else:
-        lead, among = f.lead, f"PRM setting of {f.settings}"
-        adamw = find_method(lead.kind.baseline).label
-        parts = [
-            (f.at_best, f"against {f.adamw} at its best learning rate of {f.tries} "),
-            (f.at_kl, f"against {f.adamw} at the same KL "),
-            (f.at_step, f"against {adamw} with PRM's mean step "),
-        ]
-    numbers = "".join(f"; {what}{c.text} ({c.verdict})" for c, what in parts if c)
+    among = f"PRM setting of {f.settings}" if f.lead else f"setting of {len(f.rows)}"
+    compared = [c for c in (f.at_best, f.at_kl, f.at_step) if c]
+    numbers = "".join(f"; against {c.against} {c.text} ({c.verdict})" for c in compared)
     return f"{lead.label}, the best {among}, has {lead.accuracy:.3f} held-out accuracy{numbers}. "
 
 
@@ -247,7 +208,7 @@ def _edge(rows: list[Row]) -> str:
     """The best row of a method, if it has the smallest or largest learning rate tried; else empty."""
     rates = [row.learning_rate for row in rows if row.learning_rate is not None and finite(row.accuracy)]
     top = best(rows)
-    if top is None or len(rates) < 2 or min(rates) < (top.learning_rate or 0) < max(rates):
+    if top is None or len(rates) < 2 or top.learning_rate not in (min(rates), max(rates)):
         return ""
     side = "smallest" if top.learning_rate == min(rates) else "largest"
     return f"{top.name} ({side}, {format_rate(top.learning_rate)})"
@@ -260,15 +221,14 @@ def _by_note(noted: Iterable[tuple[str, str]]) -> list[str]:
     return [f"{', '.join(those)}: {note}" for note, those in names.items()]
 
 
-def _without_kl(rows: list[Row]) -> list[str]:
-    without = [row.label for row in rows if not finite(row.mean(KL)[0])]
-    return without if len(without) < len(rows) else []
+def _has_kl(row: Row) -> bool:
+    return finite(row.mean(KL)[0])
 
 
 def _unequal_settings(rows: list[Row]) -> str:
     """Settings that vary within a method and should not: leftovers of an earlier experiment in the same folder."""
     expected = ("seed", "learning_rate", "constant_q", "adamw_matched", "shuffled_q", "fixed_q", "name", "dir")
     settings = [run.settings for row in rows for run in row.runs if run.settings]
-    keys = sorted({key for each in settings for key in each if not any(word in key for word in expected)})
-    varying = [key for key in keys if any(each.get(key) != settings[0].get(key) for each in settings)]
+    varying = {key for each in settings for key in each if any(s.get(key) != each[key] for s in settings)}
+    varying = sorted(key for key in varying if not any(word in key for word in expected))
     return f"{rows[0].kind.label} in {', '.join(varying)}" if varying else ""

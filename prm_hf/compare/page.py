@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Iterable
 from html import escape
+from typing import Any
 
 
 _STYLE = """
@@ -12,34 +14,26 @@ _STYLE = """
   --accent: #0072b2; }
 @media (prefers-color-scheme: dark) { :root { --text: #e6e8eb; --quiet: #9aa1a9; --page: #15171a; --card: #1e2126;
   --line: #33383f; --accent: #56b4e9; } }
-* { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1120px; padding: 2.5rem 1.5rem 4rem; background: var(--page); color: var(--text);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .3rem; }
+  font: 16px/1.55 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; }
 h2 { font-size: 1.15rem; margin: 2.6rem 0 .8rem; }
 p, li { max-width: 82ch; }
-li { margin: .35rem 0; }
 .quiet, figcaption { color: var(--quiet); font-size: .875rem; max-width: none; }
-.summary { margin: 1.4rem 0 0; padding: 1rem 1.2rem; background: var(--card); border-left: 4px solid var(--accent);
-  border-radius: 4px; max-width: none; }
-.scroll { overflow-x: auto; }
+.summary { padding: 1rem 1.2rem; background: var(--card); border-left: 4px solid var(--accent); max-width: none; }
+.scroll, pre { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--quiet); font-weight: 600; border-bottom-width: 2px; }
-th.left, td.left { text-align: left; }
+th { color: var(--quiet); }
+.left { text-align: left; }
 td.left:last-child { white-space: normal; }
 tr.best td { font-weight: 650; }
 tr.first td { border-top: 2px solid var(--line); }
-tbody tr:hover { background: var(--card); }
-.chip { display: inline-block; width: .7em; height: .7em; margin-right: .5em; border-radius: 2px;
-  outline: 1px solid var(--line); }
+.chip { display: inline-block; width: .7em; height: .7em; margin-right: .5em; border-radius: 2px; }
 figure { margin: 1rem 0 0; }
-figure img { display: block; width: 100%; height: auto; background: #fff; padding: .6rem; border-radius: 6px;
-  border: 1px solid var(--line); }
+figure img { display: block; width: 100%; height: auto; background: #fff; }
 figure.narrow img { max-width: 820px; }
-figcaption { margin-top: .5rem; }
-details { margin-top: 1rem; } summary { cursor: pointer; font-weight: 600; }
-code { font: .85em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
+summary { cursor: pointer; font-weight: 600; }
 """
 
 
@@ -64,18 +58,19 @@ def quiet(text: str) -> str:
     return tag("p", text, "quiet")
 
 
-def code(text: str) -> str:
-    return tag("code", text)
+def section(title: str, *contents: str) -> str:
+    """A headline and HTML below it; empty without any."""
+    return "\n".join([tag("h2", title), *filter(None, contents)]) if any(contents) else ""
 
 
 def bullets(title: str, texts: list[str]) -> str:
     """A section of one list; empty without texts."""
-    return f"{tag('h2', title)}\n<ul>{''.join(tag('li', text) for text in texts)}</ul>" if texts else ""
+    return section(title, f"<ul>{''.join(tag('li', text) for text in texts)}</ul>" if texts else "")
 
 
-def folded(title: str, content: str) -> str:
-    """HTML that is shown on a click."""
-    return f"<details>{tag('summary', title)}{content}</details>"
+def folded(title: str, value: Any) -> str:
+    """A value as JSON, shown on a click."""
+    return f"<details>{tag('summary', title)}{tag('pre', json.dumps(value, indent=1, default=str))}</details>"
 
 
 def table(header: list[str], left: set[int], rows: list[tuple[str, list[str]]]) -> str:
@@ -92,8 +87,5 @@ def table(header: list[str], left: set[int], rows: list[tuple[str, list[str]]]) 
 def figure(png: bytes, caption: str, narrow: bool = False) -> str:
     """A picture, embedded, and the text under it."""
     data, caption = base64.b64encode(png).decode("ascii"), escape(caption)
-    kind = ' class="narrow"' if narrow else ""
-    return (
-        f'<figure{kind}><img src="data:image/png;base64,{data}" alt="{caption}"><figcaption>{caption}</figcaption>'
-        "</figure>"
-    )
+    image = f'<img src="data:image/png;base64,{data}" alt="{caption}">'
+    return f"<figure{' class=narrow' if narrow else ''}>{image}<figcaption>{caption}</figcaption></figure>"

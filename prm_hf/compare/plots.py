@@ -1,7 +1,7 @@
 """Pictures of a comparison. The only module that needs matplotlib, and it imports it when a picture is drawn.
 
-Colours are those of Okabe and Ito and of Tol ("muted"), told apart by colour-blind readers too; each method also has
-its own marker. A method has one colour in all pictures.
+Colours are those of Okabe and Ito and of Tol ("muted"), told apart by colour-blind readers too. A method has the same
+pair of colour and marker in all pictures.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._extras import require
 from ..runs.methods import find_method
 from ..runs.read import Run
 from ..runs.schema import KL, MEAN_Q
@@ -33,59 +34,33 @@ CAPTIONS = {
     "curves": "Over the steps of training; lines are means over seeds, bands the range of the seeds.",
     "mask": "The mean of the mask over the steps.",
 }
-_STYLES = {
-    "adamw": ("#333333", "o"),
-    "prm_per_tensor": ("#0072B2", "s"),
-    "prm_per_param": ("#56B4E9", "D"),
-    "prm_debiased": ("#D55E00", "^"),
-    "prm_debiased_per_param": ("#CC6677", "h"),
-    "prm_rows": ("#EE3377", "D"),
-    "prm_rows_eps:10": ("#CC3311", "s"),
-    "constant_q": ("#E69F00", "P"),
-    "shuffled_q": ("#999933", "X"),
-    "cdpo": ("#009E73", "v"),
-    "robust": ("#CC79A7", "<"),
-    "ipo": ("#882255", ">"),
-    "early_stopping": ("#44AA99", "*"),
-}
-_MORE_COLOURS = ("#332288", "#117733", "#AA4499", "#88CCEE", "#6B5B2E", "#7F7F7F", "#DDAA33")
-_MORE_MARKERS = ("p", "d", "8", "H", "o", "s")  # as many as is coprime to the colours, so that pairs differ
-_RC = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.labelcolor": "#222222",
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.8,
-    "xtick.color": "#555555",
-    "ytick.color": "#555555",
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-}
+# These methods always have the colours and markers at their places, other methods the ones behind, which repeat.
+_KNOWN = (
+    *("adamw", "prm_per_tensor", "prm_per_param", "prm_debiased", "prm_debiased_per_param", "prm_rows"),
+    *("prm_rows_eps:10", "constant_q", "shuffled_q", "cdpo", "robust", "ipo", "early_stopping"),
+)
+_COLOURS = (
+    *("#333333", "#0072B2", "#56B4E9", "#D55E00", "#CC6677", "#EE3377", "#CC3311", "#E69F00", "#999933", "#009E73"),
+    *("#CC79A7", "#882255", "#44AA99", "#332288", "#117733", "#AA4499", "#88CCEE", "#6B5B2E", "#7F7F7F", "#DDAA33"),
+)
+_MARKERS = "osD^hdpPXv<>*"  # their number is coprime to that of the colours, so that pairs differ
+_RC = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.grid": True}
+_RC |= {"axes.axisbelow": True, "grid.color": "#e6e6e6", "legend.frameon": False, "legend.fontsize": 9}
+_RC["axes.formatter.min_exponent"] = 3  # ticks as 0.01 rather than powers of ten
 
 
 def method_styles(methods: list[str]) -> dict[str, tuple[str, str]]:
     """(colour, marker) of each method: fixed for the known ones, the rest in alphabetical order."""
-    more = zip(itertools.cycle(_MORE_COLOURS), itertools.cycle(_MORE_MARKERS), strict=False)
-    styles = {**_STYLES, **dict(zip(sorted(set(methods) - set(_STYLES)), more, strict=False))}
+    names = (*_KNOWN, *sorted(set(methods) - {*_KNOWN}))
+    styles = dict(zip(names, zip(itertools.cycle(_COLOURS), itertools.cycle(_MARKERS), strict=False), strict=False))
     return {method: styles[method] for method in methods}
 
 
 def house_style() -> AbstractContextManager[None]:
-    """The look that all pictures share, for the `with` in which one is drawn.
+    """The look of all pictures, for the `with` in which one is drawn; an ImportError names the extra it needs."""
+    require("prm_hf.compare.plots", "matplotlib", extra="report")
+    import matplotlib
 
-    Raises:
-        ImportError: matplotlib is not installed; names the extra that brings it.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError('Pictures and report.html need matplotlib: pip install "prm-hf[report]"') from error
     return matplotlib.rc_context(_RC)
 
 
@@ -103,8 +78,13 @@ def new_figure(
 def to_png(figure: Figure, dpi: int = 150) -> bytes:
     """The figure as a PNG file's bytes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    with house_style():  # the texts of the ticks are made here
+        figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
+
+
+def _add_note(figure: Figure, text: str) -> None:
+    figure.supxlabel(text, fontsize=8.5, color="#666666")
 
 
 def draw(comparison: Comparison) -> dict[str, bytes]:
@@ -118,158 +98,66 @@ def plot_frontier(comparison: Comparison) -> Figure | None:
 
     Curves go through the means over seeds (geometric for the KL), with standard errors: over seeds, or over held-out
     examples where there is one seed. None if no run has both numbers.
-
-    Raises:
-        ImportError: matplotlib is not installed; names the extra that brings it.
     """
     points = {row: [run for run in row.runs if _has_point(run)] for row in comparison.rows}
-    kls = {row: [run.metrics[KL] for run in runs] for row, runs in points.items() if runs}
+    kls = {row: np.array([run.metrics[KL] for run in runs]) for row, runs in points.items() if runs}
     if not kls:
         return None
-    drawn = {
-        method: sorted((row for row in rows if row in kls), key=lambda row: _geometric_mean(kls[row]))
-        for method, rows in comparison.methods().items()
-    }
-    styles = method_styles(list(drawn))
+    styles = method_styles(list(comparison.methods()))
     with house_style():
         figure, [[axes]] = new_figure(9.2, 5.6)
         axes.set_xscale("log")
-        labels = []
-        for method, rows in drawn.items():
+        for i, (method, rows) in enumerate(comparison.methods().items()):
+            rows = sorted((row for row in rows if row in kls), key=lambda row: _geometric_mean(kls[row]))
             if rows:
-                labels += _draw_curve(axes, rows, kls, *styles[method])
+                _draw_curve(axes, rows, kls, *styles[method], side=i)
             for row in rows:
                 if len(row.runs) > 1:
                     accuracies = [run.metrics[run.measures.accuracy] for run in points[row]]
-                    look = {"color": styles[method][0], "alpha": 0.35, "linewidths": 0}
-                    axes.scatter(kls[row], accuracies, s=14, zorder=2, **look)
+                    axes.scatter(kls[row], accuracies, s=14, color=styles[method][0], alpha=0.35, linewidths=0)
         low, high = min(map(min, kls.values())), max(map(max, kls.values()))
         margin = max(1.35, 2 / np.sqrt(high / low))  # at least a factor of 4 in all
         axes.set_xlim(low / margin, high * margin)
         axes.margins(y=0.1)
-        _plain_log_ticks(axes, "x")
         axes.set_xlabel("drift/kl: KL(π‖π_ref), nats a token, log scale")
         axes.set_ylabel(f"held-out accuracy ({comparison.measures.accuracy})")
         axes.set_title("Held-out accuracy against drift")
         over = sorted({row.accuracy_error()[1] for row in kls} - {""})
         words = {"seeds": "over seeds", "examples": f"over {comparison.measures.examples} (one seed)"}
         bars = f"Bars: ± one standard error {' or '.join(words[kind] for kind in over)}. " if over else ""
-        note = f"{bars}Labels: learning rate. Upper left is better: more accurate, closer to the reference."
-        figure.supxlabel(note, fontsize=8.5, color="#666666")
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=1.8, labelspacing=0.7)
-        figure.draw_without_rendering()  # the layout is final from here on, so that labels can be placed in pixels
-        _place_labels(axes, labels)
+        _add_note(
+            figure, f"{bars}Labels: learning rate. Upper left is better: more accurate, closer to the reference."
+        )
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 
-Label = tuple[float, float, float, str, str]  # x, y, its error, text and colour
-
-
-def _draw_curve(axes: Axes, rows: list[Row], kls: dict[Row, list[float]], colour: str, marker: str) -> list[Label]:
-    """Draws one method and returns the labels of its points."""
+def _draw_curve(axes: Axes, rows: list[Row], kls: dict[Row, np.ndarray], colour: str, marker: str, side: int) -> None:
+    """Draws one method, with its learning rates beside the points: on one of four sides, so that methods differ."""
     x, y = [_geometric_mean(kls[row]) for row in rows], [row.accuracy for row in rows]
+    # Controls are points of their own, each bound to another PRM run: no curve joins them.
+    line = "none" if any(row.source for row in rows) else "-"
+    look = {"color": colour, "marker": marker, "linestyle": line, "markeredgecolor": "white", "capsize": 2.5}
     errors = np.nan_to_num([row.accuracy_error()[0] for row in rows])
-    axes.errorbar(
-        x,
-        y,
-        yerr=errors,
-        label=rows[0].kind.label,
-        color=colour,
-        marker=marker,
-        markersize=7,
-        markeredgecolor="white",
-        markeredgewidth=0.8,
-        # Controls are points of their own, each bound to another PRM run: no curve joins them.
-        linestyle="none" if any(row.source for row in rows) else "-",
-        linewidth=1.8,
-        elinewidth=1.0,
-        capsize=2.5,
-        ecolor=(colour, 0.55),
-        zorder=3,
-    )
-    places = zip(x, y, errors, rows, strict=True)
-    return [
-        (*place, format_rate(row.learning_rate), colour) for *place, row in places if row.learning_rate is not None
-    ]
+    axes.errorbar(x, y, yerr=errors, label=rows[0].kind.label, ecolor=(colour, 0.55), markersize=7, **look)
+    dx, dy, align = ((6, 4, "left"), (-6, 4, "right"), (6, -9, "left"), (-6, -9, "right"))[side % 4]
+    label = {"textcoords": "offset points", "xytext": (dx, dy), "ha": align, "fontsize": 8.5, "color": colour}
+    label["bbox"] = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0}
+    for *place, row in zip(x, y, rows, strict=True):
+        if row.learning_rate is not None:
+            axes.annotate(format_rate(row.learning_rate), place, **label)
 
 
 def _has_point(run: Run) -> bool:
     return finite(run.metrics.get(KL)) and run.metrics[KL] > 0 and finite(run.metrics.get(run.measures.accuracy))
 
 
-def _geometric_mean(values: list[float]) -> float:
+def _geometric_mean(values: np.ndarray) -> float:
     return float(np.exp(np.mean(np.log(values))))
 
 
-def _plain_log_ticks(axes: Axes, which: str) -> None:
-    """Ticks as 0.01, 0.02, 0.05 rather than powers of ten, where the range is short enough to show them."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis, limits = (axes.xaxis, axes.get_xlim()) if which == "x" else (axes.yaxis, axes.get_ylim())
-    decades = np.log10(limits[1] / limits[0])
-    subs = range(1, 10) if decades < 0.8 else (1, 2, 5) if decades < 2.2 else (1,)
-    axis.set_major_locator(LogLocator(subs=subs, numticks=20))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _place_labels(axes: Axes, labels: list[Label]) -> None:
-    """Writes each label beside its point, in the place around it that covers the least."""
-    from matplotlib.patheffects import withStroke
-
-    scale, frame = axes.figure.dpi / 72, axes.get_window_extent()
-    taken = []  # boxes (left, bottom, right, top) in pixels: the points, their error bars, and pieces of the curves
-    for x, y, error, *_ in labels:
-        (left, bottom), (right, top) = axes.transData.transform([(x, y - error), (x, y + error)])
-        taken += [_box(*axes.transData.transform((x, y)), 5 * scale, 5 * scale), (left - scale, bottom, right, top)]
-    for line in axes.get_lines():
-        if line.get_linestyle() == "-":
-            for start, end in itertools.pairwise(axes.transData.transform(line.get_xydata())):
-                pieces = np.linspace(start, end, 2 + int(np.hypot(*(end - start)) / (4 * scale)))
-                taken += [_box(*piece, 1.5 * scale, 1.5 * scale) for piece in pieces]
-    sides = ((1, 1), (-1, 1), (1, -1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))
-    for x, y, _, text, colour in labels:
-        width, height = 2.6 * scale * len(text), 4.5 * scale  # half of each
-        offsets = [
-            (dx * (step + width), dy * ((0 if dx else step) + height))
-            for step in (6 * scale, 12 * scale)
-            for dx, dy in sides
-        ]
-        boxes = np.array([_box(*offset, width, height) for offset in offsets])
-        boxes += np.tile(axes.transData.transform((x, y)), 2)
-        outside = (boxes[:, :2] < frame.min).any(axis=1) | (boxes[:, 2:] > frame.max).any(axis=1)
-        chosen = int(np.argmin(_overlaps(boxes, np.array(taken)) + 1e6 * outside))
-        taken.append(tuple(boxes[chosen]))
-        axes.annotate(
-            text,
-            (x, y),
-            xytext=np.divide(offsets[chosen], scale),
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            fontsize=8.5,
-            color=colour,
-            path_effects=[withStroke(linewidth=2.2, foreground="white")],
-            zorder=4,
-        )
-
-
-def _box(x: float, y: float, half_width: float, half_height: float) -> tuple[float, float, float, float]:
-    return x - half_width, y - half_height, x + half_width, y + half_height
-
-
-def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """`[boxes]`: the area that each of `[boxes, 4]` shares with all of `[others, 4]`."""
-    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
-    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    return (high - low).clip(min=0).prod(axis=2).sum(axis=1)
-
-
 def plot_curves(comparison: Comparison) -> Figure | None:
-    """Held-out accuracy, fit of the noise and `drift/kl` over the steps; each method's best learning rate stands out.
-
-    Lines are means over seeds with the range of the seeds as a band. None if nothing of this was logged.
-    """
+    """Held-out accuracy, fit of the noise and `drift/kl` over the steps; None if nothing of this was logged."""
     names = comparison.measures
     panels = {
         names.accuracy: f"Held-out accuracy ({names.accuracy})",
@@ -280,41 +168,36 @@ def plot_curves(comparison: Comparison) -> Figure | None:
 
 
 def plot_mask(comparison: Comparison) -> Figure | None:
-    """`mask/mean_q` over the steps, with the level at which pure noise holds the `"ema"` `snr` mask. None if no run
-    logged a mask."""
+    """`mask/mean_q` over the steps, with the level that pure noise has; None if no run logged a mask."""
     return _plot_over_steps(
         comparison, {MEAN_Q: f"Mean of the mask ({MEAN_Q}), log scale"}, floors=_noise_floors(comparison)
     )
 
 
 def _plot_over_steps(comparison: Comparison, panels: dict[str, str], floors: Iterable[float] = ()) -> Figure | None:
-    """A panel for each metric that was logged, by its title; None if none was."""
+    """A panel for each metric that was logged, by its title; None if none was. Lines are means over seeds."""
     panels = {name: title for name, title in panels.items() if any(_mean_series(r, name) for r in comparison.rows)}
     if not panels:
         return None
-    styles, handles = method_styles(list(comparison.methods())), {}
+    styles, lines = method_styles(list(comparison.methods())), {}
     with house_style():
         figure, [all_axes] = new_figure(4.4 * len(panels) + 2.0 if len(panels) > 1 else 8.2, 4.0, len(panels))
         for axes, (name, title) in zip(all_axes, panels.items(), strict=True):
-            axes.set_title(title, fontsize=10)
+            axes.set_title(title)
             axes.set_xlabel("optimizer step")
             if title.endswith("log scale"):
                 axes.set_yscale("log", nonpositive="mask")  # the KL is 0 before the first step
             for method, rows in comparison.methods().items():
                 top = best(rows) or rows[0]
-                for row in sorted(rows, key=lambda row, top=top: row is top):
+                for row in (*(row for row in rows if row is not top), top):  # the best one last, over the others
                     line = _draw_series(axes, row, name, styles[method], thick=row is top)
-                    if line is not None and (row is top or method not in handles):
-                        handles[method] = line
-            if title.endswith("log scale"):
-                _plain_log_ticks(axes, "y")
-        lines, labels = list(handles.values()), [find_method(method).label for method in handles]
+                    if line is not None:
+                        lines[rows[0].kind.label] = line
         for level in floors:
-            lines.append(all_axes[0].axhline(level, color="#666666", linestyle="--", linewidth=1.2, zorder=1))
-            labels.append(f"pure noise, ema snr\nper_tensor: q = {level:.3f}")
-        figure.legend(lines, labels, loc="outside right center", handlelength=1.6, labelspacing=0.7)
-        note = "Thick: each method's most accurate learning rate. Thin: others."
-        figure.supxlabel(note, fontsize=8.5, color="#666666")
+            line = all_axes[0].axhline(level, color="#666666", linestyle="--", linewidth=1.2, zorder=1)
+            lines[f"pure noise, ema snr\nper_tensor: q = {level:.3f}"] = line
+        figure.legend(lines.values(), lines.keys(), loc="outside right center")
+        _add_note(figure, "Thick: each method's most accurate learning rate. Thin: others.")
     return figure
 
 

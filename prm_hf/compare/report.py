@@ -13,18 +13,8 @@ from typing import Any
 from ..runs.read import load_runs
 from ..runs.schema import CLEAN_FIT, KL, VERSION
 from . import findings, page, plots
-from .comparison import (
-    EQUAL_KL_MEAN,
-    FRONTIER,
-    SAME_LR,
-    Comparison,
-    Contrast,
-    Row,
-    best,
-    build_comparison,
-    format_rate,
-)
-from .statistics import finite
+from .comparison import SAME_LR, Comparison, Contrast, Row, best, build_comparison, format_rate
+from .statistics import Interval, finite
 
 
 WIDTH = 120
@@ -32,14 +22,10 @@ CONTRAST_HEADER = ["accuracy of", "minus that of", "difference [95 % interval]",
 
 
 def compare_runs(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> Comparison:
-    """Reads finished runs and compares them.
+    """Reads finished runs and compares them; print the comparison with `format_comparison`.
 
     Args:
         paths: run folders, or folders that hold run folders (see `load_runs`).
-
-    Returns:
-        The comparison: `rows`, `contrasts`, `statements`, `runs`, `unfinished`. Print it with `format_comparison`,
-        write it with `write_report`.
 
     Raises:
         FileNotFoundError, ValueError: as `load_runs`; also if no run is finished or the runs cannot be compared.
@@ -68,7 +54,6 @@ def format_comparison(comparison: Comparison, format: str = "table") -> str:
     """The comparison as text.
 
     Args:
-        comparison: what `compare_runs` returned.
         format: `"table"` (plain text of at most 120 columns), `"json"`, `"markdown"` or `"html"` (one self-contained
             page; needs matplotlib).
     """
@@ -109,10 +94,8 @@ def _row_cells(row: Row) -> list[str]:
 
 
 def _contrast_cells(contrast: Contrast) -> list[str]:
-    left = contrast.left.name if contrast.kind in (EQUAL_KL_MEAN, FRONTIER) else contrast.left.label
-    p = contrast.p_holm
-    p = "-" if not finite(p) else f"{p:.3f}" if p >= 0.001 else "<0.001"
-    return [left, contrast.against, contrast.text, p, contrast.verdict]
+    p = "<0.001" if contrast.p_holm < 0.001 else _share(contrast.p_holm)
+    return [contrast.judged, contrast.against, contrast.text, p, contrast.verdict]
 
 
 def _footnote(comparison: Comparison) -> str:
@@ -152,13 +135,17 @@ def wrap(text: str, first: str = "", rest: str = "") -> str:
     return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
+def _parts(comparison: Comparison, table: Callable[[list[str], list[list[str]], set[int]], str]) -> tuple[str, str]:
+    """The table of rows and that of contrasts, which may be empty, as `table` writes heads, cells and left columns."""
+    contrasts = list(map(_contrast_cells, comparison.contrasts))
+    rows = table(_header(comparison), list(map(_row_cells, comparison.rows)), {0})
+    return rows, table(CONTRAST_HEADER, contrasts, {0, 1, 4}) if contrasts else ""
+
+
 def plain_text(comparison: Comparison) -> str:
-    summary, *others = comparison.statements
-    parts = [align(_header(comparison), list(map(_row_cells, comparison.rows)), left={0})]
-    parts += [wrap(_footnote(comparison)), wrap(summary)]
-    if comparison.contrasts:
-        parts.append(align(CONTRAST_HEADER, list(map(_contrast_cells, comparison.contrasts)), left={0, 1, 4}))
-    parts.append("\n".join(wrap(statement, "- ", "  ") for statement in others))
+    (rows, contrasts), (summary, *others) = _parts(comparison, align), comparison.statements
+    remarks = "\n".join(wrap(statement, "- ", "  ") for statement in others)
+    parts = rows, wrap(_footnote(comparison)), wrap(summary), contrasts, remarks
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -168,26 +155,20 @@ def markdown(comparison: Comparison) -> str:
         rule = [":--" if i in left else "--:" for i in range(len(heads))]
         return "\n".join("| " + " | ".join(cells) + " |" for cells in (escaped[0], rule, *escaped[1:]))
 
-    summary, *others = comparison.statements
-    parts = [f"**{summary}**", table(_header(comparison), list(map(_row_cells, comparison.rows)), {0})]
-    parts.append(_footnote(comparison).replace("*", "\\*").replace("|", "\\|"))
-    if comparison.contrasts:
-        parts.append(table(CONTRAST_HEADER, list(map(_contrast_cells, comparison.contrasts)), {0, 1, 4}))
-    parts.append("\n".join(f"- {statement}" for statement in others))
+    (rows, contrasts), (summary, *others) = _parts(comparison, table), comparison.statements
+    footnote = _footnote(comparison).replace("*", "\\*").replace("|", "\\|")
+    parts = f"**{summary}**", rows, footnote, contrasts, "\n".join(f"- {statement}" for statement in others)
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def as_json(comparison: Comparison) -> str:
     """The text of `comparison.json`. A missing number is null or an absent key; one that is not finite is a string."""
-    runs = [
-        {key: getattr(run, key) for key in ("name", "method", "learning_rate", "seed", "source", "metrics")}
-        for run in comparison.runs
-    ]
+    keys = ("name", "method", "learning_rate", "seed", "source", "metrics")
     result = {
         "schema": VERSION,
         "rows": list(map(_row_as_dict, comparison.rows)),
         "contrasts": list(map(_contrast_as_dict, comparison.contrasts)),
-        "runs": runs,
+        "runs": [{key: getattr(run, key) for key in keys} for run in comparison.runs],
         "unfinished": [run.name for run in comparison.unfinished],
         "statements": comparison.statements,
     }
@@ -215,17 +196,14 @@ def _row_as_dict(row: Row) -> dict[str, Any]:
 
 
 def _contrast_as_dict(contrast: Contrast) -> dict[str, Any]:
-    interval = contrast.interval
+    interval = contrast.interval or Interval(math.nan, math.nan, math.nan, 0, 0)
+    numbers = {"difference": interval.mean, "low": interval.low, "high": interval.high, "seeds": interval.seeds}
+    numbers |= {"p_value": interval.p_value, "p_holm": contrast.p_holm}
     return {
         "kind": contrast.kind,
         "left": contrast.left.label,
         "right": contrast.against,
-        "difference": interval.mean if interval else None,
-        "low": interval.low if contrast.known else None,
-        "high": interval.high if contrast.known else None,
-        "seeds": interval.seeds if interval else 0,
-        "p_value": interval.p_value if contrast.known else None,
-        "p_holm": contrast.p_holm if finite(contrast.p_holm) else None,
+        **{name: value if finite(value) else None for name, value in numbers.items()},
         "verdict": contrast.verdict,
         "note": contrast.note,
     }
@@ -250,21 +228,17 @@ def as_html(comparison: Comparison, pictures: dict[str, bytes] | None = None) ->
     names = [rows[0].kind.label for rows in comparison.methods().values()]
     title = "Comparison of " + (", ".join(names) if len(names) < 5 else f"{len(names)} methods")
     summary, *others = comparison.statements
+    contrasts = _contrast_table(comparison) if comparison.contrasts else ""
     sections = [
         page.tag("h1", title),
         page.quiet(_subtitle(comparison)),
         page.tag("p", summary, "summary"),
-        page.tag("h2", "Results"),
-        _row_table(comparison),
-        page.quiet(f"{_footnote(comparison)} Bold: the most accurate learning rate of each method."),
-        figures.get("frontier", ""),
+        page.section("Results", _row_table(comparison), figures.get("frontier", "")),
+        page.section("Paired differences in accuracy", contrasts),
+        page.bullets("What this shows, and what it does not", others),
+        page.section("Over the steps", figures.get("curves", ""), figures.get("mask", "")),
+        page.section("Runs", *_run_details(comparison)),
     ]
-    if comparison.contrasts:
-        sections += [page.tag("h2", "Paired differences in accuracy"), _contrast_table(comparison)]
-    sections += [page.bullets("What this shows, and what it does not", others)]
-    if "curves" in figures or "mask" in figures:
-        sections += [page.tag("h2", "Over the steps"), figures.get("curves", ""), figures.get("mask", "")]
-    sections += [page.tag("h2", "Runs"), _shared_settings(comparison), _run_list(comparison)]
     return page.document(title, sections)
 
 
@@ -287,18 +261,19 @@ def _row_table(comparison: Comparison) -> str:
             cells[0] = f'<span class="chip" style="background:{styles[method][0]}"></span>{cells[0]}'
             kinds = [name for name, holds in (("best", row is top), ("first", row is members[0])) if holds]
             rows.append((" ".join(kinds), cells))
-    return page.table(_header(comparison), {0}, rows)
+    note = page.quiet(f"{_footnote(comparison)} Bold: the most accurate learning rate of each method.")
+    return page.table(_header(comparison), {0}, rows) + note
 
 
 def _contrast_table(comparison: Comparison) -> str:
     intervals = [c.interval for c in comparison.contrasts if c.interval]
     ends = [abs(end) for i in intervals for end in ((i.low, i.high) if i.known else (i.mean,))]
-    reach, rows, previous = max([*ends, 0.01]), [], None
+    reach, rows, previous = max([*ends, 0.01]), [], comparison.contrasts[0].left.method
     for contrast in comparison.contrasts:
         *cells, last = [page.escape(cell) for cell in _contrast_cells(contrast)]
-        kind = "first" if previous is not None and contrast.left.method != previous else ""
-        previous = contrast.left.method
+        kind = "first" if contrast.left.method != previous else ""
         rows.append((kind, [*cells, _interval_picture(contrast, reach), last]))
+        previous = contrast.left.method
     table = page.table([*CONTRAST_HEADER[:-1], "", CONTRAST_HEADER[-1]], {0, 1, 4, 5}, rows)
     return table + page.quiet("The line in the middle is a difference of 0; right of it the first is better.")
 
@@ -308,53 +283,29 @@ def _interval_picture(contrast: Contrast, reach: float) -> str:
     interval = contrast.interval
     if interval is None:
         return ""
-
-    def x(value: float) -> float:
-        return 80 + 76 * value / reach
-
     # A difference at the same learning rate proves nothing, however clear, and gets no colour.
-    clear = interval.verdict in ("higher", "lower") and contrast.kind != SAME_LR
-    colour = "var(--accent)" if clear else "var(--quiet)"
-    bar = ""
-    if interval.known:
-        ends = f'x1="{x(interval.low):.1f}" x2="{x(interval.high):.1f}"'
-        bar = f'<line {ends} y1="9" y2="9" stroke="{colour}" stroke-width="2.5" stroke-linecap="round"/>'
+    colour = "var(--accent)" if contrast.clear and contrast.kind != SAME_LR else "var(--quiet)"
+    low, mean, high = (80 + 76 * value / reach for value in (interval.low, interval.mean, interval.high))
+    ends = f'<line x1="{low:.1f}" x2="{high:.1f}" y1="9" y2="9" stroke="{colour}" stroke-width="2.5"/>'
     return (
         f'<svg width="160" height="18" role="img" aria-label="{interval.mean:+.3f}">'
-        f'<line x1="80" x2="80" y1="0" y2="18" stroke="var(--quiet)" stroke-opacity="0.5" stroke-width="1.5"/>{bar}'
-        f'<circle cx="{x(interval.mean):.1f}" cy="9" r="4" fill="{colour}"/></svg>'
+        f'<line x1="80" x2="80" y1="0" y2="18" stroke="var(--quiet)" stroke-opacity="0.5" stroke-width="1.5"/>'
+        f'{ends if interval.known else ""}<circle cx="{mean:.1f}" cy="9" r="4" fill="{colour}"/></svg>'
     )
 
 
-def _shared_settings(comparison: Comparison) -> str:
-    """What all runs share, folded away; what differs is in the tables above."""
+def _run_details(comparison: Comparison) -> list[str]:
+    """Folded away: the settings that all runs share, the names of those that differ, and where each run was made."""
     recorded = [run.settings for run in comparison.runs if run.settings]
-    if not recorded:
-        return ""
     keys = sorted({key for settings in recorded for key in settings})
-    shared = [key for key in keys if all(key in each and each[key] == recorded[0][key] for each in recorded)]
-    rows = [("", [page.escape(key), page.code(_text(recorded[0][key]))]) for key in shared]
-    differing = ", ".join(sorted({*keys} - {*shared}))
-    note = page.quiet(f"Differ between runs: {differing}.") if differing else ""
-    return page.folded("Settings that all runs share", page.table(["setting", "value"], {0, 1}, rows) + note)
+    shared = {k: recorded[0][k] for k in keys if all(k in s and s[k] == recorded[0].get(k) for s in recorded)}
+    made = {run.name: {k: run.info[k] for k in ("hardware", "versions") if k in run.info} for run in comparison.runs}
+    differing = ", ".join(key for key in keys if key not in shared)
+    return [
+        page.folded("Settings that all runs share", shared) if shared else "",
+        page.quiet(f"Differ between runs: {differing}.") if differing else "",
+        page.folded("Folders, hardware and versions", made),
+    ]
 
 
-def _run_list(comparison: Comparison) -> str:
-    rows = []
-    for run in comparison.runs:
-        described = [run.info[key] for key in ("hardware", "versions") if key in run.info]
-        facts = [f"{key} {_text(value)}" for part in described for key, value in part.items()]
-        rows.append(("", [page.code(run.name), page.escape(", ".join(facts))]))
-    return page.folded("Folders, hardware and versions", page.table(["run", "hardware and versions"], {0, 1}, rows))
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-FORMATS: dict[str, Callable[[Comparison], str]] = {
-    "table": plain_text,
-    "json": as_json,
-    "markdown": markdown,
-    "html": as_html,
-}
+FORMATS = {"table": plain_text, "json": as_json, "markdown": markdown, "html": as_html}

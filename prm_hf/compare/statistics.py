@@ -20,14 +20,11 @@ Z_95 = 1.959964
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % interval; `low` and `high` are NaN where the data cannot give one.
+    """A mean over seeds and examples, and its 95 % interval.
 
     Attributes:
-        mean: the mean over seeds and examples.
-        low: lower end.
-        high: upper end.
-        seeds: number of seeds that went into it.
-        examples: number of examples that went into it; 1 if only each run's mean was known.
+        low, high: its ends; NaN where the data cannot give one.
+        seeds, examples: how many went into it; 1 example if only each run's mean was known.
         p_value: two-sided, of the mean being 0: below 0.05 just where the interval leaves 0 out. NaN without interval.
     """
 
@@ -36,18 +33,11 @@ class Interval:
     high: float
     seeds: int
     examples: int
-    p_value: float = float("nan")
+    p_value: float = math.nan
 
     @property
     def known(self) -> bool:
         return bool(np.isfinite(self.low) and np.isfinite(self.high))
-
-    @property
-    def verdict(self) -> str:
-        """`"higher"`, `"lower"`, `"within noise"` (the interval holds 0) or `"no interval"`."""
-        if not self.known:
-            return "no interval"
-        return "higher" if self.low > 0 else "lower" if self.high < 0 else "within noise"
 
 
 def finite(value: float | None) -> bool:
@@ -56,19 +46,11 @@ def finite(value: float | None) -> bool:
 
 
 def mean_and_standard_error(values: np.ndarray) -> tuple[float, float, int]:
-    """Mean, standard error of the mean and number of the values, e.g. one value a seed.
-
-    Args:
-        values: `[n]` float.
-
-    Returns:
-        (mean, standard error, n). The standard error is NaN below two values, where no spread can be measured; the
-        mean of none is NaN.
-    """
+    """Mean and standard error of `[n]` values, e.g. one a seed, and n. NaN is a mean of none, an error below two."""
     values = np.asarray(values, dtype=np.float64)
     n = values.size
-    mean = float(values.mean()) if n else float("nan")
-    return mean, float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan"), n
+    mean = float(values.mean()) if n else math.nan
+    return mean, float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else math.nan, n
 
 
 def proportion_standard_error(proportion: float, n: int) -> float:
@@ -86,19 +68,16 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 4000, seed: int = 0)
     The spread of such a bootstrap is wrong in two known ways: a resample of k seeds has (k-1)/k of their variance, and
     the interaction of seed and example counts three times (Owen 2007, "The pigeonhole bootstrap", Ann. Appl. Stat.
     1(2)). So its deviations are rescaled to the unbiased variance of a two-way layout, and widened from the normal's
-    quantile to Student's t with Satterthwaite's degrees of freedom: near seeds - 1 where the seeds differ more than
-    their examples explain. Simulated coverage is 93 to 97 %; where the seed is nearly all that matters it is about
-    80 % with two seeds and 90 % with three.
+    quantile to Student's t with Satterthwaite's degrees of freedom. Simulated coverage is 93 to 97 %; where the seed
+    is nearly all that matters it is about 80 % with two seeds and 90 % with three.
 
     Args:
         values: `[seeds, examples]` float. With one seed only the examples are resampled, and the interval holds for
             that seed. With one example column (each run's mean) it is the paired t interval over seeds.
-        resamples: number of bootstrap resamples.
         seed: of the resampling, so that a report is reproducible.
 
     Returns:
-        The interval. Its ends are NaN for a single number, and where nothing varies but the mean is not 0: no spread
-        can be measured there.
+        The interval. Its ends are NaN for a single number, and where nothing varies but the mean is not 0.
 
     Raises:
         ValueError: `values` is not 2-dimensional, is empty or holds a non-finite number.
@@ -112,24 +91,13 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 4000, seed: int = 0)
     mean = float(values.mean())
     variance, df = _two_way_variance(values)
     if not variance > 0:
-        known = mean == 0 and values.size > 1
-        end, p_value = (0.0, 1.0) if known else (float("nan"),) * 2
+        end, p_value = (0.0, 1.0) if mean == 0 and values.size > 1 else (math.nan, math.nan)
         return Interval(mean, end, end, seeds, examples, p_value)
     quantile = float(stdtrit(df, 0.975))  # of Student's t
     half = quantile * np.sqrt(variance)
     low, high = -half, half
     if examples > 1:
-        rng = np.random.default_rng(seed)
-        chunk = max(1, 4_000_000 // examples)  # at most 32 MB of weights at a time
-        deviations = np.concatenate(
-            [
-                np.sum(
-                    (_bootstrap_weights(rng, count, seeds) @ values) * _bootstrap_weights(rng, count, examples), axis=1
-                )
-                for count in (min(chunk, resamples - start) for start in range(0, resamples, chunk))
-            ]
-        )
-        deviations -= mean
+        deviations = _resampled_means(values, resamples, np.random.default_rng(seed)) - mean
         low, high = np.quantile(deviations, [0.025, 0.975]) * half / deviations.std() / Z_95
     # The side of the interval that is towards 0 says how far away 0 is.
     towards_zero = abs(low if mean > 0 else high) or half
@@ -137,10 +105,19 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 4000, seed: int = 0)
     return Interval(mean, float(mean + low), float(mean + high), seeds, examples, p_value)
 
 
-def _bootstrap_weights(rng: np.random.Generator, resamples: int, n: int) -> np.ndarray:
-    """`[resamples, n]`: the share that each of n things has in a resample of n draws."""
-    drawn = rng.integers(n, size=(resamples, n)) + n * np.arange(resamples)[:, None]
-    return np.bincount(drawn.ravel(), minlength=resamples * n).reshape(resamples, n) / n
+def _resampled_means(values: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """`[resamples]`: means of `[seeds, examples]` values, of which each resample draws seeds and examples."""
+
+    def weights(count: int, n: int) -> np.ndarray:
+        """`[count, n]`: the share that each of n things has in a resample of n draws."""
+        drawn = rng.integers(n, size=(count, n)) + n * np.arange(count)[:, None]
+        return np.bincount(drawn.ravel(), minlength=count * n).reshape(count, n) / n
+
+    seeds, examples = values.shape
+    chunk = max(1, 4_000_000 // examples)  # at most 32 MB of weights at a time
+    counts = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
+    means = [((weights(count, seeds) @ values) * weights(count, examples)).sum(axis=1) for count in counts]
+    return np.concatenate(means)
 
 
 def _two_way_variance(values: np.ndarray) -> tuple[float, float]:
@@ -166,44 +143,44 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values (1979, Scand. J. Stat. 6): those below 0.05 are differences that 5 % of such families
     would show by chance, whatever their dependence. NaN, a comparison that was not made, stays and does not count.
     """
-    known = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
-    adjusted, largest = [float("nan")] * len(p_values), 0.0
-    for rank, (p, i) in enumerate(known):
-        largest = max(largest, min(1.0, (len(known) - rank) * p))
-        adjusted[i] = largest
-    return adjusted
+    p_values = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p_values)[: np.isfinite(p_values).sum()]  # NaN comes last
+    adjusted = np.full(len(p_values), np.nan)
+    factors = np.arange(len(order), 0, -1)
+    adjusted[order] = np.maximum.accumulate(np.minimum(1, factors * p_values[order]))
+    return adjusted.tolist()
 
 
-def _curve(kl: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The points of a curve whose KL is positive and finite, by ascending KL; points of one KL are averaged."""
+def _read_curve(kl: np.ndarray, values: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """`[n, examples]`: a curve through `[points]` KLs and `[points, examples]` values at `[n]` KLs, linear in log KL.
+
+    Points of one KL are averaged, those without a positive finite KL left out. NaN outside the range of the points.
+    """
     kl, values = np.asarray(kl, dtype=np.float64), np.asarray(values, dtype=np.float64)
     if kl.ndim != 1 or values.ndim != 2 or len(kl) != len(values):
         raise ValueError(f"`kl` and `values` must be [points] and [points, examples], got {kl.shape}, {values.shape}.")
     known = np.unique(kl[np.isfinite(kl) & (kl > 0)])
-    return known, np.array([values[kl == at].mean(axis=0) for at in known])
+    if not known.size:
+        return np.full((len(at), values.shape[1]), np.nan)
+    means = np.array([values[kl == x].mean(axis=0) for x in known])
+    outside = {"left": np.nan, "right": np.nan}
+    weights = [np.interp(np.log(at), np.log(known), unit, **outside) for unit in np.eye(len(known))]
+    return np.transpose(weights) @ means
 
 
 def interpolate_at_kl(kl: np.ndarray, values: np.ndarray, at: float) -> np.ndarray | None:
     """Values of a method's curve at a given KL, linear in log KL between its two neighbouring runs.
 
     Args:
-        kl: `[points]` float > 0, nats a token: the drift of each run of the method, in any order. Points whose KL is
-            not a positive finite number are left out.
+        kl: `[points]` float, nats a token: the drift of each run. Points without a positive finite KL are left out.
         values: `[points, examples]` float: e.g. whether each held-out pair is right. Interpolating each example and
             averaging equals interpolating the accuracies, and keeps the pairing.
-        at: the KL to read the curve at.
 
     Returns:
         `[examples]` float64, or None where `at` lies outside the range that the runs cover: nothing is extrapolated.
     """
-    kl, values = _curve(kl, values)
-    if not (kl.size and kl[0] <= at <= kl[-1]):
-        return None
-    right = int(np.searchsorted(kl, at))  # kl[right - 1] < at <= kl[right]
-    if kl[right] == at:
-        return values[right]
-    weight = np.log(at / kl[right - 1]) / np.log(kl[right] / kl[right - 1])
-    return (1 - weight) * values[right - 1] + weight * values[right]
+    (found,) = _read_curve(kl, values, np.array([at if at > 0 else np.nan]))
+    return None if np.isnan(found).any() else found
 
 
 def bracket_ratio(kl: np.ndarray, at: float) -> float:
@@ -213,23 +190,20 @@ def bracket_ratio(kl: np.ndarray, at: float) -> float:
 
 
 def mean_over_log_kl(kl: np.ndarray, values: np.ndarray, low: float, high: float) -> np.ndarray | None:
-    """Area under a method's curve over log KL between `low` and `high`, divided by the width log(high/low).
+    """Area under the curve of `interpolate_at_kl` over log KL, divided by the width log(high/low): its mean height.
 
-    That is the mean height of the curve of `interpolate_at_kl`, in the units of `values`: of two methods, the one with
-    the larger area is the more accurate at equal drift, over all drifts and with no learning rate picked.
-
-    Args:
-        kl, values: as in `interpolate_at_kl`. The result is linear in `values`, so areas can be paired by example.
-        low, high: the range, nats a token.
+    Of two methods, the one with the larger area is the more accurate at equal drift, over all drifts and with no
+    learning rate picked. The result is linear in `values`, so areas can be paired by example.
 
     Returns:
         `[examples]` float64, or None where the runs do not cover the range: nothing is extrapolated.
     """
-    points = [low, *(at for at in _curve(kl, values)[0] if low < at < high), high]
-    heights = [interpolate_at_kl(kl, values, at) for at in points]
-    if not low < high or any(height is None for height in heights):
+    inside = sorted({float(at) for at in kl if low < at < high})
+    points = np.array([low, *inside, high])
+    heights = _read_curve(kl, values, points)
+    if not low < high or np.isnan(heights).any():
         return None
-    widths, heights = np.diff(np.log(points)), np.stack(heights)
+    widths = np.diff(np.log(points))
     return widths @ (heights[1:] + heights[:-1]) / 2 / widths.sum()
 
 
@@ -243,17 +217,15 @@ def shared_range(curves: Sequence[np.ndarray]) -> tuple[float, float] | None:
 
 
 def rate_at_kl(learning_rates: np.ndarray, kl: np.ndarray, at: float) -> float | None:
-    """The learning rate at which a method drifts to `at`, linear in the logarithms between neighbouring rates.
+    """The smallest learning rate that drifts to `at`, linear in the logarithms between neighbouring rates.
 
     Args:
-        learning_rates: `[points]` float > 0, in any order.
-        kl: `[points]` float: the drift at each of them. Points without a positive finite KL are left out.
-        at: the KL to be reached.
+        learning_rates, kl: `[points]` float, in any order. Points without a positive finite KL are left out.
 
     Returns:
-        The smallest such rate, or None where no neighbouring rates have `at` between them: nothing is extrapolated.
+        The rate, or None where no neighbouring rates have `at` between them: nothing is extrapolated.
     """
-    points = sorted((rate, x) for rate, x in zip(learning_rates, kl, strict=True) if 0 < x < float("inf"))
+    points = sorted((rate, x) for rate, x in zip(learning_rates, kl, strict=True) if 0 < x < math.inf)
     for (rate, x), (next_rate, next_x) in itertools.pairwise(points):
         if min(x, next_x) <= at <= max(x, next_x):
             weight = math.log(at / x) / math.log(next_x / x) if next_x != x else 0.0

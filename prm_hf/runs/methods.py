@@ -20,10 +20,8 @@ class Method:
         title: what people call it, without its value.
         group: one of `GROUPS`.
         settings: what it changes in the training configuration.
-        noise_settings: further changes, from the noise rate, for a method that is told the rate. Such a method exists
-            for rates between 0 and 0.5 only.
-        value: the number behind the colon of its name.
-        value_help: what that number is; None for a method without a value.
+        label_smoothing: that setting, by the noise rate. Such a method exists for rates between 0 and 0.5 only.
+        value, value_help: the number behind the colon of its name, and what it is; None for a method without a value.
         value_setting: the field of the training configuration that takes the value, if there is one.
         base: the method whose step the mask or the control multiplies, without its value, which is this method's.
         has_mask: whether a mask shrinks its step. Such methods get the learning rates of PRM.
@@ -35,7 +33,7 @@ class Method:
     title: str
     group: str
     settings: dict[str, Any] = field(default_factory=dict)
-    noise_settings: Callable[[float], dict[str, Any]] | None = None
+    label_smoothing: Callable[[float], float] | None = None
     value: float | None = None
     value_help: str | None = None
     value_setting: str | None = None
@@ -57,15 +55,14 @@ class Method:
     @property
     def baseline(self) -> str:
         """The AdamW that the method adds its mask to: `adamw`, of `prm_rows_eps:10` `adamw_eps:10`."""
-        value = self.name.partition(":")[2]
-        return f"{self.base}:{value}" if value and METHODS[self.base].value_help else self.base
+        return self.base + self.name.removeprefix(self.key) if METHODS[self.base].value_help else self.base
 
     def changes(self, noise_rate: float = 0.3) -> dict[str, Any] | None:
         """What the method changes in the training configuration; None if it does not exist for that noise rate."""
-        if self.noise_settings is None:
-            more = {self.value_setting: self.value} if self.value_setting else {}
-            return {**self.settings, **more}
-        return {**self.settings, **self.noise_settings(noise_rate)} if 0 < noise_rate < 0.5 else None
+        settings = {**self.settings, **({self.value_setting: self.value} if self.value_setting else {})}
+        if self.label_smoothing is None:
+            return settings
+        return {**settings, "label_smoothing": self.label_smoothing(noise_rate)} if 0 < noise_rate < 0.5 else None
 
 
 METHODS: dict[str, Method] = {}
@@ -79,12 +76,9 @@ def register(*methods: Method) -> None:
 def parse_method(name: str, known: Collection[str] | None = None) -> Method:
     """The method of a name that may end in a value: `adamw_eps:0.3`.
 
-    Args:
-        name: an element of the argument `methods`.
-        known: the names, without values, that are allowed; by default all of `METHODS`.
-
     Raises:
-        ValueError: the name is not known, or a value is missing, not wanted or not a positive number.
+        ValueError: the name is not in `known` (names without values, by default all of `METHODS`), or a value is
+            missing, not wanted or not a positive number.
     """
     key, colon, text = name.partition(":")
     known = METHODS if known is None else known
@@ -97,9 +91,8 @@ def parse_method(name: str, known: Collection[str] | None = None) -> Method:
         return method
     value = _number(text)
     if value is None:
-        raise ValueError(
-            f"`methods`: {key!r} needs a positive number behind a colon: {method.value_help}; got {name!r}."
-        )
+        wanted = f"needs a positive number behind a colon: {method.value_help}"
+        raise ValueError(f"`methods`: {key!r} {wanted}; got {name!r}.")
     return replace(method, name=name, value=value)
 
 
@@ -121,28 +114,19 @@ def _number(text: str) -> float | None:
 
 def _guess_group(name: str) -> str:
     words = set(re.split(r"[^a-z0-9]+", name.lower()))
-    if words & {"constant", "shuffled", "fixed", "matched"}:
-        return CONTROL
-    if "prm" in words:
-        return PRM
-    if words & {"cdpo", "robust", "rdpo", "ipo", "hinge", "early"}:
-        return LOSS
-    return BASELINE if "adamw" in words else OTHER
-
-
-def _cdpo(noise_rate: float) -> dict[str, Any]:
-    # TRL's "sigmoid" loss ignores `label_smoothing`. cDPO with noise rate e is its "robust" loss at -e/(1-2e): the
-    # two labels get the same weights, and the loss the same scale.
-    return {"loss_type": ["robust"], "label_smoothing": -noise_rate / (1 - 2 * noise_rate)}
-
-
-def _rdpo(noise_rate: float) -> dict[str, Any]:
-    return {"loss_type": ["robust"], "label_smoothing": noise_rate}
+    telling = {
+        CONTROL: {"constant", "shuffled", "fixed", "matched"},
+        PRM: {"prm"},
+        LOSS: {"cdpo", "robust", "rdpo", "ipo", "hinge", "early"},
+        BASELINE: {"adamw"},
+    }
+    return next((group for group, those in telling.items() if words & those), OTHER)
 
 
 _ADAMW = {"optim": "adamw_torch_fused"}
-_TENSOR = {"prm_reduction": "per_tensor", "prm_estimator": "debiased"}
+_TENSOR, _PARAM = ({"prm_reduction": name, "prm_estimator": "debiased"} for name in ("per_tensor", "per_param"))
 _ROW = {"prm_reduction": "per_row", "prm_estimator": "debiased", "prm_signal_beta": 0.98}
+_ROBUST = {**_ADAMW, "loss_type": ["robust"]}
 # Early stopping evaluates ten times a run.
 _EVALUATIONS = {**_ADAMW, "eval_strategy": "steps", "eval_steps": 0.1}
 
@@ -166,22 +150,14 @@ def _prm(name: str, title: str, settings: dict[str, Any], has_controls: bool = T
 register(
     _adamw("adamw", "AdamW"),
     _adamw("adamw_eps", "AdamW eps", **_eps("adamw_eps:0.3")),
-    _adamw(
-        "adamw_embedding",
-        "AdamW embedding lr ×",
-        value_help="the factor of the embedding's learning rate, as in `adamw_embedding:3`",
-    ),
+    _adamw("adamw_embedding", "AdamW embedding lr ×", value_help="the embedding's factor, as in `adamw_embedding:3`"),
     _adamw("cautious", "Cautious AdamW", OTHER),
     _adamw("msvag", "M-SVAG", OTHER),
-    _prm("prm_per_tensor", "PRM per_tensor", {"prm_reduction": "per_tensor", "prm_estimator": "ema"}),
-    _prm("prm_per_param", "PRM per_param", {"prm_reduction": "per_param", "prm_estimator": "ema"}),
+    _prm("prm_per_tensor", "PRM per_tensor", {**_TENSOR, "prm_estimator": "ema"}),
+    _prm("prm_per_param", "PRM per_param", {**_PARAM, "prm_estimator": "ema"}),
     _prm("prm_debiased", "PRM debiased", _TENSOR),
     _prm("prm_debiased_eps", "PRM debiased eps", _TENSOR, **_eps("prm_debiased_eps:10")),
-    _prm(
-        "prm_debiased_per_param",
-        "PRM debiased per_param",
-        {"prm_reduction": "per_param", "prm_estimator": "debiased"},
-    ),
+    _prm("prm_debiased_per_param", "PRM debiased per_param", _PARAM),
     _prm("prm_rows", "PRM per_row", _ROW),
     _prm("prm_rows_eps", "PRM per_row eps", _ROW, **_eps("prm_rows_eps:10")),
     # With full fine-tuning the preset is `prm_rows_eps:10`, with LoRA `prm_rows`: bind controls to those.
@@ -197,8 +173,10 @@ register(
     Method("shuffled_q", "shuffled q", CONTROL, tensor_masks=True),
     Method("fixed_q", "fixed q", CONTROL, tensor_masks=True),
     Method("adamw_matched", "AdamW at the KL", CONTROL),
-    _adamw("cdpo", "cDPO", LOSS, noise_settings=_cdpo),
-    _adamw("robust", "rDPO (robust)", LOSS, noise_settings=_rdpo),
+    # TRL's "sigmoid" loss ignores `label_smoothing`. cDPO with noise rate e is its "robust" loss at -e/(1-2e): the two
+    # labels get the same weights, and the loss the same scale.
+    Method("cdpo", "cDPO", LOSS, _ROBUST, label_smoothing=lambda rate: -rate / (1 - 2 * rate)),
+    Method("robust", "rDPO (robust)", LOSS, _ROBUST, label_smoothing=lambda rate: rate),
     Method("ipo", "IPO", LOSS, {**_ADAMW, "loss_type": ["ipo"]}),
     # AdamW as it was at the evaluation at which validation pairs had the smallest loss: pairs as noisy as those that
     # are trained on, and the same pairs with their clean labels, which shows what better labels would be worth.

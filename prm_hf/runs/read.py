@@ -28,7 +28,7 @@ from .schema import (
     VERSION,
     Measures,
     measures_of,
-    metric_name,
+    named_metrics,
 )
 
 
@@ -47,11 +47,8 @@ class Run:
     """One run as it lies on disk. What was not recorded is absent (`None`, or no key), never made up.
 
     Attributes:
-        path: the folder.
-        name: the run's name; a Trainer run takes its folder's.
-        method: e.g. `"adamw"` or `"prm_per_tensor"`; a Trainer run takes its folder's name without `lr…` and `seed…`.
+        name, method: of a Trainer's run the folder's name, and that without `lr…` and `seed…`.
         learning_rate: the peak learning rate.
-        seed: the training seed.
         source: `"prm_hf"` or `"trainer"`.
         finished: False if the folder has no `metrics.json`; all that follows is then empty.
         metrics: final values by name (`rewards/accuracies`, `drift/kl`, …; `wall_seconds`, `steps`).
@@ -92,12 +89,10 @@ class Run:
     @property
     def mean_q(self) -> float | None:
         """Mean of the mask over the run: of the logged steps, else the final value, else that of `constant_q`."""
-        logged = [entry[MEAN_Q] for entry in self.history if MEAN_Q in entry]
-        if logged:
-            return float(np.mean(logged))
-        if MEAN_Q in self.metrics:
-            return self.metrics[MEAN_Q]
-        return (self.settings.get("constant_q") or {}).get("mean_q")
+        logged = self.series(MEAN_Q)[1]
+        if logged.size:
+            return float(logged.mean())
+        return self.metrics.get(MEAN_Q, (self.settings.get("constant_q") or {}).get("mean_q"))
 
     def outcomes(self) -> np.ndarray | None:
         """`[examples]` float64, 1 where the held-out example is right; `[1]`, the accuracy, where they are unknown."""
@@ -109,18 +104,15 @@ class Run:
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values, two `[n]` float64 arrays, of one key of the history; empty where it was not logged."""
         points = [(entry["step"], entry[name]) for entry in self.history if name in entry and "step" in entry]
-        steps, values = zip(*points, strict=True) if points else ((), ())
-        return np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64)
+        steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
+        return steps, values
 
 
 def load_runs(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Run]:
-    """Reads every run under `paths`.
+    """Reads every run under `paths`, in the order given, unfinished ones included with `finished=False`.
 
     Args:
         paths: a folder or several; each is a run, or holds runs (up to three levels down). Globs are expanded.
-
-    Returns:
-        The runs in the order given, unfinished ones included with `finished=False`.
 
     Raises:
         FileNotFoundError: a path, or what a glob should match, does not exist.
@@ -129,7 +121,7 @@ def load_runs(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Ru
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
     runs: dict[Path, Run] = {}
-    for match in (match for path in paths for match in _expand(path)):
+    for match in (match for path in paths for match in _expand(Path(path).expanduser())):
         found = list(_find_runs(match, _SEARCH_DEPTH))
         if not found:
             raise ValueError(f"{match} holds no run: {EXPECTED}.")
@@ -143,11 +135,16 @@ def load_runs(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Ru
 def read_json(file: Path) -> Any:
     """What a file holds, or None where there is none; a ValueError that names a file that is not JSON."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return _parse(file.read_bytes(), str(file))
     except FileNotFoundError:
         return None
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{file} cannot be read as JSON: {error}.") from error
+
+
+def _parse(text: bytes, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{place} cannot be read as JSON: {error}.") from error
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -156,15 +153,15 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda child: int(child.name.removeprefix("checkpoint-")))
 
 
-def _expand(path: str | os.PathLike) -> list[Path]:
-    path = Path(path).expanduser()
+def _expand(path: Path) -> list[Path]:
     matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path)))]
     if not matches:
         raise FileNotFoundError(f"{path} does not exist: {EXPECTED}.")
+    folders = [match for match in matches if match.is_dir()]
     for match in matches:
-        if not match.is_dir() and match.name not in REPORT_FILES:
+        if match not in folders and match.name not in REPORT_FILES:
             raise ValueError(f"{match} is a file: {EXPECTED}.")
-    return [match for match in matches if match.is_dir()]
+    return folders
 
 
 def _find_runs(folder: Path, depth: int) -> Iterator[Run]:
@@ -184,8 +181,7 @@ def _find_runs(folder: Path, depth: int) -> Iterator[Run]:
 def _read_run(folder: Path) -> Run:
     metrics = read_json(folder / METRICS_FILE)
     if metrics is None:
-        method, learning_rate, seed = _parse_name(folder.name)
-        return Run(folder, folder.name, method, learning_rate, seed, source="prm_hf", finished=False)
+        return Run(folder, folder.name, *_parse_name(folder.name), source="prm_hf", finished=False)
     info = read_json(folder / RUN_FILE)
     if info is None:
         raise ValueError(f"{folder} has metrics.json but no run.json, which names its method, learning rate and seed.")
@@ -204,7 +200,9 @@ def _read_run(folder: Path) -> Run:
         raise ValueError(f"{folder}: {error}") from error
     run = Run(folder, info["name"], info["method"], float(info["learning_rate"]), info["seed"], "prm_hf", info=info)
     run.metrics = {name: float(value) for name, value in metrics.items()}
-    run.history = _read_history(folder / HISTORY_FILE)
+    history = folder / HISTORY_FILE
+    lines = history.read_bytes().splitlines() if history.is_file() else []
+    run.history = [_parse(line, f"{history}, line {i},") for i, line in enumerate(lines, start=1) if line.strip()]
     margins = (read_json(folder / MARGINS_FILE) or {}).get("heldout")
     if margins:
         run.heldout = np.asarray(margins, dtype=np.float64)
@@ -217,26 +215,14 @@ def _read_run(folder: Path) -> Run:
     return run
 
 
-def _read_history(file: Path) -> list[dict[str, Any]]:
-    history = []
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            if line.strip():
-                history.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}, cannot be read as JSON: {error}.") from error
-    return history
-
-
 def _parse_name(name: str) -> tuple[str, float | None, int | None]:
     """`prm_per_tensor_lr3e-03_seed0` → (`prm_per_tensor`, 0.003, 0)."""
     seed = re.search(r"[-_.]?seed[-_=]?(\d+)", name, flags=re.IGNORECASE)
     rate = re.search(r"(?:^|[-_.])lr[-_=]?(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", name, flags=re.IGNORECASE)
     method = name
-    for match in (seed, rate):
-        method = method.replace(match.group(0), "") if match else method
-    return method.strip("-_.") or name, float(rate.group(1)) if rate else None, int(seed.group(1)) if seed else None
+    for match in filter(None, (seed, rate)):
+        method = method.replace(match[0], "")
+    return method.strip("-_.") or name, float(rate[1]) if rate else None, int(seed[1]) if seed else None
 
 
 def _read_trainer_run(folder: Path, file: Path) -> Run:
@@ -244,15 +230,15 @@ def _read_trainer_run(folder: Path, file: Path) -> Run:
     log = state.get("log_history") if isinstance(state, dict) else None
     if log is None:
         raise ValueError(f"{file} has no log_history: it is not the state of a transformers Trainer.")
-    name = folder.resolve().name
-    if re.fullmatch(r"checkpoint-\d+", name):
-        name = folder.resolve().parent.name
+    folder = folder.resolve()
+    name = (folder.parent if re.fullmatch(r"checkpoint-\d+", folder.name) else folder).name
     method, named_rate, seed = _parse_name(name)
     rates = [entry["learning_rate"] for entry in log if _is_number(entry.get("learning_rate"))]
     run = Run(file.parent, name, method, max(rates, default=named_rate), seed, source="trainer")
     run.info = {key: state[key] for key in ("global_step", "max_steps", "num_train_epochs") if key in state}
-    runtimes = [entry["train_runtime"] for entry in log if "train_runtime" in entry]
-    run.metrics = {"wall_seconds": float(runtimes[-1])} if runtimes else {}
+    for entry in log:
+        if "train_runtime" in entry:
+            run.metrics["wall_seconds"] = float(entry["train_runtime"])
     _take_log(run, [entry for entry in log if "train_runtime" not in entry])
     if state.get("global_step") is not None:
         run.metrics["steps"] = float(state["global_step"])
@@ -263,12 +249,13 @@ def _read_trainer_run(folder: Path, file: Path) -> Run:
 
 def _take_log(run: Run, log: list[dict[str, Any]]) -> None:
     """Fills history, metrics and notes of a Trainer's run. The main evaluation split has the plain names."""
+    evaluations = [_evaluation(entry) for entry in log]
     last: dict[str, dict[str, Any]] = {}  # of each split the values of its last evaluation, which may have two entries
-    for entry in log:
-        split, values = _evaluation(entry)
+    for entry, (split, values) in zip(log, evaluations, strict=True):
         if split is not None:
-            same = last.get(split, {}).get("step") == entry.get("step")
-            last[split] = {**(last.get(split, {}) if same else {}), **values, "step": entry.get("step")}
+            before = last.get(split, {})
+            same = before.get("step") == entry.get("step")
+            last[split] = {**(before if same else {}), **values, "step": entry.get("step")}
     main = _main_split(last)
     if main is None:
         run.notes.append(
@@ -277,18 +264,17 @@ def _take_log(run: Run, log: list[dict[str, Any]]) -> None:
         )
     elif main:
         run.notes.append(f"its accuracy is that of the evaluation split {main!r}")
-    if not last:
+    elif not last:
         run.notes.append("no evaluation was logged")
 
     def named(split: str | None, values: dict[str, float]) -> dict[str, float]:
         return values if split in (None, "", main) else {f"{split}/{key}": value for key, value in values.items()}
 
-    for entry in log:
+    for entry, (split, values) in zip(log, evaluations, strict=True):
         step = {key: entry[key] for key in ("step", "epoch") if key in entry}
-        run.history.append({**step, **named(*_evaluation(entry))})
+        run.history.append({**step, **named(split, values)})
     for split in sorted(last, key=lambda split: split == main):  # the main split last: it wins
-        values = {key: float(value) for key, value in last[split].items() if key != "step"}
-        run.metrics |= named(split, values)
+        run.metrics |= named(split, {key: float(value) for key, value in last[split].items() if key != "step"})
 
 
 def _is_number(value: Any) -> bool:
@@ -303,10 +289,9 @@ def _evaluation(entry: dict[str, Any]) -> tuple[str | None, dict[str, float]]:
     """
     values = {key: value for key, value in entry.items() if _is_number(value) and key not in ("step", "epoch")}
     if not any(key.startswith("eval_") for key in entry):
-        return None, {name: value for key, value in values.items() if (name := metric_name(key)) is not None}
-    patterns = [re.compile(rf"eval_(?:(.+)_)?{name}") for name in ("runtime", "loss")]
-    own = [match for pattern in patterns for match in map(pattern.fullmatch, sorted(entry, key=len)) if match]
-    split = (own[0][1] or "") if own else ""
+        return None, named_metrics(values)
+    own = (re.fullmatch(rf"eval_(?:(.+)_)?{n}", key) for n in ("runtime", "loss") for key in sorted(entry, key=len))
+    split = next((match[1] or "" for match in own if match), "")
     values = {key: value for key, value in values.items() if key.startswith("eval_")}
     return split, {key.removeprefix("eval_").removeprefix(f"{split}_"): value for key, value in values.items()}
 

@@ -25,35 +25,22 @@ TRAIN_FIT, HELDOUT_FIT = "memorization/train_fit", "memorization/heldout_fit"
 KL = "drift/kl"
 MEAN_Q = "mask/mean_q"
 
-# Where a run is written and how it is shown do not make it another run.
+# Where a run is written and how it is shown do not make it another run, nor how the batch of a step is spread (see
+# `effective_batch_size`); learning rate and seed are named beside the settings.
 NOT_SETTINGS = {
-    "output_dir",
-    "logging_dir",
-    "run_name",
-    "report_to",
-    "disable_tqdm",
-    "resume_from_checkpoint",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_token",
-    "log_level",
-    "log_level_replica",
-    "local_rank",
-    "use_cpu",
-    "per_device_train_batch_size",  # the batch of a step counts, however it is spread: see `effective_batch_size`
-    "gradient_accumulation_steps",
-    "per_device_eval_batch_size",
-    "deepspeed",
-    "fsdp",
-    "fsdp_config",
-    "accelerator_config",
-    "dataloader_pin_memory",
-    "logging_nan_inf_filter",
-    "ddp_backend",
-    "dataset_num_proc",
-    "dataloader_num_workers",
-    "learning_rate",  # named beside the settings
-    "seed",
+    *("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "resume_from_checkpoint", "push_to_hub"),
+    *(
+        "hub_model_id",
+        "hub_token",
+        "log_level",
+        "log_level_replica",
+        "local_rank",
+        "use_cpu",
+        "logging_nan_inf_filter",
+    ),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "deepspeed", "fsdp"),
+    *("fsdp_config", "accelerator_config", "ddp_backend", "dataset_num_proc", "dataloader_num_workers"),
+    *("dataloader_pin_memory", "learning_rate", "seed"),
 }
 # Names of settings in the files of version 0.1.
 RENAMED_SETTINGS = {
@@ -81,13 +68,14 @@ def comparable_settings(settings: Mapping[str, Any], method: str) -> dict[str, A
     return {key: value for key, value in renamed.items() if key not in NOT_SETTINGS}
 
 
-def metric_name(key: str) -> str | None:
-    """The name of a trainer's log key in a run's files: evaluations are plain, training batches under `train/`."""
-    if key.endswith(("_runtime", "_per_second", "_preparation_time")):
-        return None
-    if key in ("step", "epoch") or key.startswith("mask/"):
-        return key
-    return key.removeprefix("eval_") if key.startswith("eval_") else f"train/{key}"
+def named_metrics(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A trainer's log by the names in a run's files: evaluations are plain, training batches under `train/`."""
+    named = {}
+    for key, value in values.items():
+        plain = key in ("step", "epoch") or key.startswith("mask/")
+        if not key.endswith(("_runtime", "_per_second", "_preparation_time")):
+            named[key if plain else key.removeprefix("eval_") if key.startswith("eval_") else f"train/{key}"] = value
+    return named
 
 
 @dataclass(frozen=True)

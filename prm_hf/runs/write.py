@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .read import checkpoints, read_json
-from .schema import HISTORY_FILE, MARGINS_FILE, METRICS_FILE, RUN_FILE, VERSION, comparable_settings, metric_name
+from .schema import HISTORY_FILE, MARGINS_FILE, METRICS_FILE, RUN_FILE, VERSION, comparable_settings, named_metrics
 
 
 @dataclass
@@ -63,28 +63,16 @@ def find_run(spec: RunSpec, folder: Path, tell: Callable[[str], None]) -> tuple[
 
 def start_run(spec: RunSpec, folder: Path, info: dict[str, Any]) -> dict[str, Any]:
     """Writes `run.json` and returns what it says; `info` is what it says besides the specification."""
-    record = {
-        "schema": VERSION,
-        "name": spec.name,
-        "method": spec.method,
-        "learning_rate": spec.learning_rate,
-        "seed": spec.seed,
-        **info,
-        "settings": spec.settings,
-        "versions": versions(),
-        "started": _now(),
-    }
+    specified = {key: getattr(spec, key) for key in ("name", "method", "learning_rate", "seed")}
+    record = {"schema": VERSION, **specified, **info, "settings": spec.settings, "versions": versions()}
+    record["started"] = _now()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RUN_FILE, record)
     return record
 
 
 def finish_run(
-    folder: Path,
-    record: dict[str, Any],
-    history: Iterable[dict[str, float]],
-    margins: dict[str, list],
-    metrics: dict[str, float],
+    folder: Path, record: dict[str, Any], history: Iterable[dict], margins: dict[str, list], metrics: dict[str, float]
 ) -> None:
     """Writes all files of a run; `record` is what `start_run` returned, and what is known of the run since then."""
     write_json(folder / RUN_FILE, {**record, "finished": _now()})
@@ -102,14 +90,12 @@ def write_json(path: Path, value: Any) -> None:
 
 def history_of(log: Iterable[dict[str, float]]) -> list[dict[str, float]]:
     """The rows of `history.jsonl`, from a trainer's `state.log_history`."""
-    rows = (entry for entry in log if "train_runtime" not in entry)
-    return [{name: value for key, value in row.items() if (name := metric_name(key)) is not None} for row in rows]
+    return [named_metrics(entry) for entry in log if "train_runtime" not in entry]
 
 
 def evaluation_metrics(evaluation: dict[str, float]) -> dict[str, float]:
     """What an evaluation of a trainer returned, by the names in a run's files."""
-    named = {metric_name(key): value for key, value in evaluation.items()}
-    return {key: value for key, value in named.items() if key not in (None, "epoch", "train/epoch")}
+    return {key: value for key, value in named_metrics(evaluation).items() if key != "epoch"}
 
 
 def versions() -> dict[str, str]:

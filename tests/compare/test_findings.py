@@ -40,7 +40,7 @@ def test_conclusions(tmp_path, expected, grid):
     assert key == expected and sentence.startswith("PRM per_tensor at 1e-2")
     accuracy = 0.75 + grid["prm_gain"]
     assert f"{accuracy:.3f}" in sentence and f"{grid['prm_gain']:+.3f} [" in sentence
-    assert ("PRM's mean step" in sentence) == ("constant" in grid)
+    assert ("against constant q" in sentence) == ("constant" in grid)
 
 
 def test_a_rival_that_is_as_good(tmp_path):

@@ -111,7 +111,7 @@ def test_mask_picture_has_the_noise_floor_of_the_ema_estimator_only(tmp_path):
 def test_methods_keep_their_colours():
     styles = plots.method_styles(["prm_per_tensor", "zeta", "alpha", "adamw"])
     assert styles["adamw"] == plots.method_styles(["adamw"])["adamw"]
-    many = plots.method_styles([*plots._STYLES, *(f"method{i}" for i in range(40))])
+    many = plots.method_styles([*plots._KNOWN, *(f"method{i}" for i in range(40))])
     assert len(set(many.values())) == len(many)
     assert styles["alpha"] != styles["zeta"]
 
