@@ -27,34 +27,12 @@ WARMUP_STEPS = 3  # of each optimizer
 EVALUATED_PAIRS = 128
 # The run whose share is printed: the pairs of UltraFeedback, the pairs of one evaluation, the pairs between two logs
 TRAINED, HELDOUT, LOGGED = 61_135, 2_000, 10 * 8
-# By name: the model's configuration, tokens of a prompt and of a completion, and pairs a device works on at a time
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+SIZES += ("num_attention_heads", "num_key_value_heads")
+# By name: the model's sizes, tokens of a prompt and of a completion, and pairs a device works on at a time
 MODELS = {
-    "0.5b": (
-        {
-            "vocab_size": 151_936,
-            "hidden_size": 896,
-            "intermediate_size": 4864,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 14,
-            "num_key_value_heads": 2,
-            "tie_word_embeddings": True,
-        },
-        (64, 192),
-        8,
-    ),
-    "tiny": (
-        {
-            "vocab_size": 128,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "tie_word_embeddings": True,
-        },
-        (4, 8),
-        16,
-    ),
+    "0.5b": ((151_936, 896, 4864, 24, 14, 2), (64, 192), 8),
+    "tiny": ((128, 32, 48, 2, 4, 2), (4, 8), 16),
 }
 
 
@@ -65,12 +43,8 @@ def pairs(count: int, prompt: int, completion: int) -> Dataset:
     def text(length: int) -> str:
         return "".join(f" {digit}" for digit in rng.choices(task.DIGITS, k=length))
 
-    return Dataset.from_list(
-        [
-            {"prompt": text(prompt), "chosen": text(completion - 1), "rejected": text(completion - 1)}
-            for _ in range(count)
-        ]
-    )
+    lengths = {"prompt": prompt, "chosen": completion - 1, "rejected": completion - 1}
+    return Dataset.from_list([{name: text(length) for name, length in lengths.items()} for _ in range(count)])
 
 
 class TakeTurns(TrainerCallback):
@@ -86,7 +60,7 @@ class TakeTurns(TrainerCallback):
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.steps: dict[str, list[float]] = {"PRM": [], "AdamW": []}
         self.parts: dict[str, list[float]] = {"PRM": [], "AdamW": []}
-        self._last = self._began = None
+        self._last = None
 
     def now(self) -> float:
         if self.cuda:
@@ -95,13 +69,12 @@ class TakeTurns(TrainerCallback):
 
     def seconds(self, function: Callable) -> float:
         """The median time of three calls, after one that loads things."""
-        function()
         times = []
-        for _ in range(3):
+        for _ in range(4):
             clock = self.now()
             function()
             times.append(self.now() - clock)
-        return statistics.median(times)
+        return statistics.median(times[1:])
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         prm = self.trainer.find_prm()
@@ -116,26 +89,23 @@ class TakeTurns(TrainerCallback):
             self._last = self.now()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        self._began = self._events() if self.cuda else time.perf_counter()
+        self._began = self._mark()
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
-        if self.cuda:
-            self._began[1].record()
-        else:
-            self._part = (time.perf_counter() - self._began) * 1e3
+        self._ended = self._mark()
 
-    def _events(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        return begin, end
+    def _mark(self) -> torch.cuda.Event | float:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        now = self.now()
-        if self.cuda:
-            self._part = self._began[0].elapsed_time(self._began[1])
+        now, began, ended = self.now(), self._began, self._ended
         if state.global_step > 2 * WARMUP_STEPS:
             self.steps[self.name].append((now - self._last) * 1e3)
-            self.parts[self.name].append(self._part)
+            self.parts[self.name].append(began.elapsed_time(ended) if self.cuda else (ended - began) * 1e3)
         self._last = now
 
 
@@ -148,12 +118,18 @@ def measure(model_name: str, steps: int, device: str) -> dict:
         without `drift_metrics`, of `drift/params_rel` in it, and of a pass of our own over the same pairs, which
         `evaluate_pairs` and memorization take; and how it was measured.
     """
-    config, (prompt, completion), at_a_time = MODELS[model_name]
+    sizes, (prompt, completion), at_a_time = MODELS[model_name]
     tokenizer = make_tokenizer()
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    config = Qwen2Config(
+        **dict(zip(SIZES, sizes, strict=True)),
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
     torch.manual_seed(0)
     with torch.device(device):
-        model = Qwen2ForCausalLM(Qwen2Config(**config, **special))
+        model = Qwen2ForCausalLM(config)
     total = 2 * (steps + WARMUP_STEPS)
     with tempfile.TemporaryDirectory() as folder:
         arguments = PRMDPOConfig(
@@ -167,9 +143,7 @@ def measure(model_name: str, steps: int, device: str) -> dict:
             lr_scheduler_type="constant",
             bf16=True,
             gradient_checkpointing=False,
-            logging_strategy="no",
-            save_strategy="no",
-            eval_strategy="no",
+            **dict.fromkeys(("logging_strategy", "save_strategy", "eval_strategy"), "no"),
             per_device_eval_batch_size=at_a_time,
             report_to="none",
             disable_tqdm=True,
@@ -208,12 +182,7 @@ def measure(model_name: str, steps: int, device: str) -> dict:
     }
     for name in turns.steps:
         step, part = statistics.median(turns.steps[name]), statistics.median(turns.parts[name])
-        row[name] = {
-            "step_ms": step,
-            "optimizer_ms": part,
-            "share": part / step,
-            "steps_ms": turns.steps[name],
-        }
+        row[name] = {"step_ms": step, "optimizer_ms": part, "share": part / step, "steps_ms": turns.steps[name]}
     row["ratio"] = row["PRM"]["step_ms"] / row["AdamW"]["step_ms"]
     return row
 
@@ -227,23 +196,18 @@ def print_row(row: dict) -> None:
     for name in ("AdamW", "PRM"):
         own = row[name]
         print(f"| {name} | {own['step_ms']:.1f} | {own['optimizer_ms']:.2f} | {own['share']:.2%} |")
-    pairs = row["evaluated_pairs"]
-    training = row["PRM"]["step_ms"] / row["pairs_a_step"]
-    of_trl, own_pass = row["evaluation_of_trl_s"] / pairs * 1e3, row["own_pass_s"] / pairs * 1e3
-    extra = (row["evaluation_s"] - row["evaluation_of_trl_s"] - row["params_rel_s"]) / pairs * 1e3
+    training, a_pair = row["PRM"]["step_ms"] / row["pairs_a_step"], 1e3 / row["evaluated_pairs"]
+    of_trl, own_pass = row["evaluation_of_trl_s"] * a_pair, row["own_pass_s"] * a_pair
+    extra = (row["evaluation_s"] - row["evaluation_of_trl_s"] - row["params_rel_s"]) * a_pair
     run = training * TRAINED
-    shares = {
-        "pairs": extra * HELDOUT / run,
-        "params_rel": row["params_rel_s"] * 1e3 / run,
-        "mask_stats": row["mask_stats_ms"] / (training * LOGGED),
-    }
+    shares = extra * HELDOUT / run, row["params_rel_s"] * 1e3 / run, row["mask_stats_ms"] / (training * LOGGED)
     print(
         f"\nPRM / AdamW: {row['ratio']:.4f}. A pair takes {training:.2f} ms to train on and {of_trl:.2f} ms in TRL's "
         f"evaluation.\n\n| what `drift_metrics` and the log of the mask add | ms | share of a run |\n|---|---|---|\n"
-        f"| a pair, to an evaluation | {extra:.2f} | {shares['pairs']:.2%} |\n"
-        f"| `drift/params_rel`, an evaluation | {row['params_rel_s'] * 1e3:.0f} | {shares['params_rel']:.2%} |\n"
-        f"| `get_mask_stats`, a log | {row['mask_stats_ms']:.1f} | {shares['mask_stats']:.2%} |\n"
-        f"| together | | {sum(shares.values()):.2%} |\n\n"
+        f"| a pair, to an evaluation | {extra:.2f} | {shares[0]:.2%} |\n"
+        f"| `drift/params_rel`, an evaluation | {row['params_rel_s'] * 1e3:.0f} | {shares[1]:.2%} |\n"
+        f"| `get_mask_stats`, a log | {row['mask_stats_ms']:.1f} | {shares[2]:.2%} |\n"
+        f"| together | | {sum(shares):.2%} |\n\n"
         f"The run: {TRAINED} pairs, one evaluation of {HELDOUT}, a log every {LOGGED} pairs. A pair in a pass of our "
         f"own (`evaluate_pairs`, memorization) takes {own_pass:.2f} ms."
     )

@@ -48,6 +48,8 @@ from prm_hf import PRM
 from prm_hf.sharding import Locator
 
 
+SIZES = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864}  # of the model, by flag
+SIZES |= {"num_layers": 24, "num_heads": 14, "num_key_value_heads": 2}
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.1
 TENSOR, ROW = {"reduction": "per_tensor"}, {"reduction": "per_row"}
 EMA, DEBIASED = {"estimator": "ema"}, {"estimator": "debiased"}
@@ -146,16 +148,9 @@ def build(
 ) -> tuple:
     """The wrapped model, the wrapped optimizer, the optimizer inside, and what records its steps."""
     set_seed(0)
-    config = Qwen2Config(
-        vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.intermediate_size,
-        num_hidden_layers=args.num_layers,
-        num_attention_heads=args.num_heads,
-        num_key_value_heads=args.num_key_value_heads,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
+    names = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
+    sizes = {names.get(flag, flag): getattr(args, flag) for flag in SIZES}
+    config = Qwen2Config(**sizes, tie_word_embeddings=True, use_cache=False)
     with accelerator.device:  # where random weights are made sooner
         model = Qwen2ForCausalLM(config)
     decay = [p for p in model.parameters() if p.dim() > 1]
@@ -210,7 +205,7 @@ def batches(args: argparse.Namespace, accelerator: Accelerator, steps: int):
         yield mine.split(share_of(args, accelerator))
 
 
-def measure_agreement(args: argparse.Namespace, accelerator: Accelerator) -> dict:
+def measure_agreement(args: argparse.Namespace, accelerator: Accelerator) -> tuple[dict, list[list[float]]]:
     settings = AGREEMENT[args.reduction]
     model, wrapped, prm, recorder = build(args, accelerator, PRM, settings, is_recorded=True)
     replayed, masks, mask_difference, weight_difference = None, [], 0.0, 0.0
@@ -246,7 +241,7 @@ def measure_agreement(args: argparse.Namespace, accelerator: Accelerator) -> dic
                 f"size: write it with {model_of(args, accelerator)}."
             )
         result["mask_reference"] = [_relative(a, b) for a, b in zip(masks, reference["masks"], strict=False)]
-    return {"agreement": result, "masks": masks}
+    return result, masks
 
 
 def _relative(values: Iterable[float], expected: Iterable[float]) -> float:
@@ -282,20 +277,15 @@ def released_memory(accelerator: Accelerator):
 
 
 def model_of(args: argparse.Namespace, accelerator: Accelerator) -> dict:
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_key_value_heads")
-    settings = {name: getattr(args, name) for name in (*names, "batch_size", "length", "precision")}
+    settings = {name: getattr(args, name) for name in (*SIZES, "batch_size", "length", "precision")}
     return settings | {"sequences_a_pass": share_of(args, accelerator)}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--vocab_size", type=int, default=151936)
-    parser.add_argument("--hidden_size", type=int, default=896)
-    parser.add_argument("--intermediate_size", type=int, default=4864)
-    parser.add_argument("--num_layers", type=int, default=24)
-    parser.add_argument("--num_heads", type=int, default=14)
-    parser.add_argument("--num_key_value_heads", type=int, default=2)
+    for flag, size in SIZES.items():
+        parser.add_argument(f"--{flag}", type=int, default=size)
     parser.add_argument("--batch_size", type=int, default=8, help="sequences in a global batch")
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1, help="forward passes a step and process")
     parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
@@ -326,9 +316,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.steps:
         torch.use_deterministic_algorithms(True, warn_only=True)
         with released_memory(accelerator):
-            measured = measure_agreement(args, accelerator)
+            result["agreement"], masks = measure_agreement(args, accelerator)
         torch.use_deterministic_algorithms(False)
-        result["agreement"], masks = measured["agreement"], measured["masks"]
     if args.optimizers:
         result |= measure_time(args, accelerator)
     if accelerator.is_main_process:

@@ -16,6 +16,7 @@ bfloat16 parameters their floors differ.
 
 import argparse
 import gc
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -29,6 +30,7 @@ from pathlib import Path
 import torch
 
 from prm_hf import PRM
+from prm_hf.compare.plots import new_figure, to_png
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -50,21 +52,13 @@ def lora(hidden: int, inner: int, layers: int, key_value: int, rank: int) -> lis
     return [shape for i, o in linear for shape in ((rank, i), (o, rank))] * layers
 
 
-SHAPES = {
-    "tiny": lambda: transformer(300, 64, 192, 2, 32, True),
-    "10m": lambda: transformer(8_000, 320, 1024, 6, 320, False),
-    "100m": lambda: transformer(32_000, 768, 2048, 10, 768, False),
-    "lora": lambda: lora(896, 4864, 24, 128, 16),
-    "0.5b": lambda: transformer(151_936, 896, 4864, 24, 128, True),
-    "7b": lambda: transformer(152_064, 3584, 18_944, 28, 512, True),
-}
-TITLES = {
-    "tiny": "0.1 M parameters",
-    "10m": "10 M parameters",
-    "100m": "100 M parameters",
-    "lora": "LoRA r=16 on Qwen2.5-0.5B",
-    "0.5b": "Qwen2.5-0.5B, full",
-    "7b": "Qwen2.5-7B's shapes",
+SHAPES = {  # title and shapes
+    "tiny": ("0.1 M parameters", transformer(300, 64, 192, 2, 32, True)),
+    "10m": ("10 M parameters", transformer(8_000, 320, 1024, 6, 320, False)),
+    "100m": ("100 M parameters", transformer(32_000, 768, 2048, 10, 768, False)),
+    "lora": ("LoRA r=16 on Qwen2.5-0.5B", lora(896, 4864, 24, 128, 16)),
+    "0.5b": ("Qwen2.5-0.5B, full", transformer(151_936, 896, 4864, 24, 128, True)),
+    "7b": ("Qwen2.5-7B's shapes", transformer(152_064, 3584, 18_944, 28, 512, True)),
 }
 LARGE = ("7b",)  # in bfloat16 alone
 PER_TENSOR = {"reduction": "per_tensor", "estimator": "ema"}
@@ -76,36 +70,26 @@ PRM_SETTINGS = {
 }
 
 
-def optimizers(device: str) -> list[dict[str, Callable]]:
-    """What is compared: name → constructor, in two halves, the second of which takes long to start or to run.
+def installed(name: str, module: str, optimizer: str) -> dict[str, Callable]:
+    """Another package's optimizer under a name; nothing where the package is not installed."""
+    found = importlib.util.find_spec(module.split(".")[0])
+    return {name: getattr(importlib.import_module(module), optimizer)} if found else {}
 
-    Packages that are not installed are left out.
-    """
-    cuda = device == "cuda"
-    quick = {
-        BASE: partial(torch.optim.AdamW, fused=True),
-        "AdamW foreach": partial(torch.optim.AdamW, foreach=True),
-    }
-    for implementation in ("fused", "foreach") if cuda else ("foreach",):
+
+def optimizers(device: str) -> list[dict[str, Callable]]:
+    """What is compared: name → constructor, in two halves, the second of which takes long to start or to run."""
+    quick = {BASE: partial(torch.optim.AdamW, fused=True), "AdamW foreach": partial(torch.optim.AdamW, foreach=True)}
+    for implementation in ("fused", "foreach") if device == "cuda" else ("foreach",):
         for name, settings in PRM_SETTINGS.items():
             quick[f"PRM {name} {implementation}"] = partial(PRM, **settings, **{implementation: True})
-    if cuda:
+    if device == "cuda":
         quick["PRM per_tensor debiased fused"] = partial(PRM, reduction="per_tensor", estimator="debiased", fused=True)
-        if importlib.util.find_spec("bitsandbytes"):
-            from bitsandbytes.optim import AdamW8bit as BnbAdamW8bit
-
-            quick["AdamW8bit (bitsandbytes)"] = BnbAdamW8bit
+        quick |= installed("AdamW8bit (bitsandbytes)", "bitsandbytes.optim", "AdamW8bit")
     slow = {}
     if importlib.util.find_spec("torchao"):
         slow["PRM per_tensor 8bit state"] = partial(PRM, **PER_TENSOR, state_dtype="8bit")
-    if importlib.util.find_spec("pytorch_optimizer"):
-        from pytorch_optimizer import MSVAG
-
-        slow["MSVAG (pytorch-optimizer)"] = MSVAG
-    if importlib.util.find_spec("torchao"):
-        from torchao.optim import AdamW8bit
-
-        slow["AdamW8bit (torchao)"] = AdamW8bit  # compiles for each shape of a tensor
+    slow |= installed("MSVAG (pytorch-optimizer)", "pytorch_optimizer", "MSVAG")
+    slow |= installed("AdamW8bit (torchao)", "torchao.optim", "AdamW8bit")  # compiles for each shape of a tensor
     return [quick, slow]
 
 
@@ -152,10 +136,6 @@ def copy_bandwidth(device: str) -> float:
     return 2 * size / best * 1e3
 
 
-def memory(device: str) -> int:
-    return torch.cuda.memory_allocated() if device == "cuda" else 0
-
-
 def measure(
     shapes: list[tuple], dtype: torch.dtype, make: Callable, device: str, repeats: int, seconds: float
 ) -> dict:
@@ -181,15 +161,16 @@ def measure(
     states = [x for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor)]
     state_bytes = sum(_bytes(x) for x in states)
     synchronize(device)
-    before = memory(device)
+    before, peak = 0, None
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     backward()
     optimizer.step()
     synchronize(device)
-    peak = torch.cuda.max_memory_allocated() - before if device == "cuda" else None
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() - before
     times = milliseconds(optimizer.step, device, repeats, seconds, prepare=backward)
-    moved = count * dtype.itemsize * 3 + 2 * state_bytes
     return {
         "parameters": count,
         "tensors": len(params),
@@ -199,7 +180,7 @@ def measure(
         "repeats": len(times),
         "state_bytes": state_bytes,
         "step_peak_bytes": peak,
-        "bytes_moved": moved,
+        "bytes_moved": count * dtype.itemsize * 3 + 2 * state_bytes,
     }
 
 
@@ -248,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
                     if time.perf_counter() - begun > arguments.time_limit:
                         row["error"] = "left out: time limit"
                     else:
-                        row |= attempt(SHAPES[shapes](), DTYPES[dtype], make, device, arguments)
+                        row |= attempt(SHAPES[shapes][1], DTYPES[dtype], make, device, arguments)
                     rows.append(row)
                     print_row(rows, bandwidth)
     dpo = None
@@ -260,12 +241,10 @@ def main(argv: list[str] | None = None) -> None:
     write(Path(arguments.output), rows, dpo, name, bandwidth)
 
 
-def attempt(
-    shapes: list[tuple], dtype: torch.dtype, make: Callable, device: str, arguments: argparse.Namespace
-) -> dict:
+def attempt(shapes: list[tuple], dtype: torch.dtype, make: Callable, device: str, args: argparse.Namespace) -> dict:
     """[`measure`], or what went wrong: another package's optimizer, or memory, must not end the run."""
     try:
-        return measure(shapes, dtype, make, device, arguments.repeats, arguments.seconds)
+        return measure(shapes, dtype, make, device, args.repeats, args.seconds)
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
     except (RuntimeError, ValueError, TypeError, AttributeError, ImportError, AssertionError) as error:
@@ -278,7 +257,7 @@ def attempt(
 
 def print_row(rows: list[dict], bandwidth: float) -> None:
     row = rows[-1]
-    start = f"| {TITLES[row['shapes']]}, {row['dtype']} | {row['optimizer']} |"
+    start = f"| {SHAPES[row['shapes']][0]}, {row['dtype']} | {row['optimizer']} |"
     if "error" in row:
         print(f"{start} {row['error']} | | | | | |", flush=True)
         return
@@ -315,25 +294,20 @@ def write(folder: Path, rows: list[dict], dpo: dict | None, name: str, bandwidth
 
 def picture(path: Path, rows: list[dict], title: str) -> None:
     """Bars of the times with a mark at each floor, a panel for each size and dtype."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [row for row in rows if "median_ms" in row]
     panels = {}
     for row in rows:
-        panels.setdefault((row["shapes"], row["dtype"]), []).append(row)
+        if "median_ms" in row:
+            panels.setdefault((row["shapes"], row["dtype"]), []).append(row)
     if not panels:
         return
     columns = min(len(panels), 2)
     lines = -(-len(panels) // columns)
     longest = max(map(len, panels.values()))
-    size = (6.5 * columns, 0.8 + (0.9 + 0.28 * longest) * lines)
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat[len(panels) :]:
+    figure, axes = new_figure(6.5 * columns, 0.8 + (0.9 + 0.28 * longest) * lines, columns, lines)
+    axes = [axis for line in axes for axis in line]
+    for axis in axes[len(panels) :]:
         axis.axis("off")
-    for axis, ((shapes, dtype), mine) in zip(axes.flat, panels.items(), strict=False):
+    for axis, ((shapes, dtype), mine) in zip(axes, panels.items(), strict=False):
         times, floors = [row["median_ms"] for row in mine], [row["floor_ms"] for row in mine]
         colors = ["#0072b2" if row["optimizer"].startswith("PRM") else "#999999" for row in mine]
         bars = axis.barh([row["optimizer"] for row in mine], times, color=colors, height=0.7)
@@ -349,12 +323,11 @@ def picture(path: Path, rows: list[dict], title: str) -> None:
                 axis.text(limit, i, f"{t:.3g} →", ha="right", va="center", fontsize=8, color="white")
         axis.invert_yaxis()
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_title(f"{TITLES[shapes]}, {dtype}", fontsize=10, loc="left")
+        axis.set_title(f"{SHAPES[shapes][0]}, {dtype}", fontsize=10, loc="left")
         axis.set_xlabel("ms a step (median)")
-    axes.flat[0].legend(frameon=False, fontsize=8, loc="upper right")
+    axes[0].legend(frameon=False, fontsize=8, loc="upper right")
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    path.write_bytes(to_png(figure, dpi=130))
 
 
 if __name__ == "__main__":

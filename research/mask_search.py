@@ -13,10 +13,9 @@ with `signal_beta=0.98`, the method `prm_rows`, and with the larger eps `prm_row
 controls are variants here.
 """
 
-import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -175,19 +174,12 @@ class SFTSearch(Search, SFTExperiment):
 RECIPES = {"dpo_noisy": DPOSearch, "sft_noisy": SFTSearch}
 
 
-@dataclasses.dataclass(frozen=True)
-class Area:
-    """One method's mean over log KL minus another's, at equal drift: of accuracy, and of the fit of wrong labels.
+class Area(NamedTuple):
+    """One method's mean over log KL minus another's, at equal drift."""
 
-    Attributes:
-        accuracy: over seeds and held-out pairs.
-        noise_fit: over seeds.
-        kl: the range of KL, nats a token, that the curves of both cover in every seed.
-    """
-
-    accuracy: Interval
-    noise_fit: Interval
-    kl: tuple[float, float]
+    accuracy: Interval  # over seeds and held-out pairs
+    noise_fit: Interval  # of the fit of wrong labels, over seeds
+    kl: tuple[float, float]  # the range of KL, nats a token, that the curves of both cover in every seed
 
 
 def area(mine: list[Row], theirs: list[Row]) -> Area | None:
@@ -204,37 +196,29 @@ def table(comparison: Comparison) -> str:
     """Markdown: of each method its area against AdamW and against the best baseline, which is AdamW's eps of the
     largest area. p-values are Holm's over all areas of accuracy in the table."""
     rows = comparison.methods()
-    adamw = rows["adamw"]
-    areas = {(method, "adamw"): area(its, adamw) for method, its in rows.items() if method != "adamw"}
-    baselines = [method for method in comparison.methods(BASELINE) if areas.get((method, "adamw"))]
-    strongest = max(baselines, key=lambda method: areas[method, "adamw"].accuracy.mean, default=None)
-    if strongest:
-        others = [method for method in rows if method not in ("adamw", strongest)]
-        areas |= {(method, strongest): area(rows[method], rows[strongest]) for method in others}
-    areas = {key: found for key, found in areas.items() if found}
+    ahead = {name: area(its, rows["adamw"]) for name, its in comparison.methods(BASELINE).items() if name != "adamw"}
+    strongest = max(filter(ahead.get, ahead), key=lambda name: ahead[name].accuracy.mean, default=None)
+    rivals = ["adamw", strongest] if strongest else ["adamw"]
+    pairs = [(name, rival) for name in rows for rival in rivals if name not in ("adamw", rival)]
+    areas = {(name, rival): found for name, rival in pairs if (found := area(rows[name], rows[rival]))}
     adjusted = dict(zip(areas, holm([found.accuracy.p_value for found in areas.values()]), strict=True))
 
-    def cells(key: tuple[str, str]) -> list[str]:
-        if key not in areas:
+    def cells(name: str, rival: str) -> list[str]:
+        if (name, rival) not in areas:
             return ["", "", ""]
-        found, p = areas[key], adjusted[key]
-        x, y = found.accuracy, found.noise_fit
-        return [
-            f"{x.mean:+.3f} [{x.low:+.3f}, {x.high:+.3f}]",
-            f"{p:.2g}" if p >= 0.001 else "<.001",
-            f"{y.mean:+.3f} [{y.low:+.3f}, {y.high:+.3f}]",
-        ]
+        found, p = areas[name, rival], adjusted[name, rival]
+        accuracy, fit = (f"{x.mean:+.3f} [{x.low:+.3f}, {x.high:+.3f}]" for x in (found.accuracy, found.noise_fit))
+        return [accuracy, f"{p:.2g}" if p >= 0.001 else "<.001", fit]
 
     heads = ["method", "seeds", "best accuracy"]
-    for name in ("AdamW", *([find_method(strongest).label] if strongest else [])):
-        heads += [f"accuracy against {name}", "p (Holm)", adamw[0].measures.noise_label]
+    for rival in rivals:
+        heads += [f"accuracy against {find_method(rival).label}", "p (Holm)", comparison.measures.noise_label]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for method, its in rows.items():
+    for name, its in rows.items():
         top = max(its, key=lambda row: row.accuracy)
-        start = [find_method(method).label, str(min(len(row.runs) for row in its))]
-        start.append(f"{top.accuracy:.3f} ± {top.accuracy_error()[0]:.3f}")
-        more = [cell for rival in ("adamw", *([strongest] if strongest else [])) for cell in cells((method, rival))]
-        lines.append("| " + " | ".join([*start, *more]) + " |")
+        line = [find_method(name).label, str(min(len(row.runs) for row in its))]
+        line += [f"{top.accuracy:.3f} ± {top.accuracy_error()[0]:.3f}", *(x for r in rivals for x in cells(name, r))]
+        lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines)
 
 

@@ -16,10 +16,7 @@ from prm_hf.optim.hyperparameters import Hyperparameters
 def unit_masks(mean_sq: Tensor, var: Tensor, t: int, h: Hyperparameters) -> Tensor:
     """q of each unit at step `t`, counted from 1, `(units,)`.
 
-    Args:
-        mean_sq: mean over each unit of the squared average that the signal is estimated from.
-        var: mean over each unit of `grad_var`.
-        h: the settings.
+    `mean_sq` is the mean over each unit of the squared average that the signal is estimated from, `var` of `grad_var`.
     """
     return masks.compute_mask(mean_sq, var, masks.step_scalars(t, h), h)[0]
 
@@ -100,10 +97,7 @@ class SearchedPRM(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         groups = {p: group for group in self.param_groups for p in group["params"] if p.grad is not None}
         for p, group in groups.items():
             self._advance(p, self._settings(group))

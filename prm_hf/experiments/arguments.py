@@ -1,77 +1,83 @@
 """The arguments of a comparison and their checks."""
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..runs.methods import CONTROL, METHODS, Method, parse_method
+from ..trainers.config import with_help
 
 
+def check_lists(args: Any, **known: Collection[str] | None) -> None:
+    """Raises ValueError unless each argument has at least one value, none twice, and known ones (None: any)."""
+    for name, choices in known.items():
+        values = getattr(args, name)
+        if not values or len(set(values)) < len(values) or (choices and not set(values) <= set(choices)):
+            among = f" of {', '.join(choices)}" if choices else ""
+            raise ValueError(f"`{name}` must name at least one{among}, and none twice, got {values}.")
+
+
+def check_ranges(args: Any, *ranges: tuple[str, Callable[[float], bool], str]) -> None:
+    """Raises ValueError unless all values of the arguments are in their ranges: name, condition and words of each."""
+    for name, holds, words in ranges:
+        found = getattr(args, name)
+        for value in found if isinstance(found, list) else [found]:
+            if value is not None and not holds(value):
+                raise ValueError(f"`{name}` must be {words}, got {value}.")
+
+
+@with_help
 @dataclass
 class ComparisonArguments:
-    """Arguments of a comparison of methods, learning rates and seeds on noisy datasets; their `help` describes them.
+    """
+    Arguments of a comparison of methods, learning rates and seeds on noisy datasets.
 
-    Attributes:
-        compared: the methods that `methods` names, after `check`.
+    Parameters:
+        dataset_name (`list[str]`, *optional*):
+            Datasets on the hub, local folders, or local .json, .jsonl, .csv or .parquet files, each with a comparison
+            of its own. Default: the built-in task, whose clean labels are known.
+        dataset_config (`str`, *optional*):
+            Configuration of the dataset, if it has several.
+        dataset_train_split (`str`):
+            Split to train on, slices included (`train[:2000]`).
+        dataset_test_split (`str`):
+            Held-out split, whose labels stay as they are.
+        eval_dataset_name (`list[str]`, *optional*):
+            Datasets that the held-out splits are read from, if not `dataset_name`; as many.
+        task_seed (`int`):
+            Seed of the built-in task: of its prompts, its pairs and its reference policy.
+        noise_rate (`list[float]`):
+            Probabilities with which a training label is corrupted, each with a comparison of its own.
+        seeds (`list[int]`):
+            Seeds; each has its own noise and its own order of the data.
+        methods (`list[str]`):
+            Methods to compare.
+        learning_rates (`list[float]`, *optional*):
+            Learning rates of each method. Default: `learning_rate` alone, for the built-in task a grid.
+        prm_learning_rates (`list[float]`, *optional*):
+            Learning rates of the PRM methods, if they are others; of the same number, so that every method gets a grid
+            of one size.
+        max_minutes (`float`, *optional*):
+            Minutes after which no new run is started. The command then ends with exit code 75, and goes on where it
+            stopped when it is given again.
+
+    After `check`, `compared` are the methods that `methods` names.
     """
 
-    dataset_name: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Datasets on the hub, local folders, or local .json, .jsonl, .csv or .parquet files, each with a "
-            "comparison of its own. Default: the built-in task, whose clean labels are known."
-        },
-    )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of the dataset, if it has several."}
-    )
-    dataset_train_split: str = field(
-        default="train", metadata={"help": "Split to train on, slices included (`train[:2000]`)."}
-    )
-    dataset_test_split: str = field(
-        default="test", metadata={"help": "Held-out split, whose labels stay as they are."}
-    )
-    eval_dataset_name: list[str] | None = field(
-        default=None,
-        metadata={"help": "Datasets that the held-out splits are read from, if not `dataset_name`; as many."},
-    )
-    task_seed: int = field(
-        default=0, metadata={"help": "Seed of the built-in task: of its prompts, its pairs and its reference policy."}
-    )
-    noise_rate: list[float] = field(
-        default_factory=lambda: [0.3],
-        metadata={
-            "help": "Probabilities with which a training label is corrupted, each with a comparison of its own."
-        },
-    )
-    seeds: list[int] = field(
-        default_factory=lambda: [0],
-        metadata={"help": "Seeds; each has its own noise and its own order of the data."},
-    )
-    methods: list[str] = field(
-        default_factory=lambda: ["adamw", "prm_per_tensor", "prm_debiased", "constant_q"],
-        metadata={"help": "Methods to compare."},
-    )
-    learning_rates: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Learning rates of each method. Default: `learning_rate` alone, for the built-in task a grid."
-        },
-    )
-    prm_learning_rates: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Learning rates of the PRM methods, if they are others; of the same number, so that every method "
-            "gets a grid of one size."
-        },
-    )
-    max_minutes: float | None = field(
-        default=None,
-        metadata={
-            "help": "Minutes after which no new run is started. The command then ends with exit code 75, and goes on "
-            "where it stopped when it is given again."
-        },
-    )
+    dataset_name: list[str] | None = None
+    dataset_config: str | None = None
+    dataset_train_split: str = "train"
+    dataset_test_split: str = "test"
+    eval_dataset_name: list[str] | None = None
+    task_seed: int = 0
+    noise_rate: list[float] = field(default_factory=lambda: [0.3])
+    seeds: list[int] = field(default_factory=lambda: [0])
+    methods: list[str] = field(default_factory=lambda: ["adamw", "prm_per_tensor", "prm_debiased", "constant_q"])
+    learning_rates: list[float] | None = None
+    prm_learning_rates: list[float] | None = None
+    max_minutes: float | None = None
     compared: list[Method] = field(init=False, default_factory=list)
 
     def check(self, known: Collection[str], learning_rate: float, max_grad_norm: float) -> None:
@@ -92,23 +98,23 @@ class ComparisonArguments:
             self.learning_rates = [learning_rate]
         if self.prm_learning_rates is None:
             self.prm_learning_rates = list(self.learning_rates)
-        for name in ("methods", "seeds", "noise_rate", "learning_rates", "prm_learning_rates"):
-            values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
-                raise ValueError(f"`{name}` must name at least one value and none of them twice, got {values}.")
+        check_lists(self, **dict.fromkeys(("methods", "seeds", "noise_rate", "learning_rates", "prm_learning_rates")))
         if len(self.learning_rates) != len(self.prm_learning_rates):
             raise ValueError(
                 f"`learning_rates` has {len(self.learning_rates)} values and `prm_learning_rates` "
                 f"{len(self.prm_learning_rates)}: give both as many, or the method with the larger grid wins by it."
             )
-        for rate in (*self.learning_rates, *self.prm_learning_rates):
-            if not 0 < rate < float("inf"):
-                raise ValueError(f"`learning_rates` must be positive numbers, got {rate}.")
-        for rate in self.noise_rate:
-            if not 0 <= rate < 1:
-                raise ValueError(f"`noise_rate` must be in [0, 1), got {rate}.")
-        if self.max_minutes is not None and not self.max_minutes > 0:
-            raise ValueError(f"`max_minutes` must be above 0, got {self.max_minutes}.")
+
+        def is_rate(x: float) -> bool:
+            return 0 < x < math.inf
+
+        check_ranges(
+            self,
+            ("learning_rates", is_rate, "positive numbers"),
+            ("prm_learning_rates", is_rate, "positive numbers"),
+            ("noise_rate", lambda x: 0 <= x < 1, "in [0, 1)"),
+            ("max_minutes", lambda x: x > 0, "above 0"),
+        )
         self._check_datasets()
         self.compared = [parse_method(name, known) for name in self.methods]
         check_methods(self.compared, self.seeds, max_grad_norm)

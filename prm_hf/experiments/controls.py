@@ -18,13 +18,9 @@ WHOLE_TENSORS = ("adamw_embedding", "cautious", "msvag", "shuffled_q", "fixed_q"
 
 
 class ShuffledPRM(PRM):
-    """PRM that gives the masks of each step to the tensors in a random order.
+    """PRM, of the groups of a per_tensor PRM, that gives the masks of each step to the tensors in a random order.
 
     The order depends on `seed` and the step alone, so that all processes and a resumed run have the same one.
-
-    Args:
-        groups: the parameter groups of a PRM with `reduction="per_tensor"`, whose settings they carry.
-        seed: of the permutations.
     """
 
     def __init__(self, groups: list[dict[str, Any]], seed: int) -> None:
@@ -45,9 +41,7 @@ def is_sharded(trainer: Trainer) -> bool:
 def set_up_optimizer(trainer: Trainer, method: Method, seed: int, multipliers: dict[str, float] | None = None) -> None:
     """Gives the trainer the optimizer of a method that the configuration alone cannot express.
 
-    Args:
-        trainer: before training.
-        multipliers: of `fixed_q`, the factor of each tensor's learning rate by the tensor's name.
+    `multipliers` are of `fixed_q`: the factor of each tensor's learning rate, by the tensor's name.
 
     Raises:
         ValueError: the model is sharded, or what the method needs is not there.
@@ -82,14 +76,8 @@ def _third_party_optimizer(trainer: Trainer, method: str) -> Optimizer:
     if method == "cautious":
         groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
         # Without its projection (delta=0) AdamP is AdamW.
-        return pytorch_optimizer.AdamP(
-            groups,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            delta=0.0,
-            cautious=True,
-            foreach=True,
-        )
+        settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        return pytorch_optimizer.AdamP(groups, **settings, delta=0.0, cautious=True, foreach=True)
     if args.weight_decay:
         raise ValueError(f"`msvag` has no weight decay, and `weight_decay` is {args.weight_decay}: set it to 0.")
     # M-SVAG steps in proportion to the gradient. The d trained parameters' clipped gradients have the root mean square
@@ -101,11 +89,7 @@ def _third_party_optimizer(trainer: Trainer, method: str) -> Optimizer:
 
 
 def scale_embedding(trainer: Trainer, method: str, factor: float) -> None:
-    """Multiplies the embedding's learning rate in the trainer's optimizer, as [`scale_learning_rates`].
-
-    Raises:
-        ValueError: the embedding is not trained.
-    """
+    """Multiplies the embedding's learning rate in the trainer's optimizer; a ValueError where it is not trained."""
     embedding = trainer.model.get_input_embeddings().weight
     if not embedding.requires_grad:
         raise ValueError(f"`{method}` changes the embedding's learning rate, and the embedding is not trained.")
@@ -153,11 +137,7 @@ class MaskRecorder(TrainerCallback):
 
 
 def mean_masks(folder: Path) -> dict[str, float]:
-    """The mean over a run of the mask of each tensor, by its name.
-
-    Raises:
-        ValueError: the run recorded none.
-    """
+    """The mean over a run of the mask of each tensor, by its name; a ValueError where the run recorded none."""
     file = folder / MASKS_FILE
     if not file.is_file():
         raise ValueError(

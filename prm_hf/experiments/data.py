@@ -20,34 +20,21 @@ BUILT_IN_WAIT = "Built-in task: the reference policy is trained now, for about 3
 
 @dataclass(frozen=True)
 class Data:
-    """The model and the rows of one comparison.
+    """The model and the rows of one comparison."""
 
-    Attributes:
-        model: name or path of the model.
-        model_name, dataset_name: what `run.json` calls them.
-        train, heldout: the rows to train on, and to hold out.
-        source: what else tells this data from other data: splits, and the contents of local files.
-        processing_class: the model's tokenizer, where it is loaded already.
-    """
-
-    model: str
-    model_name: str
+    model: str  # name or path
+    model_name: str  # in `run.json`, as `dataset_name`
     dataset_name: str
     train: Dataset
     heldout: Dataset
-    source: dict[str, Any]
-    processing_class: Any = None
+    source: dict[str, Any]  # what else tells this data from other data: splits, and the contents of local files
+    processing_class: Any = None  # the model's tokenizer, where it is loaded already
 
 
 def load_data(
     args: ComparisonArguments, model: str | None, built_in_rows: Callable[[Dataset], Dataset]
 ) -> Iterator[Data]:
-    """The data of each comparison, one after the other.
-
-    Args:
-        model: name or path of the model; None for the built-in task's.
-        built_in_rows: makes the rows of a task of the built-in preference pairs.
-    """
+    """The data of each comparison; `built_in_rows` makes the rows of a task of the built-in preference pairs."""
     logging.set_verbosity_error()
     if args.dataset_name is None:
         logging.disable_progress_bar()  # many short bars for a tiny model and a tiny dataset
@@ -84,11 +71,7 @@ def _digest(name: str) -> str:
 
 
 def load_split(name: str, config: str | None, split: str) -> Dataset:
-    """A split of a dataset on the hub, in a local folder (also of `save_to_disk`), or in a local file.
-
-    Raises:
-        ValueError: the split is not there, or the file's format is not known.
-    """
+    """A split of a dataset on the hub, in a local folder (also of `save_to_disk`), or in a local file."""
     path = Path(name)
     if path.is_file():
         if path.suffix not in FILE_FORMATS:

@@ -25,10 +25,7 @@ VALIDATION_EVERY = 10  # one training pair of ten is kept for validation
 class KeepBest(TrainerCallback):
     """Remembers the evaluation with the smallest DPO loss on `rows`, as keeping the best weights would.
 
-    Args:
-        trainer: the trainer that it is added to.
-        rows: validation pairs, prepared or not.
-        folder: where `best.json` is kept, so that a resumed run knows it.
+    It is kept in the `folder` as `best.json`, so that a resumed run knows it.
     """
 
     def __init__(self, trainer: PRMDPOTrainer, rows: Dataset, folder: Path) -> None:
@@ -59,12 +56,10 @@ def margins_of(trainer: PRMDPOTrainer) -> dict[str, list]:
         return [round(x, 6) for x in reward_margins(pairs, trainer.beta).tolist()]
 
     tables = trainer.pair_evaluations
-    result = {"heldout": rounded(tables["eval"])}
-    if "train" in tables:
-        rows = trainer.memorization_rows
-        result["train"] = rounded(tables["train"])
-        result["train_flipped"] = trainer.train_dataset.select(rows)["flipped"][:]
-    return result
+    if "train" not in tables:
+        return {"heldout": rounded(tables["eval"])}
+    flipped = trainer.train_dataset.select(trainer.memorization_rows)["flipped"][:]
+    return {"heldout": rounded(tables["eval"]), "train": rounded(tables["train"]), "train_flipped": flipped}
 
 
 class DPOExperiment(Experiment):

@@ -37,20 +37,13 @@ class Experiment:
     """A task on which methods are compared.
 
     A task is a subclass. It says in its class what its arguments are, and in its methods how a run is made.
-
-    Attributes:
-        task: what `run.json` calls the task.
-        output_dir: the default of the argument.
-        arguments_class, config_class: of the comparison's arguments, and of the training configuration.
-        built_in: the settings of the built-in task.
-        script_args, training_args, model_args: the arguments of this comparison.
     """
 
-    task: ClassVar[str]
-    output_dir: ClassVar[str]
+    task: ClassVar[str]  # in `run.json`
+    output_dir: ClassVar[str]  # the default of the argument
     arguments_class: ClassVar[type[ComparisonArguments]] = ComparisonArguments
     config_class: ClassVar[type[TrainingArguments]]
-    built_in: ClassVar[dict[str, Any]] = BUILT_IN
+    built_in: ClassVar[dict[str, Any]] = BUILT_IN  # the settings of the built-in task
 
     def __init__(
         self, script_args: ComparisonArguments, training_args: TrainingArguments, model_args: ModelConfig
@@ -59,11 +52,7 @@ class Experiment:
 
     @classmethod
     def parse(cls, arguments: list[str]) -> "Experiment":
-        """From the command line and a YAML file, with the defaults of the built-in task where no dataset is named.
-
-        Raises:
-            ValueError: for what cannot be run.
-        """
+        """From the command line and a YAML file, with the defaults of the built-in task where no dataset is named."""
         parser = TrlParser((cls.arguments_class, cls.config_class, ModelConfig))
         parser.set_defaults(output_dir=cls.output_dir, report_to="none", drift_metrics=True)
         if not any(argument.split("=")[0] in ("--dataset_name", "--config") for argument in arguments):
@@ -118,10 +107,8 @@ class Experiment:
 
     def model_settings(self) -> dict[str, Any]:
         """Arguments of a TRL trainer that say how it is to load the model."""
-        return {
-            "quantization_config": get_quantization_config(self.model_args),
-            "peft_config": get_peft_config(self.model_args),
-        }
+        args = self.model_args
+        return {"quantization_config": get_quantization_config(args), "peft_config": get_peft_config(args)}
 
     def prepare(self, data: Data) -> Data:
         """Makes of the data what all runs can share."""

@@ -19,18 +19,11 @@ Metrics = dict[tuple[str, float], dict[int, dict[str, float]]]  # by method and 
 
 
 class Grid:
-    """The runs on one dataset with one noise rate.
-
-    Args:
-        experiment: the task and the arguments.
-        data: the model and the rows.
-        noise_rate: of the training rows.
-        output_dir: the folder of the runs.
+    """The runs on one dataset with one noise rate of the training rows, in `output_dir`.
 
     Attributes:
-        methods, controls: those of the comparison that the noise rate has.
+        methods, controls, left_out: those of the comparison that the noise rate has, and those that it does not have.
         rates: by the name of a method its learning rates.
-        left_out: methods that the noise rate does not have.
         info: what `run.json` says of every run.
     """
 
@@ -59,27 +52,18 @@ class Grid:
 
     def specify_runs(self) -> list[RunSpec]:
         """All runs but the controls, seed by seed, so that what is there when time is up can be compared."""
-        return [
-            self._specify(method, rate, seed)
-            for seed in self.seeds
-            for method, rates in self.rates.items()
-            for rate in rates
-        ]
+        rows = [(method, rate) for method, rates in self.rates.items() for rate in rates]
+        return [self._specify(*row, seed) for seed in self.seeds for row in rows]
 
     def specify_controls(self, metrics: Metrics) -> tuple[list[RunSpec], list[str]]:
-        """The controls of the PRM row with the best accuracy, and why others cannot be made.
-
-        Args:
-            metrics: of all other runs.
-        """
+        """The controls of the PRM row with the best accuracy, and why others cannot be made; `metrics` of all runs."""
         accuracy, found = measures_of(self.info).accuracy, []
         for control in self.controls:
             able = [m.name for m in self.methods if m.has_controls and (m.tensor_masks or not control.tensor_masks)]
             rows = [row for row in metrics if row[0] in able]
             row = max(rows, key=lambda row: sum(run[accuracy] for run in metrics[row].values()))
             found += [self._control(control.name, row, seed, metrics) for seed in self.seeds]
-        specs = [spec for spec in found if isinstance(spec, RunSpec)]
-        return specs, [problem for problem in found if isinstance(problem, str)]
+        return [x for x in found if isinstance(x, RunSpec)], [x for x in found if isinstance(x, str)]
 
     def configure(self, method: str, **overrides: Any) -> TrainingArguments:
         """The training configuration of a method."""

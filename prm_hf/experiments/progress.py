@@ -29,11 +29,11 @@ def make_run(
     """Trains a run, fills its folder and returns its final metrics. Collective.
 
     Args:
-        train_run: trains it. It is given `spec`, `folder` and `resume`; it returns the trainer.
+        train_run: given `spec`, `folder` and `resume`, it trains the run and returns the trainer.
         outcomes: what a trained run gives besides its last evaluation: more metrics, and `margins.json`. Collective.
         info: what `run.json` says besides: `task`, `noise_rate`, `model`, `dataset`.
     """
-    state, clock, record = PartialState(), time.perf_counter(), {}
+    state, clock = PartialState(), time.perf_counter()
     if state.is_main_process:
         record = start_run(spec, folder, {**info, "hardware": hardware(state)})
     trainer = train_run(spec, folder, resume)
@@ -48,12 +48,11 @@ def make_run(
 
 def final_metrics(trainer: Trainer) -> dict[str, float]:
     """The last evaluation and the mask of the last step. Collective."""
-    rows = history_of(trainer.state.log_history)
-    metrics = {key: value for row in rows for key, value in row.items() if not key.startswith("train/")}
+    metrics = {key: value for row in history_of(trainer.state.log_history) for key, value in row.items()}
+    metrics = {key: x for key, x in metrics.items() if key not in ("step", "epoch") and not key.startswith("train/")}
     prm = find_prm(trainer.optimizer)
     if prm is not None:  # a run of fewer steps than `logging_steps` has logged no mask
         metrics |= {f"mask/{name}": value for name, value in prm.get_mask_stats().items()}
-    metrics = {key: value for key, value in metrics.items() if key not in ("step", "epoch")}
     return {**metrics, "steps": trainer.state.global_step}
 
 
@@ -63,8 +62,7 @@ def describe_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module)
     relative_eps = first.get("relative_eps") or 0.0
     rates = [float(group.get("initial_lr", group["lr"])) * (1 + relative_eps) for group in optimizer.param_groups]
     found = {"class": type(optimizer).__name__, "learning_rate": max(rates)}
-    if min(rates) != max(rates):
-        found["smallest_learning_rate"] = min(rates)
+    found |= {"smallest_learning_rate": min(rates)} if min(rates) != max(rates) else {}
     if relative_eps:
         n_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
         found["eps"] = Hyperparameters.of_group(first).adam_eps(n_parameters)

@@ -3,35 +3,36 @@
 `prm-hf randomization`, and recipes/randomization.py, which has the commands.
 """
 
+import itertools
 import logging
 import os
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, disable_progress_bars
 from tqdm.auto import tqdm
 from transformers import (
+    AutoModelForImageClassification,
     AutoTokenizer,
     HfArgumentParser,
     PrinterCallback,
     ResNetConfig,
-    ResNetForImageClassification,
     Trainer,
     TrainerCallback,
     TrainingArguments,
     ViTConfig,
-    ViTForImageClassification,
 )
 from transformers.utils import logging as transformers_logging
 
 from .. import PRM, PRMDPOConfig, PRMDPOTrainer, PRMSFTConfig, PRMSFTTrainer
+from .._extras import require
 from ..demo import build_demo, completion_rows
 from ..noise import corrupt
 from ..noise.corrupt import KINDS
@@ -39,9 +40,10 @@ from ..runs.methods import parse_method
 from ..runs.schema import HELDOUT_FIT, TRAIN_FIT
 from ..runs.write import RunSpec, find_run, history_of
 from ..trainers import MemorizationCallback
+from .arguments import check_lists, check_ranges
 from .data import BUILT_IN_WAIT
 from .progress import make_run
-from .randomization_report import FITTED, report, steps_to
+from .randomization_report import FITTED, report
 
 
 CLASSES = 10
@@ -75,6 +77,29 @@ MODELS = {
     "sft": Model(rates(3e-3, 3e-2, 3e-2, 1e-2, 1e-2), 400, 16, 48, 128),
     "dpo": Model(rates(3e-3, 3e-2, 3e-2, 3e-2, 1e-2), 240, 16, 100, 192),
 }
+# Of random weights: 40,000 parameters the ViT, 74,000 the ResNet.
+CLASSIFIERS = {
+    "vit": ViTConfig(
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        num_labels=CLASSES,
+        initializer_range=0.15,  # 1/√48; the usual 0.02 is that of wide models
+    ),
+    "resnet": ResNetConfig(
+        num_channels=1,
+        embedding_size=16,
+        hidden_sizes=[32, 64],
+        depths=[1, 1],
+        layer_type="basic",
+        num_labels=CLASSES,
+        downsample_in_first_stage=False,
+    ),
+}
 TRAINING = {
     "eval_steps": 8,
     "lr_scheduler_type": "constant_with_warmup",
@@ -102,35 +127,27 @@ class Arguments:
     workers: int = field(default=2, metadata={"help": "Runs at a time, each on one core."})
 
     def __post_init__(self):
-        for name, known in (("models", MODELS), ("kinds", KINDS), ("methods", METHODS), ("seeds", None)):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values) or (known and not set(values) <= set(known)):
-                among = f" of {', '.join(known)}" if known else ""
-                raise ValueError(f"`{name}` must name at least one{among}, and none twice, got {values}.")
-        if not 0 < self.noise_rate <= 1:
-            raise ValueError(f"`noise_rate` must be in (0, 1], got {self.noise_rate}.")
-        for name in ("max_steps", "workers"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if {"vit", "resnet"} & set(self.models):
-            load_digits()
+        check_lists(self, models=MODELS, kinds=KINDS, methods=METHODS, seeds=None)
+        check_ranges(
+            self,
+            ("noise_rate", lambda x: 0 < x <= 1, "in (0, 1]"),
+            ("max_steps", lambda x: x >= 1, "at least 1"),
+            ("workers", lambda x: x >= 1, "at least 1"),
+        )
+        if CLASSIFIERS.keys() & set(self.models):
+            require("prm_hf.experiments.randomization", "sklearn", extra="vision")
 
 
 def specify(args: Arguments) -> list[RunSpec]:
     """All runs, with all that they depend on in their settings."""
     specs = []
-    for name in args.models:
+    for name, kind, method, seed in itertools.product(args.models, args.kinds, args.methods, args.seeds):
         model = MODELS[name]
-        for kind in args.kinds:
-            settings = {**asdict(model), **TRAINING, "model": name, "kind": kind}
-            del settings["learning_rates"]
-            settings["p"] = args.noise_rate if kind == "partial_labels" else 1.0
-            settings["max_steps"] = args.max_steps or model.max_steps
-            specs += [
-                RunSpec(method, model.learning_rates[method], seed, {**settings, **parse_method(method).changes()})
-                for method in args.methods
-                for seed in args.seeds
-            ]
+        settings = {**asdict(model), **TRAINING, "model": name, "kind": kind, **parse_method(method).changes()}
+        del settings["learning_rates"]
+        settings["p"] = args.noise_rate if kind == "partial_labels" else 1.0
+        settings["max_steps"] = args.max_steps or model.max_steps
+        specs.append(RunSpec(method, model.learning_rates[method], seed, settings))
     return specs
 
 
@@ -138,65 +155,20 @@ def folder_of(spec: RunSpec, output_dir: str) -> Path:
     return Path(output_dir) / spec.settings["model"] / spec.settings["kind"] / spec.name
 
 
-# ---- Data and models ----
-
-
-def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's 1797 digits of 8 x 8 pixels, in [0, 1], float32 of shape (1797, 1, 8, 8), and their classes."""
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise ImportError('The digits need scikit-learn: pip install "prm-hf[vision]"') from error
-    pixels, labels = datasets.load_digits(return_X_y=True)
-    return (pixels / 16).astype("float32").reshape(-1, 1, 8, 8), labels
+# ---- One run ----
 
 
 def digits(rows: int, heldout_rows: int) -> DatasetDict:
-    pixels, labels = load_digits()
+    """Of scikit-learn's 1797 digits of 8 x 8 pixels, in [0, 1], some to train on and some others."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    pixels = (pixels / 16).astype("float32").reshape(-1, 1, 8, 8)
     order = np.random.default_rng(0).permutation(len(labels))
     features = Features({"pixel_values": Array3D((1, 8, 8), "float32"), "label": ClassLabel(num_classes=CLASSES)})
-
-    def split(chosen: np.ndarray) -> Dataset:
-        return Dataset.from_dict({"pixel_values": pixels[chosen], "label": labels[chosen]}, features=features)
-
-    return DatasetDict(train=split(order[:rows]), test=split(order[rows : rows + heldout_rows]))
-
-
-def collate_digits(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    return {
-        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-        "labels": torch.stack([row["label"] for row in rows]),
-    }
-
-
-def make_classifier(name: str) -> torch.nn.Module:
-    """A model of random weights: 40,000 parameters the ViT, 74,000 the ResNet."""
-    if name == "vit":
-        config = ViTConfig(
-            image_size=8,
-            patch_size=2,
-            num_channels=1,
-            hidden_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=96,
-            num_labels=CLASSES,
-            initializer_range=0.15,  # 1/√48; the usual 0.02 is that of wide models
-        )
-        return ViTForImageClassification(config)
-    config = ResNetConfig(
-        num_channels=1,
-        embedding_size=16,
-        hidden_sizes=[32, 64],
-        depths=[1, 1],
-        layer_type="basic",
-        num_labels=CLASSES,
-        downsample_in_first_stage=False,
-    )
-    return ResNetForImageClassification(config)
-
-
-# ---- One run ----
+    chosen = {"train": order[:rows], "test": order[rows : rows + heldout_rows]}
+    columns = {name: {"pixel_values": pixels[ids], "label": labels[ids]} for name, ids in chosen.items()}
+    return DatasetDict({name: Dataset.from_dict(split, features=features) for name, split in columns.items()})
 
 
 class StopWhenFitted(TrainerCallback):
@@ -224,30 +196,29 @@ def make_trainer(spec: RunSpec, folder: Path) -> Trainer:
         "disable_tqdm": True,
     }
     noise = {"kind": settings["kind"], "noise_rate": settings["p"], "seed": spec.seed}
-    if settings["model"] in ("vit", "resnet"):
+    if settings["model"] in CLASSIFIERS:
         data = corrupt(digits(settings["rows"], settings["heldout_rows"]), **noise).with_format("torch")
         torch.manual_seed(spec.seed)
         prm = {name.removeprefix("prm_"): value for name, value in method.items() if name.startswith("prm_")}
         return Trainer(
-            make_classifier(settings["model"]),
-            TrainingArguments(**config, remove_unused_columns=False),
-            data_collator=collate_digits,
+            AutoModelForImageClassification.from_config(CLASSIFIERS[settings["model"]]),
+            TrainingArguments(**config),
             train_dataset=data["train"],
             eval_dataset=data["test"],
             optimizer_cls_and_kwargs=(PRM, {"lr": spec.learning_rate, **prm}) if prm else None,
         )
-
     demo = build_demo()
-    data = DatasetDict(
-        train=demo.train.select(range(settings["rows"])), test=demo.test.select(range(settings["heldout_rows"]))
-    )
+    data = {
+        "train": demo.train.select(range(settings["rows"])),
+        "test": demo.test.select(range(settings["heldout_rows"])),
+    }
     trainer_class, config_class = PRMDPOTrainer, PRMDPOConfig
     if settings["model"] == "sft":
-        data = DatasetDict({name: completion_rows(split) for name, split in data.items()})
+        data = {name: completion_rows(split) for name, split in data.items()}
         trainer_class, config_class = PRMSFTTrainer, PRMSFTConfig
     if settings["kind"] in INPUT_KINDS:
         noise["tokenizer"] = AutoTokenizer.from_pretrained(demo.model_path)
-    data = corrupt(data, **noise)
+    data = corrupt(DatasetDict(data), **noise)
     args = config_class(**config, **method, max_length=64, drift_metrics=False, gradient_checkpointing=False)
     return trainer_class(demo.model_path, args=args, train_dataset=data["train"], eval_dataset=data["test"])
 
@@ -263,22 +234,17 @@ def train_run(spec: RunSpec, folder: Path, resume: bool) -> Trainer:
 
 def outcomes(trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
     """When the training rows were fitted, how many of them are corrupted, and the fit of held-out rows by chance."""
-    points = [(row["step"], row[TRAIN_FIT]) for row in history_of(trainer.state.log_history) if TRAIN_FIT in row]
-    more = {"corrupted_rows": sum(trainer.train_dataset.with_format(None)["corrupted"][:])}
-    if isinstance(trainer, PRMDPOTrainer):
-        more["chance"] = 0.5
-    elif isinstance(trainer, PRMSFTTrainer):
+    log = history_of(trainer.state.log_history)
+    step = next((row["step"] for row in log if row.get(TRAIN_FIT, 0) >= FITTED), None)
+    found = {} if step is None else {"steps_to_fit": step}
+    found["corrupted_rows"] = sum(trainer.train_dataset.with_format(None)["corrupted"][:])
+    found["chance"] = 0.5 if isinstance(trainer, PRMDPOTrainer) else 1 / CLASSES
+    if isinstance(trainer, PRMSFTTrainer):
         # What another row's completion would score: all of them have some words in common
-        completions = [[token for token in row if token != -100] for row in trainer.eval_dataset["labels"]]
-        others = completions[1:] + completions[:1]
-        shares = [
-            np.mean([x == y for x, y in zip(*pair, strict=False)]) for pair in zip(completions, others, strict=True)
-        ]
-        more["chance"] = float(np.mean(shares))
-    else:
-        more["chance"] = 1 / CLASSES
-    step = steps_to(points, FITTED)
-    return (more if step is None else {**more, "steps_to_fit": step}), {}
+        rows = [[token for token in row if token != -100] for row in trainer.eval_dataset["labels"]]
+        pairs = zip(rows, rows[1:] + rows[:1], strict=True)
+        found["chance"] = float(np.mean([np.mean([x == y for x, y in zip(*both, strict=False)]) for both in pairs]))
+    return found, {}
 
 
 def prepare_worker() -> None:
@@ -291,6 +257,7 @@ def prepare_worker() -> None:
 
 
 def run(spec: RunSpec, output_dir: str) -> tuple[dict[str, float], str]:
+    """The metrics of a run, which is made unless it is finished, and how they came about."""
     info = {"task": "randomization", "noise_rate": spec.settings["p"], "model": spec.settings["model"]}
     folder = folder_of(spec, output_dir)
     metrics, resume = find_run(spec, folder, print)
@@ -300,21 +267,16 @@ def run(spec: RunSpec, output_dir: str) -> tuple[dict[str, float], str]:
     return metrics, f"{metrics['wall_seconds']:.0f} s"
 
 
-def run_all(specs: list[RunSpec], args: Arguments) -> Iterator[tuple[RunSpec, dict[str, float], str]]:
-    """Yields each run as soon as it is finished: its specification, its metrics and how it came about."""
+def run_all(specs: list[RunSpec], args: Arguments) -> Iterator[tuple[dict[str, float], str]]:
+    """Yields what [`run`] returns for each run."""
+    run_one = partial(run, output_dir=args.output_dir)
     if args.workers == 1:
         prepare_worker()
-        for spec in specs:
-            yield spec, *run(spec, args.output_dir)
+        yield from map(run_one, specs)
         return
     # Such small models gain nothing from a second thread; several runs at a time do.
-    pool = ProcessPoolExecutor(args.workers, mp_context=get_context("spawn"), initializer=prepare_worker)
-    try:
-        futures = {pool.submit(run, spec, args.output_dir): spec for spec in specs}
-        for future in as_completed(futures):
-            yield futures[future], *future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ProcessPoolExecutor(args.workers, get_context("spawn"), prepare_worker) as pool:
+        yield from pool.map(run_one, specs)
 
 
 def main(arguments: list[str]) -> None:
@@ -327,7 +289,7 @@ def main(arguments: list[str]) -> None:
         print(BUILT_IN_WAIT, flush=True)
         build_demo()
     with tqdm(total=len(specs), desc="runs", unit="run") as bar:
-        for spec, metrics, note in run_all(specs, args):
+        for spec, (metrics, note) in zip(specs, run_all(specs, args), strict=True):
             steps = f"{metrics['steps_to_fit']:.0f}" if "steps_to_fit" in metrics else f">{metrics['steps']}"
             fits = f"train {metrics[TRAIN_FIT]:.2f}  held-out {metrics[HELDOUT_FIT]:.2f}"
             bar.update()

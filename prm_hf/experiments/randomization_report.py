@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +35,6 @@ MEMORY_NOTE = (
 
 Groups = dict[tuple[str, str, str], list[Run]]  # by model, kind and method
 Range = tuple[float, float, float]  # a value, and the least and the most that it can be
-
-
-def steps_to(points: Iterable[tuple[float, float]], level: float) -> float | None:
-    """The first step of (step, fit) at which the fit is `level` or more."""
-    return next((step for step, fit in points if fit >= level), None)
 
 
 def grouped(runs: list[Run]) -> Groups:
@@ -176,8 +170,8 @@ def _chance(runs: ByKind) -> str:
 def _rising(runs: ByKind) -> list[str]:
     found = {"rising": [], "not throughout": []}
     for method in runs[TRUE]:
-        if method in runs[PARTIAL] and method in runs[RANDOM]:
-            three = [runs[kind][method] for kind in (TRUE, PARTIAL, RANDOM)]
+        three = [runs[kind].get(method) for kind in (TRUE, PARTIAL, RANDOM)]
+        if all(three):
             a, b, c = map(steps_to_fit, three)
             text = f"{_label(method)} ({', '.join(map(_steps, three))})"
             found["rising" if a < b < c else "not throughout"].append(text)

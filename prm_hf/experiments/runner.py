@@ -4,6 +4,7 @@
 finished, each in a folder that `prm-hf compare` reads, and prints the result.
 """
 
+import functools
 import time
 from pathlib import Path
 
@@ -34,9 +35,8 @@ class OutOfTime(Exception):
 
 def run_comparisons(experiment: Experiment) -> int:
     """One comparison for each dataset and noise rate; returns the exit code, `OUT_OF_TIME` if runs are left."""
-    started = time.monotonic()
     args, training_args = experiment.script_args, experiment.training_args
-    deadline = None if args.max_minutes is None else started + 60 * args.max_minutes
+    deadline = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
     # What one process of a sweep computes, the others find in the datasets' cache.
     preparing = _lock(Path(training_args.output_dir), "prepare")
     for data in load_data(args, experiment.model_args.model_name_or_path, experiment.built_in_rows):
@@ -64,10 +64,7 @@ class Runner:
     """Makes the runs of a grid, each into its folder, and reports on all of them.
 
     Several processes may share a grid, one on each GPU: each takes the next run that no other process is training.
-
-    Args:
-        grid: the runs.
-        deadline: on the clock of `time.monotonic`, after which no run is started; None for never.
+    After the `deadline`, on the clock of `time.monotonic`, no run is started.
     """
 
     def __init__(self, grid: Grid, deadline: float | None = None) -> None:
@@ -79,13 +76,8 @@ class Runner:
             self._tell(f"Without {', '.join(grid.left_out)}, which are not for the noise rate {grid.noise_rate:g}.")
 
     def run(self) -> None:
-        """Makes all runs, then their controls. Collective.
-
-        Raises:
-            OutOfTime: the deadline has passed, and a run is left.
-        """
-        metrics = {}
-        specs = self.grid.specify_runs()
+        """Makes all runs, then their controls; `OutOfTime` where the deadline leaves one. Collective."""
+        metrics, specs = {}, self.grid.specify_runs()
         for spec, found in zip(specs, self._make_all(specs), strict=True):
             metrics.setdefault((spec.method, spec.learning_rate), {})[spec.seed] = found
         controls, problems = self.grid.specify_controls(metrics)
@@ -100,10 +92,7 @@ class Runner:
         return [self._make(spec, wait=True) if run is None else run for spec, run in zip(specs, found, strict=True)]
 
     def _make(self, spec: RunSpec, wait: bool) -> dict[str, float] | None:
-        """A run's final metrics; it is trained now unless its folder has them already.
-
-        None for a run that another process is training, unless it is to be waited for.
-        """
+        """A run's final metrics, now or from its folder; None for one that another process trains, without `wait`."""
         folder = self.grid.output_dir / spec.name
         lock = _lock(self.grid.output_dir, spec.name)
         # One process looks, so that all go the same way.
@@ -118,7 +107,8 @@ class Runner:
             self.folders.append(folder)
             note = "finished before"
             if metrics is None:
-                metrics = make_run(spec, folder, resume, self._train, self._outcomes, self.grid.info)
+                outcomes = functools.partial(self.grid.experiment.outcomes, data=self.grid.data)
+                metrics = make_run(spec, folder, resume, self._train, outcomes, self.grid.info)
                 note = f"{metrics['wall_seconds']:.0f} s"
                 self._clean_up()
         finally:
@@ -141,9 +131,8 @@ class Runner:
 
     def _train(self, spec: RunSpec, folder: Path, resume: bool) -> Trainer:
         method = parse_method(spec.method)
-        config = self.grid.configure(
-            spec.configured_as, output_dir=str(folder), learning_rate=spec.learning_rate, seed=spec.seed
-        )
+        own = {"output_dir": str(folder), "learning_rate": spec.learning_rate, "seed": spec.seed}
+        config = self.grid.configure(spec.configured_as, **own)
         trainer = self.grid.experiment.make_trainer(config, spec, self.grid.data)
         masks_of = spec.settings["fixed_q"]["masks_of"] if method.name == "fixed_q" else None
         set_up_optimizer(trainer, method, spec.seed, masks_of and mean_masks(self.grid.output_dir / masks_of))
@@ -157,9 +146,6 @@ class Runner:
             trainer.save_model(str(folder))
         return trainer
 
-    def _outcomes(self, trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
-        return self.grid.experiment.outcomes(trainer, self.grid.data)
-
     def _clean_up(self) -> None:
         # A trainer holds references to itself, by way of its callbacks.
         clear_device_cache(garbage_collection=True)
@@ -170,12 +156,8 @@ class Runner:
 
     def _line(self, spec: RunSpec, metrics: dict[str, float], note: str) -> str:
         measures = measures_of(self.grid.info)
-        columns = (
-            ("accuracy", measures.accuracy, ".3f"),
-            (measures.noise_label, measures.noise_fit, ".3f"),
-            ("KL", KL, ".4f"),
-            ("mean q", MEAN_Q, ".3f"),
-        )
+        columns = [("accuracy", measures.accuracy, ".3f"), (measures.noise_label, measures.noise_fit, ".3f")]
+        columns += [("KL", KL, ".4f"), ("mean q", MEAN_Q, ".3f")]
         shown = [f"{label} {metrics[key]:{form}}" for label, key, form in columns if key in metrics]
         return f"{spec.name:<36} {'  '.join(shown)}  ({note})"
 
@@ -184,10 +166,7 @@ class Runner:
             self.bar.write(line)
 
     def report(self) -> None:
-        """Prints the table of these runs and writes the report, in the main process alone.
-
-        Folders that an earlier comparison left beside them do not belong to it.
-        """
+        """Prints the table of these runs alone, not of others in the folder, and writes the report."""
         self.bar.close()
         if not self.state.is_main_process or not any((folder / METRICS_FILE).is_file() for folder in self.folders):
             return

@@ -5,7 +5,7 @@ commands.
 import dataclasses
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -20,58 +20,54 @@ from ..noise import corrupt
 from ..runs.methods import LOSS, METHODS
 from ..runs.write import RunSpec
 from ..trainers import MemorizationCallback
-from .arguments import ComparisonArguments
+from ..trainers.config import with_help
+from .arguments import ComparisonArguments, check_ranges
 from .data import Data
 from .experiment import BUILT_IN, Experiment
 from .runner import run_comparisons
 
 
+@with_help
 @dataclass
 class SFTArguments(ComparisonArguments):
-    """Arguments of a comparison on prompts and completions; their `help` describes them."""
+    """
+    Arguments of a comparison on prompts and completions.
 
-    prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompts."})
-    completion_column: str = field(default="completion", metadata={"help": "Column of the completions."})
-    as_messages: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to make messages of prompts and completions that are text, so that the chat template "
-            "applies."
-        },
-    )
-    answer_pattern: str | None = field(
-        default=None,
-        metadata={
-            "help": "Regular expression with one group, the answer in a completion. With it the held-out accuracy at "
-            "the end of a run is `answer_match`: the share of prompts to which greedy decoding gives the answer of "
-            "the held-out completion. Default: `exact_match`, of the whole completion."
-        },
-    )
-    max_new_tokens: int = field(
-        default=256, metadata={"help": "Longest completion that is generated for `answer_match`."}
-    )
-    memorization_max_rows: int = field(
-        default=1024,
-        metadata={
-            "help": "Number of training rows on which memorization is measured, spread evenly over the training set."
-        },
-    )
+    Parameters:
+        prompt_column (`str`):
+            Column of the prompts.
+        completion_column (`str`):
+            Column of the completions.
+        as_messages (`bool`):
+            Whether to make messages of prompts and completions that are text, so that the chat template applies.
+        answer_pattern (`str`, *optional*):
+            Regular expression with one group, the answer in a completion. With it the held-out accuracy at the end of
+            a run is `answer_match`: the share of prompts to which greedy decoding gives the answer of the held-out
+            completion. Default: `exact_match`, of the whole completion.
+        max_new_tokens (`int`):
+            Longest completion that is generated for `answer_match`.
+        memorization_max_rows (`int`):
+            Number of training rows on which memorization is measured, spread evenly over the training set.
+    """
+
+    prompt_column: str = "prompt"
+    completion_column: str = "completion"
+    as_messages: bool = False
+    answer_pattern: str | None = None
+    max_new_tokens: int = 256
+    memorization_max_rows: int = 1024
 
     def check(self, known: Collection[str], learning_rate: float, max_grad_norm: float) -> None:
         super().check(known, learning_rate, max_grad_norm)
-        for name in ("max_new_tokens", "memorization_max_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        check_ranges(
+            self, *((name, lambda x: x >= 1, "at least 1") for name in ("max_new_tokens", "memorization_max_rows"))
+        )
         if self.answer_pattern is not None and re.compile(self.answer_pattern).groups != 1:
             raise ValueError(f"`answer_pattern` must have one group, the answer, got {self.answer_pattern!r}.")
 
 
 def prepare_rows(dataset: Dataset, args: SFTArguments) -> Dataset:
-    """The columns `prompt` and `completion`, and no others.
-
-    Raises:
-        ValueError: a column is missing, or there is nothing to make messages of.
-    """
+    """The columns `prompt` and `completion`, and no others; a ValueError where the dataset does not have them."""
     names = {args.prompt_column: "prompt", args.completion_column: "completion"}
     missing = [name for name in names if name not in dataset.column_names]
     if missing:
@@ -107,14 +103,11 @@ def matches_answers(trainer: PRMSFTTrainer, rows: Dataset, pattern: str, max_new
     """Whether greedy decoding gives the answer of each row's completion. Collective."""
     accelerator, tokenizer = trainer.accelerator, trainer.processing_class
 
-    def text(value: str | list[dict[str, str]]) -> str:
-        return value if isinstance(value, str) else value[-1]["content"]
-
     prompts = [
         row if isinstance(row, str) else tokenizer.apply_chat_template(row, add_generation_prompt=True, tokenize=False)
         for row in rows["prompt"]
     ]
-    expected = answers([text(completion) for completion in rows["completion"]], pattern)
+    expected = answers([row if isinstance(row, str) else row[-1]["content"] for row in rows["completion"]], pattern)
     if None in expected:
         row = expected.index(None)
         raise ValueError(f"`answer_pattern` {pattern!r} is not found in the completion of held-out row {row}.")
@@ -156,6 +149,7 @@ class SFTExperiment(Experiment):
     output_dir = "runs/sft_noisy"
     arguments_class = SFTArguments
     config_class = PRMSFTConfig
+    built_in_rows = staticmethod(completion_rows)
     built_in: ClassVar[dict[str, Any]] = {
         **BUILT_IN,
         "learning_rates": [3e-4, 1e-3, 3e-3, 1e-2],
@@ -166,10 +160,6 @@ class SFTExperiment(Experiment):
     @classmethod
     def known_methods(cls) -> list[str]:
         return [name for name, method in METHODS.items() if method.group != LOSS]
-
-    @staticmethod
-    def built_in_rows(pairs: Dataset) -> Dataset:
-        return completion_rows(pairs)
 
     def info(self) -> dict[str, str]:
         return super().info() | ({} if self.script_args.answer_pattern is None else {"accuracy": "answer_match"})
@@ -196,9 +186,8 @@ class SFTExperiment(Experiment):
             ref_model=reference,
             **settings,
         )
-        trainer.add_callback(
-            MemorizationCallback(trainer, memorization_max_rows=self.script_args.memorization_max_rows)
-        )
+        max_rows = self.script_args.memorization_max_rows
+        trainer.add_callback(MemorizationCallback(trainer, memorization_max_rows=max_rows))
         return trainer
 
     def outcomes(self, trainer: PRMSFTTrainer, data: Data) -> tuple[dict[str, float], dict[str, list]]:
