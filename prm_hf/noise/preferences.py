@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 
 from .._names import renamed_arguments
 from .rng import check_noise_rate, check_seed, row_uniforms
-from .rows import check_dataset, check_plain, map_rows, named_splits, pinned
+from .rows import check_new, check_plain, map_rows, map_splits, originals, pinned
 
 
 _STREAM = "flip_preferences"
@@ -60,41 +60,53 @@ def flip_preferences(
     """
     check_noise_rate(noise_rate)
     check_seed(seed)
-    if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
-        flipped = {
-            name: flip_preferences(dataset[name], noise_rate, seed, exact, num_proc=num_proc)
-            for name in named_splits(dataset, splits, default=["train"])
-        }
-        return type(dataset)({**dataset, **flipped})
-    check_dataset(dataset, splits)
-    noise_rate = float(noise_rate)
+    return map_splits(
+        dataset, splits, ["train"], lambda split, _: flip(split, float(noise_rate), int(seed), exact, num_proc)
+    )
+
+
+def flip(
+    dataset: Dataset | IterableDataset,
+    noise_rate: float,
+    seed: int,
+    exact: bool = False,
+    num_proc: int | None = None,
+    keep_original: bool = False,
+    mark: str | None = None,
+) -> Dataset | IterableDataset:
+    """[`flip_preferences`] of one split; `keep_original` as in [`corrupt`], `mark` names a second column `flipped`."""
     if isinstance(dataset, IterableDataset) and exact:
         raise ValueError(
-            "`exact=True` needs the number of rows, which an IterableDataset does not know. Use `exact=False`, or "
-            "load the dataset without streaming."
+            "`exact=True` needs the number of rows, which an IterableDataset does not know. Load the dataset without "
+            "streaming."
         )
     dataset = pinned(dataset)
-    pairs, features = _pairs_and_features(dataset.features)
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise ValueError("`dataset` has no rows, so there is nothing to flip.")
+    check_new(dataset, "flipped", "flipping")
+    features = dataset.features or Features()
+    pairs = _pairs(features)
+    flag = Value("bool")
+    copies = originals(features, ("chosen", "rejected")) if keep_original else {}
+    kept = {copy: features[name] for copy, name in copies.items()}
     return map_rows(
         dataset,
         _swap,
-        features,
+        Features({**features, "flipped": flag, **kept, **({mark: flag} if mark else {})}),
         num_proc=num_proc,
         desc="Flipping preferences",
         fn_kwargs={
             "pairs": pairs,
-            "seed": int(seed),
-            "threshold": _exact_threshold(noise_rate, int(seed), len(dataset)) if exact else noise_rate,
+            "seed": seed,
+            "threshold": _exact_threshold(noise_rate, seed, len(dataset)) if exact else noise_rate,
+            "copies": copies,
+            "flags": ["flipped", mark] if mark else ["flipped"],
         },
     )
 
 
-def _swap(rows: dict[str, list], indices: list[int], pairs: list[list[str]], seed: int, threshold: float) -> dict:
+def _swap(rows, indices, pairs, seed, threshold, copies, flags) -> dict[str, list]:
     check_plain(rows, "flipping")
     flipped = row_uniforms(seed, indices, _STREAM) < threshold
-    result = {"flipped": flipped.tolist()}
+    result = {name: flipped.tolist() for name in flags} | {copy: rows[name] for copy, name in copies.items()}
     for a, b in pairs:
         result[a] = [y if flip else x for flip, x, y in zip(flipped, rows[a], rows[b], strict=True)]
         result[b] = [x if flip else y for flip, x, y in zip(flipped, rows[a], rows[b], strict=True)]
@@ -109,39 +121,31 @@ def _exact_threshold(noise_rate: float, seed: int, n_rows: int) -> float:
     return float(np.sort(row_uniforms(seed, np.arange(n_rows), _STREAM))[n_flips])
 
 
-def _pairs_and_features(features: Features | None) -> tuple[list[list[str]], Features]:
-    """The pairs of columns that belong together, and the features of the result."""
-    features = features or Features()
+def _pairs(features: Features) -> list[list[str]]:
+    """The pairs of columns that belong together."""
     missing = [name for name in ("chosen", "rejected") if name not in features]
     if missing:
         raise ValueError(
             f"`dataset` has no column {' and no column '.join(map(repr, missing))}; its columns are {list(features)}. "
-            "A preference dataset needs both: rename yours with `dataset.rename_columns`."
-        )
-    if "flipped" in features:
-        raise ValueError(
-            "`dataset` has a column 'flipped' already: flipping twice would hide which labels are clean. Start from "
-            "the clean dataset, or rename the column if it means something else."
+            "Rename yours with `dataset.rename_columns`."
         )
     pairs = []
     for name in features:
-        if "chosen" not in name and "rejected" not in name:
-            continue
         partner = _partner(name)
+        if partner == name or [partner, name] in pairs:
+            continue
         if partner not in features:
             raise ValueError(
-                f"Column {name!r} of `dataset` has no partner {partner!r} to be swapped with, so it would describe "
-                f"the wrong completion in flipped rows. Remove it with `dataset.remove_columns({name!r})`, or rename "
-                "it if it does not depend on the label."
+                f"Column {name!r} of `dataset` has no partner {partner!r} to be swapped with. Remove it with "
+                f"`dataset.remove_columns({name!r})`, or rename it if it does not depend on the label."
             )
         if features[name] != features[partner]:
             raise ValueError(
                 f"Columns {name!r} ({features[name]}) and {partner!r} ({features[partner]}) of `dataset` have "
-                "different types, so they cannot be swapped. Cast one with `dataset.cast_column`."
+                "different types. Cast one with `dataset.cast_column`."
             )
-        if [partner, name] not in pairs:
-            pairs.append([name, partner])
-    return pairs, Features({**features, "flipped": Value("bool")})
+        pairs.append([name, partner])
+    return pairs
 
 
 def _partner(name: str) -> str:

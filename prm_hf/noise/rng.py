@@ -1,7 +1,6 @@
 """Random numbers of a row: a pure function of (seed, stream, row index), whoever asks and in whatever order."""
 
 import numbers
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,18 +40,13 @@ def row_uniforms(seed: int, indices: Sequence[int] | np.ndarray, stream: str) ->
 
 def check_seed(seed: int) -> None:
     """Raise `ValueError` unless `seed` is a non-negative integer (of Python or NumPy)."""
-    try:
-        valid = not isinstance(seed, (bool, np.bool_)) and operator.index(seed) >= 0
-    except TypeError:
-        valid = False
-    if not valid:
+    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or seed < 0:
         raise ValueError(f"`seed` must be a non-negative integer, got {seed!r}.")
 
 
 def check_noise_rate(noise_rate: Any) -> None:
     """Raise `ValueError` unless `noise_rate` is a number (of Python or NumPy) in [0, 1]."""
-    is_number = isinstance(noise_rate, numbers.Real) and not isinstance(noise_rate, (bool, np.bool_))
-    if not is_number or not 0 <= noise_rate <= 1:
+    if not isinstance(noise_rate, numbers.Real) or isinstance(noise_rate, bool) or not 0 <= noise_rate <= 1:
         raise ValueError(f"`noise_rate` must be a number in [0, 1], got {noise_rate!r}.")
 
 
