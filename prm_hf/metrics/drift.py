@@ -11,15 +11,11 @@ from .evaluation import PairEvaluation, SequenceEvaluation
 from .sharded import whole
 
 
-# What wrappers put into parameter names: torch.compile, activation checkpointing
-_WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
-
-
 def drift_metrics(evaluation: PairEvaluation | SequenceEvaluation, beta: float | None = None) -> dict[str, float]:
-    """Drift of the policy's outputs on held-out completions.
+    """Drift of the policy's outputs on held-out completions; of pairs, all completions count.
 
     Args:
-        evaluation: The evaluation of `n` completions, or of pairs (whose chosen and rejected completions all count).
+        evaluation: The evaluation of `n` completions or pairs.
         beta: DPO's β; None leaves `drift/reward_abs` out.
 
     Returns:
@@ -34,9 +30,7 @@ def drift_metrics(evaluation: PairEvaluation | SequenceEvaluation, beta: float |
     """
     table = evaluation.completions() if isinstance(evaluation, PairEvaluation) else evaluation
     if table.logratio is None:
-        raise ValueError(
-            "`evaluation` was made without a reference, so there is no drift in it. Pass `ref_model` to it."
-        )
+        raise ValueError("`evaluation` was made without a reference, so it holds no drift. Make it with `ref_model`.")
     absolute = table.logratio.abs()
     metrics = {"drift/logratio_abs": (absolute / table.tokens.clamp(min=1)).mean().item()}
     if beta is not None:
@@ -71,7 +65,8 @@ class ParameterDrift:
         self._initial: dict[str, torch.Tensor | None] = {}
         squared_norm = 0.0
         for name, value, frozen in _trained_tensors(model, accelerator, with_frozen=True):
-            squared_norm += _squared_norm(value if frozen is None else frozen)
+            weight = value if frozen is None else frozen
+            squared_norm += torch.linalg.vector_norm(weight, dtype=torch.float32).item() ** 2
             # A new adapter starts at BA = 0 and costs no memory
             self._initial[name] = value.detach().to("cpu", copy=True) if value.any() else None
         self._norm = squared_norm**0.5
@@ -89,10 +84,6 @@ class ParameterDrift:
             return relative
         # Only the main process has the number
         return self.accelerator.gather(torch.tensor([relative], device=self.accelerator.device))[0].item()
-
-
-def _squared_norm(tensor: torch.Tensor) -> float:
-    return torch.linalg.vector_norm(tensor, dtype=torch.float32).item() ** 2
 
 
 def _trained_tensors(
@@ -121,9 +112,8 @@ def _trained_tensors(
 
 
 def _plain(name: str) -> str:
-    for prefix in _WRAPPER_PREFIXES:
-        name = name.replace(prefix, "")
-    return name
+    """The name without what torch.compile and activation checkpointing put into it."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, torch.Tensor, torch.Tensor, float]]:

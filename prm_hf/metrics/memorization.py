@@ -7,11 +7,7 @@ from .rewards import reward_margins
 
 
 def memorization_rows(n: int, memorization_max_rows: int | None) -> list[int]:
-    """The training rows on which memorisation is measured: all `n`, or `memorization_max_rows`
-    spread evenly over them.
-
-    A function of its arguments alone, so that every process, run and evaluation measures on the same rows.
-    """
+    """The training rows on which memorization is measured: all `n`, or so many that are spread evenly over them."""
     if memorization_max_rows is None or n <= memorization_max_rows:
         return list(range(n))
     return [i * n // memorization_max_rows for i in range(memorization_max_rows)]
@@ -26,11 +22,7 @@ def memorization_metrics(pairs: PairEvaluation, flipped: torch.Tensor, beta: flo
         beta: DPO's β.
 
     Returns:
-        `memorization/flipped_fit` (1: the noise is learnt by heart) and `memorization/clean_fit`; each only if there
-        is a pair of its kind.
-
-    Raises:
-        ValueError: if `flipped` does not have one entry a pair.
+        The `corrupted_fit` of [`fit_metrics`] as `memorization/flipped_fit`, and `memorization/clean_fit`.
     """
     fits = fit_metrics(row_fit(pairs, beta), _checked("flipped", flipped, len(pairs), "pairs"))
     wanted = ("corrupted_fit", "clean_fit")
@@ -87,15 +79,14 @@ def fit_metrics(
         `…_loss`, and `memorization/gap`, the train fit minus the held-out fit.
     """
     corrupted = _checked("corrupted", corrupted, len(train[0]), "rows")
+    kinds = {"corrupted": [x[corrupted] for x in train], "clean": [x[~corrupted] for x in train]}
+    kinds |= {"train": train[:1]} | ({} if heldout is None else {"heldout": heldout})
     metrics = {}
-    for name, mask in (("corrupted", corrupted), ("clean", ~corrupted)):
-        if mask.any():
-            for what, values in zip(("fit", "loss"), train, strict=True):
-                metrics[f"memorization/{name}_{what}"] = values[mask].mean().item()
-    metrics["memorization/train_fit"] = train[0].mean().item()
+    for name, values in kinds.items():
+        if len(values[0]):
+            pairs = zip(("fit", "loss"), values, strict=False)
+            metrics |= {f"memorization/{name}_{what}": value.mean().item() for what, value in pairs}
     if heldout is not None:
-        for what, values in zip(("fit", "loss"), heldout, strict=True):
-            metrics[f"memorization/heldout_{what}"] = values.mean().item()
         metrics["memorization/gap"] = metrics["memorization/train_fit"] - metrics["memorization/heldout_fit"]
     return metrics
 
@@ -106,6 +97,6 @@ def _checked(name: str, flags: torch.Tensor, n: int, what: str) -> torch.Tensor:
     if flags.shape != (n,):
         raise ValueError(
             f"`{name}` must have one entry for each of the {n} {what}, got shape {tuple(flags.shape)}: pass that "
-            "column of the rows that were evaluated."
+            "column of the evaluated rows."
         )
     return flags
