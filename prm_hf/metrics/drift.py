@@ -14,12 +14,8 @@ from .sharded import whole
 def drift_metrics(evaluation: PairEvaluation | SequenceEvaluation, beta: float | None = None) -> dict[str, float]:
     """Drift of the policy's outputs on held-out completions; of pairs, all completions count.
 
-    Args:
-        evaluation: The evaluation of `n` completions or pairs.
-        beta: DPO's β; None leaves `drift/reward_abs` out.
-
     Returns:
-        `drift/reward_abs`: mean over completions of |β (log π - log π_ref)|, units of reward.
+        `drift/reward_abs`: mean over completions of |β (log π - log π_ref)|; only with `beta`, DPO's β.
         `drift/logratio_abs`: mean over completions of |log π - log π_ref| / tokens, nats a token. A completion
         without tokens counts as 0.
         `drift/kl`: mean over completion tokens of KL(π‖π_ref), full vocabulary, nats a token; left out if the
@@ -44,14 +40,11 @@ class ParameterDrift:
     """‖w - w₀‖ / ‖w₀‖ over the trained tensors, w₀ being the weights at construction.
 
     LoRA layers count by their effective weight: ‖BA·scaling - (its value at construction)‖ against ‖W‖, where W is the
-    frozen weight. (With DoRA that is the direction; the magnitude vectors count as tensors of their own.)
-
-    The copy of w₀ stays in the main process' host memory, in the parameters' dtype; a LoRA adapter whose product is
-    zero at construction needs none. Sharded parameters are gathered one at a time.
+    frozen weight. (With DoRA that is the direction; the magnitude vectors count as tensors of their own.) The copy of
+    w₀ stays in the main process' host memory. Sharded parameters are gathered one at a time.
 
     Args:
-        model: The model, before or after it was prepared for training. Parameters that require a gradient now are the
-            trained ones.
+        model: The model, prepared or not. The trained parameters are those that require a gradient now.
         accelerator: The accelerator that the model is or will be prepared with.
 
     Raises:

@@ -41,8 +41,7 @@ class SequenceEvaluation:
         tokens: Number of completion tokens. Shape `(n,)`, int64; 0 where truncation left none.
         kl: KL(π‖π_ref) over the full vocabulary, summed over the positions of the completion's tokens, nats.
             Shape `(n,)`, float64; None if the reference is known by its log-probabilities alone, or not at all.
-        correct: Number of completion tokens that are the policy's most probable ones there. Shape `(n,)`, int64.
-            Where all are, greedy decoding gives just this completion.
+        correct: Number of completion tokens that greedy decoding would give. Shape `(n,)`, int64.
     """
 
     logps: torch.Tensor
@@ -146,8 +145,7 @@ def evaluate_sequences(
 def evaluate_classes(
     model: nn.Module, dataset: Rows, collate: Collate, accelerator: Accelerator, *, batch_size: int = 8
 ) -> ClassEvaluation:
-    """Evaluates a classifier: as `evaluate_pairs`, for batches with `labels` of shape `(rows,)` and whatever the model
-    takes to give `logits` of shape `(rows, classes)`."""
+    """Evaluates a classifier (`logits` of shape `(rows, classes)`): batches have `labels` of shape `(rows,)`."""
 
     def score(batch: dict[str, Any], _: bool) -> torch.Tensor:
         batch = _on_device(batch, accelerator)
@@ -247,8 +245,8 @@ def _table(
     with evaluation_mode(models):
         for step in range(steps):
             start = (step * world + rank) * batch_size
-            # Rows past the end are replaced by earlier ones, so that every process makes the same number of forward
-            # passes (ZeRO-3 and FSDP gather weights in each); the surplus is cut off below.
+            # Every process makes the same number of forward passes, since ZeRO-3 and FSDP gather weights in each. Rows
+            # past the end are earlier ones, and cut off below.
             indices = [i % n for i in range(start, start + batch_size)]
             # torch's protocol for reading in batches, which `datasets.Dataset` has and a list has not
             read = getattr(dataset, "__getitems__", lambda indices: [dataset[i] for i in indices])
@@ -275,8 +273,8 @@ def score_rows(
     Args:
         model, ref_model, batch, accelerator: As in [`evaluate_pairs`]; the batch as `collate` makes it.
         sequences_per_row: 2 for pairs.
-        hidden: The last hidden states of policy and reference on this batch, `(sequences, length, hidden size)`, if
-            they have been run already (see [`captured_hidden_states`]). What is missing is run.
+        hidden: The [`captured_hidden_states`] of policy and reference on this batch, `(sequences, length, hidden
+            size)`. What is missing is run.
         check: Whether to compare with the logits of what is run.
 
     Returns:
@@ -306,17 +304,14 @@ def score_rows(
         # reference both are float32, since rounding to bf16 alone is a KL of 1e-3, the size of a short run's drift.
         full_precision = torch.autocast(accelerator.device.type, enabled=False)
         precision = accelerator.autocast() if ref is None else full_precision
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(precision)
-            stack.enter_context(_tensor_cores())
+        with contextlib.ExitStack() as stack, precision, _tensor_cores():
             for passed in (policy,) if ref is None else (policy, ref):
                 stack.enter_context(passed.gathered())
                 if check:
                     passed.check()
             scored = _score_tokens(policy, ref, targets)
 
-    # The order of the sums is always the same. Nothing here waits for the device, which may still work on this batch
-    # when the host prepares the next.
+    # The order of the sums is always the same. Nothing here waits for the device.
     device = torch.device("cpu") if labels.device.type == "mps" else labels.device  # which has no float64
     places = tuple(x.to(device) for x in places)
 
@@ -339,11 +334,7 @@ def score_rows(
 
 @contextlib.contextmanager
 def _tensor_cores() -> Iterator[None]:
-    """Lets a CUDA device multiply float32 matrices as TF32 for the time of the context.
-
-    The product with the output embedding is most of the work, and takes an H100 eight times as long in full
-    float32. With ten bits of mantissa logits differ by a thousandth of their spread: a KL of 1e-6.
-    """
+    """Lets a CUDA device multiply float32 matrices as TF32: eight times as fast, at a KL of 1e-6."""
     backend = torch.backends.cuda.matmul
     # torch 2.9 brought the first, and raises errors where both are read
     name, value = ("fp32_precision", "tf32") if hasattr(backend, "fp32_precision") else ("allow_tf32", True)

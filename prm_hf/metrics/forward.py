@@ -79,15 +79,11 @@ def forward(
     model = model._orig_mod if is_compiled_module(model) else model
     causal = _causal_model(model, accelerator)
     decoder, head, name = causal.get_decoder(), causal.get_output_embeddings(), type(causal).__name__
-    if decoder is causal or head is None or "logits_to_keep" not in inspect.signature(type(causal).forward).parameters:
+    keeps_logits = "logits_to_keep" in inspect.signature(type(causal).forward).parameters
+    if decoder is causal or head is None or hasattr(head, "base_layer") or not keeps_logits:
         raise ValueError(
-            f"The drift of {name} can't be measured: it must have `get_decoder()`, an output embedding, and an "
-            "argument `logits_to_keep` of `forward`. Set `drift_metrics=False`."
-        )
-    if hasattr(head, "base_layer"):
-        raise ValueError(
-            f"The drift of {name} can't be measured with an adapter on its output embedding. Take `lm_head` out of "
-            "`target_modules`, or set `drift_metrics=False`."
+            f"The drift of {name} can't be measured: it must have `get_decoder()`, an output embedding without an "
+            "adapter, and an argument `logits_to_keep` of `forward`. Set `drift_metrics=False`."
         )
 
     logits = None

@@ -14,15 +14,9 @@ def memorization_rows(n: int, memorization_max_rows: int | None) -> list[int]:
 
 
 def memorization_metrics(pairs: PairEvaluation, flipped: torch.Tensor, beta: float) -> dict[str, float]:
-    """Accuracy against the labels trained on, for flipped and clean pairs apart.
+    """The `corrupted_fit` of [`fit_metrics`] as `memorization/flipped_fit`, and `memorization/clean_fit`.
 
-    Args:
-        pairs: The evaluation of `n` training pairs, chosen and rejected as they were trained on.
-        flipped: Whether the label of a pair was flipped before training. Shape `(n,)`, bool.
-        beta: DPO's β.
-
-    Returns:
-        The `corrupted_fit` of [`fit_metrics`] as `memorization/flipped_fit`, and `memorization/clean_fit`.
+    `flipped`, bool of shape `(n,)`, says whether the label of each of the `n` training pairs was flipped.
     """
     fits = fit_metrics(row_fit(pairs, beta), _checked("flipped", flipped, len(pairs), "pairs"))
     wanted = ("corrupted_fit", "clean_fit")
@@ -30,13 +24,8 @@ def memorization_metrics(pairs: PairEvaluation, flipped: torch.Tensor, beta: flo
 
 
 def completion_metrics(sequences: SequenceEvaluation) -> dict[str, float]:
-    """How well a model knows completions: means over rows.
-
-    Returns:
-        `exact_match`: share of the completions that greedy decoding would give, token by token. `token_accuracy`: mean
-        share of a completion's tokens that are the most probable ones, given those before. A completion without
-        tokens counts as wrong.
-    """
+    """Means over rows: `exact_match`, the share of the completions that greedy decoding would give, and
+    `token_accuracy`, the share of a completion's tokens. A completion without tokens counts as wrong."""
     fit, _ = row_fit(sequences)
     exact = (sequences.correct == sequences.tokens) & (sequences.tokens > 0)
     return {"exact_match": exact.double().mean().item(), "token_accuracy": fit.mean().item()}
@@ -69,9 +58,8 @@ def fit_metrics(
     """Fit of training rows, corrupted and clean apart, and of held-out rows.
 
     Args:
-        train: fit and loss of `n` training rows, as from `row_fit`, against the labels trained on.
-        corrupted: which of them are corrupted. Shape `(n,)`, bool.
-        heldout: fit and loss of the held-out rows.
+        train, heldout: fit and loss of `n` training rows, and of the held-out rows, as from `row_fit`.
+        corrupted: which of the training rows are corrupted. Shape `(n,)`, bool.
 
     Returns:
         `memorization/corrupted_fit` (1: the noise is learnt by heart), `memorization/clean_fit`, each also as `…_loss`

@@ -61,9 +61,8 @@ distribution | likewise |
     nothing else; a row that is corrupted at one rate is corrupted at every higher rate under the same seed.
 
     Args:
-        dataset: `Dataset`, `IterableDataset`, or a dict of either. It is not changed. A stream comes back as one
-            shard, since a row's index in a stream read in several places at once is not known. Kinds that need the
-            whole dataset (completions of other rows, Gaussian pixels, unigrams) are not for streams.
+        dataset: as for [`flip_preferences`]. Kinds that need the whole dataset (completions of other rows, Gaussian
+            pixels, unigrams) are not for streams.
         kind: as in the table.
         noise_rate: probability, in [0, 1], with which a row is corrupted; 1 for `"true_labels"` and `"random_labels"`.
         seed: non-negative integer. Two datasets need two seeds, or must be splits of one dict: equal seeds and indices
@@ -71,9 +70,8 @@ distribution | likewise |
         columns: the column or columns to corrupt. Default: of labels, the preference, else `completion`, else a class
             label in `label` or `labels`; of inputs, `prompt` (if there is one), `chosen` and `rejected`, else the
             first there is of `image`, `img`, `pixel_values`, `prompt`, `text`, `messages`, `input_ids`.
-        tokenizer: the model's, for the inputs of text. A string is tokenised, changed and decoded; with subwords the
-            new string may be tokenised otherwise, and only token ids are exact. A list of integers holds token ids if
-            there is a tokenizer, and is an array of pixels otherwise.
+        tokenizer: the model's, for the inputs of text. A string is tokenised, changed and decoded, and may then be
+            tokenised otherwise. A list of integers holds token ids with a tokenizer, and pixels without one.
         keep_original: keep the values before as `original_<column>`.
         exclude_true: draw from the other classes alone, so that a share `noise_rate` of the labels changes.
         transition: C x C matrix of probabilities: the new class of a row of class i is drawn from row i.
@@ -82,7 +80,7 @@ distribution | likewise |
         splits: the split or splits of a dict to corrupt; the others come back as they are. Default: `train` for
             labels, so that evaluation stays clean, and all splits for inputs, with statistics of `train` if there is
             one, else of the first.
-        num_proc: processes for `Dataset.map`; streams do not use it.
+        num_proc: processes for `Dataset.map`.
 
     Returns:
         The same type as `dataset`, with the bool column `corrupted`: whether anything in the row, input or label, is
@@ -90,8 +88,7 @@ distribution | likewise |
 
     Raises:
         TypeError: `dataset` is none of the four types, or a stream with a table format.
-        ValueError: an argument is out of its range, missing, or of no use for this kind and data; a column is missing
-            or of the wrong type; there is a column `corrupted` already; a stream where the whole dataset is needed.
+        ValueError: an argument, a column or the dataset does not fit the kind.
     """
     _check_arguments(kind, noise_rate, seed, exclude_true, transition, shuffle, window)
     rate = {"true_labels": 0.0, "random_labels": 1.0}.get(kind, float(noise_rate))
@@ -145,11 +142,7 @@ class _Noise:
     @property
     def stream(self) -> str:
         # Rows of two splits must not have the same noise because they have the same index.
-        return self.shared_stream if self.split == "train" else f"{self.shared_stream} {self.split}"
-
-    @property
-    def shared_stream(self) -> str:
-        return f"corrupt {self.kind}"
+        return f"corrupt {self.kind}" if self.split == "train" else f"corrupt {self.kind} {self.split}"
 
     def corrupt(self, dataset: Any, columns: str | Sequence[str] | None, source: Any) -> Dataset | IterableDataset:
         """The dataset with noise; its inputs have the statistics of `source`."""
@@ -208,7 +201,7 @@ class _Noise:
         if self.kind == "gaussian_inputs":
             self.check_whole(source, "statistics of all rows")
         per_row = self.kind == "random_inputs"
-        values = f"{self.shared_stream if self.kind == 'shuffled_inputs' else self.stream} values"
+        values = f"corrupt {self.kind} values" if self.kind == "shuffled_inputs" else f"{self.stream} values"
         if not (holds_text or holds_tokens):
             if shuffle != "vocabulary" or window is not None or tokenizer is not None:
                 name = "tokenizer" if tokenizer is not None else "shuffle" if window is None else "window"

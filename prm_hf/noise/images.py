@@ -71,8 +71,7 @@ def fixed_order(n: int, seed: int, stream: str) -> np.ndarray:
 def gaussian_moments(images: Iterable[Any], column: str, dtype: str) -> tuple[list[float], list[float]]:
     """Mean and standard deviation to draw each channel with, so that the drawn pixels have those of `images`.
 
-    Bytes are rounded and cut off at 0 and 255, which alone would move both moments; the numbers returned make up for
-    it.
+    The numbers make up for the rounding and clipping of bytes.
     """
     count, total, squares = 0, 0.0, 0.0
     for value in images:
@@ -116,28 +115,23 @@ def _to_pixels(value: Any, column: str):
         from PIL import Image
 
         image = value.convert("RGB") if value.mode == "P" else value
-        if image.mode not in _MODES:
-            raise ValueError(
-                f"The images in {column!r} have the mode {image.mode!r}, not one of {', '.join(_MODES)}: convert them "
-                "with `dataset.cast_column(…, Image(mode='RGB'))`."
-            )
         array = np.asarray(image)
-        height, width = array.shape[:2]
-        return array.reshape(height * width, -1), lambda p: Image.fromarray(p.reshape(array.shape))
-    array = np.asarray(value)
-    if array.dtype == object or array.ndim not in (1, 2, 3) or not array.size:
-        raise ValueError(
-            f"Column {column!r} must hold PIL images or arrays of numbers of one to three dimensions, got "
-            f"{type(value).__name__} of shape {array.shape}."
-        )
-    if array.ndim < 3:
-        return array.reshape(-1, 1), lambda p: p.reshape(array.shape).tolist()
-    if array.shape[0] <= 4:
-        rest = array.shape[1:]
-        return array.reshape(len(array), -1).T, lambda p: p.T.reshape(-1, *rest).tolist()
-    if array.shape[2] <= 4:
-        return array.reshape(-1, array.shape[2]), lambda p: p.reshape(array.shape).tolist()
+        if image.mode in _MODES:
+            height, width = array.shape[:2]
+            return array.reshape(height * width, -1), lambda p: Image.fromarray(p.reshape(array.shape))
+        found = f"an image of the mode {image.mode!r}"
+    else:
+        array = np.asarray(value)
+        if array.dtype != object and array.size:
+            if array.ndim in (1, 2):
+                return array.reshape(-1, 1), lambda p: p.reshape(array.shape).tolist()
+            if array.ndim == 3 and array.shape[0] <= 4:
+                rest = array.shape[1:]
+                return array.reshape(len(array), -1).T, lambda p: p.T.reshape(-1, *rest).tolist()
+            if array.ndim == 3 and array.shape[2] <= 4:
+                return array.reshape(-1, array.shape[2]), lambda p: p.reshape(array.shape).tolist()
+        found = f"{type(value).__name__} of shape {array.shape}"
     raise ValueError(
-        f"The images in {column!r} have the shape {array.shape}: its first or last dimension must be the channels, at "
-        "most 4."
+        f"Column {column!r} must hold PIL images ({', '.join(_MODES)}) or arrays of numbers, in three dimensions with "
+        f"at most 4 channels first or last; got {found}. Convert them with `dataset.map` first."
     )

@@ -42,21 +42,14 @@ def redraw_class(
     exclude_true: bool,
     transition: Sequence[Sequence[float]] | np.ndarray | None,
 ) -> RedrawClass:
-    """Checks the options against the classes of the column.
-
-    Raises:
-        ValueError: there is one class only; or `transition` is no row-stochastic matrix of its size, or contradicts
-            `exclude_true`.
-    """
+    """The noise, once its options have been checked against the classes of the column."""
     n = feature.num_classes
     if n < 2:
         raise ValueError(f"The label column has {n} class: there is no other one to draw.")
     if transition is None:
         return RedrawClass(seed, stream, n, exclude_true, None)
     if exclude_true:
-        raise ValueError(
-            "`exclude_true` and `transition` contradict each other: give `transition` a diagonal of zeros instead."
-        )
+        raise ValueError("`exclude_true` and `transition` contradict: give `transition` a diagonal of zeros instead.")
     matrix = np.asarray(transition, dtype=np.float64)
     if matrix.shape != (n, n) or not (matrix >= 0).all() or not np.allclose(matrix.sum(axis=-1), 1):
         raise ValueError(

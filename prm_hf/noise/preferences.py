@@ -25,38 +25,30 @@ def flip_preferences(
 ) -> Dataset | DatasetDict | IterableDataset | IterableDatasetDict:
     """Swap the preferred and the dispreferred completion of each row with probability `noise_rate`.
 
-    Works on every preference format of TRL (standard or conversational, with or without a `prompt` column). Every
-    column whose name holds `chosen` is swapped with the column whose name holds `rejected` in the same place:
-    `chosen` with `rejected`, `score_chosen` with `score_rejected`, `chosen-model` with `rejected-model`,
-    `ref_chosen_logps` with `ref_rejected_logps`. Other columns stay as they are, also those that describe the pair
-    under another name (a `margin`, or a copy of the chosen conversation such as `messages` in
-    `ultrafeedback_binarized`).
+    Works on every preference format of TRL. Every column whose name holds `chosen` is swapped with the column whose
+    name holds `rejected` in the same place, as `score_chosen` with `score_rejected`. Other columns stay as they are,
+    also those that describe the pair under another name (as `messages` in `ultrafeedback_binarized`).
 
-    Whether a row is flipped depends on `seed` and on its index in `dataset` as given, and on nothing else: not on
-    `num_proc`, on later sharding, or on the number of processes. A row flipped at one rate is flipped at every
-    higher rate under the same seed. Flip first and shuffle, shard or split by node afterwards; the index of a stream
-    shuffled before is not that of its source.
+    Whether a row is flipped depends on `seed` and on its index in `dataset` as given, and on nothing else: flip first
+    and shuffle or shard afterwards. A row flipped at one rate is flipped at every higher rate under the same seed.
 
     Args:
-        dataset: `Dataset`, `IterableDataset`, or a dict of either. It is not changed. An `IterableDataset` comes back
-            as one shard, because a row's index in a stream read in several places at once is not known; so one
-            data-loader worker reads it.
+        dataset: `Dataset`, `IterableDataset`, or a dict of either. It is not changed. A stream comes back as one
+            shard, because a row's index in a stream read in several places at once is not known.
         noise_rate: probability of a flip, in [0, 1].
         seed: non-negative integer.
-        exact: flip exactly `round(noise_rate * len(dataset))` rows instead (Python's rounding). Not for an
-            `IterableDataset`, whose length is not known.
-        splits: the split or splits to flip of a dict of datasets; the others come back untouched, without a
-            `flipped` column. Default: `train`, so that evaluation stays clean.
-        num_proc: processes for `Dataset.map`; streams do not use it.
+        exact: flip exactly `round(noise_rate * len(dataset))` rows instead (Python's rounding). Not for a stream.
+        splits: the split or splits to flip of a dict; the others come back as they are. Default: `train`, so that
+            evaluation stays clean.
+        num_proc: processes for `Dataset.map`.
 
     Returns:
         The same type as `dataset`, with the bool column `flipped`: whether the label is not what it was.
 
     Raises:
         TypeError: `dataset` is none of the four types, or a stream with a table format.
-        ValueError: `noise_rate` is not a number in [0, 1]; `seed` is not a non-negative integer; a named split, or the
-            column `chosen` or `rejected`, is missing; a column has no partner, or one of another type; there is a
-            column `flipped` already; the dataset has no rows; `exact` for a stream; `splits` for a single dataset.
+        ValueError: an argument is out of its range; a split or a column is missing; a column has no partner, or one
+            of another type; there is a column `flipped` already; there are no rows.
     """
     check_noise_rate(noise_rate)
     check_seed(seed)

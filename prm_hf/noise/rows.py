@@ -9,9 +9,8 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 def pinned(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """The dataset itself; a stream as one whose rows keep their indices and whose features are known.
 
-    A mapped stream counts its rows anew in each data-loader worker and node, and in another order after `set_epoch`.
-    Concatenation along the columns, here of one dataset alone, makes a stream that is never sharded or reordered below
-    this point.
+    A mapped stream counts its rows anew in each data-loader worker and after `set_epoch`. Concatenation along the
+    columns, here of one dataset alone, makes a stream that is never sharded or reordered below this point.
     """
     return dataset if isinstance(dataset, Dataset) else concatenate_datasets([dataset], axis=1)
 
@@ -21,7 +20,7 @@ def check_new(dataset: Dataset | IterableDataset, column: str, doing: str) -> No
     if column in (dataset.features or ()):
         raise ValueError(
             f"`dataset` has a column {column!r} already, and {doing} twice would hide which rows are clean. Start "
-            "from the clean dataset, or rename the column if it means something else."
+            "from the clean dataset, or rename the column."
         )
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError("`dataset` has no rows: pass one with at least one row.")
@@ -75,9 +74,7 @@ class RowNoise:
 def check_plain(rows: Any, doing: str) -> None:
     """Raises `TypeError` for the rows of a stream with a table format, which come as a table."""
     if not isinstance(rows, Mapping):
-        raise TypeError(
-            f"`dataset` is a stream with a table format; call `.with_format(None)` before {doing} and set it after."
-        )
+        raise TypeError(f"`dataset` is a stream with a table format: call `.with_format(None)` before {doing}.")
 
 
 def map_splits(
@@ -86,14 +83,7 @@ def map_splits(
     default: Sequence[str],
     function: Callable[[Dataset | IterableDataset, str], Dataset | IterableDataset],
 ) -> Dataset | DatasetDict | IterableDataset | IterableDatasetDict:
-    """`function(split, name)` for each of `splits`, by `default` those named there; the others stay as they are.
-
-    A single dataset counts as `"train"`.
-
-    Raises:
-        TypeError: `dataset` is neither a dataset nor a dict of some.
-        ValueError: a split is missing, or `splits` is given for a single dataset.
-    """
+    """`function(split, name)` for each of `splits`, which are `default` if None; a single dataset is `"train"`."""
     if isinstance(dataset, (Dataset, IterableDataset)):
         if splits is not None:
             raise ValueError(

@@ -1,10 +1,9 @@
 """Noise in text: the completion of another row, tokens renamed or in another order, tokens from the unigrams.
 
-A text is a string, a list of messages (each `content` is then a text), or a list of token ids. Special tokens always
-stay where they are. A string is tokenised, changed and decoded: with a tokenizer of whole words that is exact; of
-subwords, the model's tokenizer may cut the new string in other places. In strings, tokens that are no whole
-characters (the bytes of byte-level tokenizers) stay too, since away from their neighbours they would not survive
-decoding. Corrupt token ids (`input_ids`) where every token counts.
+A text is a string, a list of messages (each `content` is then a text), or a list of token ids. Special tokens stay
+where they are. A string is tokenised, changed and decoded, and the model's tokenizer may cut the new string in other
+places: corrupt token ids (`input_ids`) where every token counts. In strings, tokens that are no whole characters stay
+too, since away from their neighbours they would not survive decoding.
 """
 
 from collections import Counter
@@ -32,11 +31,7 @@ class OtherRows:
 
 
 def other_rows(dataset: Dataset, columns: list[str], seed: int, stream: str, derangement: bool) -> OtherRows:
-    """For each row another one, uniform among all others; with `derangement`, each row is taken exactly once.
-
-    Raises:
-        ValueError: there are fewer than two rows.
-    """
+    """For each row another one, uniform among all others; with `derangement`, each row is taken exactly once."""
     n = len(dataset)
     if n < 2:
         raise ValueError(f"`dataset` has {n} row(s): there is no other one to take {', '.join(columns)} from.")
@@ -119,8 +114,7 @@ class DrawTokens(TokenNoise):
 
 
 def kept_ids(tokenizer: Any, is_text: bool) -> np.ndarray:
-    """Ids of the tokens that stay where they are, sorted: special ones, and in strings those that are no whole
-    characters."""
+    """Sorted ids of the tokens that stay: special ones, and in strings those that are no whole characters."""
     kept = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
     if is_text:
         vocabulary = range(len(tokenizer))
@@ -137,11 +131,7 @@ def vocabulary_bijection(tokenizer: Any, kept: np.ndarray, seed: int, stream: st
 
 
 def unigrams(values: Iterable[Any], tokenizer: Any, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of the texts, those in `kept` left out, and their cumulative shares.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The tokens of the texts, those in `kept` left out, and their cumulative shares."""
     counts = Counter()
 
     def count(ids: np.ndarray) -> np.ndarray:
