@@ -6,9 +6,8 @@ from .._extras import require
 require("prm_hf.demo", "transformers", "trl", "datasets")
 
 from .build import Demo, build_demo
-from .completions import best_completion, completion_rows
 from .model import make_model, make_tokenizer, train_reference
-from .task import preference_pairs, sample_completion, sample_prompts, utility
+from .task import best_completion, completion_rows, preference_pairs, sample_completion, sample_prompts, utility
 
 
 __all__ = [

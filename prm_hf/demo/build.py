@@ -1,6 +1,7 @@
 """The built-in task, ready to be trained on: reference policy from the cache, pairs made on the spot."""
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -42,8 +43,7 @@ def build_demo(seed: int = 0, cache_dir: str | os.PathLike | None = None) -> Dem
     """Make the built-in task.
 
     The first call trains the reference policy (15 to 30 s on one core) and caches it under a hash of all that
-    defines it; later calls take well under a second. Of several processes, on one machine or a shared file system
-    with locks, one trains and the others wait.
+    defines it. Of several processes, one trains and the others wait.
 
     Args:
         seed: of the prompts, the pairs and the reference policy.
@@ -51,14 +51,11 @@ def build_demo(seed: int = 0, cache_dir: str | os.PathLike | None = None) -> Dem
             `XDG_CACHE_HOME` or `~/.cache`.
 
     Raises:
-        ValueError: `seed` is not a non-negative integer.
         OSError: the folder of the cache can't be written.
     """
     pairs = task.preference_pairs(sum(SPLIT_SIZES.values()), seed)
-    splits, start = {}, 0
-    for name, size in SPLIT_SIZES.items():
-        splits[name] = pairs.select(range(start, start + size))
-        start += size
+    ends = itertools.accumulate(SPLIT_SIZES.values())
+    splits = {k: pairs.select(range(end - SPLIT_SIZES[k], end)) for k, end in zip(SPLIT_SIZES, ends, strict=True)}
     # The reference policy has seen no prompt of the pairs, so train and test differ in nothing but their role.
     prompts = frozenset(messages[-1]["content"] for messages in pairs["prompt"])
     return Demo(model_path=str(_reference(seed, prompts, _cache_folder(cache_dir))), **splits)
@@ -75,8 +72,8 @@ def _reference(seed: int, prompts: frozenset[str], cache: Path) -> Path:
         lock.acquire()
     except OSError as error:
         raise OSError(
-            f"The cache folder {str(cache)!r} can't be written ({error}). Name another one in the argument "
-            "`cache_dir` or the environment variable PRM_HF_CACHE."
+            f"The cache folder {str(cache)!r} can't be written ({error}). Name another one in `cache_dir` or in the "
+            "environment variable PRM_HF_CACHE."
         ) from error
     try:
         if not folder.exists():
@@ -112,8 +109,5 @@ def _definition(seed: int) -> dict:
 
 
 def _cache_folder(cache_dir: str | os.PathLike | None) -> Path:
-    if cache_dir is None:
-        cache_dir = os.environ.get("PRM_HF_CACHE")
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "prm_hf"
-    return Path(cache_dir).expanduser().absolute()
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "prm_hf"
+    return Path(os.environ.get("PRM_HF_CACHE", default) if cache_dir is None else cache_dir).expanduser().absolute()

@@ -5,6 +5,8 @@ Words are separated by white space.
 """
 
 import random
+import re
+from collections.abc import Iterable
 
 from datasets import Dataset
 
@@ -38,9 +40,7 @@ def utility(prompt: str | list[dict[str, str]], completion: str | list[dict[str,
     (certainly to a formal prompt or hey to a casual one: +.8, the other way round -.8) + the closer (thanks 1,
     cheers .6, ask again -.4, whatever -1) - .4 a filler.
 
-    Args:
-        prompt: the user's text, or a list of messages, of which the last one counts.
-        completion: the assistant's text, or a list of messages, likewise.
+    Of a list of messages the last one counts.
 
     Raises:
         ValueError: one of the two does not follow the grammar of the task.
@@ -56,15 +56,9 @@ def utility(prompt: str | list[dict[str, str]], completion: str | list[dict[str,
 
 
 def sample_prompts(n: int, rng: random.Random, exclude: frozenset[str] = frozenset()) -> list[str]:
-    """`n` different prompts, none of them in `exclude`.
-
-    Raises:
-        ValueError: there are not that many (40,000 in all).
-    """
+    """`n` different prompts of the 40,000, none of them in `exclude`."""
     if n + len(exclude) > N_PROMPTS:
-        raise ValueError(
-            f"`n={n}` different prompts besides {len(exclude)} excluded ones are more than the {N_PROMPTS} that exist."
-        )
+        raise ValueError(f"`n={n}` prompts and {len(exclude)} excluded ones are more than the {N_PROMPTS} that exist.")
     prompts: dict[str, None] = {}
     while len(prompts) < n:
         digits = " ".join(rng.choice(DIGITS) for _ in range(N_DIGITS))
@@ -91,6 +85,23 @@ def sample_completion(prompt: str, rng: random.Random, share_correct: float) -> 
     return " ".join(words)
 
 
+def best_completion(prompt: str) -> str:
+    """The completion of the highest utility: the opener of the prompt's register, the sorted digits, and thanks.
+
+    Raises:
+        ValueError: `prompt` does not follow the grammar of the task.
+    """
+    register, direction, digits = _parse_prompt(prompt)
+    return " ".join([MATCHING_OPENER[register], "answer", *_sorted(digits, direction), "thanks"])
+
+
+def completion_rows(pairs: Dataset) -> Dataset:
+    """The columns `prompt` and `completion`, lists of messages: prompts of pairs, each with its best completion."""
+    completions = [best_completion(prompt[-1]["content"]) for prompt in pairs["prompt"]]
+    messages = [[{"role": "assistant", "content": content}] for content in completions]
+    return pairs.select_columns("prompt").add_column("completion", messages)
+
+
 def preference_pairs(n: int, seed: int = 0) -> Dataset:
     """`n` pairs of completions to `n` different prompts, labelled by the hidden utility.
 
@@ -99,9 +110,6 @@ def preference_pairs(n: int, seed: int = 0) -> Dataset:
     Returns:
         Dataset with the columns `prompt`, `chosen`, `rejected` (lists of messages) and `utility_chosen` >
         `utility_rejected` (float64).
-
-    Raises:
-        ValueError: `n` is not in [1, 40000], or `seed` is not a non-negative integer.
     """
     check_seed(seed)
     if n < 1:
@@ -113,16 +121,10 @@ def preference_pairs(n: int, seed: int = 0) -> Dataset:
         while abs(gap) < MIN_UTILITY_GAP:
             first, second = (sample_completion(prompt, rng, PAIR_SHARE_CORRECT) for _ in range(2))
             gap = utility(prompt, first) - utility(prompt, second)
-        chosen, rejected = (first, second) if gap > 0 else (second, first)
-        rows.append(
-            {
-                "prompt": [{"role": "user", "content": prompt}],
-                "chosen": [{"role": "assistant", "content": chosen}],
-                "rejected": [{"role": "assistant", "content": rejected}],
-                "utility_chosen": utility(prompt, chosen),
-                "utility_rejected": utility(prompt, rejected),
-            }
-        )
+        row = {"prompt": [{"role": "user", "content": prompt}]}
+        sides = {"chosen": first, "rejected": second} if gap > 0 else {"chosen": second, "rejected": first}
+        row |= {side: [{"role": "assistant", "content": text}] for side, text in sides.items()}
+        rows.append(row | {f"utility_{side}": utility(prompt, text) for side, text in sides.items()})
     return Dataset.from_list(rows)
 
 
@@ -134,12 +136,10 @@ def _wrong(answer: list[str], rng: random.Random) -> list[str]:
     wrong = list(answer)
     while wrong == answer:
         kind = rng.choice(("reversed", "shuffled", "changed"))
-        if kind == "reversed":
-            wrong = answer[::-1]
-        elif kind == "shuffled":
+        wrong = answer[::-1] if kind == "reversed" else list(answer)
+        if kind == "shuffled":
             wrong = rng.sample(answer, len(answer))
-        else:
-            wrong = list(answer)
+        elif kind == "changed":
             wrong[rng.randrange(N_DIGITS)] = rng.choice(DIGITS)
     return wrong
 
@@ -149,33 +149,26 @@ def _text(text: str | list[dict[str, str]]) -> str:
 
 
 def _parse_prompt(prompt: str) -> tuple[str, str, list[str]]:
-    words = prompt.split()
-    if (
-        len(words) != 4 + N_DIGITS
-        or words[0] not in REGISTERS
-        or words[1] != "sort"
-        or words[2] not in DIRECTIONS
-        or words[3] != ":"
-        or any(word not in DIGITS for word in words[4:])
-    ):
+    pattern = f"({_any(REGISTERS)}) sort ({_any(DIRECTIONS)}) :((?: {_any(DIGITS)}){{{N_DIGITS}}})"
+    found = re.fullmatch(pattern, " ".join(prompt.split()))
+    if found is None:
         raise ValueError(f"`prompt` must be '{{formal|casual}} sort {{up|down}} : d d d d', got {prompt!r}.")
-    return words[0], words[2], words[4:]
+    return found[1], found[2], found[3].split()
 
 
 def _parse_completion(completion: str) -> tuple[str, int, list[str], str]:
-    words = completion.split()
-    error = ValueError(f"`completion` must be '[opener] [filler x 0-2] answer d d d d [closer]'; got {completion!r}.")
-    if "answer" not in words:
-        raise error
-    at = words.index("answer")
-    before, answer, closer = words[:at], words[at + 1 : at + 1 + N_DIGITS], " ".join(words[at + 1 + N_DIGITS :])
-    opener = before.pop(0) if before and before[0] in OPENERS else ""
-    if (
-        len(before) > MAX_FILLERS
-        or any(word not in FILLERS for word in before)
-        or len(answer) != N_DIGITS
-        or any(word not in DIGITS for word in answer)
-        or closer not in CLOSERS
-    ):
-        raise error
-    return opener, len(before), answer, closer
+    pattern = (
+        f"({_any(OPENERS)} )?((?:{_any(FILLERS)} ){{0,{MAX_FILLERS}}})"
+        f"answer((?: {_any(DIGITS)}){{{N_DIGITS}}})( {_any(CLOSERS)})?"
+    )
+    found = re.fullmatch(pattern, " ".join(completion.split()))
+    if found is None:
+        raise ValueError(
+            f"`completion` must be '[opener] [filler x 0-2] answer d d d d [closer]'; got {completion!r}."
+        )
+    opener, fillers, answer, closer = (part or "" for part in found.groups())
+    return opener.strip(), len(fillers.split()), answer.split(), closer.strip()
+
+
+def _any(words: Iterable[str]) -> str:
+    return f"(?:{'|'.join(word for word in words if word)})"

@@ -14,13 +14,7 @@ from .evaluation import (
     evaluate_pairs,
     evaluate_sequences,
 )
-from .memorization import (
-    completion_metrics,
-    fit_metrics,
-    memorization_metrics,
-    memorization_rows,
-    row_fit,
-)
+from .memorization import completion_metrics, fit_metrics, memorization_metrics, memorization_rows, row_fit
 from .rewards import reward_accuracy, reward_margins, reward_metrics
 
 

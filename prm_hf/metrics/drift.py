@@ -11,19 +11,11 @@ from .evaluation import PairEvaluation, SequenceEvaluation
 from .sharded import whole
 
 
-# What wrappers put into parameter names: torch.compile, activation checkpointing
-_WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
-
-
 def drift_metrics(evaluation: PairEvaluation | SequenceEvaluation, beta: float | None = None) -> dict[str, float]:
-    """Drift of the policy's outputs on held-out completions.
-
-    Args:
-        evaluation: The evaluation of `n` completions, or of pairs (whose chosen and rejected completions all count).
-        beta: DPO's β; None leaves `drift/reward_abs` out.
+    """Drift of the policy's outputs on held-out completions; of pairs, all completions count.
 
     Returns:
-        `drift/reward_abs`: mean over completions of |β (log π - log π_ref)|, units of reward.
+        `drift/reward_abs`: mean over completions of |β (log π - log π_ref)|; only with `beta`, DPO's β.
         `drift/logratio_abs`: mean over completions of |log π - log π_ref| / tokens, nats a token. A completion
         without tokens counts as 0.
         `drift/kl`: mean over completion tokens of KL(π‖π_ref), full vocabulary, nats a token; left out if the
@@ -34,9 +26,7 @@ def drift_metrics(evaluation: PairEvaluation | SequenceEvaluation, beta: float |
     """
     table = evaluation.completions() if isinstance(evaluation, PairEvaluation) else evaluation
     if table.logratio is None:
-        raise ValueError(
-            "`evaluation` was made without a reference, so there is no drift in it. Pass `ref_model` to it."
-        )
+        raise ValueError("`evaluation` was made without a reference, so it holds no drift. Make it with `ref_model`.")
     absolute = table.logratio.abs()
     metrics = {"drift/logratio_abs": (absolute / table.tokens.clamp(min=1)).mean().item()}
     if beta is not None:
@@ -50,14 +40,11 @@ class ParameterDrift:
     """‖w - w₀‖ / ‖w₀‖ over the trained tensors, w₀ being the weights at construction.
 
     LoRA layers count by their effective weight: ‖BA·scaling - (its value at construction)‖ against ‖W‖, where W is the
-    frozen weight. (With DoRA that is the direction; the magnitude vectors count as tensors of their own.)
-
-    The copy of w₀ stays in the main process' host memory, in the parameters' dtype; a LoRA adapter whose product is
-    zero at construction needs none. Sharded parameters are gathered one at a time.
+    frozen weight. (With DoRA that is the direction; the magnitude vectors count as tensors of their own.) The copy of
+    w₀ stays in the main process' host memory. Sharded parameters are gathered one at a time.
 
     Args:
-        model: The model, before or after it was prepared for training. Parameters that require a gradient now are the
-            trained ones.
+        model: The model, prepared or not. The trained parameters are those that require a gradient now.
         accelerator: The accelerator that the model is or will be prepared with.
 
     Raises:
@@ -71,7 +58,8 @@ class ParameterDrift:
         self._initial: dict[str, torch.Tensor | None] = {}
         squared_norm = 0.0
         for name, value, frozen in _trained_tensors(model, accelerator, with_frozen=True):
-            squared_norm += _squared_norm(value if frozen is None else frozen)
+            weight = value if frozen is None else frozen
+            squared_norm += torch.linalg.vector_norm(weight, dtype=torch.float32).item() ** 2
             # A new adapter starts at BA = 0 and costs no memory
             self._initial[name] = value.detach().to("cpu", copy=True) if value.any() else None
         self._norm = squared_norm**0.5
@@ -89,10 +77,6 @@ class ParameterDrift:
             return relative
         # Only the main process has the number
         return self.accelerator.gather(torch.tensor([relative], device=self.accelerator.device))[0].item()
-
-
-def _squared_norm(tensor: torch.Tensor) -> float:
-    return torch.linalg.vector_norm(tensor, dtype=torch.float32).item() ** 2
 
 
 def _trained_tensors(
@@ -121,9 +105,8 @@ def _trained_tensors(
 
 
 def _plain(name: str) -> str:
-    for prefix in _WRAPPER_PREFIXES:
-        name = name.replace(prefix, "")
-    return name
+    """The name without what torch.compile and activation checkpointing put into it."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, torch.Tensor, torch.Tensor, float]]:

@@ -1,10 +1,8 @@
 """One pass over held-out rows: a table with one entry a completion, from which every metric is computed.
 
-`evaluate_pairs` and `evaluate_sequences` run the policy and its reference once over a dataset, `evaluate_classes` runs
-a classifier. The tables are on the CPU, in dataset order, the same on every process, and without the duplicates that
-fill uneven last batches, so that `rewards.py`, `drift.py` and `memorization.py` are pure functions of them. If a
-trainer runs both models anyway, `captured_hidden_states`, `score_rows` and `evaluations_of` make the same tables from
-its passes.
+The tables are on the CPU, in dataset order, the same on every process, and without the duplicates that fill uneven
+last batches; the metrics are pure functions of them. If a trainer runs both models anyway, `captured_hidden_states`,
+`score_rows` and `evaluations_of` make the same tables from its passes.
 """
 
 import contextlib
@@ -28,10 +26,13 @@ from .forward import Forward, as_reference, evaluation_mode, forward, unwrap
 # vocabulary of 150,000 these are 883 tokens; a few hundred tokens would leave most of a GPU without work.
 CHUNK_LOGITS = 2**27
 
+Rows = Sequence[dict[str, Any]]
+Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+
 
 @dataclass(frozen=True)
 class SequenceEvaluation:
-    """What the policy and its reference say about `n` completions, in dataset order, on the CPU.
+    """What the policy and its reference say about `n` completions.
 
     Attributes:
         logps: Summed log-probability of each completion under the policy, nats. Shape `(n,)`, float64.
@@ -40,8 +41,7 @@ class SequenceEvaluation:
         tokens: Number of completion tokens. Shape `(n,)`, int64; 0 where truncation left none.
         kl: KL(π‖π_ref) over the full vocabulary, summed over the positions of the completion's tokens, nats.
             Shape `(n,)`, float64; None if the reference is known by its log-probabilities alone, or not at all.
-        correct: Number of completion tokens that are the policy's most probable ones there. Shape `(n,)`, int64.
-            Where all are, greedy decoding gives just this completion.
+        correct: Number of completion tokens that greedy decoding would give. Shape `(n,)`, int64.
     """
 
     logps: torch.Tensor
@@ -55,8 +55,7 @@ class SequenceEvaluation:
 
     def select(self, rows: torch.Tensor) -> "SequenceEvaluation":
         """The table of some completions only; `rows` is a bool mask of shape `(n,)` or a list of indices."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return SequenceEvaluation(**{name: None if value is None else value[rows] for name, value in values.items()})
+        return _by_column(lambda values: values[rows], self)
 
 
 @dataclass(frozen=True)
@@ -70,15 +69,17 @@ class PairEvaluation:
         return len(self.chosen)
 
     def select(self, rows: torch.Tensor) -> "PairEvaluation":
-        """The table of some pairs only; `rows` is a bool mask of shape `(n,)` or a list of indices."""
+        """The table of some pairs only, as of [`SequenceEvaluation`]."""
         return PairEvaluation(self.chosen.select(rows), self.rejected.select(rows))
 
     def completions(self) -> SequenceEvaluation:
         """All 2n completions in one table, chosen ones first."""
-        both = {f.name: (getattr(self.chosen, f.name), getattr(self.rejected, f.name)) for f in fields(self.chosen)}
-        return SequenceEvaluation(
-            **{name: None if values[0] is None else torch.cat(values) for name, values in both.items()}
-        )
+        return _by_column(lambda *values: torch.cat(values), self.chosen, self.rejected)
+
+
+def _by_column(function: Callable[..., torch.Tensor], *tables: SequenceEvaluation) -> SequenceEvaluation:
+    columns = {f.name: [getattr(table, f.name) for table in tables] for f in fields(SequenceEvaluation)}
+    return SequenceEvaluation(**{k: None if values[0] is None else function(*values) for k, values in columns.items()})
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ class ClassEvaluation:
 
 def evaluate_pairs(
     model: nn.Module,
-    dataset: Sequence[dict[str, Any]],
-    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+    dataset: Rows,
+    collate: Collate,
     accelerator: Accelerator,
     *,
     ref_model: nn.Module | None = None,
@@ -121,14 +122,13 @@ def evaluate_pairs(
             hidden states and output embedding; under tensor, context or sequence parallelism.
         TypeError: if `model` is wrapped by FSDP version 1.
     """
-    chosen, rejected = _evaluate(model, dataset, collate, accelerator, ref_model, batch_size, sequences_per_row=2)
-    return PairEvaluation(chosen, rejected)
+    return PairEvaluation(*_evaluate(model, dataset, collate, accelerator, ref_model, batch_size, 2))
 
 
 def evaluate_sequences(
     model: nn.Module,
-    dataset: Sequence[dict[str, Any]],
-    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+    dataset: Rows,
+    collate: Collate,
     accelerator: Accelerator,
     *,
     ref_model: nn.Module | None = None,
@@ -139,22 +139,16 @@ def evaluate_sequences(
     The batch has `input_ids` and `labels` of shape `(rows, length)`, labels -100 where a token is not evaluated. A
     reference is not needed; without one `logratio` and `kl` are None.
     """
-    return _evaluate(model, dataset, collate, accelerator, ref_model, batch_size, sequences_per_row=1)[0]
+    return _evaluate(model, dataset, collate, accelerator, ref_model, batch_size, 1)[0]
 
 
 def evaluate_classes(
-    model: nn.Module,
-    dataset: Sequence[dict[str, Any]],
-    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
-    accelerator: Accelerator,
-    *,
-    batch_size: int = 8,
+    model: nn.Module, dataset: Rows, collate: Collate, accelerator: Accelerator, *, batch_size: int = 8
 ) -> ClassEvaluation:
-    """Evaluates a classifier: as `evaluate_pairs`, for batches with `labels` of shape `(rows,)` and whatever the model
-    takes to give `logits` of shape `(rows, classes)`."""
+    """Evaluates a classifier (`logits` of shape `(rows, classes)`): batches have `labels` of shape `(rows,)`."""
 
     def score(batch: dict[str, Any], _: bool) -> torch.Tensor:
-        batch = {k: v.to(accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        batch = _on_device(batch, accelerator)
         labels = batch.pop("labels")
         with torch.no_grad(), accelerator.autocast():
             logits = model(**batch).logits.float()
@@ -166,13 +160,7 @@ def evaluate_classes(
 
 
 def _evaluate(
-    model: nn.Module,
-    dataset: Sequence[dict[str, Any]],
-    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
-    accelerator: Accelerator,
-    ref_model: nn.Module | None,
-    batch_size: int,
-    sequences_per_row: int,
+    model, dataset, collate, accelerator, ref_model, batch_size, sequences_per_row
 ) -> list[SequenceEvaluation]:
     def score(batch: dict[str, Any], is_first: bool) -> torch.Tensor:
         return score_rows(model, ref_model, batch, accelerator, sequences_per_row, check=is_first)
@@ -196,10 +184,7 @@ class Scores(NamedTuple):
 
 
 def evaluations_of(stacked: torch.Tensor, has_kl: bool) -> list[SequenceEvaluation]:
-    """A table for each sequence of a row, from what [`score_rows`] gave for all rows.
-
-    `has_kl` says if there was a reference.
-    """
+    """A table for each sequence of a row, from what [`score_rows`] gave; `has_kl` says if there was a reference."""
     scores, sequences = Scores(*stacked.unbind(1)), stacked.shape[2]
     return [
         SequenceEvaluation(
@@ -213,7 +198,7 @@ def evaluations_of(stacked: torch.Tensor, has_kl: bool) -> list[SequenceEvaluati
     ]
 
 
-def rows_of(dataloader: DataLoader) -> Sequence[dict[str, Any]]:
+def rows_of(dataloader: DataLoader) -> Rows:
     """The rows that a dataloader of a trainer goes through, by index. A stream is read to its end."""
     dataset = dataloader.dataset
     if has_length(dataset):
@@ -221,25 +206,28 @@ def rows_of(dataloader: DataLoader) -> Sequence[dict[str, Any]]:
     return list(dataset.dataset if isinstance(dataset, IterableDatasetShard) else dataset)
 
 
+def _on_device(batch: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
+    return {k: v.to(accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
 def check_parallelism(model: nn.Module, accelerator: Accelerator) -> None:
     """Raises an error if several processes share a row, or if the weights can't be read."""
     parallelism = accelerator.parallelism_config
     if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError(
-            f"Drift can't be measured under tensor, context or sequence parallelism ({parallelism}): the processes of "
-            "one group would be handed different rows. Use data parallelism alone, or set `drift_metrics=False`."
+            f"Drift can't be measured under tensor, context or sequence parallelism ({parallelism}). Use data "
+            "parallelism alone, or set `drift_metrics=False`."
         )
     if isinstance(model, FullyShardedDataParallel):
         raise TypeError(
-            "Drift can't be measured under FSDP version 1, whose flat parameters are whole only inside its own "
-            "forward. Set `fsdp_version: 2`, or `drift_metrics=False`."
+            "Drift can't be measured under FSDP version 1. Set `fsdp_version: 2`, or `drift_metrics=False`."
         )
 
 
 def _table(
     models: list[nn.Module],
-    dataset: Sequence[dict[str, Any]],
-    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+    dataset: Rows,
+    collate: Collate,
     accelerator: Accelerator,
     batch_size: int,
     score: Callable[[dict[str, Any], bool], torch.Tensor],
@@ -257,10 +245,12 @@ def _table(
     with evaluation_mode(models):
         for step in range(steps):
             start = (step * world + rank) * batch_size
-            # Rows past the end are replaced by earlier ones, so that every process makes the same number of forward
-            # passes (ZeRO-3 and FSDP gather weights in each); the surplus is cut off below.
-            batch = collate([dict(dataset[i % n]) for i in range(start, start + batch_size)])
-            table.append(score(batch, step == 0))
+            # Every process makes the same number of forward passes, since ZeRO-3 and FSDP gather weights in each. Rows
+            # past the end are earlier ones, and cut off below.
+            indices = [i % n for i in range(start, start + batch_size)]
+            # torch's protocol for reading in batches, which `datasets.Dataset` has and a list has not
+            read = getattr(dataset, "__getitems__", lambda indices: [dataset[i] for i in indices])
+            table.append(score(collate([dict(row) for row in read(indices)]), step == 0))
 
     table = torch.stack(table)  # (steps, rows, …)
     if world > 1:
@@ -283,23 +273,23 @@ def score_rows(
     Args:
         model, ref_model, batch, accelerator: As in [`evaluate_pairs`]; the batch as `collate` makes it.
         sequences_per_row: 2 for pairs.
-        hidden: The last hidden states of policy and reference on this batch, `(sequences, length, hidden size)`, if
-            they have been run already (see [`captured_hidden_states`]). What is missing is run.
+        hidden: The [`captured_hidden_states`] of policy and reference on this batch, `(sequences, length, hidden
+            size)`. What is missing is run.
         check: Whether to compare with the logits of what is run.
 
     Returns:
         The [`Scores`] of each sequence, stacked: `(rows, len(Scores._fields), sequences_per_row)`, float64, on the
         batch's device (but on the CPU for Apple's GPUs, which have no float64).
     """
-    batch = {k: v.to(accelerator.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    batch = _on_device(batch, accelerator)
     ref_logps = [batch.pop(key, None) for key in ("ref_chosen_logps", "ref_rejected_logps")]
     labels, completion_mask = batch.pop("labels", None), batch.pop("completion_mask", None)
     if completion_mask is not None:
         labels = batch["input_ids"].masked_fill(completion_mask == 0, -100)
     if labels is None:
         raise ValueError(
-            f"`collate` made a batch of {sorted(batch)}, with neither `completion_mask` nor `labels` to say which "
-            "tokens to evaluate. Use TRL's collator, or one that adds either."
+            f"`collate` made a batch of {sorted(batch)}, with neither `completion_mask` nor `labels`. Use TRL's "
+            "collator, or one that adds either."
         )
     # Sequence and position before each token that is evaluated
     places = (labels[:, 1:] != -100).nonzero(as_tuple=True)
@@ -314,20 +304,14 @@ def score_rows(
         # reference both are float32, since rounding to bf16 alone is a KL of 1e-3, the size of a short run's drift.
         full_precision = torch.autocast(accelerator.device.type, enabled=False)
         precision = accelerator.autocast() if ref is None else full_precision
-        with (
-            precision,
-            _tensor_cores(),
-            policy.gathered(),
-            contextlib.nullcontext() if ref is None else ref.gathered(),
-        ):
-            if check:
-                policy.check()
-                if ref is not None:
-                    ref.check()
+        with contextlib.ExitStack() as stack, precision, _tensor_cores():
+            for passed in (policy,) if ref is None else (policy, ref):
+                stack.enter_context(passed.gathered())
+                if check:
+                    passed.check()
             scored = _score_tokens(policy, ref, targets)
 
-    # The order of the sums is always the same. Nothing here waits for the device, which may still work on this batch
-    # when the host prepares the next.
+    # The order of the sums is always the same. Nothing here waits for the device.
     device = torch.device("cpu") if labels.device.type == "mps" else labels.device  # which has no float64
     places = tuple(x.to(device) for x in places)
 
@@ -340,8 +324,8 @@ def score_rows(
         drift = [logps - torch.cat(ref_logps).to(device).double(), torch.zeros_like(logps)]
     elif ref is None and sequences_per_row == 2:
         raise ValueError(
-            "There is no reference to measure the drift from: `ref_model` is None, `model` is not a PEFT model, and "
-            "the batch has no `ref_chosen_logps`. Pass `ref_model`, or precompute the reference log-probabilities."
+            "There is no reference: `model` is not a PEFT model and the batch has no `ref_chosen_logps`. Pass "
+            "`ref_model`, or precompute the reference log-probabilities."
         )
     logratio, kl = drift or [torch.zeros_like(logps)] * 2
     scores = Scores(logps, total(torch.ones_like(targets)), correct, logratio, kl)
@@ -350,11 +334,7 @@ def score_rows(
 
 @contextlib.contextmanager
 def _tensor_cores() -> Iterator[None]:
-    """Lets a CUDA device multiply float32 matrices as TF32 for the time of the context.
-
-    The product with the output embedding is most of the work, and takes an H100 eight times as long in full
-    float32. With ten bits of mantissa logits differ by a thousandth of their spread: a KL of 1e-6.
-    """
+    """Lets a CUDA device multiply float32 matrices as TF32: eight times as fast, at a KL of 1e-6."""
     backend = torch.backends.cuda.matmul
     # torch 2.9 brought the first, and raises errors where both are read
     name, value = ("fp32_precision", "tf32") if hasattr(backend, "fp32_precision") else ("allow_tf32", True)
@@ -380,8 +360,8 @@ def _score_tokens(policy: Forward, ref: Forward | None, targets: torch.Tensor) -
             log_r = ref.logits(ref.hidden[positions]).log_softmax(-1).to(log_p.device)
             if log_r.shape != log_p.shape:
                 raise ValueError(
-                    f"`ref_model` has {log_r.shape[-1]} logits a token and the policy {log_p.shape[-1]}: the "
-                    "reference must share the policy's vocabulary. Resize both embeddings alike before training."
+                    f"`ref_model` has {log_r.shape[-1]} logits a token and the policy {log_p.shape[-1]}: resize both "
+                    "embeddings alike before training."
                 )
             ref_logps = log_r.gather(-1, target).squeeze(-1)
             # Σ p (log p - log r), in place. A token that the policy never emits adds nothing, even if the reference

@@ -59,9 +59,8 @@ class Forward:
         tolerance = 0.05 * expected.abs().max().item()
         if expected.isfinite().all() and not torch.allclose(actual, expected, rtol=0.05, atol=tolerance):
             raise ValueError(
-                f"The logits of {self.name} are not its output embedding times its last hidden state (they differ by "
-                f"{(actual - expected).abs().max().item():.3g}), so its drift can't be measured in chunks. Set "
-                "`drift_metrics=False`."
+                f"The logits of {self.name} differ by {(actual - expected).abs().max().item():.3g} from its output "
+                "embedding times its last hidden state. Set `drift_metrics=False`."
             )
 
 
@@ -80,16 +79,11 @@ def forward(
     model = model._orig_mod if is_compiled_module(model) else model
     causal = _causal_model(model, accelerator)
     decoder, head, name = causal.get_decoder(), causal.get_output_embeddings(), type(causal).__name__
-    if decoder is causal or head is None or "logits_to_keep" not in inspect.signature(type(causal).forward).parameters:
+    keeps_logits = "logits_to_keep" in inspect.signature(type(causal).forward).parameters
+    if decoder is causal or head is None or hasattr(head, "base_layer") or not keeps_logits:
         raise ValueError(
-            f"The drift of {name} can't be measured: it must be a causal language model with a decoder "
-            "(`get_decoder()`), an output embedding, and a `logits_to_keep` argument of `forward`. Set "
-            "`drift_metrics=False`."
-        )
-    if hasattr(head, "base_layer"):
-        raise ValueError(
-            f"The drift of {name} can't be measured with a PEFT adapter on its output embedding. Take `lm_head` "
-            "out of `target_modules`, or set `drift_metrics=False`."
+            f"The drift of {name} can't be measured: it must have `get_decoder()`, an output embedding without an "
+            "adapter, and an argument `logits_to_keep` of `forward`. Set `drift_metrics=False`."
         )
 
     logits = None
@@ -115,10 +109,9 @@ def forward(
 
 @contextlib.contextmanager
 def captured_hidden_states(models: Sequence[nn.Module], accelerator: Accelerator) -> Iterator[list[torch.Tensor]]:
-    """Yields a list that each forward pass of one of the models, made in the context, adds its last hidden states to.
+    """Yields a list that each forward pass in the context adds its last hidden states to; a compiled one adds nothing.
 
-    The models are those of [`evaluate_pairs`], and in evaluation mode for the time of the context. A compiled forward
-    adds nothing.
+    The models are those of [`evaluate_pairs`], and are in evaluation mode in the context.
     """
     captured: list[torch.Tensor] = []
     decoders = {id(decoder): decoder for decoder in (_causal_model(m, accelerator).get_decoder() for m in models)}
@@ -134,10 +127,9 @@ def captured_hidden_states(models: Sequence[nn.Module], accelerator: Accelerator
 def without_cudnn() -> Iterator[None]:
     """Attention by torch's other kernels.
 
-    cuDNN plans its kernel for each new shape of a batch, and batches of packed rows, or of rows sorted by length, all
-    have different shapes. On an H200 a plan takes a tenth of a second or more, half of a step of a 0.5 B model. The
-    context must hold the backward pass too: gradient checkpointing runs the forward pass again in it, and raises an
-    error if another kernel is used then.
+    cuDNN plans its kernel for each new shape of a batch, which takes a tenth of a second or more, half of a step of a
+    0.5 B model on an H200. The context must hold the backward pass too: gradient checkpointing raises an error if it
+    runs the forward pass again with another kernel.
     """
     enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -204,10 +196,8 @@ def _causal_model(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 def _logit_scale(config: Any) -> float:
     """The factor between head output and logits, by the names it has in configs (as TRL's `add_fused_lm_head`)."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
-        return 1.0
-    return scaling if config.model_type == "hyperclovax" else 1 / scaling
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"):
+        if (scale := getattr(config, name, None)) is not None:
+            is_divisor = name == "logits_scaling" and config.model_type != "hyperclovax"
+            return 1 / scale if is_divisor else scale
+    return 1.0

@@ -7,30 +7,16 @@ from .rewards import reward_margins
 
 
 def memorization_rows(n: int, memorization_max_rows: int | None) -> list[int]:
-    """The training rows on which memorisation is measured: all `n`, or `memorization_max_rows`
-    spread evenly over them.
-
-    A function of its arguments alone, so that every process, run and evaluation measures on the same rows.
-    """
+    """The training rows on which memorization is measured: all `n`, or so many that are spread evenly over them."""
     if memorization_max_rows is None or n <= memorization_max_rows:
         return list(range(n))
     return [i * n // memorization_max_rows for i in range(memorization_max_rows)]
 
 
 def memorization_metrics(pairs: PairEvaluation, flipped: torch.Tensor, beta: float) -> dict[str, float]:
-    """Accuracy against the labels trained on, for flipped and clean pairs apart.
+    """The `corrupted_fit` of [`fit_metrics`] as `memorization/flipped_fit`, and `memorization/clean_fit`.
 
-    Args:
-        pairs: The evaluation of `n` training pairs, chosen and rejected as they were trained on.
-        flipped: Whether the label of a pair was flipped before training. Shape `(n,)`, bool.
-        beta: DPO's β.
-
-    Returns:
-        `memorization/flipped_fit` (1: the noise is learnt by heart) and `memorization/clean_fit`; each only if there
-        is a pair of its kind.
-
-    Raises:
-        ValueError: if `flipped` does not have one entry a pair.
+    `flipped`, bool of shape `(n,)`, says whether the label of each of the `n` training pairs was flipped.
     """
     fits = fit_metrics(row_fit(pairs, beta), _checked("flipped", flipped, len(pairs), "pairs"))
     wanted = ("corrupted_fit", "clean_fit")
@@ -38,13 +24,8 @@ def memorization_metrics(pairs: PairEvaluation, flipped: torch.Tensor, beta: flo
 
 
 def completion_metrics(sequences: SequenceEvaluation) -> dict[str, float]:
-    """How well a model knows completions: means over rows.
-
-    Returns:
-        `exact_match`: share of the completions that greedy decoding would give, token by token. `token_accuracy`: mean
-        share of a completion's tokens that are the most probable ones, given those before. A completion without
-        tokens counts as wrong.
-    """
+    """Means over rows: `exact_match`, the share of the completions that greedy decoding would give, and
+    `token_accuracy`, the share of a completion's tokens. A completion without tokens counts as wrong."""
     fit, _ = row_fit(sequences)
     exact = (sequences.correct == sequences.tokens) & (sequences.tokens > 0)
     return {"exact_match": exact.double().mean().item(), "token_accuracy": fit.mean().item()}
@@ -77,9 +58,8 @@ def fit_metrics(
     """Fit of training rows, corrupted and clean apart, and of held-out rows.
 
     Args:
-        train: fit and loss of `n` training rows, as from `row_fit`, against the labels trained on.
-        corrupted: which of them are corrupted. Shape `(n,)`, bool.
-        heldout: fit and loss of the held-out rows.
+        train, heldout: fit and loss of `n` training rows, and of the held-out rows, as from `row_fit`.
+        corrupted: which of the training rows are corrupted. Shape `(n,)`, bool.
 
     Returns:
         `memorization/corrupted_fit` (1: the noise is learnt by heart), `memorization/clean_fit`, each also as `…_loss`
@@ -87,15 +67,14 @@ def fit_metrics(
         `…_loss`, and `memorization/gap`, the train fit minus the held-out fit.
     """
     corrupted = _checked("corrupted", corrupted, len(train[0]), "rows")
+    kinds = {"corrupted": [x[corrupted] for x in train], "clean": [x[~corrupted] for x in train]}
+    kinds |= {"train": train[:1]} | ({} if heldout is None else {"heldout": heldout})
     metrics = {}
-    for name, mask in (("corrupted", corrupted), ("clean", ~corrupted)):
-        if mask.any():
-            for what, values in zip(("fit", "loss"), train, strict=True):
-                metrics[f"memorization/{name}_{what}"] = values[mask].mean().item()
-    metrics["memorization/train_fit"] = train[0].mean().item()
+    for name, values in kinds.items():
+        if len(values[0]):
+            pairs = zip(("fit", "loss"), values, strict=False)
+            metrics |= {f"memorization/{name}_{what}": value.mean().item() for what, value in pairs}
     if heldout is not None:
-        for what, values in zip(("fit", "loss"), heldout, strict=True):
-            metrics[f"memorization/heldout_{what}"] = values.mean().item()
         metrics["memorization/gap"] = metrics["memorization/train_fit"] - metrics["memorization/heldout_fit"]
     return metrics
 
@@ -106,6 +85,6 @@ def _checked(name: str, flags: torch.Tensor, n: int, what: str) -> torch.Tensor:
     if flags.shape != (n,):
         raise ValueError(
             f"`{name}` must have one entry for each of the {n} {what}, got shape {tuple(flags.shape)}: pass that "
-            "column of the rows that were evaluated."
+            "column of the evaluated rows."
         )
     return flags

@@ -16,18 +16,7 @@ def reward_accuracy(pairs: PairEvaluation, beta: float) -> float:
 
 
 def reward_metrics(pairs: PairEvaluation, beta: float) -> dict[str, float]:
-    """Means over the pairs, by TRL's names.
-
-    TRL averages over batches; these are exact over rows, however uneven the last batch is.
-
-    Args:
-        pairs: The evaluation of `n` pairs.
-        beta: DPO's β, the reward's unit.
-
-    Returns:
-        `rewards/accuracies` (a share), `rewards/margins`, `rewards/chosen`, `rewards/rejected` (units of reward),
-        `logps/chosen` and `logps/rejected` (nats a completion).
-    """
+    """Exact means over the pairs, by TRL's names; rewards in units of β, `logps` in nats a completion."""
     return {
         "rewards/accuracies": reward_accuracy(pairs, beta),
         "rewards/margins": reward_margins(pairs, beta).mean().item(),

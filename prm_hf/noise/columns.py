@@ -26,29 +26,25 @@ def label_columns(columns: str | Sequence[str] | None, features: Features) -> li
         names = ["completion"] if "completion" in features else [name for name in _LABELS if name in features][:1]
         if not names:
             raise ValueError(
-                "`dataset` has no label that is known by its name: neither `chosen` and `rejected`, nor `completion`, "
-                f"nor `label`; its columns are {list(features)}. Name it in `columns`; the last turn of a "
-                "conversation has to become a `completion` first."
+                "`dataset` has no label that is known by its name (`chosen` and `rejected`, `completion`, `label`); "
+                f"its columns are {list(features)}. Name it in `columns`."
             )
     else:
         names = named_columns(columns, features)
         if {"chosen", "rejected"} & set(names):
-            raise ValueError(
-                "The label of a preference is which completion is `chosen`: leave `columns` out to flip it."
-            )
+            raise ValueError("The label of a preference is which side is `chosen`: leave `columns` out to flip it.")
     for name in names:
         if not isinstance(features[name], ClassLabel) and not is_text(features[name]):
             raise ValueError(
-                f"Column {name!r} of `dataset` is {features[name]}, neither a class label nor text. Make integers a "
-                "class label with `dataset.cast_column(…, ClassLabel(num_classes=…))`, words with "
-                "`dataset.class_encode_column`."
+                f"Column {name!r} of `dataset` is {features[name]}, neither a class label nor text. Integers become "
+                "one with `dataset.cast_column(…, ClassLabel(num_classes=…))`."
             )
         if isinstance(features[name], ClassLabel) != isinstance(features[names[0]], ClassLabel):
             raise ValueError(f"`columns={columns!r}` mixes class labels and text: corrupt one after the other.")
         if name in _LABELS and not isinstance(features[name], ClassLabel):
             raise ValueError(
-                f"Column {name!r} of `dataset` holds text. If its words are classes, make them so with "
-                f"`dataset.class_encode_column({name!r})`; if it is a completion, rename it."
+                f"Column {name!r} of `dataset` holds text: make its words classes with "
+                f"`dataset.class_encode_column({name!r})`, or rename it if it is a completion."
             )
     return names
 
@@ -63,13 +59,13 @@ def input_columns(columns: str | Sequence[str] | None, features: Features) -> li
         names = [name for name in known if name in features][:1]
         if not names:
             raise ValueError(
-                f"`dataset` has no input that is known by its name ({', '.join(known)}); its columns are "
-                f"{list(features)}. Name it in `columns`."
+                f"`dataset` has no input that is known by its name ({', '.join(known)}) in {list(features)}. Name it "
+                "in `columns`."
             )
     if "input_ids" in names and isinstance(features.get("labels"), (List, LargeList)) and "labels" not in names:
         raise ValueError(
-            "`dataset` has `labels` beside its `input_ids`, which would no longer be the tokens' own. Remove the "
-            "column, or corrupt the text before it is tokenised."
+            "`dataset` has `labels` beside its `input_ids`, which would no longer fit. Remove them, or corrupt the "
+            "text before it is tokenised."
         )
     return names
 

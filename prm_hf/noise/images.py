@@ -12,20 +12,21 @@ from typing import Any
 import numpy as np
 
 from .rng import row_generator, row_uniforms
+from .rows import RowNoise
 
 
 _MODES = ("L", "RGB", "RGBA")
 
 
 @dataclass(frozen=True)
-class ShufflePixels:
+class ShufflePixels(RowNoise):
     """The same order of pixels for all images of one size, or with `per_row` another one for each."""
 
     seed: int
     stream: str
     per_row: bool
 
-    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+    def change_row(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         result = {}
         for column, value in row.items():
             pixels, restore = _to_pixels(value, column)
@@ -38,7 +39,7 @@ class ShufflePixels:
 
 
 @dataclass(frozen=True)
-class GaussianPixels:
+class GaussianPixels(RowNoise):
     """Independent normal numbers. By column: mean and standard deviation of each channel, and the type of a number."""
 
     seed: int
@@ -46,7 +47,7 @@ class GaussianPixels:
     moments: dict[str, tuple[list[float], list[float]]]
     dtypes: dict[str, str]
 
-    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+    def change_row(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         rng = row_generator(self.seed, index, self.stream)
         result = {}
         for column, value in row.items():
@@ -70,16 +71,14 @@ def fixed_order(n: int, seed: int, stream: str) -> np.ndarray:
 def gaussian_moments(images: Iterable[Any], column: str, dtype: str) -> tuple[list[float], list[float]]:
     """Mean and standard deviation to draw each channel with, so that the drawn pixels have those of `images`.
 
-    Bytes are rounded and cut off at 0 and 255, which alone would move both moments; the numbers returned make up for
-    it.
+    The numbers make up for the rounding and clipping of bytes.
     """
     count, total, squares = 0, 0.0, 0.0
     for value in images:
         pixels = _to_pixels(value, column)[0]
         if count and np.size(total) != pixels.shape[1]:
             raise ValueError(
-                f"The images in {column!r} have {np.size(total)} channels and {pixels.shape[1]}: bring them to one "
-                "number with `dataset.map` first."
+                f"The images in {column!r} have {np.size(total)} and {pixels.shape[1]} channels: make them equal."
             )
         count += len(pixels)
         total = total + pixels.sum(axis=0, dtype=np.float64)
@@ -116,28 +115,23 @@ def _to_pixels(value: Any, column: str):
         from PIL import Image
 
         image = value.convert("RGB") if value.mode == "P" else value
-        if image.mode not in _MODES:
-            raise ValueError(
-                f"The images in {column!r} have the mode {image.mode!r}, and {', '.join(_MODES)} are known: convert "
-                "them with `dataset.cast_column(…, Image(mode='RGB'))`."
-            )
         array = np.asarray(image)
-        height, width = array.shape[:2]
-        return array.reshape(height * width, -1), lambda p: Image.fromarray(p.reshape(array.shape))
-    array = np.asarray(value)
-    if array.dtype == object or array.ndim not in (1, 2, 3) or not array.size:
-        raise ValueError(
-            f"Column {column!r} must hold images: PIL images, or arrays of numbers of one to three dimensions, got "
-            f"{type(value).__name__} of shape {array.shape}."
-        )
-    if array.ndim < 3:
-        return array.reshape(-1, 1), lambda p: p.reshape(array.shape).tolist()
-    if array.shape[0] <= 4:
-        rest = array.shape[1:]
-        return array.reshape(len(array), -1).T, lambda p: p.T.reshape(-1, *rest).tolist()
-    if array.shape[2] <= 4:
-        return array.reshape(-1, array.shape[2]), lambda p: p.reshape(array.shape).tolist()
+        if image.mode in _MODES:
+            height, width = array.shape[:2]
+            return array.reshape(height * width, -1), lambda p: Image.fromarray(p.reshape(array.shape))
+        found = f"an image of the mode {image.mode!r}"
+    else:
+        array = np.asarray(value)
+        if array.dtype != object and array.size:
+            if array.ndim in (1, 2):
+                return array.reshape(-1, 1), lambda p: p.reshape(array.shape).tolist()
+            if array.ndim == 3 and array.shape[0] <= 4:
+                rest = array.shape[1:]
+                return array.reshape(len(array), -1).T, lambda p: p.T.reshape(-1, *rest).tolist()
+            if array.ndim == 3 and array.shape[2] <= 4:
+                return array.reshape(-1, array.shape[2]), lambda p: p.reshape(array.shape).tolist()
+        found = f"{type(value).__name__} of shape {array.shape}"
     raise ValueError(
-        f"The images in {column!r} have the shape {array.shape}, of which neither the first nor the last dimension "
-        "can be the channels (at most 4): bring them to (channels, height, width) or (height, width, channels)."
+        f"Column {column!r} must hold PIL images ({', '.join(_MODES)}) or arrays of numbers, in three dimensions with "
+        f"at most 4 channels first or last; got {found}. Convert them with `dataset.map` first."
     )

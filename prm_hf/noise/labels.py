@@ -8,10 +8,11 @@ import numpy as np
 from datasets import ClassLabel
 
 from .rng import row_generator
+from .rows import RowNoise
 
 
 @dataclass(frozen=True)
-class RedrawClass:
+class RedrawClass(RowNoise):
     """A new class for a row, from a number of the row's own. One that is -1 (unlabelled) stays."""
 
     seed: int
@@ -20,7 +21,7 @@ class RedrawClass:
     exclude_true: bool
     cumulative: list[list[float]] | None
 
-    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+    def change_row(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         ((column, label),) = row.items()
         if label is None or label < 0:
             return row
@@ -41,27 +42,18 @@ def redraw_class(
     exclude_true: bool,
     transition: Sequence[Sequence[float]] | np.ndarray | None,
 ) -> RedrawClass:
-    """Checks the options against the classes of the column.
-
-    Raises:
-        ValueError: there is one class only; or `transition` is no row-stochastic matrix of its size, or contradicts
-            `exclude_true`.
-    """
+    """The noise, once its options have been checked against the classes of the column."""
     n = feature.num_classes
     if n < 2:
         raise ValueError(f"The label column has {n} class: there is no other one to draw.")
     if transition is None:
         return RedrawClass(seed, stream, n, exclude_true, None)
     if exclude_true:
-        raise ValueError(
-            "`exclude_true` and `transition` contradict each other: a diagonal of zeros in `transition` excludes the "
-            "true class. Leave `exclude_true` out."
-        )
+        raise ValueError("`exclude_true` and `transition` contradict: give `transition` a diagonal of zeros instead.")
     matrix = np.asarray(transition, dtype=np.float64)
     if matrix.shape != (n, n) or not (matrix >= 0).all() or not np.allclose(matrix.sum(axis=-1), 1):
         raise ValueError(
-            f"`transition` must be a {n} x {n} matrix of probabilities, row i being those of the new label of class "
-            f"i, so that each row sums to 1; got the shape {matrix.shape}."
+            f"`transition` must be a {n} x {n} matrix of probabilities whose rows sum to 1, got shape {matrix.shape}."
         )
     cumulative = matrix.cumsum(axis=1)
     cumulative[:, -1] = 1.0

@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 
 from .._names import renamed_arguments
 from .rng import check_noise_rate, check_seed, row_uniforms
-from .rows import check_dataset, check_plain, map_rows, named_splits, pinned
+from .rows import check_new, check_plain, map_rows, map_splits, originals, pinned
 
 
 _STREAM = "flip_preferences"
@@ -25,76 +25,80 @@ def flip_preferences(
 ) -> Dataset | DatasetDict | IterableDataset | IterableDatasetDict:
     """Swap the preferred and the dispreferred completion of each row with probability `noise_rate`.
 
-    Works on every preference format of TRL (standard or conversational, with or without a `prompt` column). Every
-    column whose name holds `chosen` is swapped with the column whose name holds `rejected` in the same place:
-    `chosen` with `rejected`, `score_chosen` with `score_rejected`, `chosen-model` with `rejected-model`,
-    `ref_chosen_logps` with `ref_rejected_logps`. Other columns stay as they are, also those that describe the pair
-    under another name (a `margin`, or a copy of the chosen conversation such as `messages` in
-    `ultrafeedback_binarized`).
+    Works on every preference format of TRL. Every column whose name holds `chosen` is swapped with the column whose
+    name holds `rejected` in the same place, as `score_chosen` with `score_rejected`. Other columns stay as they are,
+    also those that describe the pair under another name (as `messages` in `ultrafeedback_binarized`).
 
-    Whether a row is flipped depends on `seed` and on its index in `dataset` as given, and on nothing else: not on
-    `num_proc`, on later sharding, or on the number of processes. A row flipped at one rate is flipped at every
-    higher rate under the same seed. Flip first and shuffle, shard or split by node afterwards; the index of a stream
-    shuffled before is not that of its source.
+    Whether a row is flipped depends on `seed` and on its index in `dataset` as given, and on nothing else: flip first
+    and shuffle or shard afterwards. A row flipped at one rate is flipped at every higher rate under the same seed.
 
     Args:
-        dataset: `Dataset`, `IterableDataset`, or a dict of either. It is not changed. An `IterableDataset` comes back
-            as one shard, because a row's index in a stream read in several places at once is not known; so one
-            data-loader worker reads it.
+        dataset: `Dataset`, `IterableDataset`, or a dict of either. It is not changed. A stream comes back as one
+            shard, because a row's index in a stream read in several places at once is not known.
         noise_rate: probability of a flip, in [0, 1].
         seed: non-negative integer.
-        exact: flip exactly `round(noise_rate * len(dataset))` rows instead (Python's rounding). Not for an
-            `IterableDataset`, whose length is not known.
-        splits: the split or splits to flip of a dict of datasets; the others come back untouched, without a
-            `flipped` column. Default: `train`, so that evaluation stays clean.
-        num_proc: processes for `Dataset.map`; streams do not use it.
+        exact: flip exactly `round(noise_rate * len(dataset))` rows instead (Python's rounding). Not for a stream.
+        splits: the split or splits to flip of a dict; the others come back as they are. Default: `train`, so that
+            evaluation stays clean.
+        num_proc: processes for `Dataset.map`.
 
     Returns:
         The same type as `dataset`, with the bool column `flipped`: whether the label is not what it was.
 
     Raises:
         TypeError: `dataset` is none of the four types, or a stream with a table format.
-        ValueError: `noise_rate` is not a number in [0, 1]; `seed` is not a non-negative integer; a named split, or the
-            column `chosen` or `rejected`, is missing; a column has no partner, or one of another type; there is a
-            column `flipped` already; the dataset has no rows; `exact` for a stream; `splits` for a single dataset.
+        ValueError: an argument is out of its range; a split or a column is missing; a column has no partner, or one
+            of another type; there is a column `flipped` already; there are no rows.
     """
     check_noise_rate(noise_rate)
     check_seed(seed)
-    if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
-        flipped = {
-            name: flip_preferences(dataset[name], noise_rate, seed, exact, num_proc=num_proc)
-            for name in named_splits(dataset, splits, default=["train"])
-        }
-        return type(dataset)({**dataset, **flipped})
-    check_dataset(dataset, splits)
-    noise_rate = float(noise_rate)
+    return map_splits(
+        dataset, splits, ["train"], lambda split, _: flip(split, float(noise_rate), int(seed), exact, num_proc)
+    )
+
+
+def flip(
+    dataset: Dataset | IterableDataset,
+    noise_rate: float,
+    seed: int,
+    exact: bool = False,
+    num_proc: int | None = None,
+    keep_original: bool = False,
+    mark: str | None = None,
+) -> Dataset | IterableDataset:
+    """[`flip_preferences`] of one split; `keep_original` as in [`corrupt`], `mark` names a second column `flipped`."""
     if isinstance(dataset, IterableDataset) and exact:
         raise ValueError(
-            "`exact=True` needs the number of rows, which an IterableDataset does not know. Use `exact=False`, or "
-            "load the dataset without streaming."
+            "`exact=True` needs the number of rows, which an IterableDataset does not know. Load the dataset without "
+            "streaming."
         )
     dataset = pinned(dataset)
-    pairs, features = _pairs_and_features(dataset.features)
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise ValueError("`dataset` has no rows, so there is nothing to flip.")
+    check_new(dataset, "flipped", "flipping")
+    features = dataset.features or Features()
+    pairs = _pairs(features)
+    flag = Value("bool")
+    copies = originals(features, ("chosen", "rejected")) if keep_original else {}
+    kept = {copy: features[name] for copy, name in copies.items()}
     return map_rows(
         dataset,
         _swap,
-        features,
+        Features({**features, "flipped": flag, **kept, **({mark: flag} if mark else {})}),
         num_proc=num_proc,
         desc="Flipping preferences",
         fn_kwargs={
             "pairs": pairs,
-            "seed": int(seed),
-            "threshold": _exact_threshold(noise_rate, int(seed), len(dataset)) if exact else noise_rate,
+            "seed": seed,
+            "threshold": _exact_threshold(noise_rate, seed, len(dataset)) if exact else noise_rate,
+            "copies": copies,
+            "flags": ["flipped", mark] if mark else ["flipped"],
         },
     )
 
 
-def _swap(rows: dict[str, list], indices: list[int], pairs: list[list[str]], seed: int, threshold: float) -> dict:
+def _swap(rows, indices, pairs, seed, threshold, copies, flags) -> dict[str, list]:
     check_plain(rows, "flipping")
     flipped = row_uniforms(seed, indices, _STREAM) < threshold
-    result = {"flipped": flipped.tolist()}
+    result = {name: flipped.tolist() for name in flags} | {copy: rows[name] for copy, name in copies.items()}
     for a, b in pairs:
         result[a] = [y if flip else x for flip, x, y in zip(flipped, rows[a], rows[b], strict=True)]
         result[b] = [x if flip else y for flip, x, y in zip(flipped, rows[a], rows[b], strict=True)]
@@ -109,39 +113,31 @@ def _exact_threshold(noise_rate: float, seed: int, n_rows: int) -> float:
     return float(np.sort(row_uniforms(seed, np.arange(n_rows), _STREAM))[n_flips])
 
 
-def _pairs_and_features(features: Features | None) -> tuple[list[list[str]], Features]:
-    """The pairs of columns that belong together, and the features of the result."""
-    features = features or Features()
+def _pairs(features: Features) -> list[list[str]]:
+    """The pairs of columns that belong together."""
     missing = [name for name in ("chosen", "rejected") if name not in features]
     if missing:
         raise ValueError(
             f"`dataset` has no column {' and no column '.join(map(repr, missing))}; its columns are {list(features)}. "
-            "A preference dataset needs both: rename yours with `dataset.rename_columns`."
-        )
-    if "flipped" in features:
-        raise ValueError(
-            "`dataset` has a column 'flipped' already: flipping twice would hide which labels are clean. Start from "
-            "the clean dataset, or rename the column if it means something else."
+            "Rename yours with `dataset.rename_columns`."
         )
     pairs = []
     for name in features:
-        if "chosen" not in name and "rejected" not in name:
-            continue
         partner = _partner(name)
+        if partner == name or [partner, name] in pairs:
+            continue
         if partner not in features:
             raise ValueError(
-                f"Column {name!r} of `dataset` has no partner {partner!r} to be swapped with, so it would describe "
-                f"the wrong completion in flipped rows. Remove it with `dataset.remove_columns({name!r})`, or rename "
-                "it if it does not depend on the label."
+                f"Column {name!r} of `dataset` has no partner {partner!r} to be swapped with. Remove it with "
+                f"`dataset.remove_columns({name!r})`, or rename it if it does not depend on the label."
             )
         if features[name] != features[partner]:
             raise ValueError(
                 f"Columns {name!r} ({features[name]}) and {partner!r} ({features[partner]}) of `dataset` have "
-                "different types, so they cannot be swapped. Cast one with `dataset.cast_column`."
+                "different types. Cast one with `dataset.cast_column`."
             )
-        if [partner, name] not in pairs:
-            pairs.append([name, partner])
-    return pairs, Features({**features, "flipped": Value("bool")})
+        pairs.append([name, partner])
+    return pairs
 
 
 def _partner(name: str) -> str:

@@ -1,10 +1,9 @@
 """Noise in text: the completion of another row, tokens renamed or in another order, tokens from the unigrams.
 
-A text is a string, a list of messages (each `content` is then a text), or a list of token ids. Special tokens always
-stay where they are. A string is tokenised, changed and decoded: with a tokenizer of whole words that is exact; of
-subwords, the model's tokenizer may cut the new string in other places. In strings, tokens that are no whole
-characters (the bytes of byte-level tokenizers) stay too, since away from their neighbours they would not survive
-decoding. Corrupt token ids (`input_ids`) where every token counts.
+A text is a string, a list of messages (each `content` is then a text), or a list of token ids. Special tokens stay
+where they are. A string is tokenised, changed and decoded, and the model's tokenizer may cut the new string in other
+places: corrupt token ids (`input_ids`) where every token counts. In strings, tokens that are no whole characters stay
+too, since away from their neighbours they would not survive decoding.
 """
 
 from collections import Counter
@@ -13,23 +12,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 
 from .images import fixed_order
 from .rng import row_generator, row_uniforms
+from .rows import RowNoise
 
 
-OTHER = "other_row_"  # prefix of the columns of another row, which stand beside a row's own for a while
+@dataclass(frozen=True)
+class OtherRows:
+    """The columns of row `others[i]` of `donors` in place of those of row i."""
+
+    donors: Dataset
+    others: np.ndarray
+
+    def __call__(self, rows: dict[str, list], indices: list[int]) -> dict[str, list]:
+        return self.donors[self.others[indices].tolist()]
 
 
-def with_other_rows(dataset: Dataset, columns: list[str], seed: int, stream: str, derangement: bool) -> Dataset:
-    """`dataset` with another row's `columns` beside each row's own.
-
-    The other row is uniform among all others; with `derangement`, each row's columns go to exactly one other row.
-
-    Raises:
-        ValueError: there are fewer than two rows.
-    """
+def other_rows(dataset: Dataset, columns: list[str], seed: int, stream: str, derangement: bool) -> OtherRows:
+    """For each row another one, uniform among all others; with `derangement`, each row is taken exactly once."""
     n = len(dataset)
     if n < 2:
         raise ValueError(f"`dataset` has {n} row(s): there is no other one to take {', '.join(columns)} from.")
@@ -40,87 +42,79 @@ def with_other_rows(dataset: Dataset, columns: list[str], seed: int, stream: str
     else:
         steps = (row_uniforms(seed, np.arange(n), stream) * (n - 1)).astype(np.int64) + 1
         others = (np.arange(n) + steps) % n
-    donors = dataset.with_format(None).select_columns(columns).select(others)
-    donors = donors.rename_columns({name: OTHER + name for name in columns})
-    joined = concatenate_datasets([dataset.with_format(None), donors], axis=1)
-    style = dataset.format
-    kept = None if set(style["columns"]) == set(dataset.column_names) else style["columns"]
-    return joined.with_format(
-        style["type"], columns=kept, output_all_columns=style["output_all_columns"], **style["format_kwargs"]
-    )
+    return OtherRows(dataset.with_format(None).select_columns(columns), others)
 
 
 @dataclass(frozen=True)
-class OtherRow:
-    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        return {name: row[OTHER + name] for name in row if not name.startswith(OTHER)}
+class TokenNoise(RowNoise):
+    """Noise in token ids; a subclass gives the function that changes the ids of the row with some index."""
+
+    tokenizer: Any
+
+    def change_row(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        change = self.changer(index)
+        return {name: change_tokens(value, change, self.tokenizer) for name, value in row.items()}
 
 
 @dataclass(frozen=True)
-class RenameTokens:
+class RenameTokens(TokenNoise):
     """One bijection of the vocabulary for all rows."""
 
-    tokenizer: Any
     mapping: np.ndarray
 
-    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        return {
-            name: change_tokens(value, lambda ids: self.mapping[ids], self.tokenizer) for name, value in row.items()
-        }
+    def changer(self, index: int) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda ids: self.mapping[ids]
 
 
 @dataclass(frozen=True)
-class ReorderTokens:
+class ReorderTokens(TokenNoise):
     """One order of positions for all rows, or with `per_row` one for each row, the same in all columns of it."""
 
-    tokenizer: Any
     kept: np.ndarray
     seed: int
     stream: str
     per_row: bool
     window: int | None
 
-    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+    def changer(self, index: int) -> Callable[[np.ndarray], np.ndarray]:
         def reorder(ids: np.ndarray) -> np.ndarray:
             free = np.flatnonzero(~np.isin(ids, self.kept))
             if self.per_row:
                 keys = row_generator(self.seed, index, self.stream).random(len(free))
             else:
                 keys = row_uniforms(self.seed, np.arange(len(free)), self.stream)
-            block = np.zeros(len(free)) if self.window is None else np.arange(len(free)) // self.window
+            block = np.arange(len(free)) // (self.window or max(len(free), 1))
             result = ids.copy()
             result[free] = ids[free[np.lexsort((keys, block))]]
             return result
 
-        return {name: change_tokens(value, reorder, self.tokenizer) for name, value in row.items()}
+        return reorder
 
 
 @dataclass(frozen=True)
-class DrawTokens:
+class DrawTokens(TokenNoise):
     """Independent tokens from the unigram distribution, as many as there were."""
 
-    tokenizer: Any
     kept: np.ndarray
     seed: int
     stream: str
     tokens: np.ndarray
     cumulative: np.ndarray
 
-    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+    def changer(self, index: int) -> Callable[[np.ndarray], np.ndarray]:
         rng = row_generator(self.seed, index, self.stream)
 
         def draw(ids: np.ndarray) -> np.ndarray:
-            free = ~np.isin(ids, self.kept)
+            free = np.flatnonzero(~np.isin(ids, self.kept))
             result = ids.copy()
-            result[free] = self.tokens[np.searchsorted(self.cumulative, rng.random(int(free.sum())), side="right")]
+            result[free] = self.tokens[np.searchsorted(self.cumulative, rng.random(len(free)), side="right")]
             return result
 
-        return {name: change_tokens(value, draw, self.tokenizer) for name, value in row.items()}
+        return draw
 
 
 def kept_ids(tokenizer: Any, is_text: bool) -> np.ndarray:
-    """Ids of the tokens that stay where they are, sorted: special ones, and in strings those that are no whole
-    characters."""
+    """Sorted ids of the tokens that stay: special ones, and in strings those that are no whole characters."""
     kept = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
     if is_text:
         vocabulary = range(len(tokenizer))
@@ -137,11 +131,7 @@ def vocabulary_bijection(tokenizer: Any, kept: np.ndarray, seed: int, stream: st
 
 
 def unigrams(values: Iterable[Any], tokenizer: Any, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of the texts, those in `kept` left out, and their cumulative shares.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The tokens of the texts, those in `kept` left out, and their cumulative shares."""
     counts = Counter()
 
     def count(ids: np.ndarray) -> np.ndarray:
@@ -167,11 +157,9 @@ def change_tokens(value: Any, change: Callable[[np.ndarray], np.ndarray], tokeni
         text = _decode(tokenizer, change(np.asarray(ids, dtype=np.int64)).tolist())
         return text.removeprefix(" ") if spaced else text
     if value and isinstance(value[0], dict):
-        odd = [message for message in value if not isinstance(message.get("content"), str)]
-        if odd:
-            raise ValueError(
-                f"The content of each message must be a string, got {odd[0]!r}. Turn parts into text first."
-            )
+        odd = next((message for message in value if not isinstance(message.get("content"), str)), None)
+        if odd is not None:
+            raise ValueError(f"The content of each message must be a string, got {odd!r}. Make it text first.")
         return [{**m, "content": change_tokens(m["content"], change, tokenizer)} for m in value]
     return change(np.asarray(value, dtype=np.int64)).tolist()
 

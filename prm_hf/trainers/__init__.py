@@ -5,12 +5,7 @@ from .._extras import require
 
 require("prm_hf.trainers", "transformers", "trl", "accelerate", "datasets", "peft")
 
-from .callbacks import (
-    MemorizationCallback,
-    PopulationRiskStopping,
-    PopulationRiskStoppingCallback,
-    PRMCallback,
-)
+from .callbacks import MemorizationCallback, PopulationRiskStopping, PopulationRiskStoppingCallback, PRMCallback
 from .config import PRMArguments, PRMDPOConfig, PRMSFTConfig
 from .dpo import PRMDPOTrainer
 from .mixin import PRMTrainerMixin

@@ -38,38 +38,26 @@ def find_prm(optimizer: Optimizer | None) -> PRM | None:
 class PRMCallback(TrainerCallback):
     """Checks when training begins that PRM is the optimizer in effect, and that its masks will be exact.
 
-    After the first step it says in one line how PRM found the tensors. The trainers of this package have it; add it to
-    any other trainer that trains with PRM: `Trainer(…, callbacks=[PRMCallback()])`.
+    After the first step it says how PRM found the tensors. The trainers of this package have it; add it to any other.
     """
 
     def __init__(self) -> None:
         self._has_told = False
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Optimizer | None = None,
-        **kwargs,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs
     ) -> None:
         if args.deepspeed_plugin is not None:
             check_config(args.deepspeed_plugin.deepspeed_config)
         if find_prm(optimizer) is None:
             raise RuntimeError(
                 "The run is to train with PRM, but the optimizer in effect is "
-                f"{type(innermost_optimizer(optimizer)).__name__}: something on the way took PRM's place. With "
-                "DeepSpeed's CPU offload, accelerate does unless the DeepSpeed configuration has "
-                '`"zero_force_ds_cpu_optimizer": false`.'
+                f"{type(innermost_optimizer(optimizer)).__name__}. With DeepSpeed's CPU offload, set "
+                '`"zero_force_ds_cpu_optimizer": false`, or accelerate puts its own in the place.'
             )
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Optimizer | None = None,
-        **kwargs,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs
     ) -> None:
         prm = find_prm(optimizer)
         if self._has_told or prm is None:
@@ -88,25 +76,20 @@ class PopulationRiskStoppingCallback(TrainerCallback):
 
     For the trainers of this package, with PRM as their optimizer. When an epoch ends in which the mean of the logged
     `mask/snr`, the signal-to-noise ratio pooled over all masked parameters, is below `threshold`, training stops. The
-    learning rate's warm-up does not count, and an epoch without another logged value decides nothing; a mean of few
-    values decides by chance, so let `logging_steps` be a tenth of an epoch or less. It is meant for
-    `prm_estimator="debiased"`, whose ratio goes to 0 where no signal is left; with `"ema"` pure noise keeps it at
-    about 1/20. With `prm_reduction="per_row"` the ratio is larger, the more so the shorter the rows, as what is below
-    0 in a row is not weighed against what is above 0 in others: look at your logs before you choose `threshold`.
-
-    It knows only what is in the logs, which checkpoints carry, so a resumed run stops at the same epoch.
+    learning rate's warm-up does not count. A mean of few values decides by chance, so let `logging_steps` be a tenth
+    of an epoch or less. Use `prm_estimator="debiased"`, whose ratio goes to 0 where no signal is left; with `"ema"`
+    pure noise keeps it at about 1/20. With `prm_reduction="per_row"` the ratio is larger, the more so the shorter the
+    rows: look at your logs before you choose `threshold`. A resumed run stops at the same epoch.
 
     Args:
         threshold (`float`, *optional*, defaults to `0.4`):
             Signal-to-noise ratio, above 0. The default is what served best on the built-in task with
             `prm_reduction="per_tensor"`. In DPO of a model of 0.5 B parameters the ratio of the first epoch was .04 to
-            .09 with 30 % of the labels flipped, and .17 to .43 with 10 %, the more the smaller the learning rate: most
-            runs ended there.
+            .09 with 30 % of the labels flipped, and .17 to .43 with 10 %: most runs ended there.
 
     Raises:
-        ValueError: `threshold` is not a positive number; when training begins, PRM is not the optimizer, masks
-            nothing, or nothing is logged within an epoch (`logging_strategy`); at the end of an epoch, `mask/snr` is
-            not among what is logged.
+        ValueError: `threshold` is not a positive number; PRM is not the optimizer or masks nothing; or `mask/snr` is
+            not logged within an epoch.
 
     Example:
 
@@ -121,47 +104,36 @@ class PopulationRiskStoppingCallback(TrainerCallback):
         self.threshold = threshold
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Optimizer | None = None,
-        **kwargs,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs
     ) -> None:
         prm = find_prm(optimizer)
         if prm is None:
-            raise ValueError(
-                "`PopulationRiskStoppingCallback` goes by the statistics of PRM's mask, and the optimizer is "
-                f"{type(innermost_optimizer(optimizer)).__name__}: train with `optim='prm'`, or drop the callback."
-            )
-        if all(group["mask"] == "none" for group in prm.param_groups):
-            raise ValueError(
-                "`PopulationRiskStoppingCallback` goes by PRM's mask, and `mask` is 'none': choose another."
-            )
-        if args.logging_strategy != "steps":
-            raise ValueError(
-                f"`PopulationRiskStoppingCallback` goes by what is logged within an epoch, and `logging_strategy` is "
-                f"{args.logging_strategy!r}: set it to 'steps', and `logging_steps` to several an epoch."
-            )
+            found = type(innermost_optimizer(optimizer)).__name__
+            problem = f"the optimizer is {found}: train with `optim='prm'`, or drop the callback"
+        elif all(group["mask"] == "none" for group in prm.param_groups):
+            problem = "`mask` is 'none': choose another"
+        elif args.logging_strategy != "steps":
+            found = args.logging_strategy.value
+            problem = f"`logging_strategy` is {found!r}: set it to 'steps', and `logging_steps` to several an epoch"
+        else:
+            return
+        raise ValueError(f"`PopulationRiskStoppingCallback` goes by the logged ratios of PRM's mask, and {problem}.")
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         entries = [entry for entry in state.log_history if state.epoch - 1 < entry["epoch"] <= state.epoch]
         logged = [(entry["step"], entry["mask/snr"]) for entry in entries if "mask/snr" in entry]
         if not logged and any("loss" in entry for entry in entries):
             raise ValueError(
-                "`PopulationRiskStoppingCallback` goes by `mask/snr` in the logs, and this trainer does not log it: "
-                "use `PRMDPOTrainer`, `PRMSFTTrainer`, or `PRMTrainerMixin` in a class of your own."
+                "`PopulationRiskStoppingCallback` goes by `mask/snr`, and this trainer does not log it: use "
+                "`PRMDPOTrainer`, `PRMSFTTrainer`, or `PRMTrainerMixin` in a class of your own."
             )
         # The averages of signal and noise form while the learning rate rises. The debiased estimator has neither in
         # the first step.
         warmup = args.get_warmup_steps(state.max_steps)
         logged = [ratio for step, ratio in logged if step > warmup and math.isfinite(ratio)]
-        if logged and sum(logged) / len(logged) < self.threshold:
-            logger.warning(
-                "Training stops after %.3g epochs: the gradients' signal-to-noise ratio was %.3g in the last one.",
-                state.epoch,
-                sum(logged) / len(logged),
-            )
+        if logged and (mean := sum(logged) / len(logged)) < self.threshold:
+            text = "Training stops after %.3g epochs: the gradients' signal-to-noise ratio was %.3g in the last one."
+            logger.warning(text, state.epoch, mean)
             control.should_training_stop = True
 
 
@@ -178,11 +150,8 @@ class MemorizationCallback(TrainerCallback):
     Measures at each evaluation how well corrupted and clean training rows are fitted, and held-out rows beside them.
 
     For the trainers of classifiers (a model with `logits` of a class each row), SFT and DPO, TRL's own ones included.
-    The fit of a row is, against the label trained on: whether the class is right; the share of the completion's tokens
-    that are the most probable ones; whether the chosen completion has the larger implicit reward. Logged, and added to
-    what `evaluate` returns, are (as `eval_…`) the means `memorization/corrupted_fit`, `memorization/clean_fit`,
-    `memorization/train_fit`, `memorization/heldout_fit`, their losses `…_loss`, and `memorization/gap`, the train fit
-    minus the held-out fit. All are exact over rows, and collective over processes.
+    The numbers of [`~prm_hf.metrics.fit_metrics`], of the fit by [`~prm_hf.metrics.row_fit`], are logged and added to
+    what `evaluate` returns, as `eval_memorization/…`. All are exact over rows, and collective over processes.
 
     Args:
         trainer ([`~transformers.Trainer`]):
@@ -207,15 +176,10 @@ class MemorizationCallback(TrainerCallback):
         self, trainer: Trainer, eval_dataset: Dataset | None = None, memorization_max_rows: int | None = 1024
     ):
         if not isinstance(trainer.train_dataset, Dataset):
-            raise TypeError(
-                "`trainer.train_dataset` must be a `datasets.Dataset`, whose rows can be chosen, got "
-                f"{type(trainer.train_dataset).__name__}."
-            )
+            found = type(trainer.train_dataset).__name__
+            raise TypeError(f"`trainer.train_dataset` must be a `datasets.Dataset`, got {found}.")
         if memorization_max_rows is not None and memorization_max_rows < 1:
-            raise ValueError(
-                "`memorization_max_rows` must be at least 1, or None for all training rows, got "
-                f"{memorization_max_rows!r}."
-            )
+            raise ValueError(f"`memorization_max_rows` must be at least 1, or None, got {memorization_max_rows!r}.")
         self.trainer = trainer
         self.rows = memorization_rows(len(trainer.train_dataset), memorization_max_rows)
         chosen = trainer.train_dataset.select(self.rows)
@@ -227,24 +191,18 @@ class MemorizationCallback(TrainerCallback):
             )
         if eval_dataset is None and isinstance(trainer.eval_dataset, Dataset):
             eval_dataset = trainer.eval_dataset
-        self._datasets = {"train": chosen, "heldout": eval_dataset}
+        self._datasets = {"train": chosen} | ({} if eval_dataset is None else {"heldout": eval_dataset})
         self._loaders: dict[str, Any] = {}
         self._step: int | None = None
         self._measured: dict[str, float] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         # Raise errors now rather than at the first evaluation
-        for name, dataset in self._datasets.items():
-            if dataset is not None:
-                self._first_batch(name)
+        for name in self._datasets:
+            self._first_batch(name)
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs
     ) -> None:
         is_other_split = isinstance(self.trainer.eval_dataset, dict) and self._step == state.global_step
         if not is_other_split:
@@ -256,7 +214,7 @@ class MemorizationCallback(TrainerCallback):
 
     def measure(self) -> dict[str, float]:
         """The metrics of the present weights, by their names without a prefix. Collective."""
-        fits = {name: self._fit(name) for name, dataset in self._datasets.items() if dataset is not None}
+        fits = {name: self._fit(name) for name in self._datasets}
         return fit_metrics(fits["train"], self.corrupted, fits.get("heldout"))
 
     def _first_batch(self, name: str) -> dict[str, torch.Tensor]:
@@ -268,8 +226,8 @@ class MemorizationCallback(TrainerCallback):
         labels = batch.get("labels")
         if labels is not None and (labels.is_floating_point() or labels.dim() > 2):
             raise ValueError(
-                "`MemorizationCallback` measures the fit of classes, completions and preference pairs; the `labels` "
-                f"of this trainer are {labels.dtype} of shape {tuple(labels.shape)}, a batch of one row. Leave it out."
+                "`MemorizationCallback` is for classes, completions and pairs; the `labels` of this trainer are "
+                f"{labels.dtype} of shape {tuple(labels.shape)}, a batch of one row. Leave it out."
             )
         return batch
 
@@ -278,21 +236,18 @@ class MemorizationCallback(TrainerCallback):
         loader = self._loaders[name]
         arguments = (trainer.model_wrapped, rows_of(loader), loader.collate_fn, trainer.accelerator)
         batch_size = trainer.args.per_device_eval_batch_size
-        if "labels" in batch and batch["labels"].dim() == 1:
+        if "labels" not in batch:
+            pairs = evaluate_pairs(*arguments, ref_model=trainer.ref_model, batch_size=batch_size)
+            return row_fit(pairs, trainer.beta)
+        if batch["labels"].dim() == 1:
             return row_fit(evaluate_classes(*arguments, batch_size=batch_size))
-        if "labels" in batch:
-            # A padding-free batch is one long sequence: taken row by row, its sums are the row's
-            batch_size = 1 if getattr(trainer, "padding_free", False) else batch_size
-            return row_fit(evaluate_sequences(*arguments, batch_size=batch_size))
-        pairs = evaluate_pairs(*arguments, ref_model=trainer.ref_model, batch_size=batch_size)
-        return row_fit(pairs, trainer.beta)
+        # A padding-free batch is one long sequence: taken row by row, its sums are the row's
+        batch_size = 1 if getattr(trainer, "padding_free", False) else batch_size
+        return row_fit(evaluate_sequences(*arguments, batch_size=batch_size))
 
 
 class EvaluateAtEndCallback(TrainerCallback):
-    """Evaluates once more when training ends, unless the weights have just been evaluated.
-
-    The trainers of this package have it; nothing is evaluated without `drift_metrics` and an `eval_dataset`.
-    """
+    """With `drift_metrics`, evaluates when training ends, unless the weights have just been evaluated."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer

@@ -20,11 +20,11 @@ class CheckpointMixin:
     """
 
     def find_prm(self) -> PRM | None:
-        """The PRM in effect, inside accelerate's and DeepSpeed's wrappers, or None if another optimizer is."""
+        """[`callbacks.find_prm`] of the trainer's optimizer."""
         return find_prm(self.optimizer)
 
     def innermost_optimizer(self) -> torch.optim.Optimizer | None:
-        """The optimizer inside accelerate's and DeepSpeed's wrappers; PRM if it is in there."""
+        """[`callbacks.innermost_optimizer`] of the trainer's optimizer."""
         return innermost_optimizer(self.optimizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -42,8 +42,7 @@ class CheckpointMixin:
         if is_sharded(checkpoint):
             if plugin is not None and plugin.fsdp_version == 1:
                 raise ValueError(
-                    "accelerate does not load the state of any optimizer from an FSDP1 checkpoint of "
-                    "`fsdp_state_dict_type: SHARDED_STATE_DICT`: the optimizer would start anew. Use "
+                    "accelerate loads no optimizer state from an FSDP1 checkpoint of `SHARDED_STATE_DICT`. Use "
                     "`fsdp_state_dict_type: FULL_STATE_DICT`, or FSDP2 (`fsdp_version: 2`)."
                 )
             self._check_sharded_reduction(prm, checkpoint)

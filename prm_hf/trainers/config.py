@@ -127,9 +127,8 @@ class PRMArguments:
     prm_mask_eps: float | None = None
     prm_mask_warmup_steps: int = 0
     prm_state_dtype: Literal["float32", "bf16", "8bit"] = "float32"
-    drift_metrics: bool | None = field(
-        default=None, metadata={"nargs": "?", "const": True}
-    )  # a flag may have no value
+    # The flag may have no value
+    drift_metrics: bool | None = field(default=None, metadata={"nargs": "?", "const": True})
 
     optimizer_name: Literal["prm", "adamw"] = _old_name()
     prm_rho: float = _old_name()
@@ -160,8 +159,7 @@ class PRMArguments:
             if chosen == "prm":  # which transformers does not know
                 self.optim = _DEFAULTS["optim"]
             super().__post_init__()
-            if chosen == "prm":
-                self.optim = chosen
+            self.optim = chosen if chosen == "prm" else self.optim
         check_optimizer(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -193,29 +191,25 @@ class PRMDPOConfig(PRMArguments, DPOConfig):
         if self.memorization_max_rows is not None and self.memorization_max_rows < 1:
             raise ValueError(
                 f"`memorization_max_rows` is {self.memorization_max_rows!r}: set it to at least 1, or to None for "
-                "all training pairs; `drift_metrics=False` turns the measurement off."
+                "all; or set `drift_metrics=False`."
             )
         if self.drift_metrics and self.precompute_ref_log_probs and self.ld_alpha is not None:
             raise ValueError(
-                f"`precompute_ref_log_probs=True` with `ld_alpha={self.ld_alpha}` stores reference log-probabilities "
-                "that are weighted by `ld_alpha`, from which `drift_metrics` can't be computed. Set "
-                "`drift_metrics=False` or `precompute_ref_log_probs=False`."
+                f"`drift_metrics` can't be computed from the log-probabilities of `precompute_ref_log_probs=True` "
+                f"with `ld_alpha={self.ld_alpha}`. Set `drift_metrics=False` or `precompute_ref_log_probs=False`."
             )
 
 
 @dataclass
 class PRMSFTConfig(PRMArguments, SFTConfig):
-    """
-    Configuration of [`PRMSFTTrainer`]: the arguments of [`PRMArguments`] and all of TRL's [`~trl.SFTConfig`].
-    """
+    """Configuration of [`PRMSFTTrainer`]: the arguments of [`PRMArguments`] and all of [`~trl.SFTConfig`]."""
 
 
-def renamed_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run that an earlier version wrote, by today's names."""
-    settings = dict(settings)
-    if settings.pop("optimizer_name", None) == "prm":
-        settings["optim"] = "prm"
-    return {RENAMED.get(name, name): value for name, value in settings.items()}
+_PRM_NAMES = [
+    f.name.removeprefix("prm_")
+    for f in fields(PRMArguments)
+    if f.name.startswith("prm_") and f.name not in {*RENAMED, "prm_preset"}
+]
 
 
 def check_relative_eps(args: PRMArguments) -> None:
@@ -224,35 +218,24 @@ def check_relative_eps(args: PRMArguments) -> None:
     if relative_eps is None:
         return
     if isinstance(relative_eps, bool) or not 0 < relative_eps < math.inf:
-        raise ValueError(
-            f"`relative_eps` is {relative_eps!r}: set it to a positive finite number, or to None for `adam_epsilon`."
-        )
+        raise ValueError(f"`relative_eps` is {relative_eps!r}: set it to a positive finite number, or to None.")
     if not isinstance(args, TrainingArguments):
         return
     if not args.max_grad_norm:
-        raise ValueError(
-            f"`relative_eps={relative_eps!r}` is relative to the clipped gradient, and `max_grad_norm` is "
-            f"{args.max_grad_norm!r}: set `max_grad_norm` above 0."
-        )
+        raise ValueError(f"`relative_eps={relative_eps!r}` and `max_grad_norm` is {args.max_grad_norm!r}: set both.")
     if args.adam_epsilon != _DEFAULTS["adam_epsilon"]:
-        raise ValueError(
-            f"`adam_epsilon={args.adam_epsilon!r}` and `relative_eps={relative_eps!r}` contradict each other: set one "
-            "of them."
-        )
+        both = f"`adam_epsilon={args.adam_epsilon!r}` and `relative_eps={relative_eps!r}`"
+        raise ValueError(f"{both} contradict each other: set one of them.")
 
 
 def scaled_by_relative_eps(args: TrainingArguments, kwargs: dict[str, Any], numel: int) -> dict[str, Any]:
-    """The keyword arguments of Adam's kin with the eps and the learning rate that `args.relative_eps` stands for.
-
-    Args:
-        numel: Number of trained parameters, over all processes.
-    """
+    """`kwargs` of Adam's kin with the eps and learning rate of `args.relative_eps` for `numel` trained parameters."""
     if args.relative_eps is None:
         return kwargs
     if "eps" not in kwargs:
         raise ValueError(
             f"`relative_eps={args.relative_eps!r}` sets Adam's eps, and `optim={OptimizerNames(args.optim).value!r}` "
-            "has none: leave one of them unset."
+            "has none: unset one."
         )
     eps = args.relative_eps * args.max_grad_norm / numel**0.5
     return {**kwargs, "eps": eps, "lr": kwargs["lr"] * (1 + args.relative_eps)}
@@ -268,9 +251,7 @@ def prm_kwargs(args: PRMArguments) -> dict[str, Any]:
         kwargs = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         if args.relative_eps is not None:
             kwargs |= {"relative_eps": args.relative_eps, "max_grad_norm": args.max_grad_norm}
-    names = [f.name for f in fields(PRMArguments) if f.name.startswith("prm_") and f.name not in RENAMED]
-    kwargs |= {name.removeprefix("prm_"): getattr(args, name) for name in names if name != "prm_preset"}
-    return kwargs
+    return kwargs | {name: getattr(args, f"prm_{name}") for name in _PRM_NAMES}
 
 
 def check_optimizer(args: PRMArguments) -> None:
@@ -281,8 +262,7 @@ def check_optimizer(args: PRMArguments) -> None:
         return
     if getattr(args, "optim_args", None):
         raise ValueError(
-            f"`optim_args={args.optim_args!r}` is not for `optim='prm'`, whose arguments start with `prm_`: leave it "
-            "unset, or choose another `optim`."
+            f"`optim_args={args.optim_args!r}` is not for `optim='prm'`: use those that start with `prm_`."
         )
     kwargs = prm_kwargs(settings)
     if args.prm_boundary == "empirical":
@@ -297,17 +277,8 @@ def check_optimizer(args: PRMArguments) -> None:
 
 def _by_field_name(message: str) -> str:
     """An error of PRM's, about the field that the argument comes from."""
-    trainers = {
-        "lr": "learning_rate",
-        "betas[0]": "adam_beta1",
-        "betas[1]": "adam_beta2",
-        "eps": "adam_epsilon",
-        "weight_decay": "weight_decay",
-        "relative_eps": "relative_eps",
-        "max_grad_norm": "max_grad_norm",
-    }
-    names = {name.removeprefix("prm_"): name for name in (f.name for f in fields(PRMArguments)) if name not in RENAMED}
-    names |= trainers
+    names = {"lr": "learning_rate", "betas[0]": "adam_beta1", "betas[1]": "adam_beta2", "eps": "adam_epsilon"}
+    names |= {name: f"prm_{name}" for name in _PRM_NAMES}
     pattern = r"(?<![\w`])(" + "|".join(map(re.escape, names)) + r")(?==)"
     return re.sub(pattern, lambda found: names[found[0]], message)
 
@@ -333,18 +304,12 @@ def check_deepspeed_config(args: TrainingArguments) -> None:
             raise ValueError(f"{error} Or set `optim='adamw_torch'`.") from error
     elif args.relative_eps is not None and "optimizer" in config:
         raise ValueError(
-            "The DeepSpeed configuration has a section `optimizer`, whose eps `relative_eps` does not set. Remove the "
-            "section, or leave `relative_eps` unset."
+            "The DeepSpeed configuration has a section `optimizer`, which `relative_eps` does not reach. Unset one."
         )
 
 
 def checked_config(args: Any, config: type, model: "str | PreTrainedModel", task: str) -> Any:
-    """The configuration that a trainer was given, or the default one.
-
-    Raises:
-        TypeError: `args` is not a `config`.
-        ValueError: under its DeepSpeed configuration the optimizer would not be PRM, or not exact.
-    """
+    """The configuration that a trainer was given, or the default one; raises where the trainer can't use it."""
     if args is None:
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         args = config(f"{name.split('/')[-1]}-{task}")

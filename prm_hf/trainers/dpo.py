@@ -14,16 +14,10 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 from trl.trainer.utils import hash_module
 
-from ..metrics import (
-    PairEvaluation,
-    drift_metrics,
-    evaluate_pairs,
-    memorization_metrics,
-    memorization_rows,
-    reward_metrics,
-)
+from ..metrics import PairEvaluation, drift_metrics, evaluate_pairs, memorization_metrics, reward_metrics
 from ..metrics.evaluation import rows_of
 from ..metrics.forward import without_cudnn
+from ..metrics.memorization import memorization_rows
 from .config import PRMDPOConfig, checked_config
 from .mixin import PRMTrainerMixin
 from .packing import add_packing, unpack_hidden, with_lengths
@@ -37,44 +31,24 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
     TRL's [`~trl.DPOTrainer`], trained with PRM. ("PRM" is the optimizer here, not a process reward model.)
 
     With `args.drift_metrics` each evaluation, and one at the end of training, adds to the metrics of each split of
-    `eval_dataset`, under the split's prefix (`eval_`, or `eval_<split>_` if `eval_dataset` is a dict):
-
-    - `rewards/accuracies`, `rewards/margins`, `rewards/chosen`, `rewards/rejected`, `logps/chosen`, `logps/rejected`:
-      exact means over rows, in place of TRL's means over batches;
-    - `drift/reward_abs`, `drift/logratio_abs`, and `drift/kl` unless the reference log-probabilities were precomputed
-      and there is no reference model to run;
-
-    and, once an evaluation, under `eval_`:
+    `eval_dataset`, under the split's prefix (`eval_`, or `eval_<split>_` if `eval_dataset` is a dict), those of
+    [`~prm_hf.metrics.reward_metrics`] (exact means over rows, in place of TRL's means over batches) and of
+    [`~prm_hf.metrics.drift_metrics`]; and, once an evaluation, under `eval_`:
 
     - `drift/params_rel`;
     - `memorization/flipped_fit` and `memorization/clean_fit`, if `train_dataset` is a [`~datasets.Dataset`] with a
       bool column `flipped`, on `args.memorization_max_rows` of its rows.
 
-    The metrics of a split are computed from the hidden states of TRL's own forward passes. A compiled model, rows that
-    TRL leaves out or permutes, and the rows for memorization need passes of their own.
-
     Tokenized rows, as those of another trainer's `train_dataset`, are not tokenized again. If all datasets have the
     columns `ref_chosen_logps` and `ref_rejected_logps` of `precompute_ref_log_probs=True`, training takes the
     reference's log-probabilities from them, and `drift/kl` is still measured. So runs can share both.
 
-    The reference is the trainer's: `ref_model`, or for a PEFT model the model with its adapter disabled (or TRL's
-    copy of an adapter that training started from).
+    `args.padding_free=True` runs all forward passes of training on packed sequences, with any attention kernel and
+    with the losses of padded batches.
 
-    `args.padding_free=True` runs all forward passes of training on packed sequences, with any attention kernel. Masks
-    keep the sequences of a row apart, and the losses are those of padded batches.
-
-    Args:
-        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Model to be trained.
-        ref_model ([`~transformers.PreTrainedModel`], *optional*):
-            Reference model. A model that was made in memory needs one, since TRL loads the default by `model`'s name.
-        args ([`PRMDPOConfig`], *optional*):
-            Configuration.
-        optimizer_cls_and_kwargs (`tuple[type[torch.optim.Optimizer], dict[str, Any]]`, *optional*):
-            Optimizer class and keyword arguments, which win over `args.optim`. Not together with
-            `optimizers`.
-        *positional, **kwargs:
-            All other arguments of [`~trl.DPOTrainer`].
+    The arguments are those of [`~trl.DPOTrainer`], with a [`PRMDPOConfig`] as `args`. A model that was made in memory
+    needs a `ref_model`, since TRL loads the default by `model`'s name. `optimizer_cls_and_kwargs` wins over
+    `args.optim`.
 
     Attributes:
         pair_evaluations (`dict[str, PairEvaluation]`):
@@ -86,8 +60,6 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
     Example:
 
     ```python
-    >>> from prm_hf import PRMDPOConfig, PRMDPOTrainer
-
     >>> args = PRMDPOConfig("out", learning_rate=5e-6, eval_strategy="epoch")
     >>> trainer = PRMDPOTrainer("Qwen/Qwen2.5-0.5B-Instruct", args=args, train_dataset=train, eval_dataset=heldout)
     >>> trainer.train()
@@ -116,8 +88,8 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
             # The attribute is missing if TRL raised an error
             args.padding_free = getattr(self, "padding_free", self._packing_is_due)
         datasets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        datasets = [self.train_dataset, *(dataset for dataset in datasets if dataset is not None)]
-        self.precompute_ref_logps |= all(map(_has_reference_logps, datasets))
+        datasets = [self.train_dataset, *datasets]
+        self.precompute_ref_logps |= all(_has_reference_logps(dataset) for dataset in datasets if dataset is not None)
         self.pair_evaluations: dict[str, PairEvaluation] = {}
         self.memorization_rows: list[int] = []
         self._memorization_loader: DataLoader | None = None
@@ -125,8 +97,8 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
             self._prepare_memorization()
             if not self._has_reference():
                 logger.warning(
-                    "`drift/kl` is not measured: with `precompute_ref_log_probs=True` the reference model is not "
-                    "kept. To measure it, set `precompute_ref_log_probs=False` or pass `ref_model`."
+                    "`drift/kl` is not measured, because no reference model is kept. To measure it, set "
+                    "`precompute_ref_log_probs=False` or pass `ref_model`."
                 )
 
     def _prepare_dataset(self, dataset: Any, *args, **kwargs) -> Any:
@@ -142,8 +114,8 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
         learns_prompts = is_peft_model(model) and model.active_peft_config.is_prompt_learning
         if self._is_vision_dataset or self.aux_loss_enabled or learns_prompts:
             raise ValueError(
-                "`padding_free=True` is for texts, without prompt learning and without the load-balancing loss of "
-                "experts: set `padding_free=False`."
+                "`padding_free=True` is not for images, prompt learning or the load-balancing loss of experts: set "
+                "`padding_free=False`."
             )
         add_packing(model.get_base_model() if is_peft_model(model) else model)
         if self.ref_model is not None:
@@ -174,51 +146,36 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
         return super()._precompute_ref_logps(dataset, *args, **kwargs)
 
     def _prepare_memorization(self) -> None:
-        if isinstance(self.train_dataset, IterableDataset):
-            if "flipped" in next(iter(self.train_dataset)):
-                logger.warning(
-                    "Memorization is not measured: `train_dataset` is an `IterableDataset`, whose rows can't be "
-                    "chosen. Pass a `Dataset` to measure it."
-                )
+        train, obstacle = self.train_dataset, None
+        if isinstance(train, IterableDataset):
+            obstacle = "`train_dataset` is an `IterableDataset`, whose rows can't be chosen: pass a `Dataset`"
+        if "flipped" not in (train.column_names if obstacle is None else next(iter(train))):
             return
-        if "flipped" not in self.train_dataset.column_names:
+        if obstacle is None and (dtype := train.features["flipped"].dtype) != "bool":
+            obstacle = f"`flipped` of `train_dataset` has type {dtype}: cast it to bool"
+        if obstacle is not None:
+            logger.warning(f"Memorization is not measured: {obstacle}.")
             return
-        dtype = self.train_dataset.features["flipped"].dtype
-        if dtype != "bool":
-            logger.warning(
-                f"Memorization is not measured: the column `flipped` of `train_dataset` has type {dtype}, and a bool "
-                "is what says whether a pair's label was flipped."
-            )
-            return
-        self.memorization_rows = memorization_rows(len(self.train_dataset), self.args.memorization_max_rows)
-        self._flipped = torch.tensor(self.train_dataset.select(self.memorization_rows)["flipped"])
+        self.memorization_rows = memorization_rows(len(train), self.args.memorization_max_rows)
+        self._flipped = torch.tensor(train.select(self.memorization_rows)["flipped"])
 
     def evaluate_pairs(self, dataset: Dataset | str | None = None) -> PairEvaluation:
         """Evaluates policy and reference on preference pairs, whatever `args.drift_metrics` says. Collective.
 
-        The tables of the last evaluation are in `pair_evaluations`, at no cost.
-
         Args:
             dataset ([`~datasets.Dataset`] or `str`, *optional*):
                 Pairs, as the trainer takes them or already prepared by it; or the name of a split of `eval_dataset`.
-                Defaults to `eval_dataset`.
-
-        Returns:
-            [`PairEvaluation`]: one entry a row, in order. A dataset that is prepared here loses the rows whose prompt
-            alone fills `max_length`.
+                Defaults to `eval_dataset`. Preparation drops the rows whose prompt alone fills `max_length`.
 
         Raises:
-            ValueError: `eval_dataset` is missing or a dict and no split is named; DeepSpeed has not been set up yet;
-                or there is no reference.
+            ValueError: no single dataset is meant; DeepSpeed has not been set up yet; or there is no reference.
         """
         dataset = self.eval_dataset if dataset is None else dataset
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]
         if dataset is None or isinstance(dataset, dict):
-            raise ValueError(
-                "`evaluate_pairs` needs one dataset, and the trainer has "
-                + ("no `eval_dataset`. Pass `dataset`." if dataset is None else f"{list(dataset)}. Name one of them.")
-            )
+            found = "no `eval_dataset`. Pass `dataset`." if dataset is None else f"{list(dataset)}. Name one of them."
+            raise ValueError(f"`evaluate_pairs` needs one dataset, and the trainer has {found}")
         if self.is_deepspeed_enabled and self.deepspeed is None:
             raise ValueError("DeepSpeed sets the model up in `train` or `evaluate`: call one before `evaluate_pairs`.")
         if not self._is_vision_dataset:
@@ -234,14 +191,9 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
             lengths = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in texts]
             order = sorted(order, key=lengths.__getitem__)
             rows = rows.select(order)
-        pairs = evaluate_pairs(
-            self.model_wrapped,
-            rows,
-            dataloader.collate_fn,
-            self.accelerator,
-            ref_model=self.ref_model,
-            batch_size=self.args.per_device_eval_batch_size,
-        )
+        arguments = self.model_wrapped, rows, dataloader.collate_fn, self.accelerator
+        batch_size = self.args.per_device_eval_batch_size
+        pairs = evaluate_pairs(*arguments, ref_model=self.ref_model, batch_size=batch_size)
         return pairs.select(torch.tensor(order).argsort())
 
     @property

@@ -22,16 +22,12 @@ class EvaluationMixin:
     The metrics of an evaluation carry the prefix of their split, in the log as in the returned dict. (TRL names those
     of every split of a dict of datasets `eval_*`, so that the last split stands for all.)
 
-    With `args.drift_metrics` the class says what is measured on a split, in `_split_metrics(dataloader, prefix)`,
-    which returns a dict of numbers by their names in `prm_hf.metrics`; it may extend `_run_metrics()`, what is
-    measured once an evaluation.
+    With `args.drift_metrics` the class measures a split in `_split_metrics(dataloader, prefix)`, which returns a dict
+    of numbers by their names in `prm_hf.metrics`; it may extend `_run_metrics()`, what is measured once an evaluation.
 
-    If the class sets `_rows_are_apart`, hooks keep the last hidden states of TRL's forward passes over a batch, and
-    the scores of the batch are computed from them at once. `_shared_tables()` then returns a table for each sequence
-    of a row. It returns None if the model is compiled, since compiled passes call no hooks, or if the dataloader
-    leaves rows out or permutes them. Such a class sets how many sequences a row has, and how many of the passes over
-    policy and reference TRL makes. It may run the missing passes in `_run_more`, and restore the shape of the states
-    in `_unpack`.
+    If the class sets `_rows_are_apart`, the scores of a batch are computed from the hidden states of TRL's forward
+    passes. Such a class sets how many sequences a row has, and how many of the passes over policy and reference TRL
+    makes. It may run the missing passes in `_run_more`, and restore the shape of the states in `_unpack`.
 
     Attributes:
         last_eval_metrics (`dict[str, float]`):
@@ -55,8 +51,8 @@ class EvaluationMixin:
         if self.args.drift_metrics and self.eval_dataset is not None:
             if self.is_fsdp_enabled and (version := self.accelerator.state.fsdp_plugin.fsdp_version) != 2:
                 raise ValueError(
-                    f"`drift_metrics` needs FSDP version 2, got version {version}, whose flat parameters can't be "
-                    "read. Set `fsdp_version: 2`, or `drift_metrics=False`."
+                    f"`drift_metrics` needs FSDP version 2, got version {version}. Set `fsdp_version: 2`, or "
+                    "`drift_metrics=False`."
                 )
             if any(p.requires_grad for p in self.model.parameters()):
                 self._parameter_drift = ParameterDrift(self.model, self.accelerator)
@@ -85,12 +81,7 @@ class EvaluationMixin:
         return metrics
 
     def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         measured = self._is_evaluating and self.args.drift_metrics
         shares_passes = measured and self._rows_are_apart and not self.args.torch_compile
@@ -98,9 +89,8 @@ class EvaluationMixin:
             check_parallelism(self.model_wrapped, self.accelerator)
             self._scores = []
         try:
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+            arguments = dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            output = super().evaluation_loop(*arguments)
             # Take over what TRL collected in this loop, before its `log` names it "eval_" whatever the split is
             metrics = {name: sum(values) / len(values) for name, values in self._metrics["eval"].items()}
             self._metrics["eval"].clear()
@@ -132,15 +122,9 @@ class EvaluationMixin:
         if is_first or len(hidden) < passes:
             # `score_rows` then runs its own passes, which return logits to compare with and see compiled models too
             hidden = []
-        scores = score_rows(
-            model,
-            self.ref_model,
-            inputs,
-            self.accelerator,
-            self._sequences_per_row,
-            [self._unpack(states, inputs) for states in hidden],
-            check=is_first,
-        )
+        hidden = [self._unpack(states, inputs) for states in hidden]
+        sequences = self._sequences_per_row
+        scores = score_rows(model, self.ref_model, inputs, self.accelerator, sequences, hidden, check=is_first)
         if self.accelerator.num_processes > 1:
             scores = scores.to(self.accelerator.device)
         self._scores.append(self.accelerator.gather_for_metrics(scores))
@@ -158,7 +142,7 @@ class EvaluationMixin:
         return self.ref_model is not None or is_peft_model(self.model)
 
     def _shared_tables(self) -> list[SequenceEvaluation] | None:
-        """Returns a table for each sequence of a row, after TRL has gone through all batches."""
+        """Returns a table for each sequence of a row; None if hooks or the dataloader did not yield all rows."""
         return None if self._scores is None else evaluations_of(torch.cat(self._scores).cpu(), self._has_reference())
 
     def _run_metrics(self) -> dict[str, float]:

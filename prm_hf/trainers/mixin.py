@@ -35,8 +35,6 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
     decay; `optimizers=` and `optimizer_cls_and_kwargs=` win over it. Whenever the optimizer in effect is a PRM, each
     log of a training step carries its `mask/*` statistics.
 
-    What is measured at an evaluation is [`EvaluationMixin`]'s.
-
     Attributes:
         trains_with_prm (`bool`):
             Whether PRM is the optimizer that the run was set up with, by arguments or explicitly.
@@ -48,9 +46,7 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
         super().__init__(*args, **kwargs)
         if optimizer_cls_and_kwargs is not None:
             if self.optimizer is not None:
-                raise RuntimeError(
-                    "Passing both `optimizers` and `optimizer_cls_and_kwargs` arguments is incompatible. Pass one."
-                )
+                raise RuntimeError("Both `optimizers` and `optimizer_cls_and_kwargs` are given: pass one.")
             self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
 
         # An optimizer that was passed takes precedence over the arguments
@@ -80,9 +76,7 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
             self.add_callback(PRMCallback)
             self._tag_names = [*self._tag_names, "prm-optimizer"]
             self.model.add_model_tags(self._tag_names)
-        if self._needs_sizes():
-            self._sizes()  # raises now rather than after an hour of preparation
-
+        self._sizes()  # raises now rather than after an hour of preparation
         self._set_up_evaluation()
 
     # ---- Optimizer ----
@@ -91,27 +85,20 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
     def get_optimizer_cls_and_kwargs(
         args: TrainingArguments, model: PreTrainedModel | None = None
     ) -> tuple[type[Optimizer], dict[str, Any]]:
-        """The optimizer class and the keyword arguments that `args` stand for.
-
-        `create_optimizer` adds what is known of the run alone: with `prm_boundary="empirical"` the sizes of batch and
-        dataset, with `relative_eps` the number of trained parameters.
-        """
+        """The optimizer class and the keyword arguments that `args` stand for, without the sizes of the run."""
         if args.optim == "prm":
             return PRM, prm_kwargs(args if model is None else with_preset(args, is_peft_model(model)))
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def create_optimizer(self, *args, **kwargs) -> Optimizer:
-        if self.optimizer is not None or not self._arguments_choose:
-            return super().create_optimizer(*args, **kwargs)
         settings = self._settings()
-        if not self.trains_with_prm and settings.relative_eps is None:
+        is_plain = not self.trains_with_prm and settings.relative_eps is None
+        if self.optimizer is not None or not self._arguments_choose or is_plain:
             return super().create_optimizer(*args, **kwargs)
         optimizer_cls, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(settings, self.model)
         if optimizer_cls is not PRM:
             optimizer_kwargs = scaled_by_relative_eps(settings, optimizer_kwargs, self._trained_numel)
-        if self._needs_sizes():
-            optimizer_kwargs |= self._sizes()
-        self.optimizer_cls_and_kwargs = optimizer_cls, optimizer_kwargs
+        self.optimizer_cls_and_kwargs = optimizer_cls, optimizer_kwargs | self._sizes()
         try:
             optimizer = super().create_optimizer(*args, **kwargs)
         finally:
@@ -129,30 +116,24 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
         check_relative_eps(settings)
         return settings
 
-    def _needs_sizes(self) -> bool:
-        arguments_choose_prm = self._arguments_choose and self.args.optim == "prm"
-        return arguments_choose_prm and self.args.prm_boundary == "empirical" and self.args.prm_alpha is None
-
     def _sizes(self) -> dict[str, int]:
-        """b and n of `boundary="empirical"`: the rows of an optimizer step over all processes, and of the dataset."""
+        """b and n of `boundary="empirical"`, if the run needs them: the rows of a step, and those of the dataset."""
+        arguments_choose_prm = self._arguments_choose and self.args.optim == "prm"
+        if not arguments_choose_prm or self.args.prm_boundary != "empirical" or self.args.prm_alpha is not None:
+            return {}
+        batch_size = self.get_total_train_batch_size(self.args)
         if not has_length(self.train_dataset):
-            raise ValueError(
-                "`prm_boundary='empirical'` needs the size of the training set, which an `IterableDataset` doesn't "
-                "have. Pass a `Dataset`, or set `prm_boundary='batch'` or `prm_alpha`."
-            )
-        if self.args.auto_find_batch_size:
-            raise ValueError(
-                "`prm_boundary='empirical'` needs one batch size, and `auto_find_batch_size=True` changes it. Unset "
-                "one of them."
-            )
-        batch_size, n_dataset = self.get_total_train_batch_size(self.args), len(self.train_dataset)
-        if n_dataset <= batch_size:
-            raise ValueError(
-                f"`prm_boundary='empirical'` needs more training examples than a step sees, got {n_dataset} examples "
-                f"and {batch_size} a step. Lower `per_device_train_batch_size` or `gradient_accumulation_steps`, or "
-                "set `prm_boundary='batch'`."
-            )
-        return {"batch_size": batch_size, "n_dataset": n_dataset}
+            problem = "an `IterableDataset` has no size: pass a `Dataset`"
+        elif self.args.auto_find_batch_size:
+            problem = "`auto_find_batch_size=True` changes the batch size: unset it"
+        elif (n_dataset := len(self.train_dataset)) <= batch_size:
+            problem = f"there are {n_dataset} examples and {batch_size} a step: lower `per_device_train_batch_size`"
+        else:
+            return {"batch_size": batch_size, "n_dataset": n_dataset}
+        raise ValueError(
+            "`prm_boundary='empirical'` needs the size of a step and that of a larger training set, and "
+            f"{problem}, or set `prm_boundary='batch'`."
+        )
 
     # ---- Logs ----
 
@@ -173,23 +154,23 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
 
     def _model_card_section(self) -> str:
         prm = self.find_prm()
-        settings = prm_kwargs(self._settings()) if prm is None else {**prm.defaults, **_decay(prm)}
-        names = [*prm_kwargs(self._settings()), "weight_decay", "batch_size", "n_dataset"]
+        settings = prm_kwargs(self._settings())
+        names = [*settings, "weight_decay", "batch_size", "n_dataset"]
+        if prm is not None:
+            # Trainers set the weight decay of the groups instead of the optimizer's default
+            decays = sorted({group["weight_decay"] for group in prm.param_groups})
+            settings = {**prm.defaults, "weight_decay": " and ".join(map(str, decays))}
         lines = [
             "\n\n## Optimizer\n",
             _DESCRIPTION,
-            "| Setting | Value |",
-            "|---|---|",
-            *(f"| `{name}` | {settings[name]} |" for name in names if settings.get(name) is not None),
+            *_table("Setting", {name: settings[name] for name in names if settings.get(name) is not None}),
         ]
-        results = {k: v for k, v in self.last_eval_metrics.items() if not k.endswith(_TIMINGS)}
+        results = {k: f"{v:.4g}" for k, v in self.last_eval_metrics.items() if not k.endswith(_TIMINGS)}
         if results:
             lines += ["\n### Results\n", f"Last evaluation, at step {self.state.global_step}:\n"]
-            lines += ["| Metric | Value |", "|---|---|", *(f"| `{k}` | {v:.4g} |" for k, v in results.items())]
+            lines += _table("Metric", results)
         return "\n".join(lines) + "\n"
 
 
-def _decay(prm: PRM) -> dict[str, Any]:
-    """The weight decay of the groups, which trainers set instead of the optimizer's default."""
-    decays = sorted({group["weight_decay"] for group in prm.param_groups})
-    return {"weight_decay": " and ".join(map(str, decays))}
+def _table(head: str, values: dict[str, Any]) -> list[str]:
+    return [f"| {head} | Value |", "|---|---|", *(f"| `{name}` | {value} |" for name, value in values.items())]

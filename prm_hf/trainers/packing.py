@@ -32,12 +32,11 @@ def add_packing(model: PreTrainedModel) -> None:
     """Lets calls `model(input_ids, attention_mask, labels=…, fused_lm_head=True)` run without padding.
 
     The model must be patched with TRL's `add_fused_lm_head`; all other calls stay as they are. Inputs have the shape
-    `(sequences, length)` and are padded on the right. They run as rows in which several sequences follow one another.
-    Each sequence has positions from 0, which tell transformers' masks where it begins. The call returns for each token
-    what the padded call returns, up to the rounding of the attention kernel.
+    `(sequences, length)` and are padded on the right. They run as rows in which several sequences follow one another,
+    each with positions from 0. The call returns for each token what the padded call returns, up to rounding.
 
-    With `lengths`, the sequences' lengths as a list (see [`with_lengths`]), and `attn_implementation="sdpa"` such a
-    call does not wait for the device, as long as no layer has a window.
+    With `lengths` (see [`with_lengths`]), `attn_implementation="sdpa"` and no windows a call does not wait for the
+    device.
 
     Raises:
         ValueError: a layer of the model lets sequences of a row see each other whatever their positions are.
@@ -47,8 +46,8 @@ def add_packing(model: PreTrainedModel) -> None:
     unsafe = kinds - {"full_attention", "sliding_attention", "chunked_attention", "attention"}
     if unsafe:
         raise ValueError(
-            f"`padding_free=True` needs attention that keeps packed sequences apart, and {type(model).__name__} has "
-            f"layers of the kind {', '.join(sorted(unsafe))}: set `padding_free=False`."
+            f"`padding_free=True` needs attention alone, and {type(model).__name__} has layers of the kind "
+            f"{', '.join(sorted(unsafe))}: set `padding_free=False`."
         )
     has_windows = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     forward = model.forward
@@ -92,11 +91,7 @@ def add_packing(model: PreTrainedModel) -> None:
 
 
 def with_lengths(collate: Callable[[list[Any]], dict[str, Any]], rows: list[Any]) -> dict[str, Any]:
-    """The batch that `collate` makes of `rows`, with the `lengths` of its sequences.
-
-    A call on a device needs them on the host. If the host asked the device for them, the device would be idle until
-    the host has launched the next pass.
-    """
+    """The batch that `collate` makes of `rows`, with the sequences' `lengths`, which a call needs on the host."""
     batch = collate(rows)
     return {**batch, "lengths": batch["attention_mask"].sum(1).tolist()}
 

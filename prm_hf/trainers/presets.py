@@ -22,28 +22,22 @@ WITH_LORA = {"noisy_labels": {"relative_eps": None}}
 
 
 def preset_values(args: "PRMArguments", is_peft: bool | None) -> dict[str, Any]:
-    """The fields that `prm_preset` sets for a PEFT model or for any other one; for None, those that it sets for both.
-
-    Raises:
-        ValueError: a field was set to something else than its default and the preset's value.
-    """
-    if args.prm_preset is None:
+    """What `prm_preset` sets for a PEFT model or for any other one; for None, what it sets for both."""
+    preset = args.prm_preset
+    if preset is None:
         return {}
-    if args.prm_preset not in PRESETS:
-        raise ValueError(
-            f"`prm_preset` is {args.prm_preset!r}: set it to one of {', '.join(map(repr, PRESETS))}, or to None."
-        )
-    others = WITH_LORA[args.prm_preset]
-    values = {**PRESETS[args.prm_preset], **others}
-    if not is_peft:
-        values = {k: v for k, v in PRESETS[args.prm_preset].items() if is_peft is not None or k not in others}
+    if preset not in PRESETS:
+        raise ValueError(f"`prm_preset` is {preset!r}: set it to one of {', '.join(map(repr, PRESETS))}, or to None.")
+    values = {**PRESETS[preset], **(WITH_LORA[preset] if is_peft else {})}
+    if is_peft is None:
+        values = {name: value for name, value in values.items() if name not in WITH_LORA[preset]}
     defaults = {f.name: f.default for f in fields(args)}
     for name, value in values.items():
         if getattr(args, name) not in (defaults[name], value):
             raise ValueError(
-                f"`{name}={getattr(args, name)!r}` and `prm_preset={args.prm_preset!r}`, which sets it to {value!r}"
-                f"{' with LoRA' if is_peft else ''}, contradict each other. Leave `{name}` unset, or set the other "
-                f"fields of the preset yourself instead of `prm_preset`: {_listed(values)}."
+                f"`{name}={getattr(args, name)!r}` and `prm_preset={preset!r}`, which sets it to {value!r}"
+                f"{' with LoRA' if is_peft else ''}, contradict each other. Leave `{name}` unset, or instead of the "
+                f"preset set {_listed(values)}."
             )
     return values
 

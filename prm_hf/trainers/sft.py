@@ -30,21 +30,13 @@ class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
     and how far the model has moved from the one that training started from:
 
     - `drift/params_rel`, once an evaluation, under `eval_`;
-    - `drift/kl` and `drift/logratio_abs` on each split. They take a reference to compare with: for a PEFT model the
-      base model is one, at no cost; in full fine-tuning it is `ref_model`, and without it they are not measured. (With
-      packing, `drift/logratio_abs` is not.)
+    - `drift/kl` and `drift/logratio_abs` (not with packing) on each split, if there is a reference: the base model of
+      a PEFT model, or `ref_model` in full fine-tuning.
 
     [`MemorizationCallback`] measures how much of corrupted training rows is learnt by heart.
 
-    Args:
-        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Model to be trained.
-        args ([`PRMSFTConfig`], *optional*):
-            Configuration.
-        ref_model ([`~transformers.PreTrainedModel`], *optional*):
-            The model to measure drift from, usually a second copy of `model` as it is before training.
-        *positional, **kwargs:
-            All other arguments of [`~trl.SFTTrainer`].
+    The arguments are those of [`~trl.SFTTrainer`], with a [`PRMSFTConfig`] as `args`, and `ref_model`, the model to
+    measure drift from: usually a second copy of `model` as it is before training.
 
     Attributes:
         sequence_evaluations (`dict[str, SequenceEvaluation]`):
@@ -64,9 +56,7 @@ class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
         if ref_model is not None and ref_model is model:
             raise ValueError("`ref_model` is `model` itself, which moves in training: pass a copy of it.")
         if ref_model is not None and not args.drift_metrics:
-            raise ValueError(
-                "`ref_model` only serves `drift_metrics`, which is False: set it to True, or drop the model."
-            )
+            raise ValueError("`ref_model` only serves `drift_metrics`, which is False: set it, or drop the model.")
         super().__init__(model, args, *positional, **kwargs)
         self.sequence_evaluations: dict[str, SequenceEvaluation] = {}
 
@@ -80,8 +70,8 @@ class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
         if args.drift_metrics and self.eval_dataset is not None and not self._has_reference():
             logger.warning(
-                "`drift/kl` and `drift/logratio_abs` are not measured, `drift/params_rel` is: full fine-tuning keeps "
-                "no model to compare outputs with. To measure them, pass `ref_model`."
+                "`drift/kl` and `drift/logratio_abs` are not measured, because full fine-tuning keeps no model to "
+                "compare with. To measure them, pass `ref_model`."
             )
 
     @property
@@ -94,15 +84,10 @@ class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
 
     def evaluate_sequences(self, dataloader: DataLoader) -> SequenceEvaluation:
         """Evaluates the model, and the reference if there is one, on the rows of a dataloader. Collective."""
-        return evaluate_sequences(
-            self.model_wrapped,
-            rows_of(dataloader),
-            dataloader.collate_fn,
-            self.accelerator,
-            ref_model=self.ref_model,
-            # A padding-free batch is one long sequence; in batches of one row its sums are those of the row
-            batch_size=self.args.per_device_eval_batch_size if self._rows_are_apart else 1,
-        )
+        arguments = self.model_wrapped, rows_of(dataloader), dataloader.collate_fn, self.accelerator
+        # A padding-free batch is one long sequence; in batches of one row its sums are those of the row
+        batch_size = self.args.per_device_eval_batch_size if self._rows_are_apart else 1
+        return evaluate_sequences(*arguments, ref_model=self.ref_model, batch_size=batch_size)
 
     def _split_metrics(self, dataloader: DataLoader, prefix: str) -> dict[str, float]:
         if self._packs and not self._has_reference():

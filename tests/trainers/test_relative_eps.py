@@ -7,6 +7,7 @@ from torch import nn
 from trl import TrlParser
 
 from prm_hf import PRM
+from prm_hf.sharding import ShardingPath
 from prm_hf.trainers import PRMDPOConfig
 from prm_hf.trainers.config import check_sharding
 from prm_hf.trainers.presets import PRESETS
@@ -89,10 +90,10 @@ def test_contradictions_raise(tmp_path, kwargs, message):
 @pytest.mark.parametrize("preset", [None, "noisy_labels"])
 def test_refused_sharding_names_the_preset(tmp_path, preset):
     args = PRMDPOConfig(**settings(tmp_path, prm_preset=preset))
-    check_sharding(args, "FSDP2")
+    check_sharding(args, ShardingPath.FSDP2)
     message = "reduction='per_row'.*FSDP1.*" + ("'per_tensor'.$" if preset is None else "`prm_preset='noisy_labels'`")
     with pytest.raises(ValueError, match=message):
-        check_sharding(args, "FSDP1")
+        check_sharding(args, ShardingPath.FSDP1)
 
 
 def test_an_optimizer_without_eps_raises(tmp_path):

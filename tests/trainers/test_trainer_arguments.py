@@ -12,7 +12,7 @@ from trl import DPOConfig, SFTConfig, TrlParser
 
 from prm_hf import PRM
 from prm_hf.trainers import PRMArguments, PRMDPOConfig, PRMDPOTrainer, PRMSFTConfig, PRMSFTTrainer
-from prm_hf.trainers.config import RENAMED, prm_kwargs, renamed_settings
+from prm_hf.trainers.config import RENAMED, prm_kwargs
 
 from ..tiny import make_model, make_tokenizer
 from .trainer_runs import TRAIN, settings
@@ -109,14 +109,6 @@ def test_old_names_are_accepted_with_a_warning(tmp_path, old, new, read):
         args = read({**common, **old})
     assert {name: getattr(args, name) for name in new} == new
     assert args.to_dict() == PRMDPOConfig(**common, **new).to_dict()
-
-
-def test_settings_of_an_earlier_version_are_known(tmp_path):
-    args = PRMDPOConfig(**settings(tmp_path, prm_variance_beta=0.9)).to_dict()
-    old = {**args, "optimizer_name": "prm", "optim": "adamw_torch_fused"}
-    for now, then in (("prm_variance_beta", "prm_rho"), ("memorization_max_rows", "memorization_max_pairs")):
-        old[then] = old.pop(now)
-    assert renamed_settings(old) == args == renamed_settings(args)
 
 
 def test_flags_of_drift_metrics_need_no_value(tmp_path):

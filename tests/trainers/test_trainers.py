@@ -485,7 +485,7 @@ def test_the_check_of_our_trainers_in_other_ones(tmp_path, caplog, make):
     )
     trainer.train()
     number = sum(p.requires_grad for p in trainer.model.parameters())
-    assert caplog.text.count(f"PRM trains {number} tensors with per_row masks as whole tensors on 1 process.") == 1
+    assert caplog.text.count(f"PRM trains {number} tensors with per_param masks as whole tensors on 1 process.") == 1
     trainer = make(tmp_path, make_model(), callbacks=[PRMCallback()])
     with pytest.raises(RuntimeError, match="to train with PRM, but the optimizer in effect is AdamW"):
         trainer.train()
