@@ -43,9 +43,7 @@ class ParameterDrift:
     frozen weight. (With DoRA that is the direction; the magnitude vectors count as tensors of their own.) The copy of
     w₀ stays in the main process' host memory. Sharded parameters are gathered one at a time.
 
-    Args:
-        model: The model, prepared or not. The trained parameters are those that require a gradient now.
-        accelerator: The accelerator that the model is or will be prepared with.
+    The model may be prepared or not. The trained parameters are those that require a gradient now.
 
     Raises:
         ValueError: if no parameter requires a gradient.

@@ -171,10 +171,7 @@ def _evaluate(
 
 
 class Scores(NamedTuple):
-    """Sums over the tokens of each sequence, of one shape, float64; 0 for what there is no reference for.
-
-    Between processes they travel as one tensor, stacked along dimension 1.
-    """
+    """Sums over the tokens of each sequence, of one shape, float64; 0 for what there is no reference for."""
 
     logps: torch.Tensor
     tokens: torch.Tensor
@@ -219,9 +216,7 @@ def check_parallelism(model: nn.Module, accelerator: Accelerator) -> None:
             "parallelism alone, or set `drift_metrics=False`."
         )
     if isinstance(model, FullyShardedDataParallel):
-        raise TypeError(
-            "Drift can't be measured under FSDP version 1. Set `fsdp_version: 2`, or `drift_metrics=False`."
-        )
+        raise TypeError("Drift needs FSDP version 2: set `fsdp_version: 2`, or `drift_metrics=False`.")
 
 
 def _table(
@@ -272,14 +267,12 @@ def score_rows(
 
     Args:
         model, ref_model, batch, accelerator: As in [`evaluate_pairs`]; the batch as `collate` makes it.
-        sequences_per_row: 2 for pairs.
         hidden: The [`captured_hidden_states`] of policy and reference on this batch, `(sequences, length, hidden
             size)`. What is missing is run.
         check: Whether to compare with the logits of what is run.
 
     Returns:
-        The [`Scores`] of each sequence, stacked: `(rows, len(Scores._fields), sequences_per_row)`, float64, on the
-        batch's device (but on the CPU for Apple's GPUs, which have no float64).
+        The [`Scores`] of each sequence, stacked: `(rows, len(Scores._fields), sequences_per_row)`, float64.
     """
     batch = _on_device(batch, accelerator)
     ref_logps = [batch.pop(key, None) for key in ("ref_chosen_logps", "ref_rejected_logps")]

@@ -68,10 +68,7 @@ def flip(
 ) -> Dataset | IterableDataset:
     """[`flip_preferences`] of one split; `keep_original` as in [`corrupt`], `mark` names a second column `flipped`."""
     if isinstance(dataset, IterableDataset) and exact:
-        raise ValueError(
-            "`exact=True` needs the number of rows, which an IterableDataset does not know. Load the dataset without "
-            "streaming."
-        )
+        raise ValueError("`exact=True` needs the number of rows: load the dataset without streaming, or leave it out.")
     dataset = pinned(dataset)
     check_new(dataset, "flipped", "flipping")
     features = dataset.features or Features()

@@ -165,11 +165,7 @@ def change_tokens(value: Any, change: Callable[[np.ndarray], np.ndarray], tokeni
 
 
 def encode(tokenizer: Any, text: str) -> tuple[list[int], bool]:
-    """Token ids of `text`, and whether it took a space before it.
-
-    In a vocabulary of whole words each token may hold the space before it: the first word is then known only as it
-    stands within a text.
-    """
+    """Token ids of `text`, and whether it took a space before it, which a vocabulary of whole words may need."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     if _decode(tokenizer, ids) != text:
         spaced = tokenizer.encode(f" {text}", add_special_tokens=False)

@@ -155,11 +155,10 @@ class MemorizationCallback(TrainerCallback):
 
     Args:
         trainer ([`~transformers.Trainer`]):
-            The trainer that it is added to, with a `train_dataset` that has a bool column `corrupted` (from
-            `prm_hf.noise.corrupt`) or `flipped`. Without the column all rows count as clean.
+            The trainer that it is added to. A bool column `corrupted` or `flipped` of its `train_dataset` says which
+            rows are noisy; without it all count as clean.
         eval_dataset ([`~datasets.Dataset`], *optional*):
-            Held-out rows, as the trainer has them prepared. Defaults to the trainer's `eval_dataset`; of a dict of
-            datasets, none.
+            Held-out rows, as the trainer has them prepared. Defaults to its `eval_dataset`, unless that is a dict.
         memorization_max_rows (`int`, *optional*, defaults to `1024`):
             Number of training rows measured, spread evenly over the training set. `None` for all.
 
@@ -186,9 +185,8 @@ class MemorizationCallback(TrainerCallback):
         column = next((name for name in NOISE_COLUMNS if name in chosen.column_names), None)
         self.corrupted = torch.tensor(chosen.with_format(None)[column][:] if column else [False] * len(chosen))
         if self.corrupted.dtype != torch.bool:
-            raise ValueError(
-                f"The column {column!r} of `trainer.train_dataset` must be bool, got {self.corrupted.dtype}."
-            )
+            found = self.corrupted.dtype
+            raise ValueError(f"The column {column!r} of `trainer.train_dataset` must be bool, got {found}.")
         if eval_dataset is None and isinstance(trainer.eval_dataset, Dataset):
             eval_dataset = trainer.eval_dataset
         self._datasets = {"train": chosen} | ({} if eval_dataset is None else {"heldout": eval_dataset})

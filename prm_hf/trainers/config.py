@@ -303,9 +303,7 @@ def check_deepspeed_config(args: TrainingArguments) -> None:
         except ValueError as error:
             raise ValueError(f"{error} Or set `optim='adamw_torch'`.") from error
     elif args.relative_eps is not None and "optimizer" in config:
-        raise ValueError(
-            "The DeepSpeed configuration has a section `optimizer`, which `relative_eps` does not reach. Unset one."
-        )
+        raise ValueError("`relative_eps` does not reach DeepSpeed's section `optimizer`: remove the section.")
 
 
 def checked_config(args: Any, config: type, model: "str | PreTrainedModel", task: str) -> Any:

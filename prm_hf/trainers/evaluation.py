@@ -60,8 +60,7 @@ class EvaluationMixin:
 
     def train(self, *args, **kwargs) -> TrainOutput:
         if self.args.use_liger_kernel and self.ref_model is not None:
-            # `super().train` gives the kernels to the model. If the reference had other kernels, the difference in
-            # rounding would look like drift.
+            # `super().train` gives the kernels to the model alone, and a difference in rounding would look like drift
             apply_liger_kernel(self.accelerator.unwrap_model(self.ref_model), self.args.liger_kernel_config)
         return super().train(*args, **kwargs)
 

@@ -138,8 +138,7 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
     # ---- Logs ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # Only the logs of training steps have "loss". All processes come here, which the statistics of sharded
-        # parameters need.
+        # Only the logs of training steps have "loss". The statistics of sharded parameters need all processes.
         if "loss" in logs and (prm := self.find_prm()) is not None:
             logs.update({f"mask/{name}": value for name, value in prm.get_mask_stats().items()})
         super().log(logs, start_time)

@@ -22,12 +22,9 @@ class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
     TRL's [`~trl.SFTTrainer`], trained with PRM. ("PRM" is the optimizer here, not a process reward model.)
 
     With `args.drift_metrics` each evaluation, and one at the end of training, measures on each split of
-    `eval_dataset`, over the tokens that the loss is taken on and under the split's prefix:
-
-    - `exact_match`, the share of rows whose completion greedy decoding would give, and `token_accuracy`, both exact
-      means over rows (not with packing, since a row then holds many completions);
-
-    and how far the model has moved from the one that training started from:
+    `eval_dataset`, over the tokens that the loss is taken on and under the split's prefix, the
+    [`~prm_hf.metrics.completion_metrics`] (not with packing, since a row then holds many completions), and how far the
+    model has moved from the one that training started from:
 
     - `drift/params_rel`, once an evaluation, under `eval_`;
     - `drift/kl` and `drift/logratio_abs` (not with packing) on each split, if there is a reference: the base model of
