@@ -1,6 +1,7 @@
 """What a comparison has to know of its task: arguments, rows, trainer, and what a trained run gives."""
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from typing import Any, ClassVar
 
@@ -33,7 +34,7 @@ BUILT_IN = {
 }
 
 
-class Experiment:
+class Experiment(ABC):
     """A task on which methods are compared.
 
     A task is a subclass. It says in its class what its arguments are, and in its methods how a run is made.
@@ -114,10 +115,10 @@ class Experiment:
         """Makes of the data what all runs can share."""
         return data
 
+    @abstractmethod
     def make_trainer(self, config: TrainingArguments, spec: RunSpec, data: Data) -> Trainer:
         """The trainer of one run."""
-        raise NotImplementedError
 
+    @abstractmethod
     def outcomes(self, trainer: Trainer, data: Data) -> tuple[dict[str, float], dict[str, list]]:
         """What a trained run gives besides its last evaluation: more metrics, and `margins.json`. Collective."""
-        raise NotImplementedError
