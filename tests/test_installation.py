@@ -6,7 +6,7 @@ import sys
 import pytest
 
 
-EXTRAS = ("transformers", "trl", "accelerate", "datasets", "peft", "filelock", "yaml", "scipy", "matplotlib")
+EXTRAS = ("transformers", "trl", "accelerate", "datasets", "peft", "filelock", "yaml", "scipy", "matplotlib", "numpy")
 
 
 def run_without(modules: tuple[str, ...], code: str) -> subprocess.CompletedProcess:

@@ -204,8 +204,11 @@ class Hyperparameters:
         if self.fused:
             _check(not self.foreach, "fused", True, "`fused` and `foreach` cannot both be True")
             _check(not self.differentiable, "fused", True, "autograd cannot run through it; use fused=False")
-            allowed = 'it needs Triton; install it with `pip install "prm-hf[triton]"`, or leave fused=None'
-            _check(importlib.util.find_spec("triton") is not None, "fused", True, allowed)
+            allowed = (
+                'it needs Triton and NumPy; install them with `pip install "prm-hf[triton]"`, or leave fused=None'
+            )
+            found = all(importlib.util.find_spec(name) is not None for name in ("triton", "numpy"))
+            _check(found, "fused", True, allowed)
         if self.foreach:
             _check(not self.differentiable, "foreach", True, "autograd cannot run through it; use foreach=False")
 

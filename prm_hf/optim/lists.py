@@ -71,8 +71,8 @@ class Clock:
         for member in members:
             by_device.setdefault(member.state["step"].device, []).append(member)
         shared = {device: _share(own, "step") for device, own in by_device.items()}
-        self._host = shared.pop(torch.device("cpu"), torch.zeros(0)).numpy()  # the same memory, counted faster
-        self._expected = self._host.copy()
+        self._host = shared.pop(torch.device("cpu"), torch.zeros(0))
+        self._expected = self._host.clone()
         self._on_devices = list(shared.values())
         self.settings: list[Settings] = []
         self._ages: list[float | None] = []
@@ -91,7 +91,7 @@ class Clock:
 
     def is_unchanged(self) -> bool:
         """Whether nobody else has changed the steps, as far as the host can see without waiting."""
-        return not (self._host != self._expected).any()
+        return torch.equal(self._host, self._expected)
 
     def advance(self) -> list[masks.StepScalars]:
         """Counts a step, and returns the scalars of each cohort: numbers, or with `capturable` vectors."""

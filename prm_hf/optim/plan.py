@@ -259,7 +259,8 @@ def _use_fused(member: Member) -> bool:
 
 @functools.cache
 def _triton_is_available() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Whether the kernels can be launched, whose tables are NumPy's."""
+    return all(importlib.util.find_spec(name) is not None for name in ("triton", "numpy"))
 
 
 def _list_class(implementation: str) -> type[PlanList]:

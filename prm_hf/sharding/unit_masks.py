@@ -7,7 +7,6 @@ each step. For the 0.5 M rows of a model of 0.5 B parameters that is 7 MB.
 
 import itertools
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,14 +41,13 @@ class UnitTable:
 
     def index(self, ranges: list[UnitRange]) -> Index:
         """Where the units of `ranges` are in the table; a slice, which costs no launch, where they are in a row."""
-        begins = np.array([self._begin[x.tensor] + x.first for x in ranges], dtype=np.int64)
-        counts = np.array([x.count for x in ranges], dtype=np.int64)
-        ends = np.cumsum(counts)
-        index = np.arange(counts.sum()) + np.repeat(begins - (ends - counts), counts)
+        begins = torch.tensor([self._begin[x.tensor] + x.first for x in ranges], dtype=torch.int64)
+        counts = torch.tensor([x.count for x in ranges], dtype=torch.int64)
+        index = torch.arange(int(counts.sum())) + (begins - counts.cumsum(0) + counts).repeat_interleave(counts)
         first = int(index[0]) if len(index) else 0
-        if len(index) == 0 or (index[-1] - first == len(index) - 1 and (np.diff(index) == 1).all()):
+        if len(index) == 0 or bool((index.diff() == 1).all()):
             return slice(first, first + len(index))
-        return torch.from_numpy(index).to(self._device)
+        return index.to(self._device)
 
     def whole(self, numbers: list[int]) -> Index:
         """Where all units of tensors are in the table."""
