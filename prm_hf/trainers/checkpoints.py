@@ -42,8 +42,9 @@ class CheckpointMixin:
         if is_sharded(checkpoint):
             if plugin is not None and plugin.fsdp_version == 1:
                 raise ValueError(
-                    "accelerate loads no optimizer state from an FSDP1 checkpoint of `SHARDED_STATE_DICT`. Use "
-                    "`fsdp_state_dict_type: FULL_STATE_DICT`, or FSDP2 (`fsdp_version: 2`)."
+                    "accelerate loads no optimizer state from an FSDP1 checkpoint of `SHARDED_STATE_DICT`, so the "
+                    "optimizer would start anew. Use `fsdp_state_dict_type: FULL_STATE_DICT`, or FSDP2 "
+                    "(`fsdp_version: 2`)."
                 )
             self._check_sharded_reduction(prm, checkpoint)
         if self._was_written_elsewhere(checkpoint) or is_sharded(checkpoint):
