@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from . import masks
 from .hyperparameters import Hyperparameters
@@ -20,6 +21,15 @@ from .reductions import row_mean_squares, row_sums_of_squares, sums_of_squares
 # elements: on a CPU such that they stay in the cache, elsewhere such that they fill the device; fewer where the
 # temporaries are all that is there in float32.
 CPU_BLOCK, DEVICE_BLOCK, QUANTIZED_BLOCK = 2**18, 2**26, 2**24
+
+
+def uses_foreach(params: list[Tensor], h: Hyperparameters, lr: float | Tensor) -> bool:
+    """Whether tensors are stepped by this implementation: if asked for, and by default where torch's AdamW would."""
+    if h.foreach is not None:
+        return h.foreach
+    _, foreach = _default_to_fused_or_foreach(params, h.differentiable, use_fused=False)
+    # As in torch.optim: a tensor lr needs capturable for the multi-tensor path.
+    return foreach and (h.capturable or not isinstance(lr, Tensor))
 
 
 class TensorLists(NamedTuple):

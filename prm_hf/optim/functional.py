@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from . import masks
-from .foreach import ForeachStep, TensorLists
+from .foreach import ForeachStep, TensorLists, uses_foreach
 from .hyperparameters import Hyperparameters, normalize
 from .reference import reference_step
 
@@ -41,10 +40,6 @@ def prm(
         return
     torch._foreach_add_(state_steps, 1)
     lr, eps = h.lr * h.step_length, h.adam_eps(sum(p.numel() for p in params))
-    foreach = h.foreach
-    if foreach is None:
-        _, foreach = _default_to_fused_or_foreach(params, h.differentiable, use_fused=False)
-        foreach = foreach and (h.capturable or not isinstance(lr, Tensor))
     states = {
         "exp_avg": exp_avgs,
         "exp_avg_sq": exp_avg_sqs,
@@ -52,7 +47,7 @@ def prm(
         "grad_var": grad_vars,
         "exp_avg_signal": exp_avg_signals,
     }
-    if not foreach:
+    if not uses_foreach(params, h, lr):
         for i, (param, grad, step) in enumerate(zip(params, grads, state_steps, strict=True)):
             state = {name: tensors[i] for name, tensors in states.items() if tensors}
             reference_step(param, grad, state, masks.step_scalars(_age(step, h), h), h, lr, eps)

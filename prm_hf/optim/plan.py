@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from ..sharding import FlatVariances, Locator, local_tensors
+from .foreach import uses_foreach
 from .hyperparameters import NAMES, Hyperparameters, check_lr
 from .lists import Clock, ForeachList, Member, PlanList, ReferenceList, UnitMasks
 from .quantized import is_quantized
@@ -151,9 +151,7 @@ class StepPlan:
         tensors = (p.device, p.dtype, grad.dtype, m.dtype, v.dtype, is_quantized(m))
         if self._transform is None and _use_fused(member):
             return ("fused", *tensors, *settings.form)
-        _, foreach = _default_to_fused_or_foreach([p], h.differentiable, use_fused=False)
-        # As in torch.optim: a tensor lr needs capturable for the multi-tensor path.
-        foreach = foreach and (h.capturable or not isinstance(settings.lr, Tensor)) if h.foreach is None else h.foreach
+        foreach = uses_foreach([p], h, settings.lr)
         whole = self._locator.layout is None and self._transform is None
         if whole and not foreach and m.dtype == v.dtype and not is_quantized(m):
             return ("reference", id(settings))
