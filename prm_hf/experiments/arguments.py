@@ -62,6 +62,12 @@ class ComparisonArguments:
         max_minutes (`float`, *optional*):
             Minutes after which no new run is started. The command then ends with exit code 75, and goes on where it
             stopped when it is given again.
+        overwrite_runs (`bool`):
+            Whether runs of other settings in the same place, of the same method, learning rate and seed, are removed.
+            By default they stay, each in a folder of its own.
+        drop_overlap (`bool`):
+            Whether held-out rows whose prompt or text is among the training rows are left out. By default they are an
+            error.
 
     After `check`, `compared` are the methods that `methods` names.
     """
@@ -78,6 +84,8 @@ class ComparisonArguments:
     learning_rates: list[float] | None = None
     prm_learning_rates: list[float] | None = None
     max_minutes: float | None = None
+    overwrite_runs: bool = False
+    drop_overlap: bool = False
     compared: list[Method] = field(init=False, default_factory=list)
 
     def check(self, known: Collection[str], learning_rate: float, max_grad_norm: float) -> None:

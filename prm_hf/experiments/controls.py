@@ -15,6 +15,7 @@ from ..runs.schema import MASKS_FILE
 
 
 WHOLE_TENSORS = ("adamw_embedding", "cautious", "msvag", "shuffled_q", "fixed_q")  # these read or scale whole tensors
+THIRD_PARTY = ("cautious", "msvag")  # of pytorch-optimizer
 
 
 class ShuffledPRM(PRM):

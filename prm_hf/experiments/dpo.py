@@ -13,12 +13,20 @@ from .. import PRMDPOConfig, PRMDPOTrainer, flip_preferences
 from ..metrics import PairEvaluation, reward_margins
 from ..runs.read import read_json
 from ..runs.write import RunSpec, evaluation_metrics, write_json
+from . import interruptible
 from .data import Data
 from .experiment import BUILT_IN, Experiment
+from .rows import Columns
 from .runner import run_comparisons
 
 
 EARLY_STOPPING = ("early_stopping", CLEAN := "early_stopping_clean")
+# Of TRL, which says so in the first step.
+LOSS_TYPES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 VALIDATION_EVERY = 10  # one training pair of ten is kept for validation
 
 
@@ -75,6 +83,26 @@ class DPOExperiment(Experiment):
         "prm_learning_rates": [1e-3, 3e-3, 1e-2],
     }
 
+    def columns(self) -> Columns:
+        return Columns("prompt", ("chosen", "rejected"), needs_prompt=False, advice="Rename yours in the dataset.")
+
+    def check_config(self, config: PRMDPOConfig) -> None:
+        """What TRL says once the model and the references are there."""
+        unknown = [name for name in config.loss_type if name not in LOSS_TYPES]
+        if unknown:
+            raise ValueError(f"`loss_type` has {unknown[0]!r}, and TRL knows {', '.join(LOSS_TYPES)}.")
+        if "exo_pair" in config.loss_type and not config.label_smoothing:
+            raise ValueError("`loss_type` is 'exo_pair', which needs a `label_smoothing` above 0, as 1e-3.")
+        for name, known in (("truncation_mode", ("keep_start", "keep_end")), ("f_divergence_type", DIVERGENCES)):
+            if getattr(config, name) not in known:
+                raise ValueError(f"`{name}` is {getattr(config, name)!r}: it must be {' or '.join(known)}.")
+
+    def check_rows(self, data: Data) -> None:
+        try:
+            flip_preferences(data.train.select([0]), 0.5)
+        except ValueError as error:
+            raise ValueError(f"The training rows of {data.dataset_name} cannot be flipped. {error}") from error
+
     def prepare(self, data: Data) -> Data:
         """The tokenizer, and the rows tokenized, with the reference's log-probabilities: the same for all runs.
 
@@ -117,6 +145,7 @@ class DPOExperiment(Experiment):
         return (chosen[0]["metrics"], chosen[0]["margins"]) if chosen else ({}, margins_of(trainer))
 
 
+@interruptible
 def main(arguments: list[str]) -> int:
-    """Runs the command line; returns the exit code, 75 if runs are left when its minutes are over."""
+    """Runs the command line; returns the exit code of [`run_comparisons`]."""
     return run_comparisons(DPOExperiment.parse(arguments))

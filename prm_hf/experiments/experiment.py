@@ -13,6 +13,7 @@ from ..runs.methods import METHODS
 from ..runs.write import RunSpec
 from .arguments import ComparisonArguments
 from .data import Data
+from .rows import Columns
 
 
 BUILT_IN_BATCH = 16  # examples a step of the built-in task, over all processes
@@ -105,6 +106,22 @@ class Experiment(ABC):
     def settings(self) -> dict[str, Any]:
         """The settings of the task that make a run what it is."""
         return {}
+
+    @abstractmethod
+    def columns(self) -> Columns:
+        """The columns of a dataset that the task reads."""
+
+    def unused_arguments(self) -> dict[str, str]:
+        """Arguments of the task that others leave without effect, each with the reason, as the end of a sentence."""
+        return {}
+
+    @abstractmethod
+    def check_config(self, config: TrainingArguments) -> None:
+        """Raises ValueError if a trainer of the task would refuse a configuration."""
+
+    @abstractmethod
+    def check_rows(self, data: Data) -> None:
+        """Raises ValueError for rows that a run would fail on."""
 
     def model_settings(self) -> dict[str, Any]:
         """Arguments of a TRL trainer that say how it is to load the model."""

@@ -1,10 +1,12 @@
-"""One run from its start to its end: its files, its progress on a bar, and an early end where it fails."""
+"""One run from its start to its end: its files, its progress on a bar, and an early end where it diverges."""
 
+import contextlib
 import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +16,59 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from ..optim.hyperparameters import Hyperparameters
+from ..runs.schema import has_diverged
 from ..runs.write import RunSpec, finish_run, history_of, start_run
 from ..trainers.callbacks import find_prm, innermost_optimizer
+from .grid import Grid
 
 
-def make_run(
-    spec: RunSpec,
-    folder: Path,
-    resume: bool,
-    train_run: Callable[[RunSpec, Path, bool], Trainer],
-    outcomes: Callable[[Trainer], tuple[dict[str, float], dict[str, list]]],
-    info: dict[str, Any],
-) -> dict[str, float]:
+class DivergedError(Exception):
+    """The loss of a run was not finite at `step`."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        super().__init__(f"the loss is not finite at step {step}")
+
+
+def make_run(grid: Grid, spec: RunSpec, folder: Path, resume: bool) -> dict[str, Any]:
     """Trains a run, fills its folder and returns its final metrics. Collective.
 
     Args:
-        train_run: given `spec`, `folder` and `resume`, it trains the run and returns the trainer.
-        outcomes: what a trained run gives besides its last evaluation: more metrics, and `margins.json`. Collective.
-        info: what `run.json` says besides: `task`, `noise_rate`, `model`, `dataset`.
+        resume: whether there is a checkpoint to go on from; the trainer takes the last complete one.
+
+    Returns:
+        `steps`, `wall_seconds` and all that was measured; of a run whose loss was not finite instead of that
+        `diverged`, which is True, and `diverged_at_step`.
     """
     state, clock = PartialState(), time.perf_counter()
     if state.is_main_process:
-        record = start_run(spec, folder, {**info, "hardware": hardware(state)})
-    trainer = train_run(spec, folder, resume)
-    more, margins = outcomes(trainer)
-    metrics = {**final_metrics(trainer), **more, "wall_seconds": round(time.perf_counter() - clock, 3)}
+        record = start_run(spec, folder, {**grid.info_of(spec), "hardware": hardware(state)})
+    trainer = grid.make_trainer(spec, folder)
+    try:
+        with progress_shown(trainer, spec.name):
+            trainer.train(resume_from_checkpoint=resume or None)
+        if trainer.args.save_strategy != "no":
+            trainer.save_model(str(folder))
+        more, margins = grid.outcomes(trainer)
+        metrics = {**final_metrics(trainer), **more}
+        if has_diverged(metrics):  # in the last step, or in fp16
+            raise DivergedError(_first_not_finite(trainer))
+    except DivergedError as error:
+        metrics, margins = {"diverged": True, "diverged_at_step": error.step, "steps": trainer.state.global_step}, {}
+    metrics["wall_seconds"] = round(time.perf_counter() - clock, 3)
     if state.is_main_process:
         record["optimizer"] = describe_optimizer(innermost_optimizer(trainer.optimizer), trainer.model)
         finish_run(folder, record, history_of(trainer.state.log_history), margins, metrics)
     state.wait_for_everyone()
     return metrics
+
+
+def _first_not_finite(trainer: Trainer) -> int:
+    """The first logged step at which something is not finite, or the last step."""
+    for entry in trainer.state.log_history:
+        if not all(math.isfinite(entry.get(name, 0.0)) for name in ("loss", "grad_norm", "eval_loss")):
+            return entry["step"]
+    return trainer.state.global_step
 
 
 def final_metrics(trainer: Trainer) -> dict[str, float]:
@@ -91,7 +116,7 @@ class RunProgress(TrainerCallback):
         self.bar = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and not args.disable_tqdm:
             self.bar = tqdm(total=state.max_steps, desc=self.name, unit="step", leave=False, position=1)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -102,28 +127,50 @@ class RunProgress(TrainerCallback):
         if self.bar is not None and "loss" in (logs or {}):
             self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
 
 
 class StopWhereNotFinite(TrainerCallback):
-    """Ends a run whose gradients have become infinite or NaN, and says so: its weights can't come back from there.
+    """Raises [`DivergedError`] on all processes once the loss of one is not finite: weights can't come back from it.
 
-    Not in fp16, where steps that overflow are left out.
+    On an accelerator a step later, so that the step after it need not wait for the loss. Not in fp16, where steps that
+    overflow are left out.
     """
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        norm = float((logs or {}).get("grad_norm", 0.0))
-        if not args.fp16 and not math.isfinite(norm):
-            control.should_training_stop = True
-            if state.is_world_process_zero:
-                tqdm.write(f"{args.output_dir} ends at step {state.global_step}: its gradient's norm is {norm}.")
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.step_of_batch = trainer, trainer.training_step
+        self.is_wrong: torch.Tensor | None = None  # whether a batch of this step had such a loss: 0 or 1
+        self.unread: deque[tuple[int, torch.Tensor]] = deque()  # by step
+        trainer.training_step = self.training_step
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = self.step_of_batch(*args, **kwargs)
+        wrong = 1.0 - torch.isfinite(loss.detach()).all().float()
+        self.is_wrong = wrong if self.is_wrong is None else torch.maximum(self.is_wrong, wrong)
+        return loss
+
+    def on_step_end(self, args, state, control, **kwargs):
+        wrong, self.is_wrong = self.is_wrong, None
+        if args.fp16 or wrong is None:
+            return
+        self.unread.append((state.global_step, self.trainer.accelerator.reduce(wrong, "sum")))
+        if len(self.unread) > (wrong.device.type != "cpu"):
+            step, wrong = self.unread.popleft()
+            if wrong > 0:
+                raise DivergedError(step)
 
 
-def show_progress(trainer: Trainer, name: str) -> None:
+@contextlib.contextmanager
+def progress_shown(trainer: Trainer, name: str) -> Iterator[None]:
     """Gives the trainer these callbacks in place of its own bar and prints."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(RunProgress(name))
-    trainer.add_callback(StopWhereNotFinite())
+    progress = RunProgress(name)
+    trainer.add_callback(progress)
+    trainer.add_callback(StopWhereNotFinite(trainer))
+    try:
+        yield
+    finally:
+        progress.close()

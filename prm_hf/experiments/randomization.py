@@ -3,26 +3,23 @@
 `prm-hf randomization`, and recipes/randomization.py, which has the commands.
 """
 
+import contextlib
 import itertools
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, disable_progress_bars
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForImageClassification,
     AutoTokenizer,
     HfArgumentParser,
-    PrinterCallback,
     ResNetConfig,
     Trainer,
     TrainerCallback,
@@ -38,12 +35,14 @@ from ..noise import corrupt
 from ..noise.corrupt import KINDS
 from ..runs.methods import parse_method
 from ..runs.schema import HELDOUT_FIT, TRAIN_FIT
-from ..runs.write import RunSpec, find_run, history_of
+from ..runs.write import RunSpec, check_seed, history_of
 from ..trainers import MemorizationCallback
+from . import interruptible
 from .arguments import check_lists, check_ranges
 from .data import BUILT_IN_WAIT
-from .progress import make_run
+from .grid import Grid, Made
 from .randomization_report import FITTED, report
+from .runner import Runner
 
 
 CLASSES = 10
@@ -125,6 +124,9 @@ class Arguments:
     noise_rate: float = field(default=0.3, metadata={"help": "Share of the rows that partial_labels corrupts."})
     max_steps: int | None = field(default=None, metadata={"help": "At most so many steps. Default: each model's."})
     workers: int = field(default=2, metadata={"help": "Runs at a time, each on one core."})
+    overwrite_runs: bool = field(
+        default=False, metadata={"help": "Remove runs of other settings in the same place. Default: they stay."}
+    )
 
     def __post_init__(self):
         check_lists(self, models=MODELS, kinds=KINDS, methods=METHODS, seeds=None)
@@ -134,25 +136,10 @@ class Arguments:
             ("max_steps", lambda x: x >= 1, "at least 1"),
             ("workers", lambda x: x >= 1, "at least 1"),
         )
+        for seed in self.seeds:
+            check_seed(seed)
         if CLASSIFIERS.keys() & set(self.models):
             require("prm_hf.experiments.randomization", "sklearn", extra="vision")
-
-
-def specify(args: Arguments) -> list[RunSpec]:
-    """All runs, with all that they depend on in their settings."""
-    specs = []
-    for name, kind, method, seed in itertools.product(args.models, args.kinds, args.methods, args.seeds):
-        model = MODELS[name]
-        settings = {**asdict(model), **TRAINING, "model": name, "kind": kind, **parse_method(method).changes()}
-        del settings["learning_rates"]
-        settings["p"] = args.noise_rate if kind == "partial_labels" else 1.0
-        settings["max_steps"] = args.max_steps or model.max_steps
-        specs.append(RunSpec(method, model.learning_rates[method], seed, settings))
-    return specs
-
-
-def folder_of(spec: RunSpec, output_dir: str) -> Path:
-    return Path(output_dir) / spec.settings["model"] / spec.settings["kind"] / spec.name
 
 
 # ---- One run ----
@@ -223,32 +210,66 @@ def make_trainer(spec: RunSpec, folder: Path) -> Trainer:
     return trainer_class(demo.model_path, args=args, train_dataset=data["train"], eval_dataset=data["test"])
 
 
-def train_run(spec: RunSpec, folder: Path, resume: bool) -> Trainer:
-    trainer = make_trainer(spec, folder)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(MemorizationCallback(trainer))
-    trainer.add_callback(StopWhenFitted())
-    trainer.train()
-    return trainer
+class RandomizationGrid(Grid):
+    """Each model on each kind of data, with each method and seed; a folder for each model and kind."""
+
+    def __init__(self, args: Arguments) -> None:
+        self.args, self.output_dir = args, Path(args.output_dir)
+
+    def place(self, spec: RunSpec) -> Path:
+        return self.output_dir / spec.settings["model"] / spec.settings["kind"]
+
+    def info_of(self, spec: RunSpec) -> dict[str, Any]:
+        return {"task": "randomization", "noise_rate": spec.settings["p"], "model": spec.settings["model"]}
+
+    def __len__(self) -> int:
+        return len(self.specify_runs())
+
+    def specify_runs(self) -> list[RunSpec]:
+        """All runs, with all that they depend on in their settings."""
+        args, specs = self.args, []
+        for name, kind, method, seed in itertools.product(args.models, args.kinds, args.methods, args.seeds):
+            model = MODELS[name]
+            settings = {**asdict(model), **TRAINING, "model": name, "kind": kind, **parse_method(method).changes()}
+            del settings["learning_rates"]
+            settings["p"] = args.noise_rate if kind == "partial_labels" else 1.0
+            settings["max_steps"] = args.max_steps or model.max_steps
+            specs.append(RunSpec(method, model.learning_rates[method], seed, settings))
+        return specs
+
+    def make_trainer(self, spec: RunSpec, folder: Path) -> Trainer:
+        trainer = make_trainer(spec, folder)
+        trainer.add_callback(MemorizationCallback(trainer))
+        trainer.add_callback(StopWhenFitted())
+        return trainer
+
+    def outcomes(self, trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
+        """When training rows were fitted, how many of them are corrupted, and the fit of held-out rows by chance."""
+        log = history_of(trainer.state.log_history)
+        step = next((row["step"] for row in log if row.get(TRAIN_FIT, 0) >= FITTED), None)
+        found = {} if step is None else {"steps_to_fit": step}
+        found["corrupted_rows"] = sum(trainer.train_dataset.with_format(None)["corrupted"][:])
+        found["chance"] = 0.5 if isinstance(trainer, PRMDPOTrainer) else 1 / CLASSES
+        if isinstance(trainer, PRMSFTTrainer):
+            # What another row's completion would score: all of them have some words in common
+            rows = [[token for token in row if token != -100] for row in trainer.eval_dataset["labels"]]
+            pairs = zip(rows, rows[1:] + rows[:1], strict=True)
+            found["chance"] = float(
+                np.mean([np.mean([x == y for x, y in zip(*both, strict=False)]) for both in pairs])
+            )
+        return found, {}
+
+    def describe(self, spec: RunSpec, metrics: dict[str, float]) -> str:
+        steps = f"{metrics['steps_to_fit']:.0f}" if "steps_to_fit" in metrics else f">{metrics['steps']}"
+        fits = f"train {metrics[TRAIN_FIT]:.2f}  held-out {metrics[HELDOUT_FIT]:.2f}"
+        return f"{spec.settings['model']}/{spec.settings['kind']}  steps {steps:>4}  {fits}"
+
+    def report(self, made: list[Made]) -> None:
+        report([run.folder for run in made if run.counts], self.output_dir)
 
 
-def outcomes(trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
-    """When the training rows were fitted, how many of them are corrupted, and the fit of held-out rows by chance."""
-    log = history_of(trainer.state.log_history)
-    step = next((row["step"] for row in log if row.get(TRAIN_FIT, 0) >= FITTED), None)
-    found = {} if step is None else {"steps_to_fit": step}
-    found["corrupted_rows"] = sum(trainer.train_dataset.with_format(None)["corrupted"][:])
-    found["chance"] = 0.5 if isinstance(trainer, PRMDPOTrainer) else 1 / CLASSES
-    if isinstance(trainer, PRMSFTTrainer):
-        # What another row's completion would score: all of them have some words in common
-        rows = [[token for token in row if token != -100] for row in trainer.eval_dataset["labels"]]
-        pairs = zip(rows, rows[1:] + rows[:1], strict=True)
-        found["chance"] = float(np.mean([np.mean([x == y for x, y in zip(*both, strict=False)]) for both in pairs]))
-    return found, {}
-
-
-def prepare_worker() -> None:
-    """Runs in each worker, before its first run: matrices this small are multiplied soonest by one thread."""
+def prepare_process() -> None:
+    """What each process does before its first run: one thread multiplies matrices this small soonest."""
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     logging.getLogger("prm_hf").setLevel(logging.ERROR)
@@ -256,43 +277,30 @@ def prepare_worker() -> None:
     disable_progress_bars()
 
 
-def run(spec: RunSpec, output_dir: str) -> tuple[dict[str, float], str]:
-    """The metrics of a run, which is made unless it is finished, and how they came about."""
-    info = {"task": "randomization", "noise_rate": spec.settings["p"], "model": spec.settings["model"]}
-    folder = folder_of(spec, output_dir)
-    metrics, resume = find_run(spec, folder, print)
-    if metrics is not None:
-        return metrics, "finished before"
-    metrics = make_run(spec, folder, resume, train_run, outcomes, info)
-    return metrics, f"{metrics['wall_seconds']:.0f} s"
+@interruptible
+def work(args: Arguments) -> int:
+    """Makes runs beside the process that reports, which says of each how it ended."""
+    prepare_process()
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        Runner(RandomizationGrid(args), overwrite=args.overwrite_runs, quiet=True).make_all()
+    return 0
 
 
-def run_all(specs: list[RunSpec], args: Arguments) -> Iterator[tuple[dict[str, float], str]]:
-    """Yields what [`run`] returns for each run."""
-    run_one = partial(run, output_dir=args.output_dir)
-    if args.workers == 1:
-        prepare_worker()
-        yield from map(run_one, specs)
-        return
-    # Such small models gain nothing from a second thread; several runs at a time do.
-    with ProcessPoolExecutor(args.workers, get_context("spawn"), prepare_worker) as pool:
-        yield from pool.map(run_one, specs)
-
-
-def main(arguments: list[str]) -> None:
-    """Runs the command line."""
+@interruptible
+def main(arguments: list[str]) -> int:
+    """Runs the command line; returns the exit code of [`Runner.run`]."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("Each run has a process of its own: start one with `python`, and set `--workers`.")
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
-    specs = specify(args)
     if {"sft", "dpo"} & set(args.models):
         print(BUILT_IN_WAIT, flush=True)
         build_demo()
-    with tqdm(total=len(specs), desc="runs", unit="run") as bar:
-        for spec, (metrics, note) in zip(specs, run_all(specs, args), strict=True):
-            steps = f"{metrics['steps_to_fit']:.0f}" if "steps_to_fit" in metrics else f">{metrics['steps']}"
-            fits = f"train {metrics[TRAIN_FIT]:.2f}  held-out {metrics[HELDOUT_FIT]:.2f}"
-            bar.update()
-            name = folder_of(spec, args.output_dir).relative_to(args.output_dir)
-            bar.write(f"{name!s:<64} steps {steps:>4}  {fits}  ({note})")
-    report([folder_of(spec, args.output_dir) for spec in specs], Path(args.output_dir))
+    # Such small models gain nothing from a second thread; several runs at a time do.
+    workers = [get_context("spawn").Process(target=work, args=(args,), daemon=True) for _ in range(args.workers - 1)]
+    for worker in workers:
+        worker.start()
+    prepare_process()
+    code = Runner(RandomizationGrid(args), overwrite=args.overwrite_runs).run()
+    for worker in workers:
+        worker.join()
+    return code

@@ -1,10 +1,11 @@
-"""Makes the runs of a comparison, one after another: locks, resume, deadline, and the report at the end.
+"""Makes the runs of a grid, one after another: locks, resume, deadline, failures, and the report at the end.
 
-`experiment.py` says what a task is, and `grid.py` which runs there are. This module makes the runs that are not
-finished, each in a folder that `prm-hf compare` reads, and prints the result.
+`grid.py` says which runs there are and what they are made of. This module makes those that are not finished, each in a
+folder that `prm-hf compare` reads, and has the grid report on them.
 """
 
-import functools
+import contextlib
+import shutil
 import time
 from pathlib import Path
 
@@ -14,19 +15,18 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
-from transformers import Trainer
 
-from .. import PopulationRiskStoppingCallback
-from ..compare import compare_runs, format_comparison, write_report
-from ..runs.methods import parse_method
-from ..runs.schema import KL, MEAN_Q, METRICS_FILE, measures_of
-from ..runs.write import RunSpec, find_run
+from ..runs.read import checkpoints
+from ..runs.write import RunSpec, fail_run, failure_of, find_folder, finished_metrics
 from . import OUT_OF_TIME
-from .controls import MaskRecorder, is_sharded, mean_masks, set_up_optimizer
+from .checks import check_data, check_experiment, folder_of_data, folder_of_rate
 from .data import load_data
 from .experiment import Experiment
-from .grid import Grid
-from .progress import make_run, show_progress
+from .grid import ComparisonGrid, Grid, Made, MadeRuns
+from .progress import make_run
+
+
+FAILED = 1  # the exit code where an error ended a run
 
 
 class OutOfTime(Exception):
@@ -34,117 +34,172 @@ class OutOfTime(Exception):
 
 
 def run_comparisons(experiment: Experiment) -> int:
-    """One comparison for each dataset and noise rate; returns the exit code, `OUT_OF_TIME` if runs are left."""
+    """One comparison for each dataset and noise rate.
+
+    Returns:
+        The exit code: `OUT_OF_TIME` if runs are left, otherwise `FAILED` if an error ended one.
+    """
+    check_experiment(experiment)
     args, training_args = experiment.script_args, experiment.training_args
     deadline = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
+    datasets = list(load_data(args, experiment.model_args, experiment.built_in_rows, experiment.columns()))
+    for data in datasets:
+        check_data(experiment, data)
     # What one process of a sweep computes, the others find in the datasets' cache.
-    preparing = _lock(Path(training_args.output_dir), "prepare")
-    for data in load_data(args, experiment.model_args.model_name_or_path, experiment.built_in_rows):
+    preparing, code = _lock(Path(training_args.output_dir), "prepare"), 0
+    for data in datasets:
         with preparing:
             data = experiment.prepare(data)
         for noise_rate in args.noise_rate:
             output_dir = Path(training_args.output_dir)
-            if len(args.dataset_name or ()) > 1:
-                output_dir /= Path(data.dataset_name).stem
+            if len(datasets) > 1:
+                output_dir /= folder_of_data(data.dataset_name)
             if len(args.noise_rate) > 1:
-                output_dir /= f"noise{noise_rate:g}"
-            runner = Runner(Grid(experiment, data, noise_rate, output_dir), deadline)
+                output_dir /= folder_of_rate(noise_rate)
+            grid = ComparisonGrid(experiment, data, noise_rate, output_dir)
+            runner = Runner(grid, deadline, args.overwrite_runs, training_args.disable_tqdm)
+            if grid.left_out:
+                runner.tell(f"Without {', '.join(grid.left_out)}, which are not for the noise rate {noise_rate:g}.")
             try:
-                runner.run()
+                code = max(code, runner.run())
             except OutOfTime:
-                runner.report()
-                if PartialState().is_main_process:
-                    print(f"\nThe {args.max_minutes:g} minutes are over. The same command goes on from here.")
+                runner.tell(f"\nThe {args.max_minutes:g} minutes are over. The same command goes on from here.")
                 return OUT_OF_TIME
-            runner.report()
-    return 0
+    return code
 
 
 class Runner:
     """Makes the runs of a grid, each into its folder, and reports on all of them.
 
     Several processes may share a grid, one on each GPU: each takes the next run that no other process is training.
-    After the `deadline`, on the clock of `time.monotonic`, no run is started.
+    After the `deadline`, on the clock of `time.monotonic`, no run is started. With `overwrite` folders of runs that
+    differ from those of the grid in their settings alone are removed; without it nothing ever is.
     """
 
-    def __init__(self, grid: Grid, deadline: float | None = None) -> None:
-        self.grid, self.deadline = grid, deadline
-        self.folders: list[Path] = []
+    def __init__(
+        self, grid: Grid, deadline: float | None = None, overwrite: bool = False, quiet: bool = False
+    ) -> None:
+        self.grid, self.deadline, self.overwrite = grid, deadline, overwrite
+        self.started = time.time()
+        self.made: dict[Path, Made] = {}
         self.state = PartialState()
-        self.bar = tqdm(total=len(grid), desc="runs", unit="run", disable=not self.state.is_main_process)
-        if grid.left_out:
-            self._tell(f"Without {', '.join(grid.left_out)}, which are not for the noise rate {grid.noise_rate:g}.")
+        self.bar = tqdm(total=len(grid), desc="runs", unit="run", disable=quiet or not self.state.is_main_process)
 
-    def run(self) -> None:
+    def run(self) -> int:
+        """Makes all runs and reports on them; returns 0, or `FAILED` if an error ended one. Collective.
+
+        Raises:
+            OutOfTime: the deadline has left a run. What there is has been reported.
+        """
+        try:
+            self.make_all()
+        except OutOfTime:
+            self._report()
+            raise
+        finally:
+            self.bar.close()
+        self._report()
+        return FAILED if any(run.metrics is None for run in self.made.values()) else 0
+
+    def make_all(self) -> None:
         """Makes all runs, then their controls; `OutOfTime` where the deadline leaves one. Collective."""
-        metrics, specs = {}, self.grid.specify_runs()
-        for spec, found in zip(specs, self._make_all(specs), strict=True):
-            metrics.setdefault((spec.method, spec.learning_rate), {})[spec.seed] = found
-        controls, problems = self.grid.specify_controls(metrics)
+        made: MadeRuns = {}
+        specs = self.grid.specify_runs()
+        if self.state.is_main_process:
+            for spec in specs:  # what is in the way of one is said before another is trained
+                with _lock(self.grid.place(spec), "folders"):
+                    find_folder(spec, self.grid.place(spec), self.tell)
+        for spec, run in zip(specs, self._make_each(specs), strict=True):
+            made.setdefault((spec.method, spec.learning_rate), {})[spec.seed] = run
+        controls, problems = self.grid.specify_controls(made)
         for problem in problems:
             self.bar.update()
-            self._tell(problem)
-        self._make_all(controls)
+            self.tell(problem)
+        self._make_each(controls)
 
-    def _make_all(self, specs: list[RunSpec]) -> list[dict[str, float]]:
-        """The final metrics of runs. What another process is training meanwhile comes last, and is waited for."""
+    def _make_each(self, specs: list[RunSpec]) -> list[Made]:
+        """Runs that were made. What another process is training, and what failed before, comes last."""
         found = [self._make(spec, wait=False) for spec in specs]
         return [self._make(spec, wait=True) if run is None else run for spec, run in zip(specs, found, strict=True)]
 
-    def _make(self, spec: RunSpec, wait: bool) -> dict[str, float] | None:
-        """A run's final metrics, now or from its folder; None for one that another process trains, without `wait`."""
-        folder = self.grid.output_dir / spec.name
-        lock = _lock(self.grid.output_dir, spec.name)
-        # One process looks, so that all go the same way.
-        decision = [self._decide(spec, folder, lock, wait) if self.state.is_main_process else None]
-        broadcast_object_list(decision)
-        what, metrics, resume = decision[0]
-        try:
+    def _make(self, spec: RunSpec, wait: bool) -> Made | None:
+        """A run, made now or before; without `wait` None for one that comes last."""
+        with contextlib.ExitStack() as held:
+            # One process looks, so that all go the same way. It alone holds the lock.
+            decision = [self._decide(spec, wait, held) if self.state.is_main_process else None]
+            broadcast_object_list(decision)
+            what, made, resume = decision[0]
             if what == "late":
                 raise OutOfTime
-            if what == "busy":
+            if what == "later":
                 return None
-            self.folders.append(folder)
             note = "finished before"
-            if metrics is None:
-                outcomes = functools.partial(self.grid.experiment.outcomes, data=self.grid.data)
-                metrics = make_run(spec, folder, resume, self._train, outcomes, self.grid.info)
-                note = f"{metrics['wall_seconds']:.0f} s"
-                self._clean_up()
-        finally:
-            lock.release()  # only the main process has it
+            if what == "make":
+                made = self._try(spec, made.folder, resume)
+                note = f"{made.metrics['wall_seconds']:.0f} s" if made.metrics else "now"
+        self.made[made.folder] = made
         self.bar.update()
-        self._tell(self._line(spec, metrics, note))
-        return metrics
+        self.tell(self._line(spec, made, note))
+        return made
 
-    def _decide(
-        self, spec: RunSpec, folder: Path, lock: FileLock, wait: bool
-    ) -> tuple[str, dict[str, float] | None, bool]:
-        """`"busy"`, `"late"` or `"mine"`; the metrics of a finished run; whether a run has a checkpoint."""
+    def _decide(self, spec: RunSpec, wait: bool, held: contextlib.ExitStack) -> tuple[str, Made, bool]:
+        """`"make"`, `"made"`, `"later"` or `"late"`; the run so far; and whether it has a checkpoint."""
+        place = self.grid.place(spec)
+        with _lock(place, "folders"):
+            folder, others = find_folder(spec, place, self.tell)
+            if self.overwrite:
+                others = self._remove(others)
+        so_far = Made(folder, None)
         left = -1.0 if self.deadline is None else max(0.0, self.deadline - time.monotonic())
         try:
-            lock.acquire(timeout=left if wait else 0)
+            held.enter_context(_lock(place, folder.name).acquire(timeout=left if wait else 0))
         except Timeout:
-            return "late" if wait else "busy", None, False
-        metrics, resume = find_run(spec, folder, self.bar.write)
-        return "late" if metrics is None and left == 0 else "mine", metrics, resume
+            return "late" if wait else "later", so_far, False
+        metrics, failure = finished_metrics(folder, self.tell), failure_of(folder)
+        if metrics is not None:
+            return "made", Made(folder, metrics), False
+        if failure is not None:
+            problem, failed_at = failure
+            if failed_at >= self.started:  # in another process
+                return "made", Made(folder, None, problem), False
+            if not wait:
+                return "later", so_far, False
+        if left == 0:
+            return "late", so_far, False
+        for other, changed in others.items():
+            self.tell(f"{spec.name}: made in {folder.name}, since these settings differ from {other.name}: {changed}")
+        return "make", so_far, bool(checkpoints(folder))
 
-    def _train(self, spec: RunSpec, folder: Path, resume: bool) -> Trainer:
-        method = parse_method(spec.method)
-        own = {"output_dir": str(folder), "learning_rate": spec.learning_rate, "seed": spec.seed}
-        config = self.grid.configure(spec.configured_as, **own)
-        trainer = self.grid.experiment.make_trainer(config, spec, self.grid.data)
-        masks_of = spec.settings["fixed_q"]["masks_of"] if method.name == "fixed_q" else None
-        set_up_optimizer(trainer, method, spec.seed, masks_of and mean_masks(self.grid.output_dir / masks_of))
-        if method.has_controls and method.tensor_masks and not is_sharded(trainer):
-            trainer.add_callback(MaskRecorder(trainer, folder))
-        if method.name == "prm_stopping":
-            trainer.add_callback(PopulationRiskStoppingCallback())
-        show_progress(trainer, spec.name)
-        trainer.train(resume_from_checkpoint=resume or None)
-        if config.save_strategy != "no":
-            trainer.save_model(str(folder))
-        return trainer
+    def _remove(self, folders: dict[Path, str]) -> dict[Path, str]:
+        """Removes folders of other settings; returns those that stay because a process is training there."""
+        busy = {}
+        for folder, changed in folders.items():
+            try:
+                with _lock(folder.parent, folder.name).acquire(timeout=0):
+                    shutil.rmtree(folder)
+                self.tell(f"{folder.name}: removed by `overwrite_runs`, since these settings differ: {changed}")
+            except Timeout:
+                busy[folder] = changed
+        return busy
+
+    def _try(self, spec: RunSpec, folder: Path, resume: bool) -> Made:
+        """A run that is made now. An error goes into its folder, and the runs after it are made all the same.
+
+        An error is raised where these have no chance: other processes of this run wait for this one, or the device is
+        lost.
+        """
+        metrics, problem = None, ""
+        try:
+            metrics = make_run(self.grid, spec, folder, resume)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+            with contextlib.suppress(OSError):
+                fail_run(folder, error)
+            lost = "CUDA error" in problem and "out of memory" not in problem
+            if self.state.num_processes > 1 or lost:
+                raise
+        self._clean_up()  # now that no error holds the trainer
+        return Made(folder, metrics, problem)
 
     def _clean_up(self) -> None:
         # A trainer holds references to itself, by way of its callbacks.
@@ -154,33 +209,34 @@ class Runner:
             # forgets that there is FSDP.
             AcceleratorState._reset_state()
 
-    def _line(self, spec: RunSpec, metrics: dict[str, float], note: str) -> str:
-        measures = measures_of(self.grid.info)
-        columns = [("accuracy", measures.accuracy, ".3f"), (measures.noise_label, measures.noise_fit, ".3f")]
-        columns += [("KL", KL, ".4f"), ("mean q", MEAN_Q, ".3f")]
-        shown = [f"{label} {metrics[key]:{form}}" for label, key, form in columns if key in metrics]
-        return f"{spec.name:<36} {'  '.join(shown)}  ({note})"
+    def _line(self, spec: RunSpec, made: Made, note: str) -> str:
+        if made.metrics is None:
+            return f"{spec.name:<36} failed: {made.problem}"
+        if made.counts:
+            return f"{spec.name:<36} {self.grid.describe(spec, made.metrics)}  ({note})"
+        step = made.metrics.get("diverged_at_step", "?")
+        return f"{spec.name:<36} diverged at step {step}  ({note})"
 
-    def _tell(self, line: str) -> None:
+    def tell(self, line: str) -> None:
+        """Prints a line, above the bars."""
         if self.state.is_main_process:
             self.bar.write(line)
 
-    def report(self) -> None:
-        """Prints the table of these runs alone, not of others in the folder, and writes the report."""
-        self.bar.close()
-        if not self.state.is_main_process or not any((folder / METRICS_FILE).is_file() for folder in self.folders):
+    def _report(self) -> None:
+        """Reports on these runs alone, not on others in the folder."""
+        if not self.state.is_main_process:
             return
-        result = compare_runs(self.folders)
-        print("\n" + format_comparison(result))
-        with _lock(self.grid.output_dir, "report"):
-            try:
-                write_report(result, self.grid.output_dir)
-                print(f"\nReport: {self.grid.output_dir / 'report.html'}")
-            except ImportError as error:
-                print(f"\nNo report was written: {error}")
+        if any(run.counts for run in self.made.values()):
+            with _lock(self.grid.output_dir, "report"):
+                self.grid.report(list(self.made.values()))
+        failed = [run for run in self.made.values() if run.metrics is None]
+        for run in failed:
+            print(f"\nFailed: {run.folder.name}: {run.problem}")
+        if failed:
+            print("The same command tries them again.")
 
 
-def _lock(output_dir: Path, name: str) -> FileLock:
-    folder = output_dir / ".locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / f"{name}.lock")
+def _lock(folder: Path, name: str) -> FileLock:
+    locks = folder / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    return FileLock(locks / f"{name}.lock")

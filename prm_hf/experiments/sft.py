@@ -21,9 +21,11 @@ from ..runs.methods import LOSS, METHODS
 from ..runs.write import RunSpec
 from ..trainers import MemorizationCallback
 from ..trainers.config import with_help
+from . import interruptible
 from .arguments import ComparisonArguments, check_ranges
 from .data import Data
 from .experiment import BUILT_IN, Experiment
+from .rows import Columns
 from .runner import run_comparisons
 
 
@@ -67,14 +69,8 @@ class SFTArguments(ComparisonArguments):
 
 
 def prepare_rows(dataset: Dataset, args: SFTArguments) -> Dataset:
-    """The columns `prompt` and `completion`, and no others; a ValueError where the dataset does not have them."""
+    """The columns `prompt` and `completion`, and no others; a ValueError where messages would be made of messages."""
     names = {args.prompt_column: "prompt", args.completion_column: "completion"}
-    missing = [name for name in names if name not in dataset.column_names]
-    if missing:
-        raise ValueError(
-            f"The dataset has no column {missing[0]!r}; it has {dataset.column_names}. Name yours with "
-            "`--prompt_column` and `--completion_column`."
-        )
     dataset = dataset.select_columns(list(names))
     dataset = dataset.rename_columns({old: new for old, new in names.items() if old != new})
     if not args.as_messages:
@@ -98,6 +94,17 @@ def answers(texts: list[str], pattern: str) -> list[str | None]:
     return [matches[-1].strip() if matches else None for matches in found]
 
 
+def expected_answers(rows: Dataset, pattern: str | None) -> list[str]:
+    """The answer in each row's completion, none without a pattern; a ValueError where a row has no answer."""
+    if pattern is None:
+        return []
+    found = answers([row if isinstance(row, str) else row[-1]["content"] for row in rows["completion"]], pattern)
+    if None in found:
+        row = found.index(None)
+        raise ValueError(f"`answer_pattern` {pattern!r} is not found in the completion of held-out row {row}.")
+    return found
+
+
 @torch.no_grad()
 def matches_answers(trainer: PRMSFTTrainer, rows: Dataset, pattern: str, max_new_tokens: int) -> list[bool]:
     """Whether greedy decoding gives the answer of each row's completion. Collective."""
@@ -107,10 +114,7 @@ def matches_answers(trainer: PRMSFTTrainer, rows: Dataset, pattern: str, max_new
         row if isinstance(row, str) else tokenizer.apply_chat_template(row, add_generation_prompt=True, tokenize=False)
         for row in rows["prompt"]
     ]
-    expected = answers([row if isinstance(row, str) else row[-1]["content"] for row in rows["completion"]], pattern)
-    if None in expected:
-        row = expected.index(None)
-        raise ValueError(f"`answer_pattern` {pattern!r} is not found in the completion of held-out row {row}.")
+    expected = expected_answers(rows, pattern)
     mine = list(range(accelerator.process_index, len(rows), accelerator.num_processes))
     mine.sort(key=lambda i: len(prompts[i]))
     found, size = [], trainer.args.per_device_eval_batch_size
@@ -164,6 +168,25 @@ class SFTExperiment(Experiment):
     def info(self) -> dict[str, str]:
         return super().info() | ({} if self.script_args.answer_pattern is None else {"accuracy": "answer_match"})
 
+    def columns(self) -> Columns:
+        args = self.script_args
+        advice = "Name yours with `--prompt_column` and `--completion_column`."
+        return Columns(args.prompt_column, (args.completion_column,), needs_prompt=True, advice=advice)
+
+    def unused_arguments(self) -> dict[str, str]:
+        if self.script_args.answer_pattern is not None:
+            return {}
+        return {"max_new_tokens": "is for an `answer_pattern`, without which nothing is generated"}
+
+    def check_config(self, config: PRMSFTConfig) -> None:
+        if config.loss_type not in ("nll", "dft"):
+            raise ValueError(f"`loss_type` is {config.loss_type!r}: TRL knows nll and dft.")
+
+    def check_rows(self, data: Data) -> None:
+        for rows in (data.train, data.heldout):
+            prepare_rows(rows.select([0]), self.script_args)
+        expected_answers(prepare_rows(data.heldout, self.script_args), self.script_args.answer_pattern)
+
     def settings(self) -> dict[str, Any]:
         own = [f.name for f in dataclasses.fields(SFTArguments)][len(dataclasses.fields(ComparisonArguments)) :]
         return {name: getattr(self.script_args, name) for name in own}
@@ -177,7 +200,8 @@ class SFTExperiment(Experiment):
         if settings["peft_config"] is None and config.drift_metrics:
             # With an adapter the model without it is the reference.
             loading = {key: value for key, value in config.model_init_kwargs.items() if value is not None}
-            reference = AutoModelForCausalLM.from_pretrained(data.model, **{"dtype": "float32", **loading})
+            loading = {"dtype": "float32", "trust_remote_code": config.trust_remote_code, **loading}
+            reference = AutoModelForCausalLM.from_pretrained(data.model, **loading)
         trainer = PRMSFTTrainer(
             model=data.model,
             args=config,
@@ -202,6 +226,7 @@ class SFTExperiment(Experiment):
         return more, {"heldout": [1 if x else -1 for x in right]}
 
 
+@interruptible
 def main(arguments: list[str]) -> int:
-    """Runs the command line; returns the exit code, 75 if runs are left when its minutes are over."""
+    """Runs the command line; returns the exit code of [`run_comparisons`]."""
     return run_comparisons(SFTExperiment.parse(arguments))

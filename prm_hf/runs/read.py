@@ -191,7 +191,7 @@ def _read_run(folder: Path) -> Run:
     missing = [key for key in ("name", "method", "learning_rate", "seed") if key not in info]
     if missing:
         raise ValueError(f"{folder / RUN_FILE} lacks {', '.join(missing)}.")
-    bad = [name for name, value in metrics.items() if not _is_number(value)]
+    bad = [name for name, value in metrics.items() if name != "diverged" and not _is_number(value)]
     if bad:
         raise ValueError(f"{folder / METRICS_FILE} must map names to numbers; {bad[0]!r} is {metrics[bad[0]]!r}.")
     try:

@@ -1,11 +1,13 @@
 """The schema of a run's folder: its files, the names in them, and what a run of each task is judged by.
 
 A folder holds `run.json` (what was run), `history.jsonl` (one JSON object a logged step), `margins.json` (one number
-an example) and `metrics.json` (the final values, written last: a folder without it is unfinished).
+an example) and `metrics.json` (the final values, written last: a folder without it is unfinished). A run whose loss
+was not finite has `"diverged": true` and `diverged_at_step` there; one that ended in an error has `failed.json`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +17,7 @@ from .methods import find_method
 
 VERSION = 1  # of the schema, `schema` in run.json
 RUN_FILE, HISTORY_FILE, MARGINS_FILE, METRICS_FILE = "run.json", "history.jsonl", "margins.json", "metrics.json"
+FAILED_FILE = "failed.json"  # of a run that ended in an error: its "error" and "message"
 MASKS_FILE = "masks.jsonl"  # the masks of tensors, for the control fixed_q
 # What a report puts beside the run folders; `prm-hf compare runs/dpo_noisy/*` is to work after a first report.
 REPORT_FILES = ("comparison.json", "report.html", "frontier.png")
@@ -25,23 +28,25 @@ TRAIN_FIT, HELDOUT_FIT = "memorization/train_fit", "memorization/heldout_fit"
 KL = "drift/kl"
 MEAN_Q = "mask/mean_q"
 
-# Where a run is written and how it is shown do not make it another run, nor how the batch of a step is spread (see
-# `effective_batch_size`); learning rate and seed are named beside the settings.
+# What changes no result makes no other run: where a run is written and how it is shown, what is saved and how often,
+# how data are loaded, and how the batch of a step is spread (see `effective_batch_size`). Learning rate and seed are
+# named beside the settings.
 NOT_SETTINGS = {
-    *("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "resume_from_checkpoint", "push_to_hub"),
-    *(
-        "hub_model_id",
-        "hub_token",
-        "log_level",
-        "log_level_replica",
-        "local_rank",
-        "use_cpu",
-        "logging_nan_inf_filter",
-    ),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "deepspeed", "fsdp"),
-    *("fsdp_config", "accelerator_config", "ddp_backend", "dataset_num_proc", "dataloader_num_workers"),
-    *("dataloader_pin_memory", "learning_rate", "seed"),
+    *("output_dir", "logging_dir", "run_name", "project", "report_to", "disable_tqdm", "resume_from_checkpoint"),
+    *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "push_to_hub", "hub_model_id", "hub_token"),
+    *("hub_strategy", "hub_always_push", "hub_private_repo", "hub_revision", "log_level", "log_level_replica"),
+    *("log_on_each_node", "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter"),
+    *("local_rank", "use_cpu", "skip_memory_metrics", "include_num_input_tokens_seen", "debug", "do_train", "do_eval"),
+    *("do_predict", "save_total_limit", "save_only_model", "save_on_each_node", "save_safetensors"),
+    *("enable_jit_checkpoint", "per_device_train_batch_size", "gradient_accumulation_steps", "deepspeed", "fsdp"),
+    *("per_device_eval_batch_size", "eval_accumulation_steps", "fsdp_config", "accelerator_config", "ddp_backend"),
+    *("ddp_timeout", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_find_unused_parameters"),
+    *("dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "torch_empty_cache_steps"),
+    *("learning_rate", "seed"),
 }
+# These choose the weights that a run ends with where `load_best_model_at_end` does; elsewhere they change nothing.
+_OF_THE_BEST = {"save_steps", "metric_for_best_model", "greater_is_better"}
 # Names of settings in the files of version 0.1.
 RENAMED_SETTINGS = {
     "prm_rho": "prm_variance_beta",
@@ -65,7 +70,13 @@ def comparable_settings(settings: Mapping[str, Any], method: str) -> dict[str, A
     named = find_method(method)
     if named.value_setting:
         renamed.setdefault(named.value_setting, named.value)
-    return {key: value for key, value in renamed.items() if key not in NOT_SETTINGS}
+    left_out = NOT_SETTINGS if renamed.get("load_best_model_at_end") else NOT_SETTINGS | _OF_THE_BEST
+    return {key: value for key, value in renamed.items() if key not in left_out}
+
+
+def has_diverged(metrics: Mapping[str, Any]) -> bool:
+    """Whether a run's final metrics are of weights that were not finite, said so or not."""
+    return bool(metrics.get("diverged")) or any(not math.isfinite(metrics.get(name) or 0.0) for name in ("loss", KL))
 
 
 def named_metrics(values: Mapping[str, Any]) -> dict[str, Any]:

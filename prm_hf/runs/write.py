@@ -1,20 +1,56 @@
-"""The specification of a run, whether its folder holds it already, and the files of a run, each written whole."""
+"""The specification of a run, the folder that it has, and the files of a run, each written whole."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-import shutil
+import re
+import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .read import checkpoints, read_json
-from .schema import HISTORY_FILE, MARGINS_FILE, METRICS_FILE, RUN_FILE, VERSION, comparable_settings, named_metrics
+from .read import read_json
+from .schema import (
+    FAILED_FILE,
+    HISTORY_FILE,
+    MARGINS_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    VERSION,
+    comparable_settings,
+    named_metrics,
+)
+
+
+# What a version before did not record: a run that lacks it may be of any.
+_UNRECORDED = {"train_digest", "heldout_digest", "model_digest"}
+
+
+def check_name(text: Any, argument: str) -> str:
+    """Returns a text that becomes the name of a folder.
+
+    Raises:
+        ValueError: it is no text, or might name another folder than one beside those of the other runs.
+    """
+    if not isinstance(text, str) or not re.fullmatch(r"[\w+-][\w .,:+-]*", text):
+        raise ValueError(
+            f"`{argument}` becomes the name of a folder, and is {text!r}: it may have letters, digits, spaces and "
+            "`_ - + . , :`, and does not begin with a dot."
+        )
+    return text
+
+
+def check_seed(seed: Any) -> int:
+    """Returns a seed; a ValueError unless it is a whole number that random number generators take."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"`seeds` must be whole numbers from 0 to 4294967295, got {seed!r}.")
+    return seed
 
 
 @dataclass
@@ -23,6 +59,7 @@ class RunSpec:
 
     Attributes:
         configured_as: of a control, the method whose configuration it has.
+        defaults: values of settings that were not given. A `run.json` of before a setting existed has these.
     """
 
     method: str
@@ -30,44 +67,134 @@ class RunSpec:
     seed: int
     settings: dict[str, Any]
     configured_as: str | None = None
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_name(self.method, "methods")
+        check_seed(self.seed)
+        self.settings = json.loads(json.dumps(self.settings, default=str))  # as the file has them
 
     @property
     def name(self) -> str:
+        """What people call the run. Two of one name can differ in their settings, or in a rate's fourth digit."""
         rate = f"{self.learning_rate:.3g}".replace("e-0", "e-")
         return f"{self.method.replace(':', '')}_lr{rate}_seed{self.seed}"
 
+    @property
+    def folder_name(self) -> str:
+        """The name of a new folder of this run: its name and a hash of all that makes it this run."""
+        what = {key: value for key, value in self._comparable(self.settings).items() if value is not None}
+        text = json.dumps([self.method, self.learning_rate, self.seed, what], sort_keys=True)
+        return f"{self.name}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
     def changes_from(self, info: dict[str, Any]) -> list[str]:
         """What makes this another run than that of a `run.json`, by name. A setting that is None may be missing."""
-        method = self.configured_as or self.method
-        ours = comparable_settings(json.loads(json.dumps(self.settings, default=str)), method)  # as the file has them
-        theirs = comparable_settings(info.get("settings", {}), method)
+        ours, theirs = self._comparable(self.settings), self._comparable(info.get("settings", {}))
+        # What the file does not have is what it was before anyone could set it, or not known.
+        unset = {key for key in ours.keys() - theirs.keys() if ours[key] == self.defaults.get(key)}
+        unset |= _UNRECORDED - theirs.keys()
         for key in ("method", "learning_rate", "seed"):
             ours[key], theirs[key] = getattr(self, key), info.get(key)
-        return sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
+        return sorted(key for key in {*ours, *theirs} - unset if ours.get(key) != theirs.get(key))
+
+    def _comparable(self, settings: dict[str, Any]) -> dict[str, Any]:
+        return comparable_settings(settings, self.configured_as or self.method)
 
 
-def find_run(spec: RunSpec, folder: Path, tell: Callable[[str], None]) -> tuple[dict[str, float] | None, bool]:
-    """The metrics of a finished run of just this specification, and whether there is a checkpoint to go on from.
+def find_folder(spec: RunSpec, parent: Path, tell: Callable[[str], None] = print) -> tuple[Path, dict[Path, str]]:
+    """The folder of a run in `parent`, which need not exist yet, and those of the same run but for its settings.
 
-    A folder of other settings is emptied; `tell` is given a line that says why.
+    A folder is the run's if its `run.json` says so, whatever version wrote it; its name alone says nothing.
+
+    Returns:
+        The folder, and by each other one the names of the settings that differ.
+
+    Raises:
+        ValueError: something else has the name that a new folder would get.
     """
-    info = read_json(folder / RUN_FILE)
-    changed = [] if info is None else spec.changes_from(info)
-    if info is not None and not changed:
-        return read_json(folder / METRICS_FILE), bool(checkpoints(folder))
-    if folder.exists():
-        tell(f"{spec.name}: trained again, since these settings changed: {', '.join(changed) or 'all'}")
-        shutil.rmtree(folder)
-    return None, False
+    own, others = [], {}
+    pattern = re.compile(rf"{re.escape(spec.name)}(_[0-9a-f]{{8}})?")
+    for folder in sorted(parent.glob("*")) if parent.is_dir() else ():
+        info = _info_of(folder) if pattern.fullmatch(folder.name) else None
+        if info is not None:
+            changed = spec.changes_from(info)
+            if not changed:
+                own.append(folder)
+            elif not {"method", "learning_rate", "seed"} & set(changed):
+                others[folder] = ", ".join(changed)
+    own.sort(key=lambda folder: not (folder / METRICS_FILE).is_file())  # a finished one first
+    return own[0] if own else _new_folder(spec, parent, tell), others
+
+
+def _info_of(folder: Path) -> dict[str, Any] | None:
+    """What the `run.json` of a folder says; None where there is none, or none that can be read."""
+    try:
+        info = read_json(folder / RUN_FILE)
+    except (ValueError, OSError):
+        return None
+    return info if isinstance(info, dict) and isinstance(info.get("settings", {}), dict) else None
+
+
+def _new_folder(spec: RunSpec, parent: Path, tell: Callable[[str], None]) -> Path:
+    folder = parent / spec.folder_name
+    if (folder / RUN_FILE).is_file() and _info_of(folder) is None:
+        tell(f"{folder / RUN_FILE} cannot be read. {_set_aside(folder)} has what there is, and the run is made again.")
+    # A run that ended before its run.json was whole has left at most a part of it.
+    is_free = not os.path.lexists(folder) or (folder.is_dir() and {x.name for x in folder.iterdir()} <= {"run.part"})
+    if not is_free:
+        raise ValueError(
+            f"{folder} is not the folder of a run of these settings, by its {RUN_FILE}, and the run {spec.name} would "
+            "be written there. Nothing in it was touched: move it away, or name another `output_dir`."
+        )
+    return folder
+
+
+def finished_metrics(folder: Path, tell: Callable[[str], None] = print) -> dict[str, Any] | None:
+    """The metrics of a finished run; None for another one. `tell` is given a line about a file that is set aside."""
+    file = folder / METRICS_FILE
+    try:
+        metrics = read_json(file)
+    except ValueError:
+        metrics = None
+    if metrics is None and file.is_file() or not isinstance(metrics, dict | None):
+        tell(f"{file} cannot be read. It is set aside as {_set_aside(file).name}, and the run is made again.")
+        return None
+    return metrics
+
+
+def _set_aside(path: Path) -> Path:
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.name}.corrupt{number if number > 1 else ''}")):
+        number += 1
+    return path.rename(aside)
+
+
+def failure_of(folder: Path) -> tuple[str, float] | None:
+    """Why a run failed, in words, and when on the clock of `time.time`; None for one that did not."""
+    file = folder / FAILED_FILE
+    try:
+        found = read_json(file)
+        return f"{found['error']}: {found['message']}", file.stat().st_mtime
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def fail_run(folder: Path, error: BaseException) -> None:
+    """Writes `failed.json`, which the next attempt at the run removes. Of several processes the first one's stays."""
+    if (folder / FAILED_FILE).exists():
+        return
+    trace = "".join(traceback.format_exception(error))
+    write_json(folder / FAILED_FILE, {"error": type(error).__name__, "message": str(error), "traceback": trace})
 
 
 def start_run(spec: RunSpec, folder: Path, info: dict[str, Any]) -> dict[str, Any]:
     """Writes `run.json` and returns what it says; `info` is what it says besides the specification."""
-    specified = {key: getattr(spec, key) for key in ("name", "method", "learning_rate", "seed")}
+    specified = {"name": folder.name, **{key: getattr(spec, key) for key in ("method", "learning_rate", "seed")}}
     record = {"schema": VERSION, **specified, **info, "settings": spec.settings, "versions": versions()}
     record["started"] = _now()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RUN_FILE, record)
+    (folder / FAILED_FILE).unlink(missing_ok=True)
     return record
 
 

@@ -1,6 +1,7 @@
 """Short comparisons for the tests of this folder: their data in files, and what they leave in their folders."""
 
 import json
+import re
 from pathlib import Path
 
 from prm_hf.demo import build_demo
@@ -22,13 +23,26 @@ def read_lines(path):
 
 
 def stamps(folder):
-    """By the name of each finished run the time at which it was finished."""
+    """By the name of the folder of each finished run the time at which it was finished."""
     return {path.parent.name: path.stat().st_mtime_ns for path in Path(folder).glob("*/metrics.json")}
 
 
 def infos(folder):
-    """By the name of each run its run.json."""
+    """By the name of each run's folder its run.json."""
     return {path.parent.name: read(path) for path in Path(folder).glob("*/run.json")}
+
+
+def folder_of(folder, name):
+    """The only folder of a run in a folder, by its name without the hash."""
+    (found,) = (
+        path for path in Path(folder).iterdir() if re.fullmatch(rf"{re.escape(name)}(_[0-9a-f]{{8}})?", path.name)
+    )
+    return found
+
+
+def plain(names):
+    """Names of folders without their hashes."""
+    return {re.sub(r"_[0-9a-f]{8}$", "", name) for name in names}
 
 
 def write_pairs(folder, train=40, test=24):

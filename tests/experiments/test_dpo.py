@@ -4,20 +4,32 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 from filelock import FileLock
-from transformers import TrainerControl, TrainerState
 
 from prm_hf.demo import build_demo
-from prm_hf.experiments import data, progress, runner
+from prm_hf.experiments import data, runner
 from prm_hf.experiments.dpo import DPOExperiment
 from prm_hf.runs.methods import METHODS
 
-from .comparisons import ON_CPU, ONE_RATE, ROOT, SHORT, infos, on_files, read, read_lines, run_dpo, stamps, write_pairs
+from .comparisons import (
+    ON_CPU,
+    ONE_RATE,
+    ROOT,
+    SHORT,
+    folder_of,
+    infos,
+    on_files,
+    plain,
+    read,
+    read_lines,
+    run_dpo,
+    stamps,
+    write_pairs,
+)
 
 
 def parse(*arguments):
@@ -27,11 +39,11 @@ def parse(*arguments):
 def test_a_comparison_writes_what_it_says(tmp_path):
     run_dpo(tmp_path)
     runs = sorted(path.parent.name for path in tmp_path.glob("*/run.json"))
-    assert [name for name in runs if not name.startswith("constant_q")] == [
+    assert plain(name for name in runs if not name.startswith("constant_q")) == {
         "adamw_lr0.001_seed0",
         "prm_debiased_lr0.003_seed0",
         "prm_per_tensor_lr0.003_seed0",
-    ]
+    }
     assert len(runs) == 4
     for name in runs:
         info, metrics = read(tmp_path / name / "run.json"), read(tmp_path / name / "metrics.json")
@@ -81,19 +93,25 @@ def test_finished_runs_are_not_repeated_unless_their_settings_change(pairs, tmp_
         info["settings"]["logging_nan_inf_filter"] = info["settings"]["output_dir"] = "another"
         (tmp_path / name / "run.json").write_text(json.dumps(info))
     # An interrupted run has no metrics.json: it alone is trained again.
-    (tmp_path / "prm_debiased_lr0.003_seed0" / "metrics.json").unlink()
-    run()
+    interrupted = folder_of(tmp_path, "prm_debiased_lr0.003_seed0")
+    (interrupted / "metrics.json").unlink()
+    run("--save_total_limit", "3", "--logging_steps", "2", "--hub_strategy", "end")
     after = stamps(tmp_path)
-    assert {name for name in before if after[name] != before[name]} == {"prm_debiased_lr0.003_seed0"}
+    assert {name for name in before if after[name] != before[name]} == {interrupted.name}
 
-    # A setting of PRM concerns the PRM runs, and the control that takes its step from one of them.
+    # A setting of PRM concerns the PRM runs, and the control that takes its step from one of them. All others stay.
     run("--prm_softness", "0.5")
     out = capsys.readouterr().out
-    assert "prm_debiased_lr0.003_seed0: trained again, since these settings changed: prm_softness" in out
-    changed = {name for name in before if stamps(tmp_path).get(name) != after[name]}
-    assert changed == {"prm_debiased_lr0.003_seed0"}
-    # The old control lies there still, and is no part of the new comparison.
-    assert len(stamps(tmp_path)) == 4 and len(read(tmp_path / "comparison.json")["runs"]) == 3
+    assert f"since these settings differ from {interrupted.name}: prm_softness" in out
+    now = stamps(tmp_path)
+    assert {name: now[name] for name in after} == after
+    new = {name.split("_lr")[0] for name in now.keys() - after.keys()}
+    assert new == {"prm_debiased", "constant_q"} and len(read(tmp_path / "comparison.json")["runs"]) == 3
+
+    # They go where it is asked for: those of the same method, learning rate and seed.
+    run("--prm_softness", "0.5", "--overwrite_runs")
+    assert now.keys() - stamps(tmp_path).keys() == {interrupted.name}
+    assert f"{interrupted.name}: removed by `overwrite_runs`" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "folder"])
@@ -120,10 +138,10 @@ def test_a_model_and_files_of_ones_own_with_lora_and_other_losses(pairs, tmp_pat
         *["--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj"],
     )
     assert len(stamps(tmp_path)) == 4
-    info = read(tmp_path / "cdpo_lr0.001_seed1" / "run.json")
+    info = read(folder_of(tmp_path, "cdpo_lr0.001_seed1") / "run.json")
     assert info["model"] == os.path.basename(build_demo().model_path)
     assert info["settings"]["label_smoothing"] == pytest.approx(-0.75)
-    metrics = read(tmp_path / "prm_per_param_lr0.003_seed1" / "metrics.json")
+    metrics = read(folder_of(tmp_path, "prm_per_param_lr0.003_seed1") / "metrics.json")
     assert metrics["mask/parameter_count"] == 2 * (2 * (64 + 64) + 2 * (64 + 32))
 
 
@@ -194,8 +212,8 @@ def test_another_seed_is_another_built_in_task(monkeypatch):
     demo, made = build_demo(), []
     monkeypatch.setattr(data, "build_demo", lambda seed: made.append(seed) or demo)
     for seed, source in ((0, {}), (3, {"task_seed": 3})):
-        script_args = parse("--task_seed", str(seed)).script_args
-        (found,) = data.load_data(script_args, None, DPOExperiment.built_in_rows)
+        parsed = parse("--task_seed", str(seed))
+        (found,) = data.load_data(parsed.script_args, parsed.model_args, parsed.built_in_rows, parsed.columns())
         assert made.pop() == seed and found.source == source  # runs of before have no other settings than they had
 
 
@@ -210,12 +228,14 @@ def test_datasets_and_noise_rates_have_comparisons_of_their_own(tmp_path, capsys
     arguments += ["--dataset_name", *(str(tmp_path / f"data{i}.jsonl") for i in (0, 1))]
     arguments += ["--eval_dataset_name", *(str(folder / "test.jsonl") for folder in folders)]
     assert run_dpo(tmp_path / "runs", *arguments) == 0
-    found = {str(path.relative_to(tmp_path / "runs")) for path in (tmp_path / "runs").glob("*/*/*/metrics.json")}
+    found = {
+        str(path.parent.relative_to(tmp_path / "runs")) for path in (tmp_path / "runs").glob("*/*/*/metrics.json")
+    }
     expected = {f"data{i}/noise0.4/{method}_lr0.001_seed0" for i in (0, 1) for method in ("adamw", "cdpo")}
     expected |= {f"data{i}/noise0/adamw_lr0.001_seed0" for i in (0, 1)}
-    assert found == {f"{name}/metrics.json" for name in expected}
+    assert plain(found) == expected
     assert "Without cdpo, which are not for the noise rate 0." in capsys.readouterr().out
-    for name in expected:
+    for name in found:
         info = read(tmp_path / "runs" / name / "run.json")
         assert info["dataset"] == f"{name[:5]}.jsonl" and info["noise_rate"] == float(name.split("/")[1][5:])
         flipped = read(tmp_path / "runs" / name / "margins.json")["train_flipped"]
@@ -240,13 +260,13 @@ def test_a_run_is_the_same_wherever_its_files_lie(tmp_path, no_pictures):
 
 
 def test_time_that_is_over_ends_between_runs(pairs, tmp_path, monkeypatch, capsys, no_pictures):
-    train = runner.Runner._train
+    make = runner.Runner._try
 
     def last(self, *args):
         self.deadline = 0.0
-        return train(self, *args)
+        return make(self, *args)
 
-    monkeypatch.setattr(runner.Runner, "_train", last)
+    monkeypatch.setattr(runner.Runner, "_try", last)
     arguments = ("--methods", "adamw", "prm_debiased", "constant_q", "--max_minutes", "60", "--eval_strategy", "no")
     for done, code in ((1, 75), (2, 75), (3, 0)):
         assert run_dpo(tmp_path, *on_files(pairs), *arguments) == code
@@ -257,10 +277,12 @@ def test_time_that_is_over_ends_between_runs(pairs, tmp_path, monkeypatch, capsy
 
 def test_processes_share_the_runs(pairs, tmp_path, no_pictures):
     """What another process is training is left to it, and waited for at the end."""
-    lock, other = (
-        tmp_path / name for name in (".locks/adamw_lr0.001_seed0.lock", "prm_debiased_lr0.003_seed0/metrics.json")
-    )
-    lock.parent.mkdir(parents=True)
+    arguments = [*on_files(pairs), "--methods", "adamw", "prm_debiased", "--eval_strategy", "no"]
+    assert run_dpo(tmp_path, *arguments) == 0
+    first, second = (folder_of(tmp_path, f"{name}_seed0") for name in ("adamw_lr0.001", "prm_debiased_lr0.003"))
+    lock, other = tmp_path / ".locks" / f"{first.name}.lock", second / "metrics.json"
+    for folder in (first, second):
+        (folder / "metrics.json").unlink()
     code = f"""
 import filelock, pathlib, time
 with filelock.FileLock({str(lock)!r}):
@@ -268,7 +290,6 @@ with filelock.FileLock({str(lock)!r}):
     while not pathlib.Path({str(other)!r}).is_file():
         time.sleep(0.05)
 """
-    arguments = [*on_files(pairs), "--methods", "adamw", "prm_debiased", "--eval_strategy", "no"]
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
         # With no time left the run is not waited for
@@ -276,7 +297,7 @@ with filelock.FileLock({str(lock)!r}):
         assert run_dpo(tmp_path, *arguments) == 0
         assert holder.wait(timeout=60) == 0
     found = stamps(tmp_path)
-    assert found["prm_debiased_lr0.003_seed0"] < found["adamw_lr0.001_seed0"]
+    assert found[second.name] < found[first.name]
     with FileLock(lock, timeout=0):  # and was given back
         pass
 
@@ -314,7 +335,7 @@ def test_accelerate_launch_with_two_processes(tmp_path):
         (tmp_path / folder).mkdir()
         launch(f, tmp_path / folder, "--methods", "adamw", "prm_per_tensor")
     for name in ("adamw_lr0.001_seed0", "prm_per_tensor_lr0.003_seed0"):
-        two, one = (tmp_path / folder / name for folder in ("two", "one"))
+        two, one = (folder_of(tmp_path / folder, name) for folder in ("two", "one"))
         assert read(two / "run.json")["hardware"]["world_size"] == 2
         assert read(two / "run.json")["settings"] == read(one / "run.json")["settings"]
         for key, value in read(one / "metrics.json").items():
@@ -348,16 +369,3 @@ def test_a_sweep_spreads_the_runs_over_processes(tmp_path, program):
     assert "Report:" in result.stdout and "Report:" in other
     failed = start("--seeds", "0", "0")
     assert failed.returncode == 1 and "none twice" in failed.stderr
-
-
-def test_a_run_whose_gradients_are_not_finite_ends_there(tmp_path, capsys):
-    state, control = TrainerState(global_step=7), TrainerControl()
-    args = SimpleNamespace(output_dir=tmp_path / "adamw", fp16=False)
-    stop = progress.StopWhereNotFinite()
-    stop.on_log(args, state, control, logs={"eval_loss": 0.5})
-    stop.on_log(args, state, control, logs={"grad_norm": 3.0})
-    stop.on_log(SimpleNamespace(fp16=True), state, control, logs={"grad_norm": float("inf")})
-    assert not control.should_training_stop
-    stop.on_log(args, state, control, logs={"grad_norm": float("nan")})
-    assert control.should_training_stop
-    assert "adamw ends at step 7: its gradient's norm is nan" in capsys.readouterr().out

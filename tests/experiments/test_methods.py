@@ -1,5 +1,6 @@
 """Every method and every control as a run: what each trains with and takes from other runs, and resumed."""
 
+import re
 import shutil
 
 import pytest
@@ -12,7 +13,7 @@ from prm_hf.experiments import dpo, runner
 from prm_hf.experiments.controls import mean_masks
 from prm_hf.runs.methods import METHODS
 
-from .comparisons import infos, read, read_lines, run_dpo_on_files, write_pairs
+from .comparisons import folder_of, infos, read, read_lines, run_dpo_on_files, write_pairs
 
 
 CONTROLS = [name for name, method in METHODS.items() if method.group == "control"]
@@ -56,6 +57,7 @@ def test_the_optimizer_in_effect_is_on_record(finished):
     n = number_of_parameters()
     optimizer = {name: info["optimizer"] for name, info in found.items()}
     scale = 1.0 / n**0.5  # gradients are clipped to the norm 1
+    optimizer = {re.sub("_[0-9a-f]{8}$", "", name): of for name, of in optimizer.items()}
     eps = optimizer["adamw_eps0.3_lr0.01_seed0"]
     assert eps == {"class": "AdamW", "learning_rate": pytest.approx(0.013), "eps": pytest.approx(0.3 * scale)}
     embedding = optimizer["adamw_embedding3_lr0.01_seed0"]
@@ -137,7 +139,7 @@ def test_stopping_by_the_ratio_is_a_method(pairs, tmp_path, monkeypatch, no_pict
 
 
 def test_early_stopping_keeps_the_best_evaluation(finished):
-    folder = finished / "early_stopping_lr0.01_seed0"
+    folder = folder_of(finished, "early_stopping_lr0.01_seed0")
     history = read_lines(folder / "history.jsonl")
     losses = {row["step"]: row["validation/loss"] for row in history if "validation/loss" in row}
     assert sorted(losses) == [1, 2, 3, 4]

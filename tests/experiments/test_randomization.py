@@ -85,9 +85,10 @@ def test_finished_runs_are_not_repeated_unless_their_settings_change(tmp_path, c
     output = capsys.readouterr().out
     assert output.count("(finished before)") == 3 and ">2 " in output
     run(tmp_path, *arguments, "--noise_rate", "0.5")
-    changed = {path.parents[1].name for path, stamp in stamps().items() if stamp != before[path]}
-    assert changed == {"partial_labels"}
-    assert "trained again, since these settings changed: p" in capsys.readouterr().out
+    now = stamps()
+    assert {path: now[path] for path in before} == before
+    assert [path.parents[1].name for path in now.keys() - before.keys()] == ["partial_labels"]
+    assert "since these settings differ from adamw_lr0.003_seed0_" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_other_models(model, kind, tmp_path):
 
 def test_the_settings_are_those_of_the_training(tmp_path):
     args = randomization.Arguments(models=["resnet"], kinds=["true_labels"], methods=["prm_debiased"], max_steps=3)
-    (spec,) = randomization.specify(args)
+    (spec,) = randomization.RandomizationGrid(args).specify_runs()
     trainer = randomization.make_trainer(spec, tmp_path)
     assert trainer.args.max_steps == 3 and trainer.args.warmup_steps == spec.settings["warmup_steps"]
     assert len(trainer.train_dataset) == spec.settings["rows"]

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prm_hf.compare import compare_runs, format_comparison
 from prm_hf.demo import best_completion, build_demo, completion_rows, utility
 from prm_hf.experiments import sft
+from prm_hf.experiments.rows import check_rows
 from prm_hf.experiments.sft import SFTExperiment
 
 from .comparisons import ON_CPU, ROOT, SHORT, on_files, read, read_lines, stamps
@@ -106,7 +107,8 @@ def test_rows_of_ones_own_with_lora_and_answers(tmp_path, capsys, no_pictures):
     start("--methods", "adamw", "prm_per_param", "constant_q")
     assert stamps(tmp_path / "runs") == before and "finished before" in capsys.readouterr().out
     start("--methods", "adamw", "--noise_rate", "0.2")
-    assert "trained again, since these settings changed: noise_rate" in capsys.readouterr().out
+    assert ": noise_rate" in capsys.readouterr().out
+    assert before.items() < stamps(tmp_path / "runs").items()
 
 
 def test_answers_are_those_of_decoding_one_prompt_at_a_time(tmp_path):
@@ -158,9 +160,9 @@ def test_wrong_arguments_are_named(arguments, message):
 
 
 def test_wrong_rows_are_named():
-    args = sft.SFTArguments()
-    with pytest.raises(ValueError, match="no column 'prompt'; it has .*--prompt_column"):
-        sft.prepare_rows(Dataset.from_dict({"question": ["a"]}), args)
-    args.as_messages = True
+    parsed = SFTExperiment.parse([])
+    with pytest.raises(ValueError, match="no column 'prompt'; they have .*--prompt_column"):
+        check_rows(Dataset.from_dict({"question": ["a"]}), "The rows", parsed.columns())
+    args = sft.SFTArguments(as_messages=True)
     with pytest.raises(ValueError, match="has messages already"):
         sft.prepare_rows(completion_rows(build_demo().train), args)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from prm_hf.runs.read import load_runs
-from prm_hf.runs.write import RunSpec, find_run
+from prm_hf.runs.write import RunSpec, find_folder, finished_metrics
 
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -60,8 +60,9 @@ def specify(name, changes=()):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recorded_run_is_finished(name):
-    metrics, resume = find_run(specify(name), RECORDED / f"{name}_seed0", pytest.fail)
-    assert metrics["steps"] == 3 and not resume
+    folder, others = find_folder(specify(name), RECORDED, pytest.fail)
+    assert folder == RECORDED / f"{name}_seed0" and not others
+    assert finished_metrics(folder, pytest.fail)["steps"] == 3
 
 
 @pytest.mark.parametrize(
@@ -96,5 +97,5 @@ def test_the_same_command_finds_them_finished(tmp_path, capsys):
     rates = ["--learning_rates", "1e-3", "--prm_learning_rates", "3e-3"]
     methods = ["--methods", "adamw", "prm_debiased", "prm_rows_eps:10", "constant_q"]
     dpo.main(["--output_dir", str(tmp_path), *steps, *rates, *methods])
-    assert "trained again" not in capsys.readouterr().out
+    assert capsys.readouterr().out.count("finished before") == len(NAMES)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*_seed*/*.json")} == before
