@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from .. import PRM
 from ..runs.methods import Method
@@ -113,7 +113,8 @@ def scale_learning_rates(optimizer: Optimizer, factors: dict[Tensor, float]) -> 
 class MaskRecorder(TrainerCallback):
     """Writes the mask of each tensor at each log into `masks.jsonl`, for `fixed_q`.
 
-    For whole tensors. A line is `{"step": …, "q": {name: …}}`. A resumed run repeats the lines after its checkpoint.
+    For whole tensors. Where there was no log, it is that of the last step. A line is `{"step": …, "q": {name: …}}`. A
+    resumed run repeats the lines after its checkpoint.
     """
 
     def __init__(self, trainer: Trainer, folder: Path) -> None:
@@ -126,8 +127,14 @@ class MaskRecorder(TrainerCallback):
             self.file.unlink(missing_ok=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "mask/mean_q" not in (logs or {}):
-            return
+        if "mask/mean_q" in (logs or {}):
+            self._record(state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if not self.file.exists():
+            self._record(state)
+
+    def _record(self, state: TrainerState) -> None:
         prm, q = self.trainer.find_prm(), {}
         for group, masks in zip(prm.param_groups, prm.get_tensor_masks(), strict=True):
             stepped = [p for p in group["params"] if prm.state.get(p)]

@@ -202,8 +202,8 @@ def _load_file(path: Path, split: str, argument: str, known: Sequence[str]) -> D
         )
     try:
         rows = load_dataset(FILE_FORMATS[path.suffix], data_files={base: str(path)}, split=split)
-    except (DatasetGenerationError, ValueError) as error:
-        cause = error.__cause__ or error
+    except (DatasetGenerationError, ValueError, StopIteration) as error:
+        cause = "it has no rows" if isinstance(error, StopIteration) else error.__cause__ or error
         raise ValueError(f"{path}, split {split!r}, cannot be read as {FILE_FORMATS[path.suffix]}: {cause}") from error
     return rows
 

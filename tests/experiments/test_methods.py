@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from prm_hf import PopulationRiskStoppingCallback
 from prm_hf.compare import compare_runs, rate_at_kl
 from prm_hf.demo import build_demo
-from prm_hf.experiments import dpo, runner
+from prm_hf.experiments import dpo, grid
 from prm_hf.experiments.controls import mean_masks
 from prm_hf.runs.methods import METHODS
 
@@ -131,7 +131,7 @@ def test_an_eps_goes_with_the_controls(pairs, tmp_path):
 
 def test_stopping_by_the_ratio_is_a_method(pairs, tmp_path, monkeypatch, no_pictures):
     """40 pairs, 8 a step and a threshold that every ratio is below: one epoch of 5 steps and no more."""
-    monkeypatch.setattr(runner, "PopulationRiskStoppingCallback", lambda: PopulationRiskStoppingCallback(1e9))
+    monkeypatch.setattr(grid, "PopulationRiskStoppingCallback", lambda: PopulationRiskStoppingCallback(1e9))
     longer = ["--max_steps", "-1", "--num_train_epochs", "2", "--per_device_train_batch_size", "8"]
     run_dpo_on_files(pairs, tmp_path, "--methods", "prm_stopping", "prm_debiased", *RATE, *longer)
     steps = {path.parent.name.split("_lr")[0]: read(path)["steps"] for path in tmp_path.glob("*/metrics.json")}

@@ -1,0 +1,78 @@
+"""A grid whose trainers do nothing but count steps, for tests of what the runner does with runs."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from transformers import TrainerCallback
+
+from prm_hf.experiments.grid import Grid
+from prm_hf.runs.write import RunSpec
+
+
+class FakeTrainer:
+    """Runs `steps` steps, whose losses are those of `losses`, by step, and 1 elsewhere."""
+
+    def __init__(self, steps=4, losses=None, evaluation=None, before_step=lambda step: None):
+        self.args = SimpleNamespace(save_strategy="no", disable_tqdm=True, fp16=False)
+        self.state = SimpleNamespace(log_history=[], global_step=0, max_steps=steps, is_world_process_zero=True)
+        self.model = torch.nn.Linear(1, 1)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.accelerator = SimpleNamespace(reduce=lambda tensor, how: tensor)
+        self.callbacks: list[TrainerCallback] = []
+        self.losses, self.evaluation, self.before_step = losses or {}, evaluation or {}, before_step
+        self.resumed = None
+
+    def add_callback(self, callback):
+        self.callbacks.append(callback)
+
+    def remove_callback(self, callback):
+        pass
+
+    def training_step(self):
+        return torch.tensor(self.losses.get(self.state.global_step + 1, 1.0))
+
+    def train(self, resume_from_checkpoint=None):
+        self.resumed = resume_from_checkpoint
+        for callback in self.callbacks:
+            callback.on_train_begin(self.args, self.state, None)
+        for step in range(1, self.state.max_steps + 1):
+            self.before_step(step)
+            self.training_step()
+            self.state.global_step = step
+            for callback in self.callbacks:
+                callback.on_step_end(self.args, self.state, None)
+        self.state.log_history.append(
+            {"step": step, "eval_rewards/accuracies": 0.5, "eval_loss": 1.0, **self.evaluation}
+        )
+
+
+class FakeGrid(Grid):
+    """A run of `adamw` for each seed; `trainers` has functions that make the trainers of single seeds."""
+
+    def __init__(self, output_dir, seeds=(0, 1, 2), settings=None, trainers=None, make=FakeTrainer):
+        self.output_dir, self.seeds, self.settings = Path(output_dir), seeds, settings or {"beta": 0.1}
+        self.trainers, self.make = trainers or {}, make
+        self.trained, self.reported = [], None
+
+    def __len__(self):
+        return len(self.seeds)
+
+    def specify_runs(self):
+        return [RunSpec("adamw", 1e-3, seed, self.settings) for seed in self.seeds]
+
+    def info_of(self, spec):
+        return {"task": "preferences"}
+
+    def make_trainer(self, spec, folder):
+        self.trained.append(spec.seed)
+        return self.trainers.get(spec.seed, self.make)()
+
+    def outcomes(self, trainer):
+        return {}, {"heldout": [1.0, -1.0]}
+
+    def describe(self, spec, metrics):
+        return f"accuracy {metrics['rewards/accuracies']:.3f}"
+
+    def report(self, made):
+        self.reported = {run.folder.name: run.metrics for run in made}
