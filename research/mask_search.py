@@ -138,6 +138,11 @@ class Search:
 
     output_dir = "runs/mask_search"
 
+    def check_method(self, method: Method, config: Any) -> None:
+        super().check_method(method, config)
+        if VARIANTS.get(method.name, {}).get("modules") and not self.model_args.use_peft:
+            raise ValueError("it has one mask for A and B of each LoRA layer: set `use_peft`.")
+
     def make_trainer(self, config: Any, spec: RunSpec, data: Data) -> Trainer:
         if VARIANTS.get(spec.method, {}).get("within_step"):  # the batch of a step is split, and not enlarged
             per_device = config.per_device_train_batch_size
@@ -149,7 +154,9 @@ class Search:
             seeds, fixed = self.script_args.seeds, None
             if spec.method == FIXED:
                 other = RunSpec(FIXED_FROM, spec.learning_rate, seeds[seeds.index(spec.seed) - 1], {})
-                fixed = Path(config.output_dir).parent / other.name / ROW_MASKS
+                place = Path(config.output_dir).parent
+                made = place.glob(f"{other.name}*/{ROW_MASKS}")  # also with other settings: the latest
+                fixed = max(made, key=lambda path: path.stat().st_mtime, default=place / other.name / ROW_MASKS)
             set_up_variant(trainer, spec.method, fixed)
         elif spec.method == FIXED_FROM:
             trainer.add_callback(RowMaskRecorder(trainer))

@@ -111,7 +111,7 @@ def _check_methods(experiment: Experiment) -> None:
             try:
                 check_optimizer(config)
                 check_deepspeed_config(config)
-                experiment.check_config(config)
+                experiment.check_method(method, config)
             except ValueError as error:
                 raise ValueError(f"`{method.name}` of `methods`: {error}") from error
     defaults = defaults_of(type(given))

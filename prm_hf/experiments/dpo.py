@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from .. import PRMDPOConfig, PRMDPOTrainer, flip_preferences
 from ..metrics import PairEvaluation, reward_margins
+from ..runs.methods import Method
 from ..runs.read import read_json
 from ..runs.write import RunSpec, evaluation_metrics, write_json
 from . import interruptible
@@ -86,7 +87,7 @@ class DPOExperiment(Experiment):
     def columns(self) -> Columns:
         return Columns("prompt", ("chosen", "rejected"), needs_prompt=False, advice="Rename yours in the dataset.")
 
-    def check_config(self, config: PRMDPOConfig) -> None:
+    def check_method(self, method: Method, config: PRMDPOConfig) -> None:
         """What TRL says once the model and the references are there."""
         unknown = [name for name in config.loss_type if name not in LOSS_TYPES]
         if unknown:

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from ..runs.methods import METHODS
+from ..runs.methods import METHODS, Method
 from ..runs.write import RunSpec
 from .arguments import ComparisonArguments
 from .data import Data
@@ -116,8 +116,8 @@ class Experiment(ABC):
         return {}
 
     @abstractmethod
-    def check_config(self, config: TrainingArguments) -> None:
-        """Raises ValueError if a trainer of the task would refuse a configuration."""
+    def check_method(self, method: Method, config: TrainingArguments) -> None:
+        """Raises ValueError if a trainer of the task would refuse a method, by its training configuration."""
 
     @abstractmethod
     def check_rows(self, data: Data) -> None:

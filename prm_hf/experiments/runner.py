@@ -224,6 +224,7 @@ class Runner:
 
     def _report(self) -> None:
         """Reports on these runs alone, not on others in the folder."""
+        self.bar.close()
         if not self.state.is_main_process:
             return
         if any(run.counts for run in self.made.values()):

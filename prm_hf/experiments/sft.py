@@ -17,7 +17,7 @@ from trl.models.utils import unwrap_model_for_generation
 from .. import PRMSFTConfig, PRMSFTTrainer
 from ..demo import completion_rows
 from ..noise import corrupt
-from ..runs.methods import LOSS, METHODS
+from ..runs.methods import LOSS, METHODS, Method
 from ..runs.write import RunSpec
 from ..trainers import MemorizationCallback
 from ..trainers.config import with_help
@@ -178,7 +178,7 @@ class SFTExperiment(Experiment):
             return {}
         return {"max_new_tokens": "is for an `answer_pattern`, without which nothing is generated"}
 
-    def check_config(self, config: PRMSFTConfig) -> None:
+    def check_method(self, method: Method, config: PRMSFTConfig) -> None:
         if config.loss_type not in ("nll", "dft"):
             raise ValueError(f"`loss_type` is {config.loss_type!r}: TRL knows nll and dft.")
 

@@ -7,16 +7,19 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 
-from . import OUT_OF_TIME
+from . import INTERRUPTED, OUT_OF_TIME, interruptible
 
 
 COMMANDS = ("dpo", "sft")
+SECONDS_TO_END = 20  # that workers have to end by themselves
 
 
+@interruptible
 def main(arguments: list[str]) -> int:
     """Returns the first exit code of a worker that is not 0, a failure before being out of time."""
     name = arguments[0] if arguments else ""
@@ -36,5 +39,14 @@ def main(arguments: list[str]) -> int:
             worker = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
             stack.callback(worker.terminate)  # no effect on one that has ended
             workers.append(worker)
-        codes = [worker.wait() for worker in workers]
+        try:
+            codes = [worker.wait() for worker in workers]
+        except KeyboardInterrupt:  # which a terminal sends to the workers too
+            until = time.monotonic() + SECONDS_TO_END
+            for worker in workers:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    worker.wait(timeout=max(0.0, until - time.monotonic()))
+            if workers[0].returncode == INTERRUPTED:  # it has said so
+                return INTERRUPTED
+            raise
     return min((code for code in codes if code), key=lambda code: code == OUT_OF_TIME, default=0)

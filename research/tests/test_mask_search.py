@@ -215,6 +215,16 @@ def test_options_that_exclude_each_other_are_named():
         SearchedPRM(tensors(), within_step=True, rows=True)
 
 
+def plain_name(folder):
+    """The name of a run's folder without its hash."""
+    return folder.name.rpartition("_")[0]
+
+
+def metrics_of(folder, name):
+    (file,) = (path for path in folder.glob("*/metrics.json") if plain_name(path.parent) == name)
+    return json.loads(file.read_text())
+
+
 @pytest.mark.slow
 def test_variants_run_and_are_compared(tmp_path, capsys):
     short = ["--max_steps", "3", "--logging_steps", "1", "--eval_steps", "3", "--warmup_steps", "1"]
@@ -222,7 +232,7 @@ def test_variants_run_and_are_compared(tmp_path, capsys):
     names = ["adamw", "adamw_eps:10", "prm_rows_eps:10", shuffled, "search_prm_within", "search_selection"]
     rates = ["--learning_rates", "1e-3", "1e-2", "--prm_learning_rates", "3e-3", "3e-2", "--seeds", "0", "1"]
     assert mask_search.main(["--output_dir", str(tmp_path), "--methods", *names, *short, *rates]) == 0
-    info = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*/run.json")}
+    info = {plain_name(path.parent): json.loads(path.read_text()) for path in tmp_path.glob("*/run.json")}
     assert len(info) == 24
     eps = info["adamw_eps10_lr0.01_seed0"]["optimizer"]
     for name, by in ((shuffled, "SearchedPRM"), ("prm_rows_eps10", "PRM")):
@@ -230,7 +240,7 @@ def test_variants_run_and_are_compared(tmp_path, capsys):
         assert rows["class"] == by and rows["eps"] == eps["eps"]
         assert rows["learning_rate"] == pytest.approx(3 * eps["learning_rate"]) == pytest.approx(0.33)
     assert {each["settings"]["effective_batch_size"] for each in info.values()} == {16}
-    metrics = json.loads((tmp_path / "search_prm_within_lr0.03_seed0" / "metrics.json").read_text())
+    metrics = metrics_of(tmp_path, "search_prm_within_lr0.03_seed0")
     assert 0 < metrics["mask/mean_q"] < 1
     assert "search_selection_lr0.001_seed0" in info  # of the mean step, and so of the learning rates, of AdamW
     lines = capsys.readouterr().out.split("areas over log KL:")[1].splitlines()
@@ -242,8 +252,8 @@ def test_variants_run_and_are_compared(tmp_path, capsys):
     names = ["adamw", "prm_rows_eps:10", mask_search.FIXED]
     assert mask_search.main(["--output_dir", str(tmp_path), "--methods", *names, *short, *rates]) == 0
     for seed in (0, 1):
-        assert (tmp_path / f"prm_rows_eps10_lr0.03_seed{seed}" / mask_search.ROW_MASKS).is_file()
-        metrics = json.loads((tmp_path / f"{mask_search.FIXED}_lr0.03_seed{seed}" / "metrics.json").read_text())
+        assert list(tmp_path.glob(f"prm_rows_eps10_lr0.03_seed{seed}_*/{mask_search.ROW_MASKS}"))
+        metrics = metrics_of(tmp_path, f"{mask_search.FIXED}_lr0.03_seed{seed}")
         assert 0 < metrics["mask/mean_q"] < 1
 
 
@@ -254,17 +264,12 @@ def test_variants_of_modules_and_of_the_embedding(tmp_path):
     with pytest.raises(ValueError, match="use_peft"):
         mask_search.main(["--methods", modules, *short])
     assert mask_search.main(["--methods", "adamw_eps:10", embedding, *short]) == 0
-    found = [
-        json.loads((tmp_path / f"{name}_lr0.001_seed0" / "metrics.json").read_text())
-        for name in ("adamw_eps10", embedding)
-    ]
+    found = [metrics_of(tmp_path, f"{name}_lr0.001_seed0") for name in ("adamw_eps10", embedding)]
     assert found[1]["drift/params_rel"] > 1.05 * found[0]["drift/params_rel"]
     lora = ["--use_peft", "--lora_r", "2", "--lora_target_modules", "all-linear"]
     assert mask_search.main(["--methods", "prm_debiased_eps:10", modules, *short, *lora]) == 0
-    masks = [
-        json.loads((tmp_path / f"{name}_lr0.03_seed0" / "metrics.json").read_text())["mask/mean_q"]
-        for name in ("prm_debiased_eps10", modules)
-    ]
+    names = (f"{name}_lr0.03_seed0" for name in ("prm_debiased_eps10", modules))
+    masks = [metrics_of(tmp_path, name)["mask/mean_q"] for name in names]
     assert 0 < masks[1] < 1 and masks[0] != pytest.approx(masks[1], rel=1e-3)
 
 

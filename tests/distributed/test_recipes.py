@@ -32,6 +32,12 @@ def test_every_configuration_is_named_here():
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(PATHS)
 
 
+def run_of(folder: Path, name: str) -> Path:
+    """The folder of a run, whose name ends in a hash."""
+    (found,) = folder.glob(f"{name}_*")
+    return found
+
+
 def launch(
     recipe: str, path: str, folder: Path, adamw: str = "adamw", masked: tuple[str, ...] = MASKED
 ) -> dict[str, dict[str, float]]:
@@ -44,7 +50,7 @@ def launch(
     accelerate_launch(path, module, log, PATHS[path], timeout=600)
     # one run after the other in the same processes
     assert len(list(folder.glob("*/metrics.json"))) == 1 + len(masked)
-    runs = {method: folder / f"{method.replace(':', '')}_lr0.003_seed0" for method in masked}
+    runs = {method: run_of(folder, f"{method.replace(':', '')}_lr0.003_seed0") for method in masked}
     for run in runs.values():
         assert json.loads((run / "run.json").read_text())["hardware"]["world_size"] == PATHS[path]
     assert log.read_text().count("PRM trains ") == len(masked)
@@ -89,12 +95,16 @@ def test_relative_eps(single_with_relative_eps, path, tmp_path):
     folder, expected = single_with_relative_eps
     check("dpo", launch("dpo", path, tmp_path / "runs", **RELATIVE_EPS), expected)
     for name in ("adamw_eps10_lr0.003_seed0", "prm_rows_eps10_lr0.003_seed0"):
-        ours, theirs = (json.loads((runs / name / "run.json").read_text()) for runs in (tmp_path / "runs", folder))
+        ours, theirs = (
+            json.loads((run_of(runs, name) / "run.json").read_text()) for runs in (tmp_path / "runs", folder)
+        )
         assert (
             ours["optimizer"]["eps"] == pytest.approx(theirs["optimizer"]["eps"]) and ours["optimizer"]["eps"] > 1e-3
         )
         assert ours["optimizer"]["learning_rate"] == pytest.approx(0.033)
-        metrics = [json.loads((runs / name / "metrics.json").read_text()) for runs in (tmp_path / "runs", folder)]
+        metrics = [
+            json.loads((run_of(runs, name) / "metrics.json").read_text()) for runs in (tmp_path / "runs", folder)
+        ]
         assert metrics[0]["drift/kl"] == pytest.approx(metrics[1]["drift/kl"], rel=1e-3)
 
 

@@ -20,6 +20,7 @@ from .comparisons import ON_CPU, run_dpo_on_files
 
 
 PAIRS = Columns("prompt", ("chosen", "rejected"), needs_prompt=False, advice="")
+LONG = "word " * 30
 TEXTS = Columns("prompt", ("completion",), needs_prompt=True, advice="")
 
 
@@ -97,6 +98,13 @@ def test_a_file_of_one_prompt_cannot_be_split():
         split_by_prompt(Dataset.from_list([{"prompt": "p", "chosen": "a", "rejected": "b"}] * 3), PAIRS)
 
 
+def test_a_text_under_two_prompts_is_not_held_out():
+    rows = [{"prompt": f"p{i}", "completion": f"{LONG} {i}" if i else LONG} for i in range(20)]
+    twice = Dataset.from_list([*rows, *({**row, "prompt": f"again {i}"} for i, row in enumerate(rows))])
+    train, heldout = split_by_prompt(twice, TEXTS)
+    assert 0 < len(heldout) < 8 and not {*train["completion"]} & {*heldout["completion"]}
+
+
 # ---- Rows that are trained on ----
 
 
@@ -118,9 +126,6 @@ def test_splits_of_a_folder_are_looked_at_too(tmp_path):
     DatasetDict(train=rows, test=rows.select([5])).save_to_disk(tmp_path / "data")
     with pytest.raises(ValueError, match="1 of the 1 held-out rows"):
         load("--dataset_name", str(tmp_path / "data"))
-
-
-LONG = "word " * 30
 
 
 @pytest.mark.parametrize(
