@@ -11,7 +11,6 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 from trl import ModelConfig
@@ -91,7 +90,7 @@ def _load_rows(
     is_one_file = args.eval_dataset_name is None and Path(name).is_file()
     config = args.dataset_config
     if is_one_file and splits == {"train_split": "train", "test_split": "test"}:
-        rows = load_split(name, config, "train", "dataset_train_split")
+        rows = load_split(name, config, "train")
         check_rows(rows, f"The rows of {name}", columns)
         train, heldout = split_by_prompt(rows, columns)
         _tell(
@@ -99,11 +98,11 @@ def _load_rows(
             f"{len(heldout)}, of {HELDOUT_SHARE:.0%} of the prompts, held out."
         )
         return train, heldout, dict.fromkeys(splits, f"by prompt, {HELDOUT_SHARE:.0%} held out")
-    train = load_split(name, config, splits["train_split"], "dataset_train_split")
-    of_other = config if other == name else None
-    # A file of held-out rows is all that is asked for by the default, `test`.
-    known = ("train",) if is_one_file else ("train", "test")
-    heldout = load_split(other, of_other, splits["test_split"], "dataset_test_split", known)
+    check_split(name, splits["train_split"], "dataset_train_split")
+    # The default, `test`, is all of a file of held-out rows.
+    check_split(other, splits["test_split"], "dataset_test_split", ("train",) if is_one_file else ("train", "test"))
+    train = load_split(name, config, splits["train_split"])
+    heldout = load_split(other, config if other == name else None, splits["test_split"])
     check_rows(train, f"The training rows, {splits['train_split']!r} of {name},", columns)
     check_rows(heldout, f"The held-out rows, {splits['test_split']!r} of {other},", columns)
     found = overlapping(train, heldout, columns)
@@ -163,49 +162,29 @@ def model_digest(model: str, revision: str = "main") -> str | None:
     return found.hexdigest()[:16]
 
 
-def load_split(
-    name: str, config: str | None, split: str, argument: str = "dataset_train_split", known: Sequence[str] = ("train",)
-) -> Dataset:
-    """A split of a dataset on the hub, in a local folder (also of `save_to_disk`), or in a local file.
+def check_split(name: str, split: str, argument: str, known: Sequence[str] = ("train",)) -> None:
+    """Raises ValueError if a local file, whose rows may be called as in `known`, is asked for another split."""
+    if Path(name).is_file() and split.split("[")[0] not in known:
+        raise ValueError(
+            f"`{argument}` is {split!r}, and {name} has one split, 'train'. Name a slice of it, as `train[:80%]` to "
+            "train on and `train[80%:]` to hold out, or another file with `eval_dataset_name`."
+        )
 
-    Args:
-        argument: what names the split.
-        known: what the rows of a file may be called.
 
-    Raises:
-        ValueError: the split is not there, or a file cannot be read.
-    """
+def load_split(name: str, config: str | None, split: str) -> Dataset:
+    """A split of a dataset on the hub, in a local folder (also of `save_to_disk`), or in a local file."""
     path = Path(name)
     if path.is_file():
-        return _load_file(path, split, argument, known)
+        if path.suffix not in FILE_FORMATS:
+            raise ValueError(f"`{name}` must end in one of {', '.join(FILE_FORMATS)}.")
+        base = split.split("[")[0]
+        return load_dataset(FILE_FORMATS[path.suffix], data_files={base: str(path)}, split=split)
     if (path / "dataset_dict.json").is_file():
         splits = load_from_disk(name)
         if split not in splits:
             raise ValueError(f"`{name}` has the splits {', '.join(splits)} and not {split!r}: name one of them.")
         return splits[split]
-    try:
-        return load_dataset(name, config, split=split)
-    except ValueError as error:
-        if "split" not in str(error):
-            raise
-        raise ValueError(f"`{argument}` is {split!r}, which {name} does not have: {error}") from error
-
-
-def _load_file(path: Path, split: str, argument: str, known: Sequence[str]) -> Dataset:
-    if path.suffix not in FILE_FORMATS:
-        raise ValueError(f"`{path}` must end in one of {', '.join(FILE_FORMATS)}.")
-    base = split.split("[")[0]
-    if base not in known:
-        raise ValueError(
-            f"`{argument}` is {split!r}, and {path} has one split, 'train'. Name a slice of it, as `train[:80%]` to "
-            "train on and `train[80%:]` to hold out, or another file with `eval_dataset_name`."
-        )
-    try:
-        rows = load_dataset(FILE_FORMATS[path.suffix], data_files={base: str(path)}, split=split)
-    except (DatasetGenerationError, ValueError, StopIteration) as error:
-        cause = "it has no rows" if isinstance(error, StopIteration) else error.__cause__ or error
-        raise ValueError(f"{path}, split {split!r}, cannot be read as {FILE_FORMATS[path.suffix]}: {cause}") from error
-    return rows
+    return load_dataset(name, config, split=split)
 
 
 def split_by_prompt(rows: Dataset, columns: Columns, seed: int = 0) -> tuple[Dataset, Dataset]:
@@ -215,13 +194,15 @@ def split_by_prompt(rows: Dataset, columns: Columns, seed: int = 0) -> tuple[Dat
     """
     prompts = prompts_of(rows, columns)
     distinct = list(dict.fromkeys(prompts))
-    if len(distinct) < 2:
-        raise ValueError(
-            f"The rows cannot be split by prompt, for they have {len(distinct)}: name held-out rows with "
-            "`eval_dataset_name`, or slices with `dataset_train_split` and `dataset_test_split`."
-        )
     chosen = set(random.Random(seed).sample(distinct, max(1, round(HELDOUT_SHARE * len(distinct)))))
     train = rows.select([i for i, prompt in enumerate(prompts) if prompt not in chosen])
     heldout = rows.select([i for i, prompt in enumerate(prompts) if prompt in chosen])
     left_out = set(overlapping(train, heldout, columns))
-    return train, heldout.select([i for i in range(len(heldout)) if i not in left_out])
+    heldout = heldout.select([i for i in range(len(heldout)) if i not in left_out])
+    if not len(train) or not len(heldout):
+        raise ValueError(
+            f"The rows cannot be split by prompt, for they have {len(distinct)} prompts, and none of {len(chosen)} is "
+            "without a text of the others: name held-out rows with `eval_dataset_name`, or slices with "
+            "`dataset_train_split` and `dataset_test_split`."
+        )
+    return train, heldout

@@ -49,7 +49,7 @@ def check_name(text: Any, argument: str) -> str:
 def check_seed(seed: Any) -> int:
     """Returns a seed; a ValueError unless it is a whole number that random number generators take."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"`seeds` must be whole numbers from 0 to 4294967295, got {seed!r}.")
+        raise ValueError(f"`seeds` must be integers in [0, 2**32), got {seed!r}.")
     return seed
 
 
@@ -141,7 +141,7 @@ def _new_folder(spec: RunSpec, parent: Path, tell: Callable[[str], None]) -> Pat
         tell(f"{folder / RUN_FILE} cannot be read. {_set_aside(folder)} has what there is, and the run is made again.")
     # A run that ended before its run.json was whole has left at most a part of it.
     is_free = not os.path.lexists(folder) or (folder.is_dir() and {x.name for x in folder.iterdir()} <= {"run.part"})
-    if not is_free:
+    if not is_free and spec.changes_from(_info_of(folder) or {}):  # another process may have begun this run just now
         raise ValueError(
             f"{folder} is not the folder of a run of these settings, by its {RUN_FILE}, and the run {spec.name} would "
             "be written there. Nothing in it was touched: move it away, or name another `output_dir`."

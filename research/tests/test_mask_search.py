@@ -326,10 +326,11 @@ def test_fixed_masks_are_those_of_another_run():
 
 
 def test_fixed_rows_need_the_run_of_another_seed(tmp_path):
-    with pytest.raises(ValueError, match="run prm_rows_eps:10 with all `seeds`"):
-        mask_search.main(
-            ["--methods", mask_search.FIXED, "--seeds", "0", "1", "--max_steps", "1", "--output_dir", str(tmp_path)]
-        )
+    arguments = ["--methods", mask_search.FIXED, "--seeds", "0", "1", "--max_steps", "1"]
+    arguments += ["--learning_rates", "1e-3", "--prm_learning_rates", "1e-2", "--output_dir", str(tmp_path)]
+    assert mask_search.main(arguments) == 1
+    failures = [json.loads(file.read_text())["message"] for file in tmp_path.glob("*/failed.json")]
+    assert len(failures) == 2 and all("run prm_rows_eps:10 with all `seeds`" in text for text in failures)
 
 
 def test_a_recipe_may_be_named_first():

@@ -15,7 +15,7 @@ from prm_hf.experiments.sft import SFTExperiment
 from .comparisons import ON_CPU
 
 
-FILES = ["--model_name_or_path", "m", "--dataset_name", "a.jsonl", *ON_CPU]
+MODEL = ["--model_name_or_path", "m", *ON_CPU]
 
 REFUSED = [
     # what the runner has its own way with
@@ -47,10 +47,10 @@ REFUSED = [
     (["--loss_type", "sigmoid", "exo_pair"], "`loss_type` is 'exo_pair', which needs a `label_smoothing` above 0"),
     (["--f_divergence_type", "kl"], "`f_divergence_type` is 'kl': it must be reverse_kl"),
     # what becomes a path
-    (["--seeds", "-1"], "`seeds` must be whole numbers from 0 to 4294967295, got -1"),
-    (["--seeds", "4294967296"], "`seeds` must be whole numbers from 0 to 4294967295, got 4294967296"),
-    ([*FILES, "--dataset_name", "..", "x"], "`dataset_name` becomes the name of a folder, and is '..'"),
-    ([*FILES, "--dataset_name", "a/.locks", "x"], "`dataset_name` becomes the name of a folder, and is '.locks'"),
+    (["--seeds", "-1"], r"`seeds` must be integers in \[0, 2\*\*32\), got -1"),
+    (["--seeds", "4294967296"], r"`seeds` must be integers in \[0, 2\*\*32\), got 4294967296"),
+    ([*MODEL, "--dataset_name", "..", "x"], "`dataset_name` becomes the name of a folder, and is '..'"),
+    ([*MODEL, "--dataset_name", "a/.locks", "x"], "`dataset_name` becomes the name of a folder, and is '.locks'"),
 ]
 
 
@@ -73,7 +73,7 @@ def test_it_is_said_before_anything_is_loaded(tmp_path, nothing_is_loaded, argum
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("seeds", ["0/../../x"], "`seeds` must be whole numbers from 0 to 4294967295, got '0/../../x'"),
+        ("seeds", ["0/../../x"], r"`seeds` must be integers in \[0, 2\*\*32\), got '0/../../x'"),
         ("seeds", [True], "got True"),
         ("seeds", [0.5], "got 0.5"),
         ("noise_rate", ["../x"], r"`noise_rate` must be in \[0, 1\), got '../x'"),

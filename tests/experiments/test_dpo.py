@@ -369,3 +369,14 @@ def test_a_sweep_spreads_the_runs_over_processes(tmp_path, program):
     assert "Report:" in result.stdout and "Report:" in other
     failed = start("--seeds", "0", "0")
     assert failed.returncode == 1 and "none twice" in failed.stderr
+
+
+def test_a_rate_at_which_training_diverges(pairs, tmp_path, capsys, no_pictures):
+    arguments = [*on_files(pairs), "--methods", "adamw", "--learning_rates", "1e-3", "1e30"]
+    arguments += ["--prm_learning_rates", "1e-3", "1e-2", "--max_steps", "8", "--eval_strategy", "no"]
+    assert run_dpo(tmp_path, *arguments) == 0
+    sound, diverged = (folder_of(tmp_path, f"adamw_lr{rate}_seed0") for rate in ("0.001", "1e+30"))
+    metrics = read(diverged / "metrics.json")
+    assert metrics["diverged"] is True and 1 < metrics["diverged_at_step"] == metrics["steps"] < 8
+    assert "rewards/accuracies" not in metrics and read(sound / "metrics.json")["steps"] == 8
+    assert f"diverged at step {metrics['steps']}" in capsys.readouterr().out

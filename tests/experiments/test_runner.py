@@ -4,15 +4,21 @@ import json
 import multiprocessing
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
+from datasets import Dataset
 from filelock import FileLock
 
 from prm_hf.experiments import INTERRUPTED, interruptible
+from prm_hf.experiments.data import Data
+from prm_hf.experiments.dpo import DPOExperiment
+from prm_hf.experiments.grid import ComparisonGrid, Made
 from prm_hf.experiments.runner import OutOfTime, Runner
 from prm_hf.runs.read import load_runs
-from prm_hf.runs.write import find_folder
+from prm_hf.runs.write import find_folder, finish_run, start_run
 
 from .comparisons import read
 from .fakes import FakeGrid, FakeTrainer
@@ -84,6 +90,19 @@ def test_a_lost_device_ends_the_command(tmp_path):
     assert grid.trained == [0]
 
 
+def test_an_error_in_one_of_several_processes_ends_them(tmp_path):
+    """The others wait for this one. Given again, the command tries the run after all others."""
+    grid = FakeGrid(tmp_path, trainers={0: raising(MemoryError())})
+    runner = Runner(grid)
+    runner.state = SimpleNamespace(num_processes=2, is_main_process=True, distributed_type=DistributedType.NO)
+    with pytest.raises(MemoryError):
+        runner.run()
+    assert len(list(tmp_path.glob("*/failed.json"))) == 1
+    again = FakeGrid(tmp_path)
+    Runner(again).run()
+    assert again.trained == [1, 2, 0]
+
+
 def test_a_failure_frees_what_the_run_held(tmp_path):
     freed = []
 
@@ -141,6 +160,56 @@ def test_several_batches_a_step_are_all_looked_at(tmp_path):
     Runner(FakeGrid(tmp_path, seeds=[0], make=Accumulating)).run()
     (file,) = tmp_path.glob("*/metrics.json")
     assert read(file)["diverged_at_step"] == 2
+
+
+# ---- Controls of runs that do not count ----
+
+
+def comparison_grid(folder, *methods, seeds=(0,)):
+    rates = ["--learning_rates", "1e-3", "3e-3", "--prm_learning_rates", "1e-2", "3e-2"]
+    experiment = DPOExperiment.parse(["--methods", *methods, *rates, "--seeds", *map(str, seeds)])
+    rows = Dataset.from_list([{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    return ComparisonGrid(experiment, Data("m", "m", "d", rows, rows, {}), 0.3, folder)
+
+
+def make(grid, ends):
+    """Runs of a grid on the disk with these final metrics, or None, by method, learning rate and seed."""
+    made = {}
+    for spec in grid.specify_runs():
+        folder, _ = find_folder(spec, grid.output_dir)
+        metrics = ends.get((spec.method, spec.learning_rate, spec.seed), {})
+        if metrics is not None:
+            metrics = {"rewards/accuracies": 0.6, "drift/kl": spec.learning_rate, "mask/mean_q": 0.5, **metrics}
+            finish_run(folder, start_run(spec, folder, {}), [], {}, metrics)
+        made.setdefault((spec.method, spec.learning_rate), {})[spec.seed] = Made(folder, metrics)
+    return made
+
+
+DIVERGED = {"diverged": True, "diverged_at_step": 3}
+
+
+@pytest.mark.parametrize("end", [None, DIVERGED, {"drift/kl": float("nan")}], ids=["failed", "diverged", "old"])
+def test_the_controls_are_bound_to_a_row_that_counts(tmp_path, end):
+    grid = comparison_grid(tmp_path, "adamw", "prm_debiased", "constant_q", "fixed_q", seeds=(0, 1))
+    best = {("prm_debiased", 3e-2, seed): {"rewards/accuracies": 0.9} for seed in (0, 1)}
+    specs, problems = grid.specify_controls(make(grid, best))
+    assert problems == [] and {spec.learning_rate for spec in specs} == {0.5 * 3e-2, 3e-2}
+    specs, problems = grid.specify_controls(make(grid, {**best, ("prm_debiased", 3e-2, 1): end}))
+    assert problems == [] and {spec.learning_rate for spec in specs} == {0.5 * 1e-2, 1e-2}
+    assert all(spec.settings[spec.method]["of"].startswith("prm_debiased_lr0.01_seed") for spec in specs)
+    none = {("prm_debiased", rate, 1): end for rate in (1e-2, 3e-2)}
+    specs, problems = grid.specify_controls(make(grid, none))
+    assert [(spec.method, spec.seed) for spec in specs] == [("constant_q", 0)]
+    assert len(problems) == 3 and all("seed1_" in text and "has failed or diverged" in text for text in problems)
+
+
+def test_a_curve_of_adamw_leaves_out_what_does_not_count(tmp_path):
+    grid = comparison_grid(tmp_path, "adamw", "prm_debiased", "adamw_matched")
+    at_2e3 = {("prm_debiased", rate, 0): {"drift/kl": 2e-3} for rate in (1e-2, 3e-2)}
+    specs, problems = grid.specify_controls(make(grid, at_2e3))
+    assert problems == [] and 1e-3 < specs[0].learning_rate < 3e-3
+    specs, problems = grid.specify_controls(make(grid, {**at_2e3, ("adamw", 3e-3, 0): DIVERGED}))
+    assert specs == [] and "no two neighbouring rates of adamw drift less and more than 0.002" in problems[0]
 
 
 # ---- Interruptions ----

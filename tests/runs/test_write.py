@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from prm_hf.runs import write
 from prm_hf.runs.read import load_runs
 from prm_hf.runs.write import (
     RunSpec,
@@ -105,7 +106,7 @@ def test_no_name_leads_elsewhere(name):
 
 @pytest.mark.parametrize("seed", ["0/../../x", "0", 1.0, True, None, -1, 2**32])
 def test_no_seed_leads_elsewhere(seed):
-    with pytest.raises(ValueError, match=r"`seeds` must be whole numbers from 0 to 4294967295, got"):
+    with pytest.raises(ValueError, match=r"`seeds` must be integers in \[0, 2\*\*32\), got"):
         RunSpec("adamw", 1e-3, seed, {})
 
 
@@ -124,6 +125,20 @@ def test_what_is_not_a_run_is_left_alone(tmp_path):
     folder.write_text("a file")
     with pytest.raises(ValueError, match="is not the folder of a run"):
         find_folder(SPEC, tmp_path)
+
+
+def test_a_run_that_another_process_begins_meanwhile_is_the_same_run(tmp_path, monkeypatch):
+    folder, read = tmp_path / SPEC.folder_name, write._info_of
+
+    def begins(path):
+        found = read(path)
+        if not path.joinpath("run.json").exists():
+            start_run(SPEC, folder, {})
+        return found
+
+    folder.mkdir()
+    monkeypatch.setattr(write, "_info_of", begins)
+    assert find_folder(SPEC, tmp_path) == (folder, {})
 
 
 @pytest.mark.parametrize("text", ["", "{", "null", "[]", '"text"'])
