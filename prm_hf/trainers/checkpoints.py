@@ -28,6 +28,9 @@ from .completeness import (
 
 logger = get_logger(__name__)
 
+# What `torch.save` says in its RuntimeError where a file cannot be written
+_FAILED_WRITES = ("PytorchStreamWriter", "inline_container", "iostream")
+
 
 class CheckpointMixin:
     """Mixin for a `Trainer` with PRM, to be listed before it in a class' bases.
@@ -131,7 +134,8 @@ class CheckpointMixin:
             super()._save_checkpoint(*args, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
             is_written = (folder / TRAINER_STATE_NAME).is_file()
-            if is_written or isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            is_torchs = isinstance(error, RuntimeError)
+            if is_written or is_torchs and not any(word in str(error) for word in _FAILED_WRITES):
                 raise
             raise OSError(
                 f"The checkpoint {str(folder)!r} could not be written ({error}). Nothing reads what there is of it. "
