@@ -2,9 +2,12 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
+
+from prm_hf.trainers.completeness import problems_of
 
 from ..distributed.launch import accelerate_launch
 
@@ -14,6 +17,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 # By name of the file in `accelerate_configs/`: processes, and kills in each of two chains of attempts.
 PATHS = {"single": (1, 4), "ddp": (2, 3), "zero2": (2, 3)}
 WRITES = 12  # files that the first process writes for two checkpoints, at least
+# What a checkpoint holds besides that a run does not need to go on. (DeepSpeed has the weights in its own files, and
+# whether it needs scheduler.pt is told by its configuration.)
+NEEDLESS = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "training_args.bin"}
+NEEDLESS_TO = {"single": NEEDLESS, "ddp": NEEDLESS}
+NEEDLESS_TO["zero2"] = NEEDLESS | {"model.safetensors", "scheduler.pt", "zero_to_fp32.py"}
 
 
 def draw_kill(rng: random.Random, world_size: int) -> dict:
@@ -52,3 +60,20 @@ def test_a_killed_run_ends_like_one_that_was_not(path, tmp_path):
         assert len([*(tmp_path / chain).glob("ended*.killed*")]) == n_kills
         starts = [int(line) for line in (tmp_path / chain / "starts").read_text().split()]
         assert len(starts) == n_kills + 1 and starts == sorted(starts) and starts[-1] > 0
+    assert files_not_missed(tmp_path / "whole" / "run" / "checkpoint-20") == NEEDLESS_TO[path]
+
+
+def files_not_missed(checkpoint: Path) -> set[str]:
+    """The names of the files without which a checkpoint counts as complete, after a look at each."""
+    needless = set()
+    for file in [path for path in checkpoint.rglob("*") if path.is_file()]:
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        cut_off = problems_of(checkpoint)
+        assert cut_off or file.suffix not in (".pt", ".pth", ".bin", ".json", ".safetensors"), file
+        file.unlink()
+        if not problems_of(checkpoint):
+            needless.add(file.name)
+        file.write_bytes(content)
+    assert problems_of(checkpoint) == []
+    return needless
