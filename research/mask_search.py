@@ -118,7 +118,7 @@ def set_up_variant(trainer: Trainer, variant: str, fixed: Path | None = None) ->
                 f"`{variant}` takes the row masks of another seed, and {fixed} is not there: run {FIXED_FROM} with "
                 "all `seeds` and `prm_learning_rates` before it."
             )
-        options["fixed"] = torch.load(fixed)
+        options["fixed"] = torch.load(fixed, weights_only=True)
     groups = [
         {key: group[key] for key in ("params", "lr", "eps", "betas", "weight_decay")}
         for group in optimizer.param_groups

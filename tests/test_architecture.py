@@ -26,7 +26,7 @@ ALLOWED = {
     "__main__": {"cli"},
 }
 # Files beside the rooms, which know nothing of them and which every room may import.
-HELPERS = {"_extras", "_names"}
+HELPERS = {"_extras", "_files", "_names"}
 PACKAGE = ROOT / "prm_hf"
 PACKAGE_FILES = sorted(PACKAGE.rglob("*.py"))
 FOLDERS = ("prm_hf", "recipes", "benchmarks", "research", "tests", "examples")

@@ -15,10 +15,12 @@ import transformers
 from datasets import Dataset
 from filelock import FileLock
 
+from .._files import problems_in, set_aside
 from . import model, task
 
 
 SPLIT_SIZES = {"train": 256, "validation": 192, "test": 512}
+DIGESTS = "digests.json"  # of all other files of the reference policy
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,8 @@ def build_demo(seed: int = 0, cache_dir: str | os.PathLike | None = None) -> Dem
     """Make the built-in task.
 
     The first call trains the reference policy (15 to 30 s on one core) and caches it under a hash of all that
-    defines it. Of several processes, one trains and the others wait.
+    defines it. Of several processes, one trains and the others wait. A cached folder whose files are not those that
+    were written is renamed to `*.corrupt`, with a warning, and made again.
 
     Args:
         seed: of the prompts, the pairs and the reference policy.
@@ -64,7 +67,7 @@ def build_demo(seed: int = 0, cache_dir: str | os.PathLike | None = None) -> Dem
 def _reference(seed: int, prompts: frozenset[str], cache: Path) -> Path:
     definition = json.dumps(_definition(seed), sort_keys=True, indent=2)
     folder = cache / f"demo-{hashlib.sha256(definition.encode()).hexdigest()[:16]}"
-    if folder.exists():
+    if folder.exists() and not _problems(folder):
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -76,6 +79,12 @@ def _reference(seed: int, prompts: frozenset[str], cache: Path) -> Path:
             "environment variable PRM_HF_CACHE."
         ) from error
     try:
+        if folder.exists() and (problems := _problems(folder)):
+            aside = set_aside(folder)
+            logger.warning(
+                f"The cached reference policy {folder} cannot be used ({'; '.join(problems)}). It lies in "
+                f"{aside.name} now, and is trained again."
+            )
         if not folder.exists():
             logger.info("Training the reference policy of the built-in task, once, into %s", folder)
             # A folder of this name is complete, because it gets the name last.
@@ -84,10 +93,32 @@ def _reference(seed: int, prompts: frozenset[str], cache: Path) -> Path:
                 model.train_reference(seed, prompts).save_pretrained(unfinished)
                 model.make_tokenizer().save_pretrained(unfinished)
                 (unfinished / "definition.json").write_text(definition)
+                (unfinished / DIGESTS).write_text(json.dumps(_digests(unfinished), indent=2))
                 unfinished.rename(folder)
     finally:
         lock.release()
     return folder
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file in a folder but the one of the digests."""
+    files = sorted(file for file in folder.iterdir() if file.name != DIGESTS)
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _problems(folder: Path) -> list[str]:
+    """What is wrong with the files of a cached reference policy. Version 0.2.0 wrote no digests."""
+    problems = problems_in(folder)
+    if problems or not (folder / DIGESTS).is_file():
+        return problems
+    written, found = json.loads((folder / DIGESTS).read_text(encoding="utf-8")), _digests(folder)
+    if not isinstance(written, dict):
+        return [f"{DIGESTS} holds no digests"]
+    return [
+        f"{name} {'is not what was written' if name in found else 'is missing'}"
+        for name, digest in written.items()
+        if found.get(name) != digest
+    ]
 
 
 def _definition(seed: int) -> dict:

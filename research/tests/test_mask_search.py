@@ -86,7 +86,7 @@ def test_recorded_masks_are_the_means_of_the_steps(tmp_path):
         recorder.on_optimizer_step(None, None, None)
     state = SimpleNamespace(is_world_process_zero=True)
     recorder.on_train_end(SimpleNamespace(output_dir=tmp_path), state, None)
-    means = torch.load(tmp_path / mask_search.ROW_MASKS)
+    means = torch.load(tmp_path / mask_search.ROW_MASKS, weights_only=True)
     assert [len(q) for q in means] == [3, 1, 2, 1]
     mean = sum(q.mean() * p.numel() for q, p in zip(means, ours, strict=True)) / sum(p.numel() for p in ours)
     assert mean.item() == pytest.approx(torch.stack(searched.mean_qs).mean().item(), rel=1e-5)

@@ -108,7 +108,7 @@ def launch_runs(
 
 
 def read_run(folder: Path, num_processes: int) -> list[dict]:
-    ranks = [torch.load(folder / f"rank{i}.pt", weights_only=False) for i in range(num_processes)]
+    ranks = [torch.load(folder / f"rank{i}.pt", weights_only=True) for i in range(num_processes)]
     for rank in ranks:
         if rank["error"] is None:
             assert rank["world_size"] == num_processes

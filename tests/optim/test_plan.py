@@ -371,7 +371,7 @@ def test_checkpoints_of_shards(distributed, tmp_path):
         set_optimizer_state_dict(other.model, other.optimizer, state)
     else:
         torch.save(held.optimizer.state_dict(), tmp_path / "optimizer.pt")
-        other.optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=False))
+        other.optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     for p, q in zip(local_tensors(other.locals), local_tensors(held.locals), strict=True):
         p.copy_(q)
     other.generator.set_state(held.generator.get_state())

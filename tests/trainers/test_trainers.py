@@ -520,7 +520,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
             kill_with_children(run)
     assert code == 0, f"exit with {code}:\n{log.read_text()[-5000:]}"
 
-    results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    results = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     assert [result["world_size"] for result in results] == [2, 2]
     assert [result["passes"] for result in results] == [2 + 2 + 4] * 2  # of the splits TRL's own, and the train rows'
     assert results[0]["metrics"] == results[1]["metrics"]
