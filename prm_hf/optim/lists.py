@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..sharding import FlatVariances, Locator, UnitTable, is_dtensor, local_tensors
+from ..sharding import FlatVariances, Locator, UnitTable, is_dtensor, is_fake, local_tensors
 from . import masks
 from .foreach import ForeachStep, TensorLists
 from .quantized import read, write
@@ -80,7 +80,7 @@ class Clock:
         found: dict[tuple, int] = {}
         for member in members:
             step, capturable = member.state["step"], member.settings.h.capturable
-            age = None if capturable else step.item()
+            age = None if capturable else 0.0 if is_fake(step) else step.item()
             member.cohort = found.setdefault((id(member.settings), age), len(found))
             if member.cohort == len(self._ages):
                 self._ages.append(age)
@@ -91,7 +91,7 @@ class Clock:
 
     def is_unchanged(self) -> bool:
         """Whether nobody else has changed the steps, as far as the host can see without waiting."""
-        return torch.equal(self._host, self._expected)
+        return is_fake(self._host) or torch.equal(self._host, self._expected)
 
     def advance(self) -> list[masks.StepScalars]:
         """Counts a step, and returns the scalars of each cohort: numbers, or with `capturable` vectors."""
@@ -230,6 +230,8 @@ class PlanList:
         self._addresses = self._find()
 
     def _find(self) -> list[int]:
+        if any(map(is_fake, self._params)):
+            return []
         return list(map(Tensor.data_ptr, local_tensors(self._watched) if self._sharded else self._watched))
 
     def take_gradients(self) -> bool:
@@ -277,7 +279,7 @@ class ReferenceList(PlanList):
         s = self.settings
         for member, grad in zip(self.members, self._grads, strict=True):
             c = scalars[member.cohort]
-            c = c.select(member.place) if isinstance(c.bias1, Tensor) else c
+            c = c.select(member.place) if s.h.capturable else c
             dtype = member.state["exp_avg_sq"].dtype
             param = read(member.param, dtype)
             reference_step(param, read(grad, dtype), member.state, c, s.h, s.lr, s.eps)

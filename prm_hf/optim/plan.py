@@ -137,7 +137,7 @@ class StepPlan:
                     self._idle.append(p)
                     continue
                 if grad.is_sparse:
-                    raise ValueError(
+                    raise RuntimeError(  # as torch's AdamW does
                         f"PRM does not support sparse gradients, and a parameter of shape {tuple(p.shape)} has one: "
                         "create its embedding with `sparse=False`."
                     )
