@@ -137,14 +137,18 @@ class Hyperparameters:
     def _check_ranges(self) -> None:
         betas = self.betas
         _check(isinstance(betas, (tuple, list)) and len(betas) == 2, "betas", betas, "it must be a pair of numbers")
-        for name, value in (("betas[0]", betas[0]), ("betas[1]", betas[1]), ("weight_decay", self.weight_decay)):
-            allowed = "only with differentiable=True may a tensor require a gradient; detach it"
-            _check(not isinstance(value, Tensor) or self.differentiable, name, value, allowed)
-        for name, value in (("betas[0]", betas[0]), ("betas[1]", betas[1]), ("variance_beta", self.variance_beta)):
-            _check(_number(value) and 0 <= value < 1, name, value, "it must be in [0, 1)")
+        values = {"betas[0]": betas[0], "betas[1]": betas[1]}
+        values |= {name: getattr(self, name) for name in ("variance_beta", "eps", "weight_decay", "softness")}
+        for name in ("betas[0]", "betas[1]", "weight_decay"):
+            if isinstance(value := values[name], Tensor):
+                allowed = "a tensor must have one element, and may only require a gradient with differentiable=True"
+                _check(self.differentiable and value.numel() == 1, name, value, allowed)
+                values[name] = value.item()
+        for name in ("betas[0]", "betas[1]", "variance_beta"):
+            _check(_number(values[name]) and 0 <= values[name] < 1, name, values[name], "it must be in [0, 1)")
         for name in ("eps", "weight_decay", "softness"):
-            value = getattr(self, name)
-            _check(_number(value) and value >= 0, name, value, "it must be a finite number of at least 0")
+            valid = _number(values[name]) and values[name] >= 0
+            _check(valid, name, values[name], "it must be a finite number of at least 0")
         for name in ("alpha", "mask_eps"):
             value = getattr(self, name)
             allowed = "it must be None or a finite number of at least 0"
@@ -353,5 +357,4 @@ def _as_number(value: Any) -> Any:
 
 
 def _number(value: Any) -> bool:
-    value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -38,7 +38,7 @@ def reference_step(
         grad = -grad
     if h.weight_decay != 0 and not h.decoupled_weight_decay:
         decay = h.weight_decay
-        grad = grad.addcmul(param, decay) if isinstance(decay, Tensor) else grad.add(param, alpha=decay)
+        grad = grad.addcmul(_kept(param, h), decay) if isinstance(decay, Tensor) else grad.add(param, alpha=decay)
 
     # s ← ρ s + (1-ρ)(g - m)², with m before this step; in the mean over a row or a tensor where it has one mask value
     if h.masked:
