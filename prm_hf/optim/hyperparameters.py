@@ -67,6 +67,7 @@ class Hyperparameters:
     n_dataset: int | None = None
     mask_eps: float | None = None
     mask_warmup_steps: int = 0
+    mask_min_elements: int = 32
     relative_eps: float | None = None
     max_grad_norm: float = 1.0
     amsgrad: bool = False
@@ -111,6 +112,11 @@ class Hyperparameters:
     def mask_epsilon(self) -> float:
         return SCALE_FREE_EPS if self.mask_eps is None else self.mask_eps
 
+    def is_open(self, numel: float | Tensor) -> bool | Tensor:
+        """Whether a tensor of so many elements has too few of them to tell signal from noise, so that q = 1."""
+        has_units = self.estimator == "debiased" and self.reduction != "per_param"
+        return has_units & (numel < self.mask_min_elements)
+
     @property
     def step_length(self) -> float:
         """The factor of the learning rate that makes a step with `relative_eps` as long as AdamW's."""
@@ -153,9 +159,10 @@ class Hyperparameters:
             value = getattr(self, name)
             allowed = "it must be None or a finite number of at least 0"
             _check(value is None or (_number(value) and value >= 0), name, value, allowed)
-        steps = self.mask_warmup_steps
-        valid = _number(steps) and steps >= 0 and steps == int(steps)
-        _check(valid, "mask_warmup_steps", steps, "it must be an integer of at least 0")
+        for name in ("mask_warmup_steps", "mask_min_elements"):
+            value = getattr(self, name)
+            valid = _number(value) and value >= 0 and value == int(value)
+            _check(valid, name, value, "it must be an integer of at least 0")
         for name in ("batch_size", "n_dataset"):
             value = getattr(self, name)
             valid = value is None or (_number(value) and value >= 1 and value == int(value))
@@ -244,6 +251,7 @@ class Options(TypedDict, total=False):
     n_dataset: int | None
     mask_eps: float | None
     mask_warmup_steps: int
+    mask_min_elements: int
     relative_eps: float | None
     max_grad_norm: float
     amsgrad: bool

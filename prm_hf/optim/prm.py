@@ -21,8 +21,9 @@ from .plan import StepPlan
 from .state import check_state, check_variances, load_state, new_state, restore_steps
 
 
-# What an optimizer meant that was pickled before a setting was there.
-_EARLIEST = vars(Hyperparameters(reduction="per_param", estimator="ema"))
+# What an optimizer meant that was pickled before a setting was there, and what any checkpoint means without it.
+_UNNAMED = {"mask_min_elements": 0}
+_EARLIEST = vars(Hyperparameters(reduction="per_param", estimator="ema", **_UNNAMED))
 
 
 class PRM(Optimizer):
@@ -68,6 +69,8 @@ class PRM(Optimizer):
             published behaviour, which closes the mask on the small gradients of language models.
         mask_warmup_steps (`int`): the first steps of each parameter that are plain AdamW (q = 1) while `grad_var`
             forms.
+        mask_min_elements (`int`): tensors of fewer elements have q = 1, with the debiased estimator and one mask a row
+            or a tensor.
         relative_eps (`float`, *optional*): ε in units of the clipped gradient's root mean square, in place of `eps`:
             ε is `relative_eps` times `max_grad_norm`/√d, with d the scalar parameters of all groups over all
             processes. A step is then 1 + `relative_eps` times as long as with this learning rate, so that it is about
@@ -143,7 +146,7 @@ class PRM(Optimizer):
         for number, group in enumerate(self.param_groups):
             normalize(group, warn=False)
             group.setdefault(LifeCycle.NUMBER, number)
-            for key, value in (_EARLIEST | self.defaults).items():
+            for key, value in (_EARLIEST | self.defaults | _UNNAMED).items():
                 group.setdefault(key, value)
             restore_steps(group, self.state)
 

@@ -138,6 +138,10 @@ class Locator:
             return n_whole, "as whole tensors"
         return len(set().union(*self.layout.members.values())), f"under {self.layout.path.value}"
 
+    def numel(self, p: Tensor) -> int:
+        """The elements of the original tensors that local tensor `p` holds, or holds a part of."""
+        return p.numel() if self.layout is None else sum(self.layout.numels[number] for number in self.members(p))
+
     def members(self, p: Tensor) -> list[int]:
         """The numbers of the original tensors that advance when local tensor `p` is stepped, also from elsewhere."""
         return self.layout.members[id(p)]

@@ -282,7 +282,8 @@ def test_rounding_does_not_decide_the_first_mask(reduction, bias_correction, for
 def test_no_signal_and_no_noise_closes_the_mask(foreach):
     for mask, reduction, estimator in itertools.product(["snr", "soft", "hard"], REDUCTIONS, ESTIMATORS):
         p = torch.ones(5, requires_grad=True)
-        optimizer = PRM([p], mask=mask, reduction=reduction, estimator=estimator, weight_decay=0.0, foreach=foreach)
+        settings = {"mask": mask, "reduction": reduction, "estimator": estimator, "mask_min_elements": 0}
+        optimizer = PRM([p], weight_decay=0.0, foreach=foreach, **settings)
         for _ in range(3):
             p.grad = torch.zeros(5)
             optimizer.step()
