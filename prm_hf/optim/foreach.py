@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
+from ..sharding import is_fake
 from . import masks
 from .hyperparameters import Hyperparameters
 from .quantized import flat_slice, is_quantized, read, write
@@ -230,7 +231,7 @@ def apply_update(
         updates = torch._foreach_mul(
             x.exp_avgs, _over_rows(q.split([masks.n_rows(m) for m in x.exp_avgs]), x.exp_avgs)
         )
-    elif h.masked and q.device.type == "cpu" and not isinstance(step_sizes[0], Tensor):
+    elif h.masked and q.device.type == "cpu" and not is_fake(q) and not isinstance(step_sizes[0], Tensor):
         step_sizes = [
             size * of_tensor for size, of_tensor in zip(step_sizes, q.tolist(), strict=True)
         ]  # spares a pass

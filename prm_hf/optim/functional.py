@@ -50,7 +50,7 @@ def prm(
     if not uses_foreach(params, h, lr):
         for i, (param, grad, step) in enumerate(zip(params, grads, state_steps, strict=True)):
             state = {name: tensors[i] for name, tensors in states.items() if tensors}
-            reference_step(param, grad, state, masks.step_scalars(_age(step, h), h), h, lr, eps)
+            reference_step(param, grad, state, masks.step_scalars(_age(step, h), h, param.numel()), h, lr, eps)
         return
     lists = (params, grads, *states.values())
     for index in buckets(exp_avgs):
@@ -59,7 +59,7 @@ def prm(
 
 
 def _foreach_step(lists: TensorLists, steps: list[Tensor], h: Hyperparameters, lr: float | Tensor, eps: float) -> None:
-    ages = [masks.step_scalars(_age(step, h), h) for step in steps]
+    ages = [masks.step_scalars(_age(step, h), h, p.numel()) for step, p in zip(steps, lists.params, strict=True)]
     c = masks.StepScalars(*map(list, zip(*ages, strict=True)))
     if not h.masked or h.reduction != "per_tensor":
         ForeachStep(lists, h, halves=False, one_by_one=False).update(c, lr, eps)

@@ -15,6 +15,8 @@ from typing import Any, Literal, TypedDict, get_args
 import torch
 from torch import Tensor
 
+from ..sharding import is_fake
+
 
 Mask = Literal["snr", "soft", "hard", "none"]
 Reduction = Literal["per_param", "per_tensor", "per_row"]
@@ -34,6 +36,8 @@ _CHOICES = {
 # Names of earlier versions, which are accepted with a warning.
 RENAMED = {"rho": "variance_beta", "warmup_steps": "mask_warmup_steps"}
 
+_PLAIN = frozenset({float, int, bool, str, type(None)})  # and not NumPy's kin of these
+
 # Keeps 0/0 out of the mask and changes nothing else: the smallest normal float32. Language-model gradients have
 # m² far below Adam's eps of 1e-8, so a mask that shares that eps is closed by it and not by the noise.
 SCALE_FREE_EPS = torch.finfo(torch.float32).tiny
@@ -48,9 +52,9 @@ class Hyperparameters:
     """
 
     lr: float | Tensor = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999)
     eps: float = 1e-8
-    weight_decay: float = 0.01
+    weight_decay: float | Tensor = 0.01
     mask: Mask = "snr"
     reduction: Reduction = "per_row"
     estimator: Estimator = "debiased"
@@ -63,6 +67,7 @@ class Hyperparameters:
     n_dataset: int | None = None
     mask_eps: float | None = None
     mask_warmup_steps: int = 0
+    mask_min_elements: int = 32
     relative_eps: float | None = None
     max_grad_norm: float = 1.0
     amsgrad: bool = False
@@ -107,6 +112,11 @@ class Hyperparameters:
     def mask_epsilon(self) -> float:
         return SCALE_FREE_EPS if self.mask_eps is None else self.mask_eps
 
+    def is_open(self, numel: float | Tensor) -> bool | Tensor:
+        """Whether a tensor of so many elements has too few of them to tell signal from noise, so that q = 1."""
+        has_units = self.estimator == "debiased" and self.reduction != "per_param"
+        return has_units & (numel < self.mask_min_elements)
+
     @property
     def step_length(self) -> float:
         """The factor of the learning rate that makes a step with `relative_eps` as long as AdamW's."""
@@ -133,18 +143,26 @@ class Hyperparameters:
     def _check_ranges(self) -> None:
         betas = self.betas
         _check(isinstance(betas, (tuple, list)) and len(betas) == 2, "betas", betas, "it must be a pair of numbers")
-        for name, value in (("betas[0]", betas[0]), ("betas[1]", betas[1]), ("variance_beta", self.variance_beta)):
-            _check(_number(value) and 0 <= value < 1, name, value, "it must be in [0, 1)")
+        values = {"betas[0]": betas[0], "betas[1]": betas[1]}
+        values |= {name: getattr(self, name) for name in ("variance_beta", "eps", "weight_decay", "softness")}
+        for name in ("betas[0]", "betas[1]", "weight_decay"):
+            if isinstance(value := values[name], Tensor):
+                allowed = "a tensor must have one element, and may only require a gradient with differentiable=True"
+                _check(self.differentiable and value.numel() == 1, name, value, allowed)
+                values[name] = value.item()
+        for name in ("betas[0]", "betas[1]", "variance_beta"):
+            _check(_number(values[name]) and 0 <= values[name] < 1, name, values[name], "it must be in [0, 1)")
         for name in ("eps", "weight_decay", "softness"):
-            value = getattr(self, name)
-            _check(_number(value) and value >= 0, name, value, "it must be a finite number of at least 0")
+            valid = _number(values[name]) and values[name] >= 0
+            _check(valid, name, values[name], "it must be a finite number of at least 0")
         for name in ("alpha", "mask_eps"):
             value = getattr(self, name)
             allowed = "it must be None or a finite number of at least 0"
             _check(value is None or (_number(value) and value >= 0), name, value, allowed)
-        steps = self.mask_warmup_steps
-        valid = _number(steps) and steps >= 0 and steps == int(steps)
-        _check(valid, "mask_warmup_steps", steps, "it must be an integer of at least 0")
+        for name in ("mask_warmup_steps", "mask_min_elements"):
+            value = getattr(self, name)
+            valid = _number(value) and value >= 0 and value == int(value)
+            _check(valid, name, value, "it must be an integer of at least 0")
         for name in ("batch_size", "n_dataset"):
             value = getattr(self, name)
             valid = value is None or (_number(value) and value >= 1 and value == int(value))
@@ -220,7 +238,7 @@ class Options(TypedDict, total=False):
     """The keyword arguments of [`PRM`] for type checkers; `rho` and `warmup_steps` are names of earlier versions."""
 
     eps: float
-    weight_decay: float
+    weight_decay: float | Tensor
     mask: Mask
     reduction: Reduction
     estimator: Estimator
@@ -233,6 +251,7 @@ class Options(TypedDict, total=False):
     n_dataset: int | None
     mask_eps: float | None
     mask_warmup_steps: int
+    mask_min_elements: int
     relative_eps: float | None
     max_grad_norm: float
     amsgrad: bool
@@ -269,7 +288,7 @@ def check_lr(h: "Hyperparameters", lr: float | Tensor | None = None) -> None:
     allowed = "a tensor learning rate with foreach=True needs capturable=True"
     _check(not h.foreach or h.capturable, "lr", lr, allowed)
     # On an accelerator looking at the value would stop the step for it.
-    _check(lr.device.type != "cpu" or lr.item() >= 0, "lr", lr, "the learning rate must be at least 0")
+    _check(lr.device.type != "cpu" or is_fake(lr) or lr.item() >= 0, "lr", lr, "the learning rate must be at least 0")
 
 
 def with_defaults(given: dict[str, Any]) -> dict[str, Any]:
@@ -285,7 +304,12 @@ def with_defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def normalize(settings: dict[str, Any], warn: bool = True) -> dict[str, Any]:
-    """A group's settings by today's names and values: earlier names are renamed, torch dtypes become their names."""
+    """A group's settings by today's names and values.
+
+    Earlier names are renamed, torch dtypes become their names, and NumPy's scalars and tensors of one element the
+    numbers that a checkpoint can hold. A tensor `lr` stays, which a schedule may change in place, and so does what
+    autograd follows.
+    """
     for old, new in RENAMED.items():
         if old in settings:
             if warn:
@@ -298,6 +322,12 @@ def normalize(settings: dict[str, Any], warn: bool = True) -> dict[str, Any]:
     dtypes = {torch.float32: "float32", torch.bfloat16: "bf16"}
     if isinstance(dtype := settings.get("state_dtype"), torch.dtype):
         settings["state_dtype"] = dtypes.get(dtype, dtype)
+    for name in NAMES:
+        value = settings.get(name)
+        if isinstance(value, (tuple, list)) and not all(type(x) in _PLAIN for x in value):
+            settings[name] = tuple(map(_as_number, value))
+        elif type(value) not in _PLAIN and not (name == "lr" and isinstance(value, Tensor)):
+            settings[name] = _as_number(value)
     return settings
 
 
@@ -325,6 +355,13 @@ def check_checkpoint_group(number: int, ours: dict[str, Any], theirs: dict[str, 
 def _check(valid: bool, name: str, value: Any, allowed: str) -> None:
     if not valid:
         raise ValueError(f"Invalid {name}={value!r}: {allowed}.")
+
+
+def _as_number(value: Any) -> Any:
+    """The only element of a tensor, an array or a NumPy scalar; as it is what autograd follows, and anything else."""
+    if getattr(value, "requires_grad", False):
+        return value
+    return value.item() if math.prod(getattr(value, "shape", (0,))) == 1 else value
 
 
 def _number(value: Any) -> bool:

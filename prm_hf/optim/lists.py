@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..sharding import FlatVariances, Locator, UnitTable, is_dtensor, local_tensors
+from ..sharding import FlatVariances, Locator, UnitTable, is_dtensor, is_fake, local_tensors
 from . import masks
 from .foreach import ForeachStep, TensorLists
 from .quantized import read, write
@@ -34,6 +34,7 @@ class Member:
     """A local tensor with a gradient.
 
     Attributes:
+        numel: elements of the tensors that it holds, or holds a part of.
         position: among the members of a plan.
         cohort, place: see [`Clock`], which sets them.
     """
@@ -42,6 +43,7 @@ class Member:
     grad: Tensor
     state: dict[str, Tensor]
     settings: "Settings"
+    numel: int
     position: int
     cohort: int = -1
     place: int = -1
@@ -60,7 +62,8 @@ class Clock:
     """Counts the steps of a plan's members.
 
     Members of one parameter group that have taken equally many steps are a cohort: the scalars of a step are computed
-    once for all of them. With `capturable` no value may decide, so a group is a cohort.
+    once for all of them. With `capturable` no value may decide, so a group is a cohort. Tensors of a few elements are
+    in cohorts of their own.
 
     Attributes:
         settings: of each cohort.
@@ -77,21 +80,24 @@ class Clock:
         self.settings: list[Settings] = []
         self._ages: list[float | None] = []
         self._steps: list[list[Tensor]] = []
+        self._numels: list[int] = []  # of one member
         found: dict[tuple, int] = {}
         for member in members:
             step, capturable = member.state["step"], member.settings.h.capturable
-            age = None if capturable else step.item()
-            member.cohort = found.setdefault((id(member.settings), age), len(found))
+            age = None if capturable else 0.0 if is_fake(step) else step.item()
+            is_open = member.settings.h.is_open(member.numel)
+            member.cohort = found.setdefault((id(member.settings), age, is_open), len(found))
             if member.cohort == len(self._ages):
                 self._ages.append(age)
                 self._steps.append([])
+                self._numels.append(member.numel)
                 self.settings.append(member.settings)
             member.place = len(self._steps[member.cohort])
             self._steps[member.cohort].append(step)
 
     def is_unchanged(self) -> bool:
         """Whether nobody else has changed the steps, as far as the host can see without waiting."""
-        return torch.equal(self._host, self._expected)
+        return is_fake(self._host) or torch.equal(self._host, self._expected)
 
     def advance(self) -> list[masks.StepScalars]:
         """Counts a step, and returns the scalars of each cohort: numbers, or with `capturable` vectors."""
@@ -101,7 +107,8 @@ class Clock:
             steps += 1
         self._ages = [age if age is None else age + 1 for age in self._ages]
         ages = [self._tensor(i) if age is None else age for i, age in enumerate(self._ages)]
-        return [masks.step_scalars(age, settings.h) for age, settings in zip(ages, self.settings, strict=True)]
+        cohorts = zip(ages, self.settings, self._numels, strict=True)
+        return [masks.step_scalars(age, settings.h, numel) for age, settings, numel in cohorts]
 
     def _tensor(self, cohort: int) -> Tensor:
         steps = torch.stack(self._steps[cohort])
@@ -162,7 +169,11 @@ class UnitMasks:
             # With capturable, where in the cohort's vectors the scalars of each unit are
             places = [m.place for m in own for n in numbers[m.position] for _ in range(counts[n])]
             places = torch.tensor(places, device=device) if h.capturable else None
-            self._cohorts.append((cohort, own[0].settings, self.table.whole(of_cohort), places, *kept))
+            units = self.table.whole(of_cohort)
+            # In a flat buffer tensors of a few elements lie beside others
+            is_open = {number: h.is_open(n) for number, n in numels.items()} if locator.flat else None
+            is_open = None if is_open is None else self.table.per_unit(is_open).bool()[units]
+            self._cohorts.append((cohort, own[0].settings, units, places, is_open, *kept))
 
     def is_unchanged(self) -> bool:
         """Whether the variances of flat buffers are still where they were."""
@@ -178,10 +189,12 @@ class UnitMasks:
         """The masks from Σ(g - center)² and Σm² of shards, `(units, 2)`; advances the variances. Collective."""
         means = self.table.add_up(sums, 2) / self._numels
         self.q = torch.empty_like(means[:, 0])
-        for cohort, settings, units, places, variances, kept in self._cohorts:
+        for cohort, settings, units, places, is_open, variances, kept in self._cohorts:
             c = scalars[cohort]
             if places is not None:
                 c = masks.StepScalars(*(x[places] for x in c))
+            if is_open is not None:
+                c = c._replace(open=is_open | c.open)
             self.q[units], variances[kept] = masks.advance_units(means[units], variances[kept], c, settings.h)
         if transform is not None:
             self.q = transform(self.q)
@@ -230,6 +243,8 @@ class PlanList:
         self._addresses = self._find()
 
     def _find(self) -> list[int]:
+        if any(map(is_fake, self._params)):
+            return []
         return list(map(Tensor.data_ptr, local_tensors(self._watched) if self._sharded else self._watched))
 
     def take_gradients(self) -> bool:
@@ -277,7 +292,7 @@ class ReferenceList(PlanList):
         s = self.settings
         for member, grad in zip(self.members, self._grads, strict=True):
             c = scalars[member.cohort]
-            c = c.select(member.place) if isinstance(c.bias1, Tensor) else c
+            c = c.select(member.place) if s.h.capturable else c
             dtype = member.state["exp_avg_sq"].dtype
             param = read(member.param, dtype)
             reference_step(param, read(grad, dtype), member.state, c, s.h, s.lr, s.eps)

@@ -124,7 +124,7 @@ def _table_of_units(
     n_units = torch.tensor([counts[number] for number in numbers])
     owner = torch.arange(len(numbers)).repeat_interleave(n_units)
     in_unit = (numels / n_units.clamp(min=1))[owner]
-    c = masks.step_scalars(_on_host(_stack([steps[number] for number in numbers]))[owner], h)
+    c = masks.step_scalars(_on_host(_stack([steps[number] for number in numbers]))[owner], h, numels[owner])
     q, signal, noise = masks.compute_mask(squares / in_unit.clamp(min=1), var, c, h)
     units = torch.stack([in_unit, torch.zeros_like(q), *(x * in_unit for x in (q, q > 0, signal, noise)), q, q], dim=1)
     return _add_rows(units, owner.tolist(), len(numbers))[0][:, FIRST_MASKED:]

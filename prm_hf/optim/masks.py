@@ -37,6 +37,7 @@ Everything here is a pure function. `mean_sq` and `var` are either tensors of th
 with `signal_beta` of the average that the signal is estimated from), so that all reductions share one definition.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -83,7 +84,7 @@ class StepScalars(NamedTuple):
     noise: list | Tensor  # N = noise * s
     floor: list | Tensor  # "debiased": S is what m_hat^2 has above floor * N, its own noise
     first: list | Tensor  # t = 1
-    open: list | Tensor  # still in `warmup_steps`: q = 1
+    open: list | Tensor  # still in `mask_warmup_steps`, or a tensor of a few elements: q = 1
 
     def select(self, index: int) -> "StepScalars":
         """The entries of one parameter tensor."""
@@ -105,8 +106,8 @@ class StepScalars(NamedTuple):
         return StepScalars(*map(vector, self))
 
 
-def step_scalars(t: float | Tensor, h: Hyperparameters) -> StepScalars:
-    """The scalars of step `t`, counted from 1: a number, or a tensor of the steps of several parameter tensors."""
+def step_scalars(t: float | Tensor, h: Hyperparameters, numel: float | Tensor = math.inf) -> StepScalars:
+    """The scalars of step `t`, counted from 1, of a tensor of `numel` elements; or of several, as tensors."""
     beta1, beta2, rho, signal_beta = h.beta1, h.beta2, h.variance_beta, h.signal_beta
     bias1 = 1 - beta1**t
     one = bias1 * 0 + 1  # as many as there are steps
@@ -137,7 +138,7 @@ def step_scalars(t: float | Tensor, h: Hyperparameters) -> StepScalars:
         noise=noise,
         floor=floor,
         first=t == 1,
-        open=t <= h.mask_warmup_steps,
+        open=(t <= h.mask_warmup_steps) | h.is_open(numel),
     )
 
 

@@ -64,7 +64,8 @@ class Settings:
         self.lr = (lr.reshape(()) if isinstance(lr, Tensor) and lr.dim() else lr) * self.h.step_length
 
     def _form(self, group: dict[str, Any]) -> tuple:
-        return (*_FORM(group), group["signal_beta"] is None, group["weight_decay"] == 0, torch.is_tensor(group["lr"]))
+        set_up = group["signal_beta"] is None, group["weight_decay"] == 0, group["mask_min_elements"]
+        return (*_FORM(group), *set_up, torch.is_tensor(group["lr"]))
 
     def follow(self, group: dict[str, Any]) -> bool:
         """Takes over changed numbers. False if `group` has other parameters or needs another plan."""
@@ -137,11 +138,12 @@ class StepPlan:
                     self._idle.append(p)
                     continue
                 if grad.is_sparse:
-                    raise ValueError(
+                    raise RuntimeError(  # as torch's AdamW does
                         f"PRM does not support sparse gradients, and a parameter of shape {tuple(p.shape)} has one: "
                         "create its embedding with `sparse=False`."
                     )
-                members.append(Member(p, grad, init_state(p, group), settings, len(members)))
+                numel = self._locator.numel(p)
+                members.append(Member(p, grad, init_state(p, group), settings, numel, len(members)))
         return members
 
     def _kind(self, member: Member) -> tuple:

@@ -18,11 +18,12 @@ from .hyperparameters import Hyperparameters, Options, check_checkpoint_group, n
 from .mask_stats import group_table, mask_summary, mean_masks
 from .masks import statistics_dtype
 from .plan import StepPlan
-from .state import check_state, check_variances, load_state, new_state
+from .state import check_state, check_variances, load_state, new_state, restore_steps
 
 
-# What an optimizer meant that was pickled before a setting was there.
-_EARLIEST = vars(Hyperparameters(reduction="per_param", estimator="ema"))
+# What an optimizer meant that was pickled before a setting was there, and what any checkpoint means without it.
+_UNNAMED = {"mask_min_elements": 0}
+_EARLIEST = vars(Hyperparameters(reduction="per_param", estimator="ema", **_UNNAMED))
 
 
 class PRM(Optimizer):
@@ -44,7 +45,8 @@ class PRM(Optimizer):
     Args:
         params (iterable): parameters, `(name, parameter)` pairs, or dicts that define parameter groups.
         lr (`float` or `Tensor`): learning rate η.
-        betas (`tuple[float, float]`): decay rates β1, β2 of `exp_avg` and `exp_avg_sq`, each in [0, 1).
+        betas (`tuple[float, float]`): decay rates β1, β2 of `exp_avg` and `exp_avg_sq`, each in [0, 1). A tensor is
+            read once, here and below, unless it requires a gradient (for `differentiable`).
         eps (`float`): ε in the denominator of Adam.
         weight_decay (`float`): λ_wd. It is not masked.
         mask (`str`): `"snr"`, `"soft"`, `"hard"` or `"none"`.
@@ -67,6 +69,8 @@ class PRM(Optimizer):
             published behaviour, which closes the mask on the small gradients of language models.
         mask_warmup_steps (`int`): the first steps of each parameter that are plain AdamW (q = 1) while `grad_var`
             forms.
+        mask_min_elements (`int`): tensors of fewer elements have q = 1, with the debiased estimator and one mask a row
+            or a tensor.
         relative_eps (`float`, *optional*): ε in units of the clipped gradient's root mean square, in place of `eps`:
             ε is `relative_eps` times `max_grad_norm`/√d, with d the scalar parameters of all groups over all
             processes. A step is then 1 + `relative_eps` times as long as with this learning rate, so that it is about
@@ -142,13 +146,9 @@ class PRM(Optimizer):
         for number, group in enumerate(self.param_groups):
             normalize(group, warn=False)
             group.setdefault(LifeCycle.NUMBER, number)
-            for key, value in (_EARLIEST | self.defaults).items():
+            for key, value in (_EARLIEST | self.defaults | _UNNAMED).items():
                 group.setdefault(key, value)
-            for p in group["params"]:
-                p_state = self.state.get(p, {})
-                if p_state and not torch.is_tensor(p_state["step"]):
-                    device = p.device if group["capturable"] else "cpu"
-                    p_state["step"] = torch.tensor(float(p_state["step"]), dtype=torch.float32, device=device)
+            restore_steps(group, self.state)
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
@@ -198,9 +198,10 @@ class PRM(Optimizer):
             closure (`Callable`, *optional*): reevaluates the model and returns the loss.
 
         Raises:
-            ValueError: a gradient is sparse, a group's settings were changed to something invalid, or at the first
-                step the parameters are sharded and a group's `reduction` or `state_dtype` is not for that.
-            RuntimeError: at the first step, if the parameters are sharded in a way that PRM does not know.
+            ValueError: a group's settings were changed to something invalid, or at the first step the parameters are
+                sharded and a group's `reduction` or `state_dtype` is not for that.
+            RuntimeError: a gradient is sparse; or at the first step the parameters are sharded in a way that PRM does
+                not know, or they took the place of others whose state was loaded.
         """
         # torch renamed the check, and deprecated its old name, after 2.9.
         name = "_accelerator_graph_capture_health_check"
@@ -282,9 +283,9 @@ class PRM(Optimizer):
     def _locate(self) -> None:
         self._absorb_loaded()
         groups = self.param_groups
+        self._deepspeed.notice(groups, self.state)
         self._locator.locate([(group[LifeCycle.NUMBER], group["params"]) for group in groups])
-        layout = self._locator.layout
-        if layout is None:
+        if (layout := self._locator.layout) is None:
             return
         for group in groups:
             layout.path.check(group["reduction"], group["state_dtype"])
@@ -297,6 +298,8 @@ class PRM(Optimizer):
         """Takes over what a checkpoint put into the parameter groups."""
         for group in self.param_groups:
             normalize(group, warn=False)
+            if LifeCycle.NUMBER not in group:  # put there without `add_param_group`
+                self._deepspeed.register(group)
             check_checkpoint_group(group[LifeCycle.NUMBER], self._deepspeed.settings(group), group)
         self._deepspeed.absorb(self.param_groups)
 

@@ -37,15 +37,19 @@ def reference_step(
     if h.maximize:
         grad = -grad
     if h.weight_decay != 0 and not h.decoupled_weight_decay:
-        grad = grad.add(param, alpha=h.weight_decay)
+        decay = h.weight_decay
+        grad = grad.addcmul(_kept(param, h), decay) if isinstance(decay, Tensor) else grad.add(param, alpha=decay)
 
     # s ← ρ s + (1-ρ)(g - m)², with m before this step; in the mean over a row or a tensor where it has one mask value
     if h.masked:
-        deviation = grad - m * c.center
+        deviation = grad - _kept(m, h) * c.center
         _advance(state["grad_var"], h.variance_beta, _mean_squares(deviation, h) * c.weight)
     # m ← β1 m + (1-β1) g, v ← β2 v + (1-β2) g², a ← β_S a + (1-β_S) g
     m.lerp_(grad, 1 - h.beta1)
-    v.mul_(h.beta2).addcmul_(grad, grad, value=1 - h.beta2)
+    if isinstance(h.beta2, Tensor):  # autograd follows it
+        v.lerp_(grad.square(), 1 - h.beta2)
+    else:
+        v.mul_(h.beta2).addcmul_(grad, grad, value=1 - h.beta2)
     if h.masked and h.signal_beta is not None:
         state["exp_avg_signal"].lerp_(grad, 1 - h.signal_beta)
 

@@ -62,6 +62,14 @@ def load_state(param_groups: list[dict[str, Any]], state: dict[Tensor, dict], st
                 state[p][key] = saved.detach().clone().to(device=p.device, dtype=dtype)
 
 
+def restore_steps(group: dict[str, Any], state: dict[Tensor, dict]) -> None:
+    """Makes the steps of a group tensors, where an old checkpoint has numbers."""
+    for p in group["params"]:
+        step = state.get(p, {}).get("step")
+        if step is not None and not isinstance(step, Tensor):
+            state[p]["step"] = torch.tensor(float(step), dtype=torch.float32, device=_step_device(p, group))
+
+
 def _step_device(p: Tensor, group: dict[str, Any]) -> torch.device | str:
     return p.device if group["capturable"] else "cpu"
 

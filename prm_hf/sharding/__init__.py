@@ -1,6 +1,16 @@
 """Where a tensor lives under DDP, FSDP and DeepSpeed. This room imports torch alone and knows no optimizer."""
 
-from .layout import Layout, Segment, ShardingPath, UnitRange, find_layout, is_dtensor, local_tensor, local_tensors
+from .layout import (
+    Layout,
+    Segment,
+    ShardingPath,
+    UnitRange,
+    find_layout,
+    is_dtensor,
+    is_fake,
+    local_tensor,
+    local_tensors,
+)
 from .locator import Locator
 from .unit_masks import FlatVariances, UnitTable
 
@@ -15,6 +25,7 @@ __all__ = [
     "UnitTable",
     "find_layout",
     "is_dtensor",
+    "is_fake",
     "local_tensor",
     "local_tensors",
 ]

@@ -103,6 +103,25 @@ class LifeCycle:
         group[self.NUMBER] = self._locator.register(group["params"])
         self._created.append({key: value for key, value in group.items() if key != "params"})
 
+    def notice(self, groups: list[dict[str, Any]], state: dict[Tensor, dict]) -> None:
+        """Takes note of what was put into the groups by hand, as a copied group, which has the number of another one.
+
+        Raises:
+            RuntimeError: all tensors of a group were replaced, and there is a state of those that were there before.
+        """
+        numbers = [group[self.NUMBER] for group in groups]
+        for group, number in zip(groups, numbers, strict=True):
+            if not self._locator.has_replaced(number, group["params"]):
+                self._locator.notice(number, group["params"])
+            elif numbers.count(number) > 1:
+                self.register(group)
+            elif lost := [p for p in self._locator.originals(number) if state.get(p)]:
+                raise RuntimeError(
+                    f"The parameters of group {number} were replaced, as `prepare` does for FSDP and DeepSpeed, and "
+                    f"the optimizer has a state of {len(lost)} of those before, which would be lost. Call "
+                    "`load_state_dict` after `prepare`; or call `optimizer.state.clear()` to start with a fresh state."
+                )
+
     def settings(self, group: dict[str, Any]) -> dict[str, Any]:
         """The settings that a group was created with."""
         return self._created[group[self.NUMBER]]
@@ -124,6 +143,8 @@ class LifeCycle:
         numbers = [group[self.NUMBER] for group in groups]
         if len(groups) != len(self._created) or len(set(numbers)) == len(numbers):
             return
+        if not any(hasattr(p, "ds_id") for number in numbers for p in self._locator.originals(number)):
+            return  # a group that was copied by hand
         first, created_lr = groups[0], self._created[0]["lr"]
         progress = {key: first[key] / created_lr for key in ("lr", "initial_lr") if key in first and created_lr}
         for group, created in zip(groups, self._created, strict=True):

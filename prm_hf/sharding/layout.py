@@ -223,6 +223,11 @@ def is_dtensor(x: Tensor) -> bool:
     return _is_instance(x, "torch.distributed.tensor", "DTensor")
 
 
+def is_fake(x: Tensor) -> bool:
+    """Whether a tensor has no values: of `FakeTensorMode`, in which tools estimate what a step needs."""
+    return _is_instance(x, "torch._subclasses.fake_tensor", "FakeTensor")
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """This process' part of a DTensor, sharing its memory; any other tensor as it is."""
     return tensor.to_local() if is_dtensor(tensor) else tensor

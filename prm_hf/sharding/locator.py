@@ -56,6 +56,23 @@ class Locator:
         self._numels += [getattr(p, "ds_numel", p.numel()) for p in params]  # under ZeRO-3 a parameter may be empty
         return len(self._originals) - 1
 
+    def notice(self, group: int, params: list[Tensor]) -> None:
+        """Takes note of tensors that were put into a group beside those that it was registered with."""
+        if not self.has_replaced(group, params):
+            known = {id(ref()) for ref in self._originals[group]}
+            new = [p for p in params if id(p) not in known]
+            self._originals[group] += [weakref.ref(p) for p in new]
+            self._numels += [p.numel() for p in new]
+
+    def has_replaced(self, group: int, params: list[Tensor]) -> bool:
+        """Whether these tensors of a group are others than those it was registered with, all of them."""
+        known = {id(ref()) for ref in self._originals[group]}
+        return bool(params and known) and not any(id(p) in known for p in params)
+
+    def originals(self, group: int) -> list[Tensor]:
+        """The tensors that a group was registered with, as far as they are still there."""
+        return [p for p in (ref() for ref in self._originals[group]) if p is not None]
+
     def locate(self, groups: list[tuple[int, list[Tensor]]]) -> None:
         """Finds the layout of the tensors that are in the numbered groups now, unless it is known. Collective then.
 
@@ -65,7 +82,7 @@ class Locator:
         local = [p for _, params in groups for p in params]
         if all(id(p) in self._known for p in local):
             return
-        originals = [[p for p in (ref() for ref in refs) if p is not None] for refs in self._originals]
+        originals = [self.originals(group) for group in range(len(self._originals))]
         layout = find_layout(originals, groups)
         if layout is not None and layout.flat and self.layout is not None:
             self.layout.merge(layout)  # ZeRO 1 and 2 show one group a step
@@ -120,6 +137,10 @@ class Locator:
         if self.layout is None:
             return n_whole, "as whole tensors"
         return len(set().union(*self.layout.members.values())), f"under {self.layout.path.value}"
+
+    def numel(self, p: Tensor) -> int:
+        """The elements of the original tensors that local tensor `p` holds, or holds a part of."""
+        return p.numel() if self.layout is None else sum(self.layout.numels[number] for number in self.members(p))
 
     def members(self, p: Tensor) -> list[int]:
         """The numbers of the original tensors that advance when local tensor `p` is stepped, also from elsewhere."""

@@ -1,10 +1,11 @@
 """Supervised fine-tuning with PRM."""
 
+from dataclasses import fields
 from typing import Any
 
 from accelerate.logging import get_logger
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 
@@ -33,7 +34,9 @@ class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
     [`MemorizationCallback`] measures how much of corrupted training rows is learnt by heart.
 
     The arguments are those of [`~trl.SFTTrainer`], with a [`PRMSFTConfig`] as `args`, and `ref_model`, the model to
-    measure drift from: usually a second copy of `model` as it is before training.
+    measure drift from: usually a second copy of `model` as it is before training. Of [`~trl.SFTConfig`] and plain
+    [`~transformers.TrainingArguments`], which TRL's trainer takes, a [`PRMSFTConfig`] is made that trains with PRM
+    unless they name an optimizer other than their default.
 
     Attributes:
         sequence_evaluations (`dict[str, SequenceEvaluation]`):
@@ -44,12 +47,12 @@ class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
     def __init__(
         self,
         model: "str | PreTrainedModel | Any",
-        args: PRMSFTConfig | None = None,
+        args: PRMSFTConfig | TrainingArguments | None = None,
         *positional,
         ref_model: PreTrainedModel | None = None,
         **kwargs,
     ):
-        args = checked_config(args, PRMSFTConfig, model, "SFT")
+        args = checked_config(_with_prm(args), PRMSFTConfig, model, "SFT")
         if ref_model is not None and ref_model is model:
             raise ValueError("`ref_model` is `model` itself, which moves in training: pass a copy of it.")
         if ref_model is not None and not args.drift_metrics:
@@ -97,3 +100,15 @@ class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
             del metrics["drift/logratio_abs"]
             return metrics
         return {**completion_metrics(table), **metrics}
+
+
+def _with_prm(args: Any) -> Any:
+    """Plain arguments as a [`PRMSFTConfig`]; anything else as it is."""
+    known = {field.name for field in fields(PRMSFTConfig) if field.init}
+    if isinstance(args, PRMSFTConfig) or not isinstance(args, TrainingArguments):
+        return args
+    # (`to_dict` would hide the tokens)
+    values = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
+    if not known >= values.keys():
+        return args
+    return PRMSFTConfig(**values | ({"optim": "prm"} if args.optim == TrainingArguments.optim else {}))

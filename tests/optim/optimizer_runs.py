@@ -13,9 +13,12 @@ from prm_hf.optim.reductions import row_mean_squares
 SHAPES = [(7, 5), (), (0,), (13,), (3, 4, 2)]
 SKIPS_STEPS = 3  # position of the parameter that has no gradient in some steps
 EMPIRICAL = {"boundary": "empirical", "batch_size": 8, "n_dataset": 100}
-SIGNAL = {"reduction": "per_row", "estimator": "debiased", "signal_beta": 0.98}
+# With a size from which on tensors have a mask that only the smallest of `SHAPES` are under.
+SIGNAL = {"reduction": "per_row", "estimator": "debiased", "signal_beta": 0.98, "mask_min_elements": 8}
 # How signal and noise are measured, and what goes with any other setting.
-MEASURED = [{"reduction": r, "estimator": e} for r, e in itertools.product(REDUCTIONS, ESTIMATORS)]
+MEASURED = [
+    {"reduction": r, "estimator": e, "mask_min_elements": 8} for r, e in itertools.product(REDUCTIONS, ESTIMATORS)
+]
 MEASURED.append(SIGNAL)
 COMBINATIONS = [
     {"mask": mask, **measured, **boundary}
@@ -25,7 +28,8 @@ COMBINATIONS = [
 
 def name_of(settings):
     """The id of a test of such settings."""
-    return "-".join(str(value) for key, value in settings.items() if key not in ("batch_size", "n_dataset")) or "plain"
+    unnamed = ("batch_size", "n_dataset", "mask_min_elements")
+    return "-".join(str(value) for key, value in settings.items() if key not in unnamed) or "plain"
 
 
 VARIANTS = {
@@ -75,7 +79,7 @@ def last_masks(optimizer, p, group=0):
     """q, S and N of the last step from the state: for `per_param` one an element, for `per_row` one a row."""
     h, state = Hyperparameters.of_group(optimizer.param_groups[group]), optimizer.state[p]
     average = state["exp_avg_signal" if h.signal_beta is not None else "exp_avg"].float()
-    c = masks.step_scalars(state["step"].to(masks.statistics_dtype(average.device), copy=True), h)
+    c = masks.step_scalars(state["step"].to(masks.statistics_dtype(average.device), copy=True), h, p.numel())
     squares = average.square() if h.reduction == "per_param" else row_mean_squares([average])[0]
     return masks.compute_mask(squares, state["grad_var"], c, h)
 

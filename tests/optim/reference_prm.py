@@ -54,6 +54,7 @@ class ReferenceTensor:
         mask="snr",
         reduction="per_row",
         mask_warmup_steps=0,
+        mask_min_elements=32,
         amsgrad=False,
         bias_correction=True,
         decoupled_weight_decay=True,
@@ -119,7 +120,8 @@ class ReferenceTensor:
             if signal_beta is not None:
                 floor = kappa(t, signal_beta) * mean(self.s) / (1 - variance_beta ** (t - 1))
                 signal = np.maximum(mean((self.a / (1 - signal_beta**t)) ** 2) - floor, 0.0)
-        if mask == "none" or t <= mask_warmup_steps:
+        is_tiny = estimator == "debiased" and reduction != "per_param" and self.w.size < mask_min_elements
+        if mask == "none" or t <= mask_warmup_steps or is_tiny:
             q = np.ones_like(self.w)
         else:
             q = mask_of(signal, noise, mask, alpha, softness, eps_q)

@@ -251,7 +251,7 @@ def test_plan_refuses_sparse_gradients():
     optimizer = PRM(params, fused=True, reduction="per_tensor")
     train(optimizer, params, steps=2)
     params[0].grad = params[0].grad.to_sparse()
-    with pytest.raises(ValueError, match="sparse gradients"):
+    with pytest.raises(RuntimeError, match="sparse gradients"):
         optimizer.step()
 
 

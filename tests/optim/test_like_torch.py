@@ -115,3 +115,157 @@ def test_a_default_device_is_not_that_of_the_parameters(settings, foreach):
     optimizer.step = step_elsewhere
     train(optimizer, params, steps=3)
     assert all(map(torch.equal, params, expected))
+
+
+def append_a_tensor(cls, params):
+    optimizer = cls(params[:2])
+    step(optimizer, params)
+    optimizer.param_groups[0]["params"].append(params[4])
+    return optimizer
+
+
+def append_a_copied_group(cls, params):
+    optimizer = cls(params[:2])
+    step(optimizer, params)
+    optimizer.param_groups.append({**optimizer.param_groups[0], "params": [params[4]], "lr": 0.5})
+    return optimizer
+
+
+def insert_a_copied_group(cls, params):
+    optimizer = cls(params[:2])
+    step(optimizer, params)
+    optimizer.param_groups.insert(0, {**optimizer.param_groups[0], "params": [params[4]], "lr": 0.5})
+    return optimizer
+
+
+def append_the_defaults(cls, params):
+    optimizer = cls(params[:2])
+    step(optimizer, params)
+    optimizer.param_groups.append({**optimizer.defaults, "params": [params[4]]})
+    return optimizer
+
+
+def add_the_defaults(cls, params):
+    optimizer = cls(params[:2])
+    step(optimizer, params)
+    optimizer.add_param_group({**optimizer.defaults, "params": [params[4]]})
+    return optimizer
+
+
+def add_a_copied_group(cls, params):
+    optimizer = cls(params[:2])
+    step(optimizer, params)
+    optimizer.add_param_group({**optimizer.param_groups[0], "params": [params[4]]})
+    return optimizer
+
+
+def fill_an_empty_group(cls, params):
+    optimizer = cls([{"params": params[:2]}, {"params": []}])
+    step(optimizer, params)
+    optimizer.param_groups[1]["params"].append(params[4])
+    return optimizer
+
+
+def put_a_group_in_the_place_of_another(cls, params):
+    optimizer = cls([{"params": params[:1]}, {"params": params[1:2]}])
+    step(optimizer, params)
+    optimizer.param_groups[1] = {**optimizer.param_groups[0], "params": [params[4]], "lr": 0.5}
+    del optimizer.state[params[1]]
+    return optimizer
+
+
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, PRM])
+@pytest.mark.parametrize(
+    "change",
+    [
+        append_a_tensor,
+        append_a_copied_group,
+        insert_a_copied_group,
+        append_the_defaults,
+        add_the_defaults,
+        add_a_copied_group,
+        fill_an_empty_group,
+        put_a_group_in_the_place_of_another,
+    ],
+)
+def test_tensors_that_come_later(change, cls):
+    """They are stepped from then on, with the settings of their group, and are saved."""
+    params = make_params()
+    optimizer = change(cls, params)
+    lrs = [group["lr"] for group in optimizer.param_groups]
+    before = params[4].clone()
+    for _ in range(3):
+        step(optimizer, params)
+    assert not torch.equal(before, params[4])
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    step(optimizer, params)
+    assert [group["lr"] for group in optimizer.param_groups] == lrs
+    if cls is PRM:
+        alive = [p for group in optimizer.param_groups for p in group["params"]]
+        assert optimizer.get_mask_stats()["parameter_count"] == sum(p.numel() for p in alive)
+
+
+def test_tensors_that_come_later_count_for_relative_eps():
+    ours, theirs = make_params(), make_params()
+    appended = append_a_tensor(lambda params: PRM(params, relative_eps=1.0, mask="none"), ours)
+    whole = PRM([*theirs[:2], theirs[4]], relative_eps=1.0, mask="none")
+    for optimizer, params in ((appended, ours), (whole, theirs)):
+        step(optimizer, params)
+    assert torch.equal(ours[4], theirs[4])
+
+
+@pytest.mark.parametrize(
+    ("settings", "same"),
+    [
+        ({"betas": (torch.tensor(0.5), torch.tensor([[0.75]]))}, {"betas": (0.5, 0.75)}),
+        ({"weight_decay": torch.tensor(0.25)}, {"weight_decay": 0.25}),
+        ({"betas": (np.float32(0.5), np.float64(0.75))}, {"betas": (0.5, 0.75)}),
+        ({"eps": np.float32(0.5), "weight_decay": np.float64(0.25)}, {"eps": 0.5, "weight_decay": 0.25}),
+        ({"variance_beta": np.array(0.5), "alpha": torch.tensor(0.5)}, {"variance_beta": 0.5, "alpha": 0.5}),
+        ({"mask_warmup_steps": np.int64(2)}, {"mask_warmup_steps": 2}),
+    ],
+)
+@pytest.mark.parametrize("given", ["constructor", "group", "later"])
+def test_tensors_and_numpy_scalars_are_the_numbers_that_they_hold(settings, same, given, tmp_path):
+    ours, theirs = make_params(), make_params()
+    if given == "group":
+        optimizer = PRM([{"params": ours, **settings}])
+    else:
+        optimizer = PRM(ours, **(settings if given == "constructor" else {}))
+        optimizer.param_groups[0].update(settings)
+    for _ in range(3):
+        step(optimizer, ours)
+    train_with = PRM(theirs, **same)
+    for _ in range(3):
+        step(train_with, theirs)
+    assert all(map(torch.equal, ours, theirs))
+    torch.save(optimizer.state_dict(), tmp_path / "state")
+    loaded = torch.load(tmp_path / "state", weights_only=True)["param_groups"][0]
+    assert {name: loaded[name] for name in same} == same
+
+
+@pytest.mark.parametrize("name", ["betas", "weight_decay", "eps"])
+def test_a_setting_that_requires_a_gradient_needs_differentiable(name):
+    value = torch.tensor(0.5, requires_grad=True)
+    with pytest.raises(ValueError, match=rf"Invalid {name}.*=tensor\(0.5"):
+        PRM(make_params(), **{name: (value, value) if name == "betas" else value})
+
+
+@pytest.mark.parametrize("settings", [*MEASURED, {"decoupled_weight_decay": False}, {"amsgrad": True}], ids=name_of)
+def test_gradients_of_hyperparameters(settings):
+    """Those of finite differences, through three steps."""
+    gradients = [torch.rand(4, 3, dtype=torch.float64) for _ in range(3)]
+    start = torch.rand(4, 3, dtype=torch.float64)
+
+    def end(lr, beta1, beta2, weight_decay):
+        p = start.clone().requires_grad_().clone()
+        common = {"differentiable": True, "eps": 0.1, **settings}
+        optimizer = PRM([p], lr=lr, betas=(beta1, beta2), weight_decay=weight_decay, **common)
+        for g in gradients:
+            p.grad = g.clone()
+            optimizer.step()
+        return p
+
+    values = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.1, 0.8, 0.95, 0.2)]
+    torch.autograd.gradcheck(end, values)

@@ -1,5 +1,6 @@
 """What is refused before training, and the layout's own check. `tests/distributed/` runs the paths themselves."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from prm_hf.optim import PRM
@@ -188,3 +190,32 @@ def test_each_set_of_process_groups_reduces_its_own_rows(process_group, monkeypa
         table = torch.ones(len(tensors), 1)
         layout.all_reduce(table, tensors)
         assert table[:, 0].tolist() == expected
+
+
+def test_a_state_that_was_loaded_before_the_parameters_were_replaced(tmp_path):
+    """As accelerate's `prepare` does for FSDP2, which switches the groups to the sharded parameters."""
+    model = torch.nn.Linear(4, 3)
+    optimizer = PRM(model.parameters())
+
+    def step():
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+
+    step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        optimizer.param_groups[0]["params"] = list(model.parameters())
+        for _ in range(2):  # it stays an error
+            with pytest.raises(RuntimeError, match="group 0 were replaced.*state of 2 of.*after `prepare`"):
+                step()
+        with pytest.raises(RuntimeError, match="group 0 were replaced"):
+            optimizer.get_mask_stats()
+        optimizer.state.clear()
+        step()
+        optimizer.load_state_dict(saved)
+        step()
+        assert all(optimizer.state[p]["step"] == 2 for p in model.parameters())
+    finally:
+        dist.destroy_process_group()

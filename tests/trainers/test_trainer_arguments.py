@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import TrainingArguments
 from trl import DPOConfig, SFTConfig, TrlParser
 
@@ -15,7 +16,7 @@ from prm_hf.trainers import PRMArguments, PRMDPOConfig, PRMDPOTrainer, PRMSFTCon
 from prm_hf.trainers.config import RENAMED, prm_kwargs
 
 from ..tiny import make_model, make_tokenizer
-from .trainer_runs import TRAIN, settings
+from .trainer_runs import SENTENCES, TRAIN, settings
 
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -172,7 +173,7 @@ def test_arguments_survive_a_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "trainer_class, args", [(PRMDPOTrainer, DPOConfig), (PRMSFTTrainer, SFTConfig), (PRMSFTTrainer, TrainingArguments)]
+    "trainer_class, args", [(PRMDPOTrainer, DPOConfig), (PRMDPOTrainer, TrainingArguments), (PRMSFTTrainer, DPOConfig)]
 )
 def test_another_config_raises(trainer_class, args, tmp_path):
     args = args(output_dir=str(tmp_path), use_cpu=True, bf16=False)
@@ -180,3 +181,19 @@ def test_another_config_raises(trainer_class, args, tmp_path):
         TypeError, match=f"`args` is a `{type(args).__name__}`: pass a `{trainer_class.__name__[:6]}Conf"
     ):
         trainer_class(make_model(), args=args, train_dataset=TRAIN, processing_class=make_tokenizer())
+
+
+@pytest.mark.parametrize("optim", [TrainingArguments.optim, "sgd"])
+@pytest.mark.parametrize("config", [TrainingArguments, SFTConfig])
+def test_sft_takes_the_configs_that_trls_trainer_takes(config, optim, tmp_path):
+    """All values are kept; an optimizer that was not named is PRM."""
+    changed = {"eos_token": "<eos>"} if config is SFTConfig else {}
+    args = config(**settings(tmp_path, optim=optim, hub_token="token", max_steps=1, eval_strategy="steps", **changed))
+    arguments = {"train_dataset": SENTENCES, "eval_dataset": SENTENCES, "processing_class": make_tokenizer()}
+    trainer = PRMSFTTrainer(make_model(), args, **arguments)
+    assert trainer.trains_with_prm == trainer.args.drift_metrics == (optim != "sgd")
+    for field in dataclasses.fields(args):
+        if field.name != "optim":
+            assert getattr(trainer.args, field.name) == getattr(args, field.name), field.name
+    trainer.train()
+    assert isinstance(trainer.innermost_optimizer(), torch.optim.SGD if optim == "sgd" else PRM)
