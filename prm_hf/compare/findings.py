@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from ..runs.methods import PRM
+from ..runs.run import DIVERGED, FAILED, UNREADABLE
 from ..runs.schema import KL
-from .comparison import (
+from .comparison import Comparison
+from .contrasts import (
     BEST_LR,
     CONTROLLED,
     EQUAL_KL,
@@ -21,12 +23,9 @@ from .comparison import (
     LEVEL,
     MORE,
     SAME_LR,
-    Comparison,
     Contrast,
-    Row,
-    best,
-    format_rate,
 )
+from .rows import Row, best, format_rate
 from .statistics import finite
 
 
@@ -46,11 +45,11 @@ class Facts:
         # The lead minus AdamW at its best, at the same KL, and with PRM's mean step; None where it was not compared.
         self.at_best, self.at_kl = (comparison.find(kind, self.lead) for kind in (BEST_LR, EQUAL_KL))
         self.at_step = comparison.find(CONTROLLED, self.lead, "constant_q")
-        # The lead's curve minus that of the strongest rival.
-        areas = [c for c in self.contrasts if c.kind == FRONTIER and c.right and self.lead]
-        self.rival = next((c for c in areas if c.left.method == self.lead.method), None)
         self.verdicts = {c.verdict for c in (self.at_best, self.at_kl) if c}
-        counts = [len(row.runs) for row in self.rows]
+        # Every rival of AdamW, by how the lead stands beside it.
+        self.rivals = _standings(comparison, self.lead) if self.lead else {}
+        counts = [len(row.runs) for row in self.rows if row.runs]
+        self.diverged, self.failed, self.unreadable = map(comparison.ended, (DIVERGED, FAILED, UNREADABLE))
         self.seeds = min(counts), max(counts)
         clear = [c for c in self.contrasts if c.clear]
         self.clear, self.kept = len(clear), sum(c.p_holm < 0.05 for c in clear)
@@ -77,6 +76,11 @@ CONCLUSIONS = (
     Case("level", lambda f: LEVEL in f.verdicts, "So neither is shown to be more accurate, nor that they are equal."),
     Case("no_interval", lambda f: MORE not in f.verdicts, "No interval: that takes several seeds or margins.json."),
     Case(
+        "rival",
+        lambda f: {*f.rivals} - {MORE} and _beside(f),
+        "So PRM is {it}.",
+    ),
+    Case(
         "more_tries",
         lambda f: f.settings > f.tries,
         "So PRM is ahead, but it had {f.settings} tries and {f.adamw} {f.tries}, which might do as well with more.",
@@ -87,15 +91,9 @@ CONCLUSIONS = (
         "So PRM is ahead of {f.adamw}, but its mean step alone, constant q, is not known to do worse.",
     ),
     Case(
-        "rival",
-        lambda f: f.rival and f.rival.verdict != MORE,
-        "So PRM is ahead of {f.adamw} by more than a smaller step explains, but {f.rival.right.kind.label} is not "
-        "known to do worse at equal KL.",
-    ),
-    Case(
         "ahead",
-        lambda f: True,
-        "So PRM is ahead by more than a smaller step explains, on one task and on {f.measures.examples} that also "
+        lambda f: _beside(f),
+        "So PRM is {it}, by more than a smaller step explains, on one task and on {f.measures.examples} that also "
         "chose its learning rate.",
     ),
 )
@@ -163,6 +161,17 @@ REMARKS = (
         lambda f: any(map(_has_kl, f.rows)) and [row.label for row in f.rows if not _has_kl(row)],
         f"Not on the frontier, for lack of {KL}: {{it}}.",
     ),
+    Case(
+        "diverged",
+        lambda f: [f"{run.name} ({run.problem})" for run in f.diverged],
+        "Diverged, and left out of every mean and difference, which are of the runs that did not: {it}.",
+    ),
+    Case("failed", lambda f: [f"{run.name} ({run.problem})" for run in f.failed], "Ended in an error: {it}."),
+    Case(
+        "unreadable",
+        lambda f: [f"{run.name} ({run.problem.removesuffix('.')})" for run in f.unreadable],
+        "Left out, as it cannot be read; train it again, or leave its folder out: {it}.",
+    ),
     Case("unfinished", lambda f: [run.name for run in f.unfinished], "Unfinished, without metrics.json: {it}."),
 )
 
@@ -190,7 +199,30 @@ def _summary(f: Facts) -> str:
     among = f"PRM setting of {f.settings}" if f.lead else f"setting of {len(f.rows)}"
     compared = [c for c in (f.at_best, f.at_kl, f.at_step) if c]
     numbers = "".join(f"; against {c.against} {c.text} ({c.verdict})" for c in compared)
-    return f"{lead.label}, the best {among}, has {lead.accuracy:.3f} held-out accuracy{numbers}. "
+    lost = f" {len(f.diverged)} of {len(f.diverged) + len(f.runs)} runs diverged." if f.diverged else ""
+    return f"{lead.label}, the best {among}, has {lead.accuracy:.3f} held-out accuracy{numbers}.{lost} "
+
+
+def _standings(comparison: Comparison, lead: Row) -> dict[str, list[str]]:
+    """Names of the rivals by how the lead's method stands beside each: ahead only where nothing says otherwise."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for method, rows in comparison.rivals.items():
+        both = [
+            c
+            for c in comparison.contrasts
+            if c.left.method == lead.method and c.right is not None and c.right.method == method
+        ]
+        verdicts = {c.verdict for c in both if c.known}
+        standing = LEVEL if len(verdicts) > 1 else verdicts.pop() if verdicts else "unknown"
+        found[standing].append(rows[0].kind.label)
+    return found
+
+
+def _beside(f: Facts) -> str:
+    """`ahead of AdamW, level with AdamW eps 10`: every opponent is named."""
+    by_standing = {**f.rivals, MORE: [f.adamw, *f.rivals.get(MORE, ())]}
+    words = {MORE: "ahead of", LEVEL: "level with", LESS: "behind", "unknown": "not known to be ahead of"}
+    return ", ".join(f"{word} {' and '.join(by_standing[key])}" for key, word in words.items() if key in by_standing)
 
 
 def _drift(contrast: Contrast) -> str:

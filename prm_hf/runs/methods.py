@@ -57,6 +57,12 @@ class Method:
         """The AdamW that the method adds its mask to: `adamw`, of `prm_rows_eps:10` `adamw_eps:10`."""
         return self.base + self.name.removeprefix(self.key) if METHODS[self.base].value_help else self.base
 
+    @property
+    def own_settings(self) -> set[str]:
+        """The names of what it changes in the training configuration, whatever the noise rate."""
+        own = {*self.settings, *([self.value_setting] if self.value_setting else ())}
+        return own | ({"label_smoothing"} if self.label_smoothing else set())
+
     def changes(self, noise_rate: float = 0.3) -> dict[str, Any] | None:
         """What the method changes in the training configuration; None if it does not exist for that noise rate."""
         settings = {**self.settings, **({self.value_setting: self.value} if self.value_setting else {})}

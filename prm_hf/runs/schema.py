@@ -15,6 +15,7 @@ from .methods import find_method
 
 VERSION = 1  # of the schema, `schema` in run.json
 RUN_FILE, HISTORY_FILE, MARGINS_FILE, METRICS_FILE = "run.json", "history.jsonl", "margins.json", "metrics.json"
+FAILED_FILE = "failed.json"  # of a run that ended in an error: its "error" and "message"
 MASKS_FILE = "masks.jsonl"  # the masks of tensors, for the control fixed_q
 # What a report puts beside the run folders; `prm-hf compare runs/dpo_noisy/*` is to work after a first report.
 REPORT_FILES = ("comparison.json", "report.html", "frontier.png")

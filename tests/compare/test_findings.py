@@ -5,7 +5,7 @@ import json
 import pytest
 
 from prm_hf.compare import compare_runs, format_comparison, plots
-from prm_hf.compare.comparison import BEST_LR, EQUAL_KL
+from prm_hf.compare.contrasts import BEST_LR, EQUAL_KL
 from prm_hf.compare.findings import CONCLUSIONS, REMARKS
 
 from .compared_runs import ACCURACY, contrast, write_grid, write_run
@@ -50,6 +50,39 @@ def test_a_rival_that_is_as_good(tmp_path):
     write_grid(tmp_path, seeds=MANY, prm_gain=0.1, constant=0.75)
     key, sentence = conclusion(tmp_path)
     assert key == "rival" and "AdamW eps 0.1" in sentence
+
+
+def write_method(root, method, gain, seeds=MANY):
+    """At the KLs of AdamW in `write_grid`, more accurate by `gain`."""
+    for seed in seeds:
+        for lr, kl, accuracy in ((1e-4, 0.1, 0.70), (1e-3, 0.4, 0.75), (1e-2, 1.6, 0.65)):
+            write_run(root, method, lr, seed, accuracy + gain, kl)
+
+
+@pytest.mark.parametrize(
+    ("rivals", "expected"),
+    [
+        ({"adamw_eps:10": 0.1}, "ahead of AdamW, level with AdamW eps 10"),
+        ({"adamw_eps:10": 0.2}, "ahead of AdamW, behind AdamW eps 10"),
+        ({"adamw_eps:10": 0.0}, "ahead of AdamW and AdamW eps 10"),
+        (
+            {"adamw_eps:10": 0.1, "cdpo": 0.0, "robust": 0.2},
+            "ahead of AdamW and cDPO, level with AdamW eps 10, behind rDPO (robust)",
+        ),
+    ],
+)
+def test_every_opponent_is_named(tmp_path, rivals, expected):
+    write_grid(tmp_path, seeds=MANY, prm_gain=0.1, constant=0.75)
+    for method, gain in rivals.items():
+        write_method(tmp_path, method, gain)
+    key, sentence = conclusion(tmp_path)
+    assert f"PRM is {expected}" in sentence and key == ("ahead" if list(rivals.values()) == [0.0] else "rival")
+
+
+def test_an_opponent_without_a_shared_seed_is_named_too(tmp_path):
+    write_grid(tmp_path, seeds=MANY, prm_gain=0.1, constant=0.75)
+    write_method(tmp_path, "adamw_eps:10", 0.0, seeds=(7,))
+    assert "ahead of AdamW, not known to be ahead of AdamW eps 10" in conclusion(tmp_path)[1]
 
 
 def test_ahead_in_one_of_the_two_comparisons(tmp_path):
@@ -111,12 +144,6 @@ def test_no_winner_without_an_interval_off_zero(tmp_path, gain, seeds):
     lead = [contrast(comparison, kind) for kind in (BEST_LR, EQUAL_KL)]
     ahead = all(c.interval.low > 0 for c in lead)
     assert (conclusion(tmp_path)[0] in ("more_tries", "mean_step", "rival", "ahead")) == ahead
-
-
-def test_leftovers_of_another_experiment(tmp_path):
-    write_run(tmp_path, "adamw", 1e-3, 0, 0.7, 0.4, settings={"max_steps": 10})
-    write_run(tmp_path, "adamw", 1e-2, 0, 0.7, 0.4, settings={"max_steps": 20})
-    assert "AdamW in max_steps" in compare_runs(tmp_path).findings["unequal_settings"]
 
 
 def test_accuracy_that_contradicts_its_margins(tmp_path):
