@@ -89,9 +89,12 @@ def best(rows: Iterable[Row]) -> Row | None:
 
 
 def row_key(run: Run) -> tuple[str, str]:
-    """The method and the learning rate; of a control, whose rate follows its run, that run's name without the seed."""
+    """The method and the learning rate; of a control, whose rate follows its run, that run's name without the seed.
+
+    A folder's name ends in a hash that the seed is in.
+    """
     if run.control_of:
-        return run.method, re.sub(r"[-_.]?seed[-_=]?\d+", "", run.control_of)
+        return run.method, re.sub(r"[-_.]?seed[-_=]?\d+(_[0-9a-f]{8}$)?", "", run.control_of)
     return run.method, format_rate(run.learning_rate)
 
 
@@ -107,7 +110,8 @@ def make_rows(finished: list[Run], diverged: list[Run]) -> list[Row]:
         members.sort(key=lambda run: -1 if run.seed is None else run.seed)
         row = rows[key] = Row(key[0], rate, [run for run in members if run.finished])
         row.diverged = [run for run in members if not run.finished]
-    names = {run.name: rows[row_key(run)] for run in finished}
+    # A control names the folder of its run, in version 0.1 the run.
+    names = {name: rows[row_key(run)] for run in finished for name in (run.name, run.path.name)}
     for row in rows.values():
         row.source = next((names[run.control_of] for run in row.runs if run.control_of in names), None)
     order = [*METHODS]

@@ -46,7 +46,9 @@ class Difference(NamedTuple):
     runs: tuple[Run, Run]
 
     def __str__(self) -> str:
-        a, b = (f"{short(value)} in {run.name}" for value, run in zip(self.values, self.runs, strict=True))
+        same_name = self.runs[0].name == self.runs[1].name
+        names = [str(run.path) if same_name else run.name for run in self.runs]
+        a, b = (f"{short(value)} in {name}" for value, name in zip(self.values, names, strict=True))
         return f"{self.setting}: {a}, {b}"
 
 

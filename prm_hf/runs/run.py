@@ -124,8 +124,8 @@ class Run:
 
 
 def parse_name(name: str) -> tuple[str, float | None, int | None]:
-    """`prm_per_tensor_lr3e-03_seed0` → (`prm_per_tensor`, 0.003, 0)."""
-    seed = re.search(r"[-_.]?seed[-_=]?(\d{1,18})(?!\d)", name, flags=re.IGNORECASE)
+    """`prm_per_tensor_lr3e-03_seed0` → (`prm_per_tensor`, 0.003, 0); a hash behind the seed is left out."""
+    seed = re.search(r"[-_.]?seed[-_=]?(\d{1,18})(?!\d)(?:_[0-9a-f]{8}$)?", name, flags=re.IGNORECASE)
     rate = re.search(r"(?:^|[-_.])lr[-_=]?(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", name, flags=re.IGNORECASE)
     method = name
     for match in filter(None, (seed, rate)):

@@ -1,6 +1,7 @@
 """Runs of one experiment are compared, and no others: what they must share, and what is a method's own."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -9,9 +10,13 @@ from prm_hf import cli
 from prm_hf.compare import compare_experiments, compare_runs, format_comparison
 from prm_hf.runs.comparable import group_comparable
 from prm_hf.runs.read import load_runs
+from prm_hf.runs.run import parse_name
 from tests.runs.test_recorded import RECORDED
 
 from .compared_runs import write_grid, write_run
+
+
+NAME = "adamw_lr1e-02_seed0"
 
 
 def pair(root, ours, theirs, method="prm_per_tensor"):
@@ -106,6 +111,18 @@ def test_controls_have_the_settings_of_the_runs_that_they_are_bound_to(tmp_path)
     assert len(compare_runs(tmp_path).runs) == 3
 
 
+def test_controls_that_name_the_folder_of_their_run(tmp_path):
+    """Its name ends in a hash of all that makes the run what it is, the seed included."""
+    for seed, digest in ((0, "0123abcd"), (1, "4567cdef")):
+        name = write_run(tmp_path, "prm_debiased", 1e-2, seed, 0.8, 0.4)
+        folder = (tmp_path / name).rename(tmp_path / f"{name}_{digest}").name
+        write_run(tmp_path, "constant_q", 1e-3, seed, 0.7, 0.4, settings={"constant_q": {"of": folder, "mean_q": 0.1}})
+    rows = {row.method: row for row in compare_runs(tmp_path).rows}
+    assert len(rows) == 2 and len(rows["constant_q"].runs) == 2
+    assert rows["constant_q"].source is rows["prm_debiased"]
+    assert parse_name("adamw_lr0.001_seed3_0123abcd") == ("adamw", 0.001, 3)
+
+
 def test_experiments_of_several_folders_have_a_table_each(tmp_path, capsys):
     for epochs, gain in ((1, 0.0), (10, 0.1)):
         for lr in (1e-3, 1e-2):
@@ -117,10 +134,9 @@ def test_experiments_of_several_folders_have_a_table_each(tmp_path, capsys):
     assert cli.main(["compare", str(tmp_path / "e1"), str(tmp_path / "e10")]) == 0
     text = capsys.readouterr().out
     assert text.count("method  ") == 2 and "Experiment 1 of 2: " in text and "Experiment 2 of 2: " in text
-    apart = (
-        "`beta`: 0.1 in adamw_lr1e-02_seed0, 1.0 in adamw_lr1e-02_seed0; `num_train_epochs`: 1 in adamw_lr1e-02_seed0"
-    )
-    assert f"those of the first: {apart}" in " ".join(text.split())
+    said = " ".join(text.split()).split("differ from those of the first: ")[1]
+    expected = rf"`beta`: 0.1 in \S+/e1/{NAME}, 1.0 in \S+/e10/{NAME}; `num_train_epochs`: 1 in \S+, 10 in \S+"
+    assert re.match(expected, said)
     assert len(json.loads(format_comparison([one, ten], "json"))["experiments"]) == 2
     assert format_comparison([one, ten], "markdown").count("## Experiment") == 2
     with pytest.raises(ValueError, match="The runs differ in `beta`"):
