@@ -26,7 +26,8 @@ class Comparison:
         runs: the finished ones, whose numbers count.
         lost: those that diverged, failed, are unfinished or cannot be read.
         apart: where several experiments were given, in what the runs of this one differ from those of the first.
-        findings: what the numbers show and what they do not, as sentences by the keys of `findings.CASES`.
+        answer, verdict: the key of the answer among `findings.ANSWERS`, and its lines, at most three.
+        findings: lost runs and caveats, as sentences by the keys of their cases in `findings.py`.
     """
 
     rows: list[Row]
@@ -34,12 +35,14 @@ class Comparison:
     runs: list[Run]
     lost: list[Run] = field(default_factory=list)
     apart: list[Difference] = field(default_factory=list)
+    answer: str = ""
+    verdict: list[str] = field(default_factory=list)
     findings: dict[str, str] = field(default_factory=dict)
 
     @property
     def statements(self) -> list[str]:
-        """The sentences of `findings`; the first one sums up."""
-        return list(self.findings.values())
+        """The lines of the verdict and the sentences of `findings`."""
+        return [*self.verdict, *self.findings.values()]
 
     @property
     def unfinished(self) -> list[Run]:

@@ -15,9 +15,10 @@ from ..runs.read import load_runs
 from ..runs.run import DIVERGED, FAILED, UNREADABLE
 from ..runs.schema import CLEAN_FIT, KL, VERSION
 from ..runs.text import printable
-from . import findings, page, plots
+from . import page, plots
 from .comparison import Comparison, build_comparison, build_comparisons
 from .contrasts import SAME_LR, Contrast
+from .findings import LOST, judge
 from .rows import Row, best, format_rate
 from .statistics import Interval, finite
 
@@ -39,17 +40,17 @@ def compare_runs(paths: Paths) -> Comparison:
         FileNotFoundError, ValueError: as `load_runs`; also if no run is finished, or the runs differ in more than
             method, learning rate and seed.
     """
-    comparison = build_comparison(load_runs(paths))
-    comparison.findings = findings.find(comparison)
-    return comparison
+    return _judged(build_comparison(load_runs(paths)))
 
 
 def compare_experiments(paths: Paths) -> list[Comparison]:
     """As `compare_runs`, of one or several experiments, each with a comparison of its own."""
-    comparisons = build_comparisons(load_runs(paths))
-    for comparison in comparisons:
-        comparison.findings = findings.find(comparison)
-    return comparisons
+    return list(map(_judged, build_comparisons(load_runs(paths))))
+
+
+def _judged(comparison: Comparison) -> Comparison:
+    (comparison.answer, comparison.verdict), comparison.findings = judge(comparison)
+    return comparison
 
 
 def write_report(comparison: Comparison, output_dir: str | os.PathLike) -> None:
@@ -67,17 +68,21 @@ def write_report(comparison: Comparison, output_dir: str | os.PathLike) -> None:
     (output_dir / "report.html").write_text(as_html([comparison], pictures), encoding="utf-8")
 
 
-def format_comparison(comparison: Comparison | Sequence[Comparison], format: str = "table") -> str:
+def format_comparison(
+    comparison: Comparison | Sequence[Comparison], format: str = "table", verbose: bool = False
+) -> str:
     """The comparison as text.
 
     Args:
         comparison: one, or those of several experiments, which are written one below the other.
         format: `"table"` (plain text of at most 120 columns), `"json"`, `"markdown"` or `"html"` (one self-contained
             page; needs matplotlib).
+        verbose: whether the plain text has the caveats that apply. The other formats have them always.
     """
     if format not in FORMATS:
         raise ValueError(f"`format` must be one of {', '.join(FORMATS)}, got {format!r}.")
-    return FORMATS[format]([comparison] if isinstance(comparison, Comparison) else [*comparison])
+    comparisons = [comparison] if isinstance(comparison, Comparison) else [*comparison]
+    return plain_text(comparisons, verbose) if format == "table" else FORMATS[format](comparisons)
 
 
 # ---- Cells ----
@@ -174,15 +179,26 @@ def _apart(comparisons: list[Comparison], i: int) -> tuple[str, str]:
     return f"Experiment {i + 1} of {len(comparisons)}: {', '.join(folders)}", text
 
 
-def plain_text(comparisons: list[Comparison]) -> str:
+def plain_text(comparisons: list[Comparison], verbose: bool = False) -> str:
     texts = []
     for i, comparison in enumerate(comparisons):
-        (rows, contrasts), (summary, *others) = _parts(comparison, align), comparison.statements
-        remarks = "\n".join(wrap(statement, "- ", "  ") for statement in others)
+        rows, contrasts = _parts(comparison, align)
+        lost, caveats = _lost_and_caveats(comparison)
+        if caveats and not verbose:
+            caveats = [f"{len(caveats)} caveats apply: `prm-hf compare --verbose` lists them."]
         title = map(wrap, filter(None, _apart(comparisons, i)))
-        parts = *title, rows, wrap(_footnote(comparison)), wrap(summary), contrasts, remarks
+        verdict = "\n".join(map(printable, comparison.verdict))  # not wrapped: a command is to be copied
+        remarks = "\n".join(wrap(text, "- ", "  ") for text in (*lost, *caveats))
+        parts = *title, verdict, rows, wrap(_footnote(comparison)), contrasts, remarks
         texts.append("\n\n".join(filter(None, parts)))
     return "\n\n\n".join(texts) + "\n"
+
+
+def _lost_and_caveats(comparison: Comparison) -> tuple[list[str], list[str]]:
+    """What is said of runs without numbers, and the caveats that apply."""
+    keys = {case.key for case in LOST}
+    lost = [text for key, text in comparison.findings.items() if key in keys]
+    return lost, [text for key, text in comparison.findings.items() if key not in keys]
 
 
 def markdown(comparisons: list[Comparison]) -> str:
@@ -193,11 +209,23 @@ def markdown(comparisons: list[Comparison]) -> str:
 
     parts = []
     for i, comparison in enumerate(comparisons):
-        (rows, contrasts), (summary, *others) = _parts(comparison, table), map(_as_typed, comparison.statements)
+        rows, contrasts = _parts(comparison, table)
+        lost, caveats = _lost_and_caveats(comparison)
         title, apart = map(_as_typed, _apart(comparisons, i))
-        parts += [f"## {title}" if title else "", apart, f"**{summary}**", rows, _as_typed(_footnote(comparison))]
-        parts += [contrasts, "\n".join(f"- {statement}" for statement in others)]
+        parts += [
+            f"## {title}" if title else "",
+            apart,
+            *_verdict_in_markdown(comparison),
+            rows,
+            _as_typed(_footnote(comparison)),
+        ]
+        parts += [contrasts, "\n".join(f"- {_as_typed(text)}" for text in (*lost, *caveats))]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _verdict_in_markdown(comparison: Comparison) -> list[str]:
+    answer, *others = map(_as_typed, comparison.verdict)
+    return [f"**{answer}**", *others]
 
 
 def _as_typed(text: str) -> str:
@@ -227,6 +255,8 @@ def _comparison_as_dict(comparison: Comparison) -> dict[str, Any]:
         ],
         "unfinished": [run.name for run in comparison.unfinished],
         **{end: {run.name: run.problem for run in comparison.ended(end)} for end in (FAILED, UNREADABLE)},
+        "answer": comparison.answer,
+        "verdict": comparison.verdict,
         "statements": comparison.statements,
     }
 
@@ -294,11 +324,11 @@ def _html_sections(comparison: Comparison, pictures: dict[str, bytes]) -> tuple[
     figures = {name: page.figure(png, plots.CAPTIONS[name], narrow=name == "mask") for name, png in pictures.items()}
     names = [rows[0].kind.label for rows in comparison.methods().values()]
     title = "Comparison of " + (", ".join(names) if len(names) < 5 else f"{len(names)} methods")
-    summary, *others = comparison.statements
+    others = [*comparison.findings.values()]
     contrasts = _contrast_table(comparison) if comparison.contrasts else ""
     return title, [
         page.quiet(_subtitle(comparison)),
-        page.tag("p", summary, "summary"),
+        *(page.tag("p", line, "summary") for line in comparison.verdict),
         page.section("Results", _row_table(comparison), figures.get("frontier", "")),
         page.section("Paired differences in accuracy", contrasts),
         page.bullets("What this shows, and what it does not", others),

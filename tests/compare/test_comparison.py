@@ -89,7 +89,7 @@ def test_controls_with_an_eps_are_no_points_of_adamws_curve(tmp_path):
     area = contrast(comparison, FRONTIER, "prm_debiased_eps:10")
     assert area.interval.mean == pytest.approx(0.0, abs=0.004)
     assert contrast(comparison, CONTROLLED, "prm_debiased_eps:10").against.startswith("constant q (AdamW eps 10 at ")
-    assert "AdamW eps 10" in comparison.statements[0]
+    assert comparison.verdict[0].startswith("No sign of it") and "beside AdamW at equal KL" in comparison.verdict[0]
 
 
 def test_frontier_area_that_cannot_be_had(tmp_path):
@@ -142,7 +142,7 @@ def test_kl_outside_the_range_is_not_extrapolated(tmp_path):
     matched = contrast(comparison, EQUAL_KL)
     assert matched.interval is None and matched.missing == "no AdamW drifts so little"
     assert "AdamW lacks smaller rates" in matched.note and matched.note in comparison.findings["contrast_notes"]
-    assert "unknown (no AdamW drifts so little)" in comparison.statements[0]
+    assert matched.text == "unknown" and comparison.answer == "no_area"
 
 
 def test_without_margins_only_seeds_give_an_interval(tmp_path):
@@ -155,7 +155,7 @@ def test_without_margins_only_seeds_give_an_interval(tmp_path):
     write_run(tmp_path / "one", "prm_per_tensor", 1e-3, 0, 0.80, 0.4, margins=False)
     comparison = compare_runs(tmp_path / "one")
     assert not contrast(comparison, BEST_LR).interval.known
-    assert "more accurate" not in " ".join(comparison.statements) and "no_interval" in comparison.findings
+    assert "more accurate" not in format_comparison(comparison) and comparison.answer == "no_area"
 
 
 def test_only_shared_seeds_are_compared(tmp_path):
