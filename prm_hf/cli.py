@@ -42,6 +42,7 @@ def _make_parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--format", choices=("table", "json", "markdown", "html"), default="table", help="%(default)s"
     )
+    compare.add_argument("--verbose", action="store_true", help="list the caveats that apply, too")
     compare.add_argument("--output", metavar="FILE", help="write to this file instead of the standard output")
     return parser
 
@@ -63,14 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _make_parser().parse_args(argv)
 
     try:
-        from prm_hf.compare import compare_runs, format_comparison
+        from prm_hf.compare import compare_experiments, format_comparison
 
-        text = format_comparison(compare_runs(arguments.folders), arguments.format)
+        text = format_comparison(compare_experiments(arguments.folders), arguments.format, arguments.verbose)
         if arguments.output:
             Path(arguments.output).write_text(text, encoding="utf-8")
         else:
             sys.stdout.write(text)
     except (ValueError, OSError, ImportError) as error:
-        print(f"prm-hf {arguments.command}: error: {error}", file=sys.stderr)
+        from .runs.text import printable
+
+        print(f"prm-hf {arguments.command}: error: {printable(error)}", file=sys.stderr)
         return 2
     return 0

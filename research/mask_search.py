@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback
 
-from prm_hf.compare import Comparison, Interval, Row, compare_runs
-from prm_hf.compare.comparison import frontier_difference
+from prm_hf.compare import Comparison, Interval, Row, compare_experiments
+from prm_hf.compare.contrasts import frontier_difference
 from prm_hf.compare.statistics import holm
 from prm_hf.experiments.controls import is_sharded, scale_embedding
 from prm_hf.experiments.data import Data
@@ -242,9 +242,9 @@ def main(arguments: list[str]) -> int:
     code = run_comparisons(experiment)
     output_dir = Path(experiment.training_args.output_dir)
     for folder in sorted({path.parent.parent for path in output_dir.rglob("metrics.json")}):
-        comparison = compare_runs(folder)
-        if "adamw" in comparison.methods():
-            print(f"\n{folder}, areas over log KL:\n\n{table(comparison)}")
+        for comparison in compare_experiments(folder):
+            if "adamw" in comparison.methods():
+                print(f"\n{folder}, areas over log KL:\n\n{table(comparison)}")
     return code
 
 

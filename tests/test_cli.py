@@ -16,7 +16,7 @@ from .compare.compared_runs import write_grid
 
 @pytest.mark.parametrize(
     ("form", "start"),
-    [("table", "method "), ("json", "{"), ("markdown", "**PRM per_tensor"), ("html", "<!DOCTYPE html>")],
+    [("table", "No sign of it: "), ("json", "{"), ("markdown", "**No sign of it: PRM"), ("html", "<!DOCTYPE html>")],
 )
 def test_compare_prints_each_format(tmp_path, capsys, form, start):
     write_grid(tmp_path / "runs")
@@ -38,7 +38,7 @@ def test_compare_writes_a_file(tmp_path, capsys):
 def test_compare_prints_the_table_by_default(tmp_path, capsys):
     write_grid(tmp_path)
     assert cli.main(["compare", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.startswith("method ")
+    assert capsys.readouterr().out.startswith("No sign of it: ")
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch):

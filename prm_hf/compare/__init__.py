@@ -15,8 +15,9 @@ from .._extras import require
 require("prm_hf.compare", "scipy", extra="report")
 
 from ..runs.read import load_runs
-from .comparison import Comparison, Row
-from .report import compare_runs, format_comparison, write_report
+from .comparison import Comparison
+from .report import compare_experiments, compare_runs, format_comparison, write_report
+from .rows import Row
 from .statistics import Interval, rate_at_kl
 
 
@@ -24,6 +25,7 @@ __all__ = [
     "Comparison",
     "Interval",
     "Row",
+    "compare_experiments",
     "compare_runs",
     "format_comparison",
     "load_runs",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 from collections.abc import Iterable
-from html import escape
 from typing import Any
+
+from ..runs.text import printable
 
 
 _STYLE = """
@@ -35,6 +37,11 @@ figure img { display: block; width: 100%; height: auto; background: #fff; }
 figure.narrow img { max-width: 820px; }
 summary { cursor: pointer; font-weight: 600; }
 """
+
+
+def escape(text: str) -> str:
+    """Text as HTML that shows it as it was typed."""
+    return html.escape(printable(text))
 
 
 def document(title: str, sections: Iterable[str]) -> str:
@@ -70,7 +77,9 @@ def bullets(title: str, texts: list[str]) -> str:
 
 def folded(title: str, value: Any) -> str:
     """A value as JSON, shown on a click."""
-    return f"<details>{tag('summary', title)}{tag('pre', json.dumps(value, indent=1, default=str))}</details>"
+    text = json.dumps(value, indent=1, default=str, ensure_ascii=False)
+    lines = "\n".join(map(escape, text.split("\n")))
+    return f"<details>{tag('summary', title)}<pre>{lines}</pre></details>"
 
 
 def table(header: list[str], left: set[int], rows: list[tuple[str, list[str]]]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,11 @@ import numpy as np
 
 from .._extras import require
 from ..runs.methods import find_method
-from ..runs.read import Run
+from ..runs.run import Run, is_number
 from ..runs.schema import KL, MEAN_Q
-from .comparison import Comparison, Row, best, format_rate
+from ..runs.text import printable
+from .comparison import Comparison
+from .rows import Row, best, format_rate
 from .statistics import finite, noise_floor
 
 
@@ -83,6 +86,11 @@ def to_png(figure: Figure, dpi: int = 150) -> bytes:
     return buffer.getvalue()
 
 
+def as_typed(text: str) -> str:
+    """A text for a picture, in which a `$` is a dollar and begins no formula."""
+    return printable(text).replace("$", r"\$")
+
+
 def _add_note(figure: Figure, text: str) -> None:
     figure.supxlabel(text, fontsize=8.5, color="#666666")
 
@@ -120,7 +128,7 @@ def plot_frontier(comparison: Comparison) -> Figure | None:
         axes.set_xlim(low / margin, high * margin)
         axes.margins(y=0.1)
         axes.set_xlabel("drift/kl: KL(π‖π_ref), nats a token, log scale")
-        axes.set_ylabel(f"held-out accuracy ({comparison.measures.accuracy})")
+        axes.set_ylabel(f"held-out accuracy ({as_typed(comparison.measures.accuracy)})")
         axes.set_title("Held-out accuracy against drift")
         over = sorted({row.accuracy_error()[1] for row in kls} - {""})
         words = {"seeds": "over seeds", "examples": f"over {comparison.measures.examples} (one seed)"}
@@ -128,7 +136,8 @@ def plot_frontier(comparison: Comparison) -> Figure | None:
         _add_note(
             figure, f"{bars}Labels: learning rate. Upper left is better: more accurate, closer to the reference."
         )
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        handles = [bars for bars in axes.containers if bars.get_label()]  # also of names that begin with _
+        axes.legend(handles, [bars.get_label() for bars in handles], loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 
@@ -139,7 +148,8 @@ def _draw_curve(axes: Axes, rows: list[Row], kls: dict[Row, np.ndarray], colour:
     line = "none" if any(row.source for row in rows) else "-"
     look = {"color": colour, "marker": marker, "linestyle": line, "markeredgecolor": "white", "capsize": 2.5}
     errors = np.nan_to_num([row.accuracy_error()[0] for row in rows])
-    axes.errorbar(x, y, yerr=errors, label=rows[0].kind.label, ecolor=(colour, 0.55), markersize=7, **look)
+    errors = np.minimum([errors, errors], [y, np.subtract(1, y)])  # an accuracy is no less than 0 and no more than 1
+    axes.errorbar(x, y, yerr=errors, label=as_typed(rows[0].kind.label), ecolor=(colour, 0.55), markersize=7, **look)
     dx, dy, align = ((6, 4, "left"), (-6, 4, "right"), (6, -9, "left"), (-6, -9, "right"))[side % 4]
     label = {"textcoords": "offset points", "xytext": (dx, dy), "ha": align, "fontsize": 8.5, "color": colour}
     label["bbox"] = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0}
@@ -183,7 +193,7 @@ def _plot_over_steps(comparison: Comparison, panels: dict[str, str], floors: Ite
     with house_style():
         figure, [all_axes] = new_figure(4.4 * len(panels) + 2.0 if len(panels) > 1 else 8.2, 4.0, len(panels))
         for axes, (name, title) in zip(all_axes, panels.items(), strict=True):
-            axes.set_title(title)
+            axes.set_title(as_typed(title))
             axes.set_xlabel("optimizer step")
             if title.endswith("log scale"):
                 axes.set_yscale("log", nonpositive="mask")  # the KL is 0 before the first step
@@ -192,7 +202,7 @@ def _plot_over_steps(comparison: Comparison, panels: dict[str, str], floors: Ite
                 for row in (*(row for row in rows if row is not top), top):  # the best one last, over the others
                     line = _draw_series(axes, row, name, styles[method], thick=row is top)
                     if line is not None:
-                        lines[rows[0].kind.label] = line
+                        lines[as_typed(rows[0].kind.label)] = line
         for level in floors:
             line = all_axes[0].axhline(level, color="#666666", linestyle="--", linewidth=1.2, zorder=1)
             lines[f"pure noise, ema snr\nper_tensor: q = {level:.3f}"] = line
@@ -234,6 +244,8 @@ def _noise_floors(comparison: Comparison) -> set[float]:
         estimator = settings.get("estimator", find_method(run.method).settings.get("prm_estimator"))
         known_alpha = "alpha" in settings or settings.get("boundary", "batch") == "batch"  # b/(n-b) is not on record
         if estimator == "ema" and settings.get("mask", "snr") == "snr" and known_alpha and run.series(MEAN_Q)[0].size:
-            used = {"adam_beta1": "beta1", "softness": "softness", "alpha": "alpha"}
-            floors.add(noise_floor(**{used[key]: value for key, value in settings.items() if key in used}))
+            names = {"adam_beta1": "beta1", "softness": "softness", "alpha": "alpha"}
+            used = {names[key]: value for key, value in settings.items() if key in names}
+            if all(is_number(x) and 0 <= x < math.inf for x in used.values()) and used.get("beta1", 0) < 1:
+                floors.add(noise_floor(**used))
     return floors

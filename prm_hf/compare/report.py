@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..runs.read import load_runs
+from ..runs.run import DIVERGED, FAILED, UNREADABLE
 from ..runs.schema import CLEAN_FIT, KL, VERSION
-from . import findings, page, plots
-from .comparison import SAME_LR, Comparison, Contrast, Row, best, build_comparison, format_rate
+from ..runs.text import printable
+from . import page, plots
+from .comparison import Comparison, build_comparison, build_comparisons
+from .contrasts import SAME_LR, Contrast
+from .findings import LOST, judge
+from .rows import Row, best, format_rate
 from .statistics import Interval, finite
 
 
@@ -21,17 +27,29 @@ WIDTH = 120
 CONTRAST_HEADER = ["accuracy of", "minus that of", "difference [95 % interval]", "p (Holm)", "so the first is"]
 
 
-def compare_runs(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> Comparison:
-    """Reads finished runs and compares them; print the comparison with `format_comparison`.
+Paths = str | os.PathLike | Iterable[str | os.PathLike]
+
+
+def compare_runs(paths: Paths) -> Comparison:
+    """Reads the runs of one experiment and compares them; print the comparison with `format_comparison`.
 
     Args:
         paths: run folders, or folders that hold run folders (see `load_runs`).
 
     Raises:
-        FileNotFoundError, ValueError: as `load_runs`; also if no run is finished or the runs cannot be compared.
+        FileNotFoundError, ValueError: as `load_runs`; also if no run is finished, or the runs differ in more than
+            method, learning rate and seed.
     """
-    comparison = build_comparison(load_runs(paths))
-    comparison.findings = findings.find(comparison)
+    return _judged(build_comparison(load_runs(paths)))
+
+
+def compare_experiments(paths: Paths) -> list[Comparison]:
+    """As `compare_runs`, of one or several experiments, each with a comparison of its own."""
+    return list(map(_judged, build_comparisons(load_runs(paths))))
+
+
+def _judged(comparison: Comparison) -> Comparison:
+    (comparison.answer, comparison.verdict), comparison.findings = judge(comparison)
     return comparison
 
 
@@ -43,23 +61,28 @@ def write_report(comparison: Comparison, output_dir: str | os.PathLike) -> None:
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "comparison.json").write_text(as_json(comparison), encoding="utf-8")
+    (output_dir / "comparison.json").write_text(as_json([comparison]), encoding="utf-8")
     pictures = plots.draw(comparison)
     if "frontier" in pictures:
         (output_dir / "frontier.png").write_bytes(pictures["frontier"])
-    (output_dir / "report.html").write_text(as_html(comparison, pictures), encoding="utf-8")
+    (output_dir / "report.html").write_text(as_html([comparison], pictures), encoding="utf-8")
 
 
-def format_comparison(comparison: Comparison, format: str = "table") -> str:
+def format_comparison(
+    comparison: Comparison | Sequence[Comparison], format: str = "table", verbose: bool = False
+) -> str:
     """The comparison as text.
 
     Args:
+        comparison: one, or those of several experiments, which are written one below the other.
         format: `"table"` (plain text of at most 120 columns), `"json"`, `"markdown"` or `"html"` (one self-contained
             page; needs matplotlib).
+        verbose: whether the plain text has the caveats that apply. The other formats have them always.
     """
     if format not in FORMATS:
         raise ValueError(f"`format` must be one of {', '.join(FORMATS)}, got {format!r}.")
-    return FORMATS[format](comparison)
+    comparisons = [comparison] if isinstance(comparison, Comparison) else [*comparison]
+    return plain_text(comparisons, verbose) if format == "table" else FORMATS[format](comparisons)
 
 
 # ---- Cells ----
@@ -90,7 +113,8 @@ def _row_cells(row: Row) -> list[str]:
     if over:
         shares[0] += f" ± {error:.3f}" + ("*" if over == "examples" else "")
     numbers = [_number(row.mean(name)[0]) for name in (KL, names.extra, "mean_q", "wall_seconds")]
-    return [row.name, format_rate(row.learning_rate), str(len(row.runs)), *shares, *numbers]
+    seeds = f"{len(row.runs)}, {len(row.diverged)} diverged" if row.diverged else str(len(row.runs))
+    return [row.name, format_rate(row.learning_rate), seeds, *shares, *numbers]
 
 
 def _contrast_cells(contrast: Contrast) -> list[str]:
@@ -117,7 +141,7 @@ def _footnote(comparison: Comparison) -> str:
 
 def align(heads: list[str], rows: list[list[str]], left: set[int]) -> str:
     """Lines of at most `WIDTH` columns; where they would be longer, the widest left-aligned column is cut with `…`."""
-    table = [heads, *rows]
+    table = [[printable(cell) for cell in cells] for cells in (heads, *rows)]
     widths = [max(len(cells[i]) for cells in table) for i in range(len(heads))]
     while sum(widths) + 2 * (len(widths) - 1) > WIDTH:
         widest = max(left, key=lambda i: widths[i])
@@ -132,6 +156,7 @@ def align(heads: list[str], rows: list[list[str]], left: set[int]) -> str:
 
 def wrap(text: str, first: str = "", rest: str = "") -> str:
     """`text` in lines of at most `WIDTH` columns, the first one after `first`, the others after `rest`."""
+    text = printable(text)
     return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
@@ -142,37 +167,98 @@ def _parts(comparison: Comparison, table: Callable[[list[str], list[list[str]], 
     return rows, table(CONTRAST_HEADER, contrasts, {0, 1, 4}) if contrasts else ""
 
 
-def plain_text(comparison: Comparison) -> str:
-    (rows, contrasts), (summary, *others) = _parts(comparison, align), comparison.statements
-    remarks = "\n".join(wrap(statement, "- ", "  ") for statement in others)
-    parts = rows, wrap(_footnote(comparison)), wrap(summary), contrasts, remarks
-    return "\n\n".join(filter(None, parts)) + "\n"
+def _apart(comparisons: list[Comparison], i: int) -> tuple[str, str]:
+    """Of several experiments the title of one, and in what its settings differ from those of the first."""
+    if len(comparisons) == 1:
+        return "", ""
+    folders = dict.fromkeys(str(run.path.parent) for run in comparisons[i].runs)
+    differences = comparisons[i].apart
+    more = f"; and in {len(differences) - 5} more settings" if len(differences) > 5 else ""
+    words = "; ".join(map(str, differences[:5]))
+    text = f"It has a table of its own, as its settings differ from those of the first: {words}{more}." if i else ""
+    return f"Experiment {i + 1} of {len(comparisons)}: {', '.join(folders)}", text
 
 
-def markdown(comparison: Comparison) -> str:
+def plain_text(comparisons: list[Comparison], verbose: bool = False) -> str:
+    texts = []
+    for i, comparison in enumerate(comparisons):
+        rows, contrasts = _parts(comparison, align)
+        lost, caveats = _lost_and_caveats(comparison)
+        if caveats and not verbose:
+            caveats = [f"{len(caveats)} caveats apply: `prm-hf compare --verbose` lists them."]
+        title = map(wrap, filter(None, _apart(comparisons, i)))
+        verdict = "\n".join(map(printable, comparison.verdict))  # not wrapped: a command is to be copied
+        remarks = "\n".join(wrap(text, "- ", "  ") for text in (*lost, *caveats))
+        parts = *title, verdict, rows, wrap(_footnote(comparison)), contrasts, remarks
+        texts.append("\n\n".join(filter(None, parts)))
+    return "\n\n\n".join(texts) + "\n"
+
+
+def _lost_and_caveats(comparison: Comparison) -> tuple[list[str], list[str]]:
+    """What is said of runs without numbers, and the caveats that apply."""
+    keys = {case.key for case in LOST}
+    lost = [text for key, text in comparison.findings.items() if key in keys]
+    return lost, [text for key, text in comparison.findings.items() if key not in keys]
+
+
+def markdown(comparisons: list[Comparison]) -> str:
     def table(heads: list[str], rows: list[list[str]], left: set[int]) -> str:
-        escaped = [[cell.replace("|", "\\|") for cell in cells] for cells in (heads, *rows)]
+        escaped = [list(map(_as_typed, cells)) for cells in (heads, *rows)]
         rule = [":--" if i in left else "--:" for i in range(len(heads))]
         return "\n".join("| " + " | ".join(cells) + " |" for cells in (escaped[0], rule, *escaped[1:]))
 
-    (rows, contrasts), (summary, *others) = _parts(comparison, table), comparison.statements
-    footnote = _footnote(comparison).replace("*", "\\*").replace("|", "\\|")
-    parts = f"**{summary}**", rows, footnote, contrasts, "\n".join(f"- {statement}" for statement in others)
+    parts = []
+    for i, comparison in enumerate(comparisons):
+        rows, contrasts = _parts(comparison, table)
+        lost, caveats = _lost_and_caveats(comparison)
+        title, apart = map(_as_typed, _apart(comparisons, i))
+        parts += [
+            f"## {title}" if title else "",
+            apart,
+            *_verdict_in_markdown(comparison),
+            rows,
+            _as_typed(_footnote(comparison)),
+        ]
+        parts += [contrasts, "\n".join(f"- {_as_typed(text)}" for text in (*lost, *caveats))]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def as_json(comparison: Comparison) -> str:
+def _verdict_in_markdown(comparison: Comparison) -> list[str]:
+    answer, *others = map(_as_typed, comparison.verdict)
+    return [f"**{answer}**", *others]
+
+
+def _as_typed(text: str) -> str:
+    """Text for markdown, in which no character is markup."""
+    return re.sub(r"[\\`*|<>\[\]~$&#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", printable(text))
+
+
+def as_json(comparisons: list[Comparison]) -> str:
     """The text of `comparison.json`. A missing number is null or an absent key; one that is not finite is a string."""
+    found = [_comparison_as_dict(comparison) for comparison in comparisons]
+    result = found[0] if len(found) == 1 else {"schema": VERSION, "experiments": found}
+    text = json.dumps(_strict(result), indent=1, allow_nan=False, ensure_ascii=False)
+    return re.sub(r"[^\n -~]", lambda c: c[0] if c[0].isprintable() else json.dumps(c[0])[1:-1], text) + "\n"
+
+
+def _comparison_as_dict(comparison: Comparison) -> dict[str, Any]:
     keys = ("name", "method", "learning_rate", "seed", "source", "metrics")
-    result = {
+    apart = [f"{difference}" for difference in comparison.apart]
+    return {
         "schema": VERSION,
+        **({"differs_from_the_first": apart} if apart else {}),
         "rows": list(map(_row_as_dict, comparison.rows)),
         "contrasts": list(map(_contrast_as_dict, comparison.contrasts)),
-        "runs": [{key: getattr(run, key) for key in keys} for run in comparison.runs],
+        "runs": [
+            {key: getattr(run, key) for key in keys} | ({} if run.finished else {"diverged": run.problem})
+            for run in (*comparison.runs, *comparison.ended(DIVERGED))
+        ],
         "unfinished": [run.name for run in comparison.unfinished],
+        **{end: {run.name: run.problem for run in comparison.ended(end)} for end in (FAILED, UNREADABLE)},
+        "answer": comparison.answer,
+        "verdict": comparison.verdict,
         "statements": comparison.statements,
     }
-    return json.dumps(_strict(result), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def _row_as_dict(row: Row) -> dict[str, Any]:
@@ -185,6 +271,7 @@ def _row_as_dict(row: Row) -> dict[str, Any]:
         "name": row.label,
         "learning_rate": row.learning_rate,
         "seeds": [run.seed for run in row.runs],
+        **({"diverged_seeds": [run.seed for run in row.diverged]} if row.diverged else {}),
         "runs": [run.name for run in row.runs],
         "accuracy_standard_error": {"value": error, "over": over} if over else None,
         "metrics": {
@@ -221,25 +308,33 @@ def _strict(value: Any) -> Any:
 # ---- HTML ----
 
 
-def as_html(comparison: Comparison, pictures: dict[str, bytes] | None = None) -> str:
+def as_html(comparisons: list[Comparison], pictures: dict[str, bytes] | None = None) -> str:
     """One page without external resources; needs matplotlib for the pictures, unless they are given."""
-    pictures = plots.draw(comparison) if pictures is None else pictures
+    sections, titles = [], []
+    for i, comparison in enumerate(comparisons):
+        title, its = _html_sections(comparison, plots.draw(comparison) if pictures is None else pictures)
+        heading, apart = _apart(comparisons, i)
+        sections += [page.tag("h1", heading or title), page.quiet(apart) if apart else "", *its]
+        titles.append(title)
+    return page.document(titles[0] if len(titles) == 1 else f"{len(titles)} comparisons", sections)
+
+
+def _html_sections(comparison: Comparison, pictures: dict[str, bytes]) -> tuple[str, list[str]]:
+    """The title of a comparison and the HTML below it."""
     figures = {name: page.figure(png, plots.CAPTIONS[name], narrow=name == "mask") for name, png in pictures.items()}
     names = [rows[0].kind.label for rows in comparison.methods().values()]
     title = "Comparison of " + (", ".join(names) if len(names) < 5 else f"{len(names)} methods")
-    summary, *others = comparison.statements
+    others = [*comparison.findings.values()]
     contrasts = _contrast_table(comparison) if comparison.contrasts else ""
-    sections = [
-        page.tag("h1", title),
+    return title, [
         page.quiet(_subtitle(comparison)),
-        page.tag("p", summary, "summary"),
+        *(page.tag("p", line, "summary") for line in comparison.verdict),
         page.section("Results", _row_table(comparison), figures.get("frontier", "")),
         page.section("Paired differences in accuracy", contrasts),
         page.bullets("What this shows, and what it does not", others),
         page.section("Over the steps", figures.get("curves", ""), figures.get("mask", "")),
         page.section("Runs", *_run_details(comparison)),
     ]
-    return page.document(title, sections)
 
 
 def _subtitle(comparison: Comparison) -> str:

@@ -58,7 +58,9 @@ def proportion_standard_error(proportion: float, n: int) -> float:
     return float(np.sqrt(proportion * (1 - proportion) / n))
 
 
-def bootstrap_interval(values: np.ndarray, resamples: int = 4000, seed: int = 0) -> Interval:
+def bootstrap_interval(
+    values: np.ndarray, resamples: int = 4000, seed: int = 0, bounds: tuple[float, float] = (-math.inf, math.inf)
+) -> Interval:
     """95 % interval of the mean of `values` by a bootstrap over seeds and examples.
 
     Pass paired differences, e.g. `correct_a - correct_b`, each `[seeds, examples]`, to get the interval of an accuracy
@@ -75,6 +77,7 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 4000, seed: int = 0)
         values: `[seeds, examples]` float. With one seed only the examples are resampled, and the interval holds for
             that seed. With one example column (each run's mean) it is the paired t interval over seeds.
         seed: of the resampling, so that a report is reproducible.
+        bounds: what the mean can be: the interval ends there. A difference of accuracies is in [-1, 1].
 
     Returns:
         The interval. Its ends are NaN for a single number, and where nothing varies but the mean is not 0.
@@ -102,7 +105,8 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 4000, seed: int = 0)
     # The side of the interval that is towards 0 says how far away 0 is.
     towards_zero = abs(low if mean > 0 else high) or half
     p_value = 2 * float(stdtr(df, -abs(mean) / towards_zero * quantile))
-    return Interval(mean, float(mean + low), float(mean + high), seeds, examples, p_value)
+    low, high = np.clip((mean + low, mean + high), *bounds)
+    return Interval(mean, float(low), float(high), seeds, examples, p_value)
 
 
 def _resampled_means(values: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:

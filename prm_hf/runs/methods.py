@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 
-BASELINE, PRM, CONTROL, LOSS, OTHER = GROUPS = ("baseline", "PRM", "control", "loss-side", "other")
+BASELINE, PRM, CONTROL, LOSS, OTHER, CEILING = GROUPS = ("baseline", "PRM", "control", "loss-side", "other", "ceiling")
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Method:
         base: the method whose step the mask or the control multiplies, without its value, which is this method's.
         has_mask: whether a mask shrinks its step. Such methods get the learning rates of PRM.
         has_controls: whether the controls can be bound to its runs.
+        clean_labels: whether it is trained without the noise of the comparison. What it gains is what the noise costs.
         tensor_masks: of a PRM method, whether it has one mask value a tensor; of a control, whether it needs those.
     """
 
@@ -41,6 +42,7 @@ class Method:
     has_mask: bool = False
     has_controls: bool = False
     tensor_masks: bool = False
+    clean_labels: bool = False
 
     @property
     def key(self) -> str:
@@ -56,6 +58,13 @@ class Method:
     def baseline(self) -> str:
         """The AdamW that the method adds its mask to: `adamw`, of `prm_rows_eps:10` `adamw_eps:10`."""
         return self.base + self.name.removeprefix(self.key) if METHODS[self.base].value_help else self.base
+
+    @property
+    def own_settings(self) -> set[str]:
+        """The names of what it changes in the training configuration, whatever the noise rate."""
+        own = {*self.settings, *([self.value_setting] if self.value_setting else ())}
+        own |= {"label_smoothing"} if self.label_smoothing else set()
+        return own | ({"noise_rate", "noise_kind"} if self.clean_labels else set())
 
     def changes(self, noise_rate: float = 0.3) -> dict[str, Any] | None:
         """What the method changes in the training configuration; None if it does not exist for that noise rate."""
@@ -182,4 +191,5 @@ register(
     # are trained on, and the same pairs with their clean labels, which shows what better labels would be worth.
     Method("early_stopping", "early stopping", LOSS, _EVALUATIONS),
     Method("early_stopping_clean", "early stopping, clean labels", LOSS, _EVALUATIONS),
+    _adamw("adamw_clean", "AdamW, clean labels", CEILING, clean_labels=True),
 )

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from prm_hf.compare import compare_runs, format_comparison, statistics
-from prm_hf.compare.comparison import (
+from prm_hf.compare.contrasts import (
     BEST_LR,
     CONTROLLED,
     EQUAL_KL,
     EQUAL_KL_MEAN,
     FRONTIER,
     SAME_LR,
-    format_rate,
 )
+from prm_hf.compare.rows import format_rate
 
 from .compared_runs import ACCURACY, PAIRS, contrast, write_grid, write_run
 
@@ -89,7 +89,7 @@ def test_controls_with_an_eps_are_no_points_of_adamws_curve(tmp_path):
     area = contrast(comparison, FRONTIER, "prm_debiased_eps:10")
     assert area.interval.mean == pytest.approx(0.0, abs=0.004)
     assert contrast(comparison, CONTROLLED, "prm_debiased_eps:10").against.startswith("constant q (AdamW eps 10 at ")
-    assert "AdamW eps 10" in comparison.statements[0]
+    assert comparison.verdict[0].startswith("No sign of it") and "beside AdamW at equal KL" in comparison.verdict[0]
 
 
 def test_frontier_area_that_cannot_be_had(tmp_path):
@@ -104,6 +104,36 @@ def test_frontier_area_that_cannot_be_had(tmp_path):
     }
 
 
+@pytest.mark.parametrize(("factor", "known"), [(1.0, None), (1.001, False), (1.9, False), (2.1, True)])
+def test_an_area_over_hardly_any_range_of_kl_decides_nothing(tmp_path, factor, known):
+    """Both curves share KLs from 1 to `factor`: below 2 there is no p-value, however large the difference."""
+    for seed in (0, 1, 2):
+        for lr, kl in ((1e-3, 0.1), (1e-2, factor)):
+            write_run(tmp_path, "adamw", lr, seed, 0.6, kl)
+        for lr, kl in ((1e-3, 1.0), (1e-2, 10.0)):
+            write_run(tmp_path, "prm_per_tensor", lr, seed, 0.8, kl)
+    area = contrast(compare_runs(tmp_path), FRONTIER)
+    if known:
+        assert area.known and area.interval.p_value < 0.05 and area.p_holm < 0.05 and area.clear
+    elif known is None:
+        assert area.interval is None and area.missing == "no drift/kl range that both cover"
+    else:
+        assert area.interval.mean == pytest.approx(0.2) and not area.known and not area.clear
+        assert np.isnan([area.interval.p_value, area.p_holm]).all()
+        assert area.verdict == f"KLs up to {factor:.2f}-fold apart, too few"
+
+
+def test_the_best_adamw_is_a_rival_beside_a_stronger_loss(tmp_path):
+    write_grid(tmp_path, seeds=(0, 1), prm_gain=0.1)
+    for method, gain in (("adamw_eps:10", 0.05), ("cdpo", 0.2), ("adamw_eps:3", 0.01)):
+        for seed in (0, 1):
+            for lr, kl, accuracy in ((1e-4, 0.1, 0.70), (1e-3, 0.4, 0.75), (1e-2, 1.6, 0.65)):
+                write_run(tmp_path, method, lr, seed, accuracy + gain, kl)
+    areas = [c for c in compare_runs(tmp_path).contrasts if c.kind == FRONTIER and c.left.method == "prm_per_tensor"]
+    found = [(c.right and c.right.method, round(c.interval.mean, 6)) for c in areas]
+    assert found == [(None, 0.1), ("cdpo", -0.1), ("adamw_eps:10", 0.05)]
+
+
 def test_kl_outside_the_range_is_not_extrapolated(tmp_path):
     write_run(tmp_path, "adamw", 1e-3, 0, 0.7, 0.4)
     write_run(tmp_path, "adamw", 1e-2, 0, 0.6, 1.6)
@@ -112,7 +142,7 @@ def test_kl_outside_the_range_is_not_extrapolated(tmp_path):
     matched = contrast(comparison, EQUAL_KL)
     assert matched.interval is None and matched.missing == "no AdamW drifts so little"
     assert "AdamW lacks smaller rates" in matched.note and matched.note in comparison.findings["contrast_notes"]
-    assert "unknown (no AdamW drifts so little)" in comparison.statements[0]
+    assert matched.text == "unknown" and comparison.answer == "no_area"
 
 
 def test_without_margins_only_seeds_give_an_interval(tmp_path):
@@ -125,7 +155,7 @@ def test_without_margins_only_seeds_give_an_interval(tmp_path):
     write_run(tmp_path / "one", "prm_per_tensor", 1e-3, 0, 0.80, 0.4, margins=False)
     comparison = compare_runs(tmp_path / "one")
     assert not contrast(comparison, BEST_LR).interval.known
-    assert "more accurate" not in " ".join(comparison.statements) and "no_interval" in comparison.findings
+    assert "more accurate" not in format_comparison(comparison) and comparison.answer == "no_area"
 
 
 def test_only_shared_seeds_are_compared(tmp_path):

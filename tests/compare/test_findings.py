@@ -5,66 +5,143 @@ import json
 import pytest
 
 from prm_hf.compare import compare_runs, format_comparison, plots
-from prm_hf.compare.comparison import BEST_LR, EQUAL_KL
-from prm_hf.compare.findings import CONCLUSIONS, REMARKS
+from prm_hf.compare.contrasts import BEST_LR, FRONTIER
+from prm_hf.compare.findings import ANSWERS, CAVEATS, LOST, MEANINGS, NEXT
 
 from .compared_runs import ACCURACY, contrast, write_grid, write_run
 
 
 MANY = (0, 1, 2)
+YES, NO, UNSURE = "Yes: ", "No sign of it: ", "Not at this size: "
 
 
-def conclusion(folder):
-    """The key of the case that sums up, and its sentence."""
-    return next(iter(compare_runs(folder).findings.items()))
+def write_method(root, method, gain, seeds=MANY, **more):
+    """At the KLs of AdamW in `write_grid`, more accurate by `gain`."""
+    for seed in seeds:
+        for lr, kl, accuracy in ((1e-4, 0.1, 0.70), (1e-3, 0.4, 0.75), (1e-2, 1.6, 0.65)):
+            write_run(root, method, lr, seed, accuracy + gain, kl, **more)
 
 
 @pytest.mark.parametrize(
-    ("expected", "grid"),
+    ("answer", "start", "grid"),
     [
-        ("level", {"seeds": MANY, "prm_gain": 0.0}),
-        ("loses", {"seeds": MANY, "prm_gain": -0.1}),
-        ("mean_step", {"seeds": MANY, "prm_gain": 0.1}),  # without its control
-        ("mean_step", {"seeds": MANY, "prm_gain": 0.1, "constant": 0.85}),  # which is as good
-        ("ahead", {"seeds": MANY, "prm_gain": 0.1, "constant": 0.75}),
-        (
-            "more_tries",
-            {"seeds": (0, 1), "prm_gain": 0.1, "prm": ("prm_per_tensor", "prm_debiased"), "constant": 0.75},
-        ),
+        ("no_sign", NO, {"seeds": MANY, "prm_gain": 0.0}),
+        ("behind", NO, {"seeds": MANY, "prm_gain": -0.1}),
+        ("yes", YES, {"seeds": MANY, "prm_gain": 0.1}),
+        ("yes", YES, {"seeds": MANY, "prm_gain": 0.1, "constant": 0.75}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
-def test_conclusions(tmp_path, expected, grid):
+def test_answers(tmp_path, answer, start, grid):
     write_grid(tmp_path, **grid)
-    key, sentence = conclusion(tmp_path)
-    assert key == expected and sentence.startswith("PRM per_tensor at 1e-2")
-    accuracy = 0.75 + grid["prm_gain"]
-    assert f"{accuracy:.3f}" in sentence and f"{grid['prm_gain']:+.3f} [" in sentence
-    assert ("against constant q" in sentence) == ("constant" in grid)
+    comparison = compare_runs(tmp_path)
+    assert comparison.answer == answer and len(comparison.verdict) == 3
+    line = comparison.verdict[0]
+    decides = contrast(comparison, FRONTIER)
+    assert line.startswith(start) and decides.text in line
+    assert decides.interval.mean == pytest.approx(
+        grid["prm_gain"], abs=0.005
+    )  # constant q is a point of AdamW's curve
+    text = format_comparison(comparison)
+    assert text.startswith(f"{line}\n") and text.splitlines()[3] == ""
 
 
-def test_a_rival_that_is_as_good(tmp_path):
-    for seed in MANY:
-        for lr, kl, accuracy in ((1e-4, 0.1, 0.80), (1e-3, 0.4, 0.85), (1e-2, 1.6, 0.75)):
-            write_run(tmp_path, "adamw_eps:0.1", lr, seed, accuracy, kl)
+def test_an_interval_that_holds_much_is_no_answer(tmp_path):
+    for seed, gain in enumerate((-0.08, 0.0, 0.1)):
+        for lr, kl, accuracy in ((1e-4, 0.1, 0.70), (1e-3, 0.4, 0.75), (1e-2, 1.6, 0.65)):
+            write_run(tmp_path, "adamw", lr, seed, accuracy, kl)
+            write_run(tmp_path, "prm_per_tensor", lr, seed, accuracy + gain, kl)
+    comparison = compare_runs(tmp_path)
+    assert comparison.answer == "unsure" and comparison.verdict[0].startswith(UNSURE)
+    ends = contrast(comparison, FRONTIER).interval
+    assert f"{100 * ends.low:+.1f} and {100 * ends.high:+.1f}" in comparison.verdict[1]
+    assert "--seeds 0 1 2 3 4" in comparison.verdict[2]
+
+
+@pytest.mark.parametrize(
+    ("rivals", "answer", "standing"),
+    [
+        ({"adamw_eps:10": 0.1}, "no_sign", "ahead of AdamW, level with AdamW eps 10"),
+        ({"adamw_eps:10": 0.2}, "behind", "ahead of AdamW, behind AdamW eps 10"),
+        ({"adamw_eps:10": 0.0}, "yes", "ahead of AdamW and AdamW eps 10"),
+        ({"cdpo": 0.1}, "yes", "ahead of AdamW, level with cDPO"),
+        (
+            {"adamw_eps:10": 0.1, "cdpo": 0.0, "robust": 0.2},
+            "no_sign",
+            "ahead of AdamW and cDPO, level with AdamW eps 10, behind rDPO (robust)",
+        ),
+    ],
+)
+def test_every_opponent_is_named_and_the_strongest_adamw_decides(tmp_path, rivals, answer, standing):
     write_grid(tmp_path, seeds=MANY, prm_gain=0.1, constant=0.75)
-    key, sentence = conclusion(tmp_path)
-    assert key == "rival" and "AdamW eps 0.1" in sentence
+    for method, gain in rivals.items():
+        write_method(tmp_path, method, gain)
+    comparison = compare_runs(tmp_path)
+    assert comparison.answer == answer and f"is {standing}" in comparison.verdict[0]
+    best_tuned = "AdamW eps 10" if rivals.get("adamw_eps:10") else "AdamW"
+    assert f"beside {best_tuned} at equal KL" in comparison.verdict[0]
 
 
-def test_ahead_in_one_of_the_two_comparisons(tmp_path):
-    """PRM is ahead of AdamW's best rate and has no point on AdamW's curve."""
+def test_an_opponent_without_a_shared_seed_is_named_too(tmp_path):
+    write_grid(tmp_path, seeds=MANY, prm_gain=0.1, constant=0.75)
+    write_method(tmp_path, "adamw_eps:10", 0.0, seeds=(7,))
+    assert "ahead of AdamW, not known to be ahead of AdamW eps 10" in compare_runs(tmp_path).verdict[0]
+
+
+def test_more_learning_rates_than_adamw_are_no_win(tmp_path):
+    write_grid(tmp_path, seeds=MANY, prm_gain=0.1)
+    for seed in MANY:
+        write_run(tmp_path, "prm_per_tensor", 3e-1, seed, 0.7, 1.0)
+    comparison = compare_runs(tmp_path)
+    assert comparison.answer == "unequal" and "4 learning rates against 3" in comparison.verdict[0]
+    rates = comparison.verdict[2].split("--learning_rates ")[1].split(" --")
+    assert len(rates[0].split()) == len(rates[1].split()[1:]) == 6
+
+
+@pytest.mark.parametrize("runs", [((1e-3, 0.4),), ((1e-3, 0.02), (1e-2, 0.03)), ((1e-3, 1.5), (1e-2, 100.0))])
+def test_without_a_frontier_there_is_no_answer(tmp_path, runs):
+    """One rate; KLs that AdamW does not reach; a range of KL that is too short."""
     write_run(tmp_path, "adamw", 1e-3, 0, 0.6, 0.4)
-    write_run(tmp_path, "prm_per_tensor", 1e-3, 0, 0.8, 0.02)
-    assert conclusion(tmp_path)[0] == "not_shown"
+    write_run(tmp_path, "adamw", 1e-2, 0, 0.6, 1.6)
+    for lr, kl in runs:
+        write_run(tmp_path, "prm_per_tensor", lr, 0, 0.8, kl)
+    comparison = compare_runs(tmp_path)
+    assert comparison.answer == "no_area" and comparison.verdict[0].startswith(UNSURE)
+    assert "more learning rates" in comparison.verdict[2]
+
+
+@pytest.mark.parametrize(
+    ("prm", "clean", "meaning"),
+    [
+        (0.06, 0.1, "gives back 6.0 of the 10.0 points that wrong labels cost"),
+        (-0.02, 0.1, "loses 2.0 points more than the 10.0 that wrong labels cost"),
+        (0.06, -0.01, "cost AdamW nothing here: 0.750 with them, 0.740 without"),
+        (0.06, None, "6.0 more right at the same drift"),
+    ],
+)
+def test_what_it_means_to_the_reader(tmp_path, prm, clean, meaning):
+    write_grid(tmp_path, seeds=MANY, prm_gain=prm)
+    if clean is not None:
+        write_method(tmp_path, "adamw_clean", clean, settings={"noise_rate": 0})
+    assert meaning in compare_runs(tmp_path).verdict[1]
+
+
+def test_the_ceiling_is_no_opponent(tmp_path):
+    write_grid(tmp_path, seeds=MANY, prm_gain=0.05)
+    before = format_comparison(compare_runs(tmp_path), "json")
+    write_method(tmp_path, "adamw_clean", 0.2)
+    comparison = compare_runs(tmp_path)
+    assert json.loads(format_comparison(comparison, "json"))["contrasts"] == json.loads(before)["contrasts"]
+    assert "clean labels" not in comparison.verdict[0] and comparison.rows[-1].method == "adamw_clean"
 
 
 def test_every_case_has_a_key_of_its_own():
-    keys = [case.key for case in (*CONCLUSIONS, *REMARKS)]
-    assert len(set(keys)) == len(keys)
+    for tables in ((ANSWERS,), (MEANINGS,), (NEXT,), (LOST, CAVEATS)):
+        keys = [case.key for table in tables for case in table]
+        assert len(set(keys)) == len(keys)
 
 
-def test_remarks_that_every_comparison_needs(tmp_path):
+def test_caveats_that_every_comparison_needs(tmp_path):
     write_grid(tmp_path, seeds=(0, 1), prm_gain=0.02, constant=0.75)
     write_run(tmp_path, "cdpo", 1e-3, 0, 0.6, 0.3)
     comparison = compare_runs(tmp_path)
@@ -72,22 +149,21 @@ def test_remarks_that_every_comparison_needs(tmp_path):
     expected = {"same_rate", "equal_kl", "picked", "unequal_grids", "seeds"}
     assert expected <= set(found) and "one_seed" not in found
     known = sum(1 for c in comparison.contrasts if c.known)
-    assert f" {known} intervals" in found["many_intervals"]
+    assert f"of {known} intervals" in found["many_intervals"]
     assert "4.0 times" in found["same_rate"]  # of the KL: 1.6 against 0.4
     assert "3 of PRM per_tensor against 1 of cDPO" in found["unequal_grids"]
-    assert found["seeds"].startswith("1 to 2 seeds")
+    # Each keeps its number, and the console has them when asked.
+    numbers = {case.key: i for i, case in enumerate(CAVEATS, start=1)}
+    assert all(text.startswith(f"{numbers[key]}. ") for key, text in found.items())
+    assert found["picked"] not in format_comparison(comparison)
+    assert f"{len(found)} caveats apply" in format_comparison(comparison)
+    assert found["picked"] in format_comparison(comparison, verbose=True)
 
 
 def test_one_seed(tmp_path):
     write_grid(tmp_path, prm_gain=0.1)
     found = compare_runs(tmp_path).findings
     assert "one_seed" in found and "seeds" not in found
-
-
-def test_more_methods_than_the_baseline_has_rates(tmp_path):
-    write_grid(tmp_path, seeds=(0, 1), prm_gain=0.1, prm=("prm_per_tensor", "prm_debiased"), constant=0.75)
-    sentence = conclusion(tmp_path)[1]
-    assert "of 6" in sentence and "6 tries and AdamW 3" in sentence
 
 
 def test_best_at_the_edge_of_its_grid(tmp_path):
@@ -108,15 +184,7 @@ def test_no_winner_without_an_interval_off_zero(tmp_path, gain, seeds):
         word = "more accurate" if low > 0 else "less accurate" if high < 0 else "within noise"
         cells = [cells for cells in format_comparison(comparison).splitlines() if cells.startswith(c.left.name)]
         assert any(line.endswith(word) and f"[{low:+.3f}, {high:+.3f}]" in line for line in cells)
-    lead = [contrast(comparison, kind) for kind in (BEST_LR, EQUAL_KL)]
-    ahead = all(c.interval.low > 0 for c in lead)
-    assert (conclusion(tmp_path)[0] in ("more_tries", "mean_step", "rival", "ahead")) == ahead
-
-
-def test_leftovers_of_another_experiment(tmp_path):
-    write_run(tmp_path, "adamw", 1e-3, 0, 0.7, 0.4, settings={"max_steps": 10})
-    write_run(tmp_path, "adamw", 1e-2, 0, 0.7, 0.4, settings={"max_steps": 20})
-    assert "AdamW in max_steps" in compare_runs(tmp_path).findings["unequal_settings"]
+    assert (comparison.answer == "yes") == (contrast(comparison, FRONTIER).interval.low > 0)
 
 
 def test_accuracy_that_contradicts_its_margins(tmp_path):
@@ -127,16 +195,18 @@ def test_accuracy_that_contradicts_its_margins(tmp_path):
 
 def test_comparisons_without_prm_or_adamw(tmp_path):
     write_run(tmp_path, "cdpo", 1e-3, 0, 0.7, 0.4)
-    assert conclusion(tmp_path)[0] == "without" and "PRM" in conclusion(tmp_path)[1]
-    write_run(tmp_path, "hoelder", 1e-3, 0, 0.8, 0.4)
     comparison = compare_runs(tmp_path)
-    assert contrast(comparison, BEST_LR, "hoelder").interval.mean == pytest.approx(0.1)
+    assert comparison.answer == "without" and "PRM" in comparison.verdict[0]
+    assert "prm_noisy_labels" in comparison.verdict[-1]
+    write_run(tmp_path, "hoelder", 1e-3, 0, 0.8, 0.4)
+    assert contrast(compare_runs(tmp_path), BEST_LR, "hoelder").interval.mean == pytest.approx(0.1)
     write_run(tmp_path, "prm_debiased", 1e-3, 0, 0.7, 0.4)
-    assert conclusion(tmp_path)[0] == "without" and "AdamW" in conclusion(tmp_path)[1]
+    comparison = compare_runs(tmp_path)
+    assert comparison.answer == "without" and "AdamW" in comparison.verdict[0]
 
 
 def test_runs_without_accuracy(tmp_path):
     write_run(tmp_path, "adamw", 1e-3, 0, 0.7, 0.4, margins=False, drop=(ACCURACY,))
     comparison = compare_runs(tmp_path)
-    assert next(iter(comparison.findings)) == "no_accuracy" and ACCURACY in comparison.statements[0]
+    assert comparison.answer == "no_accuracy" and ACCURACY in comparison.verdict[0]
     assert plots.plot_frontier(comparison) is None

@@ -15,8 +15,9 @@ def test_table_is_aligned_and_narrow(tmp_path):
     write_grid(tmp_path, seeds=(0, 1), constant=0.74)
     write_run(tmp_path, "a_method_with_a_name_that_is_much_too_long_for_any_table", 1e-3, 0, 0.7, 0.4, drop=(KL,))
     text = format_comparison(compare_runs(tmp_path), "table")
-    assert max(map(len, text.splitlines())) <= 120
-    header, rule, *rows = text.split("\n\n")[0].splitlines()
+    _, *others = text.split("\n\n")
+    assert max(map(len, "\n".join(others).splitlines())) <= 120
+    header, rule, *rows = text.split("\n\n")[1].splitlines()
     assert header.split()[:3] == ["method", "lr", "seeds"] and set(rule) == {"-"} and len(rows) == 8
     assert len({len(row) for row in rows}) == 1 and "…" in text
     (long,) = [row for row in rows if "…" in row]
@@ -28,7 +29,7 @@ def test_markdown_has_whole_rows(tmp_path):
     text = format_comparison(compare_runs(tmp_path), "markdown")
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {11, 6}
-    assert text.startswith("**PRM per_tensor") and "\\|reward\\|" in text
+    assert text.startswith("**No sign of it: PRM per_tensor") and "\\|reward\\|" in text
 
 
 def test_json_is_strict_and_complete(tmp_path):
@@ -123,4 +124,4 @@ def test_missing_matplotlib_is_said(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=re.escape('pip install "prm-hf[report]"')):
         write_report(comparison, tmp_path / "out")
     assert (tmp_path / "out" / "comparison.json").is_file()
-    assert format_comparison(comparison).startswith("method")
+    assert format_comparison(comparison).startswith("No sign of it")

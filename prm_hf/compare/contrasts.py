@@ -1,0 +1,254 @@
+"""The contrasts of a comparison: paired differences in accuracy.
+
+At one learning rate a mask q < 1 always drifts less, because it shrinks the step. So a PRM row is also set against
+AdamW at its best learning rate, AdamW interpolated at the same KL, and AdamW with PRM's mean step (constant q); and a
+method's whole curve against AdamW's, by the area under accuracy over log KL.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..runs.methods import BASELINE, PRM, find_method
+from ..runs.run import Run
+from ..runs.schema import KL
+from . import statistics
+from .rows import Row, best, format_rate
+from .statistics import Interval, finite
+
+
+if TYPE_CHECKING:
+    from .comparison import Comparison
+
+
+Outcomes = Callable[[Run], np.ndarray | None]  # of a run, one value an example or one in all
+RATE_CONTROLS = ("constant_q", "adamw_matched")  # AdamW at another learning rate
+SAME_LR = "same learning rate"
+BEST_LR = "best learning rates"
+EQUAL_KL = "equal KL"
+EQUAL_KL_MEAN = "equal KL, mean over learning rates"
+FRONTIER = "frontier area"
+CONTROLLED = "control"
+LEAST_RANGE = 2.0  # of the KLs that an area is taken over, the largest by the smallest
+MORE, LESS, LEVEL = "more accurate", "less accurate", "within noise"
+
+
+@dataclass(eq=False)
+class Contrast:
+    """A paired accuracy difference, left minus right.
+
+    Attributes:
+        kind: one of the constants of this module, e.g. `"equal KL"`.
+        right: the row it is judged against, or None where that is AdamW's whole curve; of another curve its best row.
+        against: what it is judged against, for people.
+        interval: the difference with its 95 % interval; None, or without ends, where it cannot be had, for the reason
+            `missing`.
+        note: what limits it, a clause.
+        p_holm: Holm's adjusted p-value among all contrasts of the comparison; NaN without an interval.
+    """
+
+    kind: str
+    left: Row
+    right: Row | None
+    against: str
+    interval: Interval | None = None
+    note: str = ""
+    missing: str = ""
+    p_holm: float = math.nan
+
+    @property
+    def known(self) -> bool:
+        return self.interval is not None and self.interval.known
+
+    @property
+    def verdict(self) -> str:
+        """`MORE`, `LESS`, `LEVEL` (the interval holds 0) or `no interval`; or why the difference is unknown."""
+        if not self.known:
+            return self.missing or "no interval"
+        return MORE if self.interval.low > 0 else LESS if self.interval.high < 0 else LEVEL
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.verdict in (MORE, LESS)
+
+    @property
+    def judged(self) -> str:
+        """The left side for people: a row, or the method where its whole curve is judged."""
+        return self.left.name if self.kind in (EQUAL_KL_MEAN, FRONTIER) else self.left.label
+
+    @property
+    def text(self) -> str:
+        """`+0.010 [-0.008, +0.028]`, or the difference alone, or `unknown`."""
+        ends = f" [{self.interval.low:+.3f}, {self.interval.high:+.3f}]" if self.known else ""
+        return f"{self.interval.mean:+.3f}{ends}" if self.interval else "unknown"
+
+
+def row_contrasts(comparison: Comparison) -> Iterator[Contrast]:
+    """The contrasts of single rows."""
+    baseline, curve, rivals = comparison.baseline, comparison.curve, comparison.rivals
+    baseline_best, prm = best(baseline), comparison.methods(PRM)
+    # Without PRM among the runs, the other methods are what AdamW is compared with.
+    for rows in (prm or rivals).values() if baseline else ():
+        lead = best(rows)
+        if lead is None:
+            continue
+        same = [row for row in baseline if format_rate(row.learning_rate) == format_rate(lead.learning_rate)]
+        yield from (_between(SAME_LR, lead, row) for row in same)
+        if baseline_best is not None:
+            yield _between(BEST_LR, lead, baseline_best)
+        at_kl = [
+            _at_equal_kl(EQUAL_KL, [row], curve) for row in (lead, *(r for r in rows if r is not lead and r.runs))
+        ]
+        yield from at_kl
+        covered = [contrast.left for contrast in at_kl if contrast.interval]
+        if len(covered) > 1:
+            yield _at_equal_kl(EQUAL_KL_MEAN, covered, curve)
+    yield from (_between(CONTROLLED, row.source, row) for row in comparison.rows if row.source is not None)
+    lead = best(row for rows in prm.values() for row in rows)
+    if lead is None and not baseline:
+        lead = best(comparison.rows)
+    if lead is not None:
+        for method, rows in rivals.items():
+            rival = best(rows)
+            if rival is not None and method != lead.method:
+                yield _between(BEST_LR, lead, rival)
+
+
+def frontier_contrasts(comparison: Comparison) -> list[Contrast]:
+    """The area of each method's curve against AdamW's, and of each PRM method's against the best of the rivals'.
+
+    Where that is no AdamW, the AdamW with the best area is a rival too.
+    """
+    if not comparison.baseline:
+        return []
+    rivals, prm = comparison.rivals, comparison.methods(PRM)
+    contrasts = [_areas(rows, comparison.curve) for rows in (*prm.values(), *rivals.values()) if len(rows) > 1]
+    means = {c.left.method: c.interval.mean for c in contrasts if c.interval and not c.missing}
+    ranked = sorted(means.keys() & rivals, key=lambda method: (-means[method], method))
+    # An AdamW that does worse than AdamW itself is no rival.
+    adamw = [method for method in ranked if rivals[method][0].group == BASELINE and means[method] > 0]
+    for rival in dict.fromkeys([*ranked[:1], *adamw[:1]]):
+        contrasts += [_areas(rows, rivals[rival], best(rivals[rival])) for rows in prm.values() if len(rows) > 1]
+    return contrasts
+
+
+def _areas(rows: list[Row], curve: list[Row], right: Row | None = None) -> Contrast:
+    """Mean accuracy over log KL, of one method minus another, over the range of KL that both curves cover."""
+    against = f"{curve[0].kind.label}, frontier area"
+    found = frontier_difference(rows, curve)
+    if isinstance(found, str):
+        return Contrast(FRONTIER, rows[0], right, against, missing=found)
+    interval, (low, high) = found
+    contrast = Contrast(FRONTIER, rows[0], right, f"{against}, KL {low:.2g}-{high:.2g}", interval)
+    if high / low < LEAST_RANGE:
+        # Two curves that share hardly more than a point of KL are compared at that point, picked by chance.
+        contrast.interval = replace(interval, low=math.nan, high=math.nan, p_value=math.nan)
+        contrast.missing = f"KLs up to {high / low:.2f}-fold apart, too few"
+    return contrast
+
+
+def frontier_difference(
+    mine: list[Row], theirs: list[Row], outcomes: Outcomes = Run.outcomes
+) -> tuple[Interval, tuple[float, float]] | str:
+    """Mean over log KL of one curve minus another's, and the range of KL that both cover in every seed they share.
+
+    Args:
+        mine, theirs: the rows of each curve.
+        outcomes: by default whether each held-out example is right.
+
+    Returns:
+        The interval over seeds and examples, and the range, nats a token; or why there is none.
+    """
+    seeds = dict.fromkeys(run.seed for row in mine for run in row.runs)
+    pairs = [[_points(rows, seed, outcomes) for rows in (mine, theirs)] for seed in seeds]
+    pairs = [both for both in pairs if min(map(len, both)) > 1]
+    span = statistics.shared_range([_kls(runs) for both in pairs for runs in both])
+    if span is None:
+        return f"no {KL} range that both cover" if pairs else "no seed with two runs of both"
+    differences = []
+    for both in pairs:
+        values = np.split(_stack([outcomes(run) for runs in both for run in runs]), [len(both[0])])
+        areas = [statistics.mean_over_log_kl(_kls(runs), its, *span) for runs, its in zip(both, values, strict=True)]
+        differences.append(np.subtract(*areas))
+    return _interval(_stack(differences)), span
+
+
+def _interval(values: np.ndarray) -> Interval:
+    """The interval of a difference of accuracies, `[seeds, examples]`."""
+    return statistics.bootstrap_interval(values, bounds=(-1.0, 1.0))
+
+
+def _kls(runs: list[Run]) -> np.ndarray:
+    return np.array([run.metrics[KL] for run in runs])
+
+
+def _points(rows: list[Row], seed: int | None, outcomes: Outcomes = Run.outcomes) -> list[Run]:
+    """The runs of a seed that are points of the rows' curve: those with a KL and with outcomes."""
+    runs = [run for row in rows for run in row.runs if run.seed == seed]
+    return [run for run in runs if finite(run.metrics.get(KL)) and outcomes(run) is not None]
+
+
+def _stack(outcomes: list[np.ndarray]) -> np.ndarray:
+    """`[runs, examples]`, or `[runs, 1]` (the accuracies) if the examples of any run are not known."""
+    if len({values.size for values in outcomes}) > 1:
+        outcomes = [np.array([values.mean()]) for values in outcomes]
+    return np.stack(outcomes)
+
+
+def _between(kind: str, left: Row, right: Row) -> Contrast:
+    """Left minus right over the seeds that both have."""
+    of_right = {run.seed: run.outcomes() for run in right.runs}
+    pairs = [(run.outcomes(), of_right.get(run.seed)) for run in left.runs]
+    differences = [np.subtract(*_stack(pair)) for pair in pairs if not any(values is None for values in pair)]
+    against = right.label
+    if right.method in RATE_CONTROLS:
+        adamw = find_method(left.kind.baseline).label
+        against = f"{right.kind.label} ({adamw} at {format_rate(right.learning_rate)})"
+    else:
+        against += {SAME_LR: " (same rate: a larger step)", BEST_LR: " (its best)"}.get(kind, "")
+    if not differences:
+        return Contrast(kind, left, right, against, missing="no shared seed")
+    partly = len(differences) < max(len(left.runs), len(right.runs))
+    note = f"over the {len(differences)} seed(s) that both have" if partly else ""
+    return Contrast(kind, left, right, against, _interval(_stack(differences)), note)
+
+
+def _at_equal_kl(kind: str, rows: list[Row], baseline: list[Row]) -> Contrast:
+    """Runs minus the baseline's curve of the same seed, read at each run's KL; several rows are averaged in a seed."""
+    name = baseline[0].kind.label
+    several = f", mean over {len(rows)} rates" if kind == EQUAL_KL_MEAN else ""
+    contrast = Contrast(kind, rows[0], None, f"{name} at the same KL{several}")
+    by_seed: dict[int | None, list[np.ndarray]] = defaultdict(list)
+    lacking, ratios, notes = [], [], []
+    for run in (run for row in rows for run in row.runs):
+        curve = _points(baseline, run.seed)
+        if not curve or run not in _points(rows, run.seed):
+            continue
+        kl, kls = run.metrics[KL], _kls(curve)
+        outcomes, *points = _stack([other.outcomes() for other in (run, *curve)])
+        matched = statistics.interpolate_at_kl(kls, np.stack(points), kl)
+        if matched is None:
+            lacking.append("larger" if kl > kls.max() else "smaller")
+        else:
+            ratios.append(statistics.bracket_ratio(kls, kl))
+            by_seed[run.seed].append(outcomes - matched)
+    if lacking:
+        notes.append(
+            f"the KL of {len(lacking)} of {len(lacking) + len(ratios)} runs lies outside that of all {name} runs, "
+            f"where nothing is extrapolated: {name} lacks {' and '.join(sorted(set(lacking)))} rates"
+        )
+    if ratios:
+        contrast.interval = _interval(_stack([_stack(values).mean(axis=0) for values in by_seed.values()]))
+        notes += [f"interpolated between KLs up to {max(ratios):.0f}-fold apart"] if max(ratios) > 4 else []
+    else:
+        extent = "much" if set(lacking) == {"larger"} else "little"
+        contrast.missing = f"no {name} drifts so {extent}" if lacking else "no KL"
+    contrast.note = "; ".join(notes)
+    return contrast
