@@ -28,6 +28,11 @@ def check_ranges(args: Any, *ranges: tuple[str, Callable[[float], bool], str]) -
                 raise ValueError(f"`{name}` must be {words}, got {value}.")
 
 
+def half_decades(rate: float, n: int) -> float:
+    """A learning rate times the n-th power of the square root of 10, of two digits."""
+    return float(f"{rate * 10 ** (n / 2):.1e}")
+
+
 @with_help
 @dataclass
 class ComparisonArguments:
@@ -55,10 +60,16 @@ class ComparisonArguments:
         methods (`list[str]`):
             Methods to compare.
         learning_rates (`list[float]`, *optional*):
-            Learning rates of each method. Default: `learning_rate` alone, for the built-in task a grid.
+            Learning rates of each method. Default: four around `learning_rate`, half a decade apart.
         prm_learning_rates (`list[float]`, *optional*):
             Learning rates of the PRM methods, if they are others; of the same number, so that every method gets a grid
-            of one size.
+            of one size. Default: `learning_rates`, or where these are not given either, half a decade above them.
+        max_extensions (`int`):
+            How often the grid of a method of two rates or more is extended, half a decade at a time, while its most
+            accurate learning rate is the smallest or the largest.
+        workers (`int`):
+            Processes of this machine that train a run each, at the same time. They share its cores. For GPUs there is
+            `prm-hf sweep`.
         max_minutes (`float`, *optional*):
             Minutes after which no new run is started. The command then ends with exit code 75, and goes on where it
             stopped when it is given again.
@@ -79,10 +90,12 @@ class ComparisonArguments:
     eval_dataset_name: list[str] | None = None
     task_seed: int = 0
     noise_rate: list[float] = field(default_factory=lambda: [0.3])
-    seeds: list[int] = field(default_factory=lambda: [0])
-    methods: list[str] = field(default_factory=lambda: ["adamw", "prm_per_tensor", "prm_debiased", "constant_q"])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    methods: list[str] = field(default_factory=lambda: ["adamw", "adamw_eps:10", "prm_noisy_labels", "adamw_clean"])
     learning_rates: list[float] | None = None
     prm_learning_rates: list[float] | None = None
+    max_extensions: int = 3
+    workers: int = 1
     max_minutes: float | None = None
     overwrite_runs: bool = False
     drop_overlap: bool = False
@@ -103,7 +116,9 @@ class ComparisonArguments:
             if value is not None and not isinstance(value, list):  # one value of a YAML file
                 setattr(self, name, [value])
         if self.learning_rates is None:
-            self.learning_rates = [learning_rate]
+            self.learning_rates = [half_decades(learning_rate, n) for n in range(-2, 2)]
+            if self.prm_learning_rates is None:  # a mask shrinks the step
+                self.prm_learning_rates = [half_decades(learning_rate, n) for n in range(-1, 3)]
         if self.prm_learning_rates is None:
             self.prm_learning_rates = list(self.learning_rates)
         check_lists(self, **dict.fromkeys(("methods", "seeds", "noise_rate", "learning_rates", "prm_learning_rates")))
@@ -122,6 +137,8 @@ class ComparisonArguments:
             ("prm_learning_rates", is_rate, "positive numbers"),
             ("noise_rate", lambda x: 0 <= x < 1, "in [0, 1)"),
             ("max_minutes", lambda x: x > 0, "above 0"),
+            ("max_extensions", lambda x: x >= 0, "at least 0"),
+            ("workers", lambda x: x >= 1, "at least 1"),
         )
         self._check_datasets()
         self.compared = [parse_method(name, known) for name in self.methods]

@@ -80,8 +80,9 @@ class DPOExperiment(Experiment):
     built_in: ClassVar[dict[str, Any]] = {
         **BUILT_IN,
         "beta": 0.1,
-        "learning_rates": [3e-4, 1e-3, 3e-3],
-        "prm_learning_rates": [1e-3, 3e-3, 1e-2],
+        "learning_rates": [1e-4, 3e-4, 1e-3, 3e-3],
+        "prm_learning_rates": [3e-4, 1e-3, 3e-3, 1e-2],
+        "workers": 2,
     }
 
     def columns(self) -> Columns:
@@ -149,4 +150,4 @@ class DPOExperiment(Experiment):
 @interruptible
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit code of [`run_comparisons`]."""
-    return run_comparisons(DPOExperiment.parse(arguments))
+    return run_comparisons(DPOExperiment, arguments)

@@ -15,6 +15,7 @@ from ..compare import compare_runs, format_comparison, load_runs, rate_at_kl, wr
 from ..runs.methods import CONTROL, parse_method
 from ..runs.schema import KL, MEAN_Q, NOT_SETTINGS, has_diverged, measures_of
 from ..runs.write import RunSpec
+from .arguments import half_decades
 from .controls import MaskRecorder, is_sharded, mean_masks, set_up_optimizer
 from .data import Data
 from .experiment import Experiment
@@ -54,6 +55,10 @@ class Grid(ABC):
     def specify_runs(self) -> list[RunSpec]:
         """All runs but the controls."""
 
+    def extend(self, made: MadeRuns) -> list[RunSpec]:
+        """More runs, for what the runs so far leave open. Asked again when these are made, until there are none."""
+        return []
+
     def specify_controls(self, made: MadeRuns) -> tuple[list[RunSpec], list[str]]:
         """The controls of these runs, and why others cannot be made."""
         return [], []
@@ -83,7 +88,8 @@ class ComparisonGrid(Grid):
     """The runs on one dataset with one noise rate of the training rows.
 
     Attributes:
-        methods, controls, left_out: those of the comparison that the noise rate has, and those that it does not have.
+        methods, left_out: those of the comparison that the noise rate has, and those that it does not have.
+        controls, ceilings: those that are bound to other runs, and those trained on clean labels at AdamW's best rate.
         rates: by the name of a method its learning rates.
         info: what `run.json` says of every run.
     """
@@ -95,8 +101,11 @@ class ComparisonGrid(Grid):
         methods = [method for method in args.compared if method.changes(noise_rate) is not None]
         self.left_out = [method.name for method in args.compared if method not in methods]
         self.controls = [method for method in methods if method.group == CONTROL]
-        self.methods = [method for method in methods if method.group != CONTROL]
-        self.rates = {m.name: args.prm_learning_rates if m.has_mask else args.learning_rates for m in self.methods}
+        self.ceilings = [method for method in methods if method.clean_labels]
+        self.methods = [method for method in methods if method not in (*self.controls, *self.ceilings)]
+        grids = {True: args.prm_learning_rates, False: args.learning_rates}
+        self.rates = {method.name: sorted(grids[method.has_mask]) for method in self.methods}
+        self.extensions = dict.fromkeys(self.rates, 0)
         of_data = {"noise_rate": noise_rate, "model": data.model_name, "dataset": data.dataset_name}
         self.info = {**experiment.info(), **of_data}
         self.settings = {
@@ -115,26 +124,50 @@ class ComparisonGrid(Grid):
         }
 
     def __len__(self) -> int:
-        return (sum(map(len, self.rates.values())) + len(self.controls)) * len(self.seeds)
+        return (sum(map(len, self.rates.values())) + len(self.controls) + len(self.ceilings)) * len(self.seeds)
 
     def specify_runs(self) -> list[RunSpec]:
         """All runs but the controls, seed by seed, so that what is there when time is up can be compared."""
         rows = [(method, rate) for method, rates in self.rates.items() for rate in rates]
         return [self._specify(*row, seed) for seed in self.seeds for row in rows]
 
+    def extend(self, made: MadeRuns) -> list[RunSpec]:
+        """One more learning rate for each method whose most accurate one is the smallest or the largest it has."""
+        added = []
+        for method, rates in self.rates.items():
+            place = rates.index(self._best(made, [method])[1])
+            if len(rates) < 2 or 0 < place < len(rates) - 1:
+                continue
+            if self.extensions[method] == self.experiment.script_args.max_extensions:
+                continue
+            self.extensions[method] += 1
+            added.append((method, half_decades(rates[place], 1 if place else -1)))
+        for method, rate in added:
+            self.rates[method] = sorted([*self.rates[method], rate])
+        return [self._specify(*row, seed) for seed in self.seeds for row in added]
+
     def specify_controls(self, made: MadeRuns) -> tuple[list[RunSpec], list[str]]:
-        """The controls of the PRM row with the best accuracy. Rows with a run that does not count come last."""
-        accuracy, found = measures_of(self.info).accuracy, []
+        """The controls of the most accurate PRM row, and AdamW on clean labels at the best rate of the baselines."""
+        found = []
+        for control in self.controls:
+            able = [m.name for m in self.methods if m.has_controls and (m.tensor_masks or not control.tensor_masks)]
+            row = self._best(made, able)
+            found += [self._control(control.name, row, seed, made) for seed in self.seeds]
+        for ceiling in self.ceilings:
+            adamw = "adamw" if "adamw" in self.rates else next(iter(self.rates))
+            rate = self._best(made, [adamw])[1]
+            found += [self._specify(ceiling.name, rate, seed, noise_rate=0.0) for seed in self.seeds]
+        return [x for x in found if isinstance(x, RunSpec)], [x for x in found if isinstance(x, str)]
+
+    def _best(self, made: MadeRuns, methods: list[str]) -> tuple[str, float]:
+        """The most accurate row of these methods. Rows with a run that does not count come last."""
+        accuracy = measures_of(self.info).accuracy
 
         def worth(row: tuple[str, float]) -> tuple[int, float]:
             values = [run.metrics[accuracy] for run in made[row].values() if run.counts]
             return len(values), sum(values)
 
-        for control in self.controls:
-            able = [m.name for m in self.methods if m.has_controls and (m.tensor_masks or not control.tensor_masks)]
-            row = max((row for row in made if row[0] in able), key=worth)
-            found += [self._control(control.name, row, seed, made) for seed in self.seeds]
-        return [x for x in found if isinstance(x, RunSpec)], [x for x in found if isinstance(x, str)]
+        return max((row for row in made if row[0] in methods), key=worth)
 
     def configure(self, method: str, **overrides: Any) -> TrainingArguments:
         """The training configuration of a method."""
@@ -180,7 +213,7 @@ class ComparisonGrid(Grid):
         configured_as = method
         if source is not None:
             configured_as = source if method == "shuffled_q" else parse_method(source).baseline
-        described = settings_of(self.configure(configured_as), **self.settings, **extra)
+        described = settings_of(self.configure(configured_as), **{**self.settings, **extra})
         return RunSpec(method, learning_rate, seed, described, configured_as, self.defaults)
 
     def _control(self, control: str, row: tuple[str, float], seed: int, made: MadeRuns) -> RunSpec | str:

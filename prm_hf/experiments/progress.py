@@ -1,12 +1,10 @@
 """One run from its start to its end: its files, its progress on a bar, and an early end where it diverges."""
 
-import contextlib
 import math
 import os
 import platform
 import time
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +28,12 @@ class DivergedError(Exception):
         super().__init__(f"the loss is not finite at step {step}")
 
 
-def make_run(grid: Grid, spec: RunSpec, folder: Path, resume: bool) -> dict[str, Any]:
+def make_run(grid: Grid, spec: RunSpec, folder: Path, resume: bool, bar: tqdm) -> dict[str, Any]:
     """Trains a run, fills its folder and returns its final metrics. Collective.
 
     Args:
         resume: whether there is a checkpoint to go on from; the trainer takes the last complete one.
+        bar: of the runs; the steps of this one move it on by one.
 
     Returns:
         `steps`, `wall_seconds` and all that was measured; of a run whose loss was not finite instead of that
@@ -45,8 +44,8 @@ def make_run(grid: Grid, spec: RunSpec, folder: Path, resume: bool) -> dict[str,
         record = start_run(spec, folder, {**grid.info_of(spec), "hardware": hardware(state)})
     trainer = grid.make_trainer(spec, folder)
     try:
-        with progress_shown(trainer, spec.name):
-            trainer.train(resume_from_checkpoint=resume or None)
+        show_progress(trainer, spec.name, bar)
+        trainer.train(resume_from_checkpoint=resume or None)
         if trainer.args.save_strategy != "no":
             trainer.save_model(str(folder))
         more, margins = grid.outcomes(trainer)
@@ -109,27 +108,17 @@ def hardware(state: PartialState) -> dict[str, Any]:
 
 
 class RunProgress(TrainerCallback):
-    """The steps of one run on a bar of their own, in place of the trainer's bar and its printed logs."""
+    """The steps of one run on the bar of all runs, in place of the trainer's bar and its printed logs."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.bar = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and not args.disable_tqdm:
-            self.bar = tqdm(total=state.max_steps, desc=self.name, unit="step", leave=False, position=1)
+    def __init__(self, name: str, bar: tqdm) -> None:
+        self.name, self.bar, self.done = name, bar, bar.n
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+        self.bar.update(self.done + state.global_step / state.max_steps - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar is not None and "loss" in (logs or {}):
-            self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        if "loss" in (logs or {}):
+            self.bar.set_postfix_str(f"{self.name}, loss {float(logs['loss']):.3f}", refresh=False)
 
 
 class StopWhereNotFinite(TrainerCallback):
@@ -162,15 +151,9 @@ class StopWhereNotFinite(TrainerCallback):
                 raise DivergedError(step)
 
 
-@contextlib.contextmanager
-def progress_shown(trainer: Trainer, name: str) -> Iterator[None]:
+def show_progress(trainer: Trainer, name: str, bar: tqdm) -> None:
     """Gives the trainer these callbacks in place of its own bar and prints."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    progress = RunProgress(name)
-    trainer.add_callback(progress)
+    trainer.add_callback(RunProgress(name, bar))
     trainer.add_callback(StopWhereNotFinite(trainer))
-    try:
-        yield
-    finally:
-        progress.close()

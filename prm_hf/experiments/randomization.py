@@ -3,13 +3,11 @@
 `prm-hf randomization`, and recipes/randomization.py, which has the commands.
 """
 
-import contextlib
 import itertools
 import logging
 import os
 import warnings
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +40,7 @@ from .arguments import check_lists, check_ranges
 from .data import BUILT_IN_WAIT
 from .grid import Grid, Made
 from .randomization_report import FITTED, report
-from .runner import Runner
+from .runner import Runner, silenced, workers_beside
 
 
 CLASSES = 10
@@ -281,8 +279,8 @@ def prepare_process() -> None:
 def work(args: Arguments) -> int:
     """Makes runs beside the process that reports, which says of each how it ended."""
     prepare_process()
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
-        Runner(RandomizationGrid(args), overwrite=args.overwrite_runs, quiet=True).make_all()
+    with silenced():
+        Runner(RandomizationGrid(args), overwrite=args.overwrite_runs, reports=False).make_all()
     return 0
 
 
@@ -296,11 +294,6 @@ def main(arguments: list[str]) -> int:
         print(BUILT_IN_WAIT, flush=True)
         build_demo()
     # Such small models gain nothing from a second thread; several runs at a time do.
-    workers = [get_context("spawn").Process(target=work, args=(args,), daemon=True) for _ in range(args.workers - 1)]
-    for worker in workers:
-        worker.start()
-    prepare_process()
-    code = Runner(RandomizationGrid(args), overwrite=args.overwrite_runs).run()
-    for worker in workers:
-        worker.join()
-    return code
+    with workers_beside(args.workers - 1, work, args):
+        prepare_process()
+        return Runner(RandomizationGrid(args), overwrite=args.overwrite_runs).run()

@@ -5,10 +5,15 @@ folder that `prm-hf compare` reads, and has the grid report on them.
 """
 
 import contextlib
+import os
 import shutil
 import time
+from collections.abc import Callable, Iterator
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast_object_list
@@ -18,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..runs.read import checkpoints
 from ..runs.write import RunSpec, fail_run, failure_of, find_folder, finished_metrics
-from . import OUT_OF_TIME
+from . import OUT_OF_TIME, interruptible
 from .checks import check_data, check_experiment, folder_of_data, folder_of_rate
 from .data import load_data
 from .experiment import Experiment
@@ -26,6 +31,7 @@ from .grid import ComparisonGrid, Grid, Made, MadeRuns
 from .progress import make_run
 
 
+BAR = "{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
 FAILED = 1  # the exit code where an error ended a run
 
 
@@ -33,15 +39,53 @@ class OutOfTime(Exception):
     """The minutes that the command was given are over."""
 
 
-def run_comparisons(experiment: Experiment) -> int:
+def run_comparisons(task: type[Experiment], arguments: list[str]) -> int:
     """One comparison for each dataset and noise rate.
 
     Returns:
         The exit code: `OUT_OF_TIME` if runs are left, otherwise `FAILED` if an error ended one.
     """
+    experiment = task.parse(arguments)
     check_experiment(experiment)
-    args, training_args = experiment.script_args, experiment.training_args
+    args = experiment.script_args
     deadline = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
+    if args.workers > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // args.workers))
+    with workers_beside(args.workers - 1, _compare_beside, task, arguments, deadline, torch.get_num_threads()):
+        return _compare(experiment, deadline)
+
+
+@contextlib.contextmanager
+def workers_beside(n: int, work: Callable[..., Any], *arguments: Any) -> Iterator[None]:
+    """Has `n` processes call `work(*arguments)`, a function of a module, until this process is through too."""
+    workers = [get_context("spawn").Process(target=work, args=arguments, daemon=True) for _ in range(n)]
+    for worker in workers:
+        worker.start()
+    yield  # an error here ends the workers with this process, as they are daemons
+    for worker in workers:
+        worker.join()
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Keeps a process quiet that works beside the one that reports. What it raises is still seen."""
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
+
+
+@interruptible
+def _compare_beside(task: type[Experiment], arguments: list[str], deadline: float | None, threads: int) -> int:
+    torch.set_num_threads(threads)
+    with silenced():
+        return _compare(task.parse(arguments), deadline, reports=False)
+
+
+def _compare(experiment: Experiment, deadline: float | None, reports: bool = True) -> int:
+    args, training_args = experiment.script_args, experiment.training_args
     datasets = list(load_data(args, experiment.model_args, experiment.built_in_rows, experiment.columns()))
     for data in datasets:
         check_data(experiment, data)
@@ -57,7 +101,7 @@ def run_comparisons(experiment: Experiment) -> int:
             if len(args.noise_rate) > 1:
                 output_dir /= folder_of_rate(noise_rate)
             grid = ComparisonGrid(experiment, data, noise_rate, output_dir)
-            runner = Runner(grid, deadline, args.overwrite_runs, training_args.disable_tqdm)
+            runner = Runner(grid, deadline, args.overwrite_runs, training_args.disable_tqdm, reports)
             if grid.left_out:
                 runner.tell(f"Without {', '.join(grid.left_out)}, which are not for the noise rate {noise_rate:g}.")
             try:
@@ -77,13 +121,20 @@ class Runner:
     """
 
     def __init__(
-        self, grid: Grid, deadline: float | None = None, overwrite: bool = False, quiet: bool = False
+        self,
+        grid: Grid,
+        deadline: float | None = None,
+        overwrite: bool = False,
+        quiet: bool = False,
+        reports: bool = True,
     ) -> None:
-        self.grid, self.deadline, self.overwrite = grid, deadline, overwrite
+        self.grid, self.deadline, self.overwrite, self.reports = grid, deadline, overwrite, reports
         self.started = time.time()
         self.made: dict[Path, Made] = {}
         self.state = PartialState()
-        self.bar = tqdm(total=len(grid), desc="runs", unit="run", disable=quiet or not self.state.is_main_process)
+        is_hidden = quiet or not reports or not self.state.is_main_process
+        # In a file there is no bar.
+        self.bar = tqdm(total=len(grid), disable=True if is_hidden else None, bar_format=BAR, smoothing=0)
 
     def run(self) -> int:
         """Makes all runs and reports on them; returns 0, or `FAILED` if an error ended one. Collective.
@@ -109,18 +160,26 @@ class Runner:
             for spec in specs:  # what is in the way of one is said before another is trained
                 with _lock(self.grid.place(spec), "folders"):
                     find_folder(spec, self.grid.place(spec), self.tell)
-        for spec, run in zip(specs, self._make_each(specs), strict=True):
-            made.setdefault((spec.method, spec.learning_rate), {})[spec.seed] = run
+        while specs:
+            for spec, run in zip(specs, self._make_each(specs), strict=True):
+                made.setdefault((spec.method, spec.learning_rate), {})[spec.seed] = run
+            specs = self.grid.extend(made)
+            self.bar.total = len(self.grid)
         controls, problems = self.grid.specify_controls(made)
         for problem in problems:
-            self.bar.update()
             self.tell(problem)
         self._make_each(controls)
 
     def _make_each(self, specs: list[RunSpec]) -> list[Made]:
         """Runs that were made. What another process is training, and what failed before, comes last."""
-        found = [self._make(spec, wait=False) for spec in specs]
-        return [self._make(spec, wait=True) if run is None else run for spec, run in zip(specs, found, strict=True)]
+        made: dict[int, Made] = {}
+        left = list(range(len(specs)))
+        while left:
+            ready = ((i, run) for i in left if (run := self._make(specs[i], wait=False)) is not None)
+            i, run = next(ready, None) or (left[0], self._make(specs[left[0]], wait=True))
+            made[i] = run
+            left.remove(i)
+        return [made[i] for i in range(len(specs))]
 
     def _make(self, spec: RunSpec, wait: bool) -> Made | None:
         """A run, made now or before; without `wait` None for one that comes last."""
@@ -138,7 +197,8 @@ class Runner:
                 made = self._try(spec, made.folder, resume)
                 note = f"{made.metrics['wall_seconds']:.0f} s" if made.metrics else "now"
         self.made[made.folder] = made
-        self.bar.update()
+        self.bar.n = len(self.made)
+        self.bar.refresh()
         self.tell(self._line(spec, made, note))
         return made
 
@@ -190,7 +250,7 @@ class Runner:
         """
         metrics, problem = None, ""
         try:
-            metrics = make_run(self.grid, spec, folder, resume)
+            metrics = make_run(self.grid, spec, folder, resume, self.bar)
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
             with contextlib.suppress(OSError):
@@ -225,7 +285,7 @@ class Runner:
     def _report(self) -> None:
         """Reports on these runs alone, not on others in the folder."""
         self.bar.close()
-        if not self.state.is_main_process:
+        if not self.reports or not self.state.is_main_process:
             return
         if any(run.counts for run in self.made.values()):
             with _lock(self.grid.output_dir, "report"):

@@ -229,4 +229,4 @@ class SFTExperiment(Experiment):
 @interruptible
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit code of [`run_comparisons`]."""
-    return run_comparisons(SFTExperiment.parse(arguments))
+    return run_comparisons(SFTExperiment, arguments)

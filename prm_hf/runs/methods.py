@@ -68,6 +68,8 @@ class Method:
 
     def changes(self, noise_rate: float = 0.3) -> dict[str, Any] | None:
         """What the method changes in the training configuration; None if it does not exist for that noise rate."""
+        if self.clean_labels and not noise_rate:
+            return None
         settings = {**self.settings, **({self.value_setting: self.value} if self.value_setting else {})}
         if self.label_smoothing is None:
             return settings
