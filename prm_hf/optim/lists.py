@@ -14,19 +14,13 @@ from . import masks
 from .foreach import ForeachStep, TensorLists
 from .quantized import read, write
 from .reference import reference_step
+from .state import STATE_KEYS
 
 
 if TYPE_CHECKING:
     from .plan import Settings
 
 _GRAD, _DTYPE, _IS_SPARSE = map(operator.attrgetter, ("grad", "dtype", "is_sparse"))
-_STATE = {
-    "exp_avgs": "exp_avg",
-    "exp_avg_sqs": "exp_avg_sq",
-    "max_exp_avg_sqs": "max_exp_avg_sq",
-    "grad_vars": "grad_var",
-    "exp_avg_signals": "exp_avg_signal",
-}
 
 
 @dataclass
@@ -34,7 +28,6 @@ class Member:
     """A local tensor with a gradient.
 
     Attributes:
-        position: among the members of a plan.
         cohort, place: see [`Clock`], which sets them.
     """
 
@@ -42,7 +35,6 @@ class Member:
     grad: Tensor
     state: dict[str, Tensor]
     settings: "Settings"
-    position: int
     cohort: int = -1
     place: int = -1
 
@@ -136,33 +128,26 @@ class UnitMasks:
     ) -> None:
         self.q: Tensor | None = None
         layout, dtype = locator.layout, masks.statistics_dtype(device)
-        counts, numels, numbers = {}, {}, {}
-        for member in members:
-            p, reduction = member.param, member.settings.h.reduction
-            # A whole tensor goes by its position
-            numbers[member.position] = [member.position] if layout is None else locator.members(p)
-            for number in numbers[member.position]:
-                rows = masks.n_rows(p) if reduction == "per_row" else 1
-                counts[number] = rows if layout is None else layout.units(number, reduction)
-                numels[number] = p.numel() if layout is None else layout.numels[number]
+        numbers = [(member, number) for member in members for number in locator.members(member.param)]
+        counts = {number: layout.units(number, member.settings.h.reduction) for member, number in numbers}
         self.table = UnitTable(counts, layout, device, dtype)
-        in_unit = {number: max(numels[number] // max(count, 1), 1) for number, count in counts.items()}
+        in_unit = {number: max(layout.numels[number] // max(count, 1), 1) for number, count in counts.items()}
         self._numels = self.table.per_unit(in_unit).unsqueeze(1)
         self._flat = variances.tables if locator.flat else {}
         self._cohorts = []
-        by_cohort: dict[int, list[Member]] = {}
-        for member in members:
-            by_cohort.setdefault(member.cohort, []).append(member)
-        for cohort, own in by_cohort.items():
-            h, of_cohort = own[0].settings.h, [number for member in own for number in numbers[member.position]]
+        for cohort in dict.fromkeys(member.cohort for member in members):
+            own = [member for member in members if member.cohort == cohort]
+            of_cohort = [(member.place, number) for member, number in numbers if member.cohort == cohort]
+            settings, units = own[0].settings, [number for _, number in of_cohort]
+            reduction = settings.h.reduction
             if locator.flat:
-                kept = self._flat[h.reduction], variances.unit_table(h.reduction, dtype).whole(of_cohort)
+                kept = self._flat[reduction], variances.unit_table(reduction, dtype).whole(units)
             else:
                 kept = _share(own, "grad_var"), slice(None)
             # With capturable, where in the cohort's vectors the scalars of each unit are
-            places = [m.place for m in own for n in numbers[m.position] for _ in range(counts[n])]
-            places = torch.tensor(places, device=device) if h.capturable else None
-            self._cohorts.append((cohort, own[0].settings, self.table.whole(of_cohort), places, *kept))
+            places = torch.tensor([place for place, number in of_cohort for _ in range(counts[number])], device=device)
+            places = places if settings.h.capturable else None
+            self._cohorts.append((cohort, settings, self.table.whole(units), places, *kept))
 
     def is_unchanged(self) -> bool:
         """Whether the variances of flat buffers are still where they were."""
@@ -181,7 +166,7 @@ class UnitMasks:
         for cohort, settings, units, places, variances, kept in self._cohorts:
             c = scalars[cohort]
             if places is not None:
-                c = masks.StepScalars(*(x[places] for x in c))
+                c = c.select(places)
             self.q[units], variances[kept] = masks.advance_units(means[units], variances[kept], c, settings.h)
         if transform is not None:
             self.q = transform(self.q)
@@ -211,22 +196,22 @@ class PlanList:
         self._empty = {i: m.grad for i, m in enumerate(members) if m.param.grad is None}
         halves, h = unit_masks is not None, self.settings.h
         needed = {
-            "max_exp_avg_sqs": h.amsgrad,
-            "grad_vars": h.masked and not halves,
-            "exp_avg_signals": h.masked and h.signal_beta is not None,
+            "max_exp_avg_sq": h.amsgrad,
+            "grad_var": h.masked and not halves,
+            "exp_avg_signal": h.masked and h.signal_beta is not None,
         }
-        self._names = [name for name in _STATE if needed.get(name, True)]
+        self._states = {
+            key: [member.state[key] for member in members] if needed.get(key, True) else [] for key in STATE_KEYS
+        }
         by_rows = halves and h.reduction == "per_row"
         self.slices = [
             (i, piece) for i, p in enumerate(self._params) for piece in locator.slices(p, by_rows, split=halves)
         ]
-        if halves and locator.layout is None:
-            self.units = unit_masks.table.whole([member.position for member in members])
-        elif halves:
+        if halves:
             self.units = unit_masks.table.index([piece.units for _, piece in self.slices])
         self._watched = self._params
-        if locator.layout is not None:  # a library that shards may exchange storages
-            self._watched = [*self._params, *(m.state[_STATE[name]] for name in self._names for m in members)]
+        if locator.sharded:  # a library that shards may exchange storages
+            self._watched = [*self._params, *itertools.chain(*self._states.values())]
         self._addresses = self._find()
 
     def _find(self) -> list[int]:
@@ -250,14 +235,12 @@ class PlanList:
         return True
 
     def slices_of(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The slices of tensors that are shaped as the members."""
-        return [piece.of(tensors[i]) for i, piece in self.slices]
+        """The slices of tensors that are shaped as the members; of none, none."""
+        return [piece.of(tensors[i]) for i, piece in self.slices] if tensors else []
 
     def tensor_lists(self) -> TensorLists:
         """The slices of the members' tensors, without gradients."""
-        lists = TensorLists(*([] for _ in TensorLists._fields))._replace(params=self.slices_of(self._params))
-        states = {name: [member.state[_STATE[name]] for member in self.members] for name in self._names}
-        return lists._replace(**{name: self.slices_of(tensors) for name, tensors in states.items()})
+        return TensorLists(self.slices_of(self._params), [], *map(self.slices_of, self._states.values()))
 
 
 class ReferenceList(PlanList):
@@ -277,7 +260,7 @@ class ReferenceList(PlanList):
         s = self.settings
         for member, grad in zip(self.members, self._grads, strict=True):
             c = scalars[member.cohort]
-            c = c.select(member.place) if isinstance(c.bias1, Tensor) else c
+            c = c.select(member.place) if s.h.capturable else c
             dtype = member.state["exp_avg_sq"].dtype
             param = read(member.param, dtype)
             reference_step(param, read(grad, dtype), member.state, c, s.h, s.lr, s.eps)
@@ -304,13 +287,14 @@ class ForeachList(PlanList):
 
     def _scalars(self, scalars: list[masks.StepScalars]) -> masks.StepScalars:
         """The scalars of each slice, as lists."""
-        own = [(self.members[i].cohort, self.members[i].place) for i, _ in self.slices]
-        lists = {}
-        for cohort in {cohort for cohort, _ in own}:
-            size = 1 + max((place for other, place in own if other == cohort), default=0)
-            lists[cohort] = [x.unbind() if isinstance(x, Tensor) else [x] * size for x in scalars[cohort]]
-        fields = range(len(masks.StepScalars._fields))
-        return masks.StepScalars(*([lists[cohort][field][place] for cohort, place in own] for field in fields))
+        own = [self.members[i] for i, _ in self.slices]
+        if self.settings.h.capturable:
+            cohorts = {m.cohort for m in own}
+            places = {i: list(zip(*(x.unbind() for x in scalars[i]), strict=True)) for i in cohorts}
+            entries = [places[m.cohort][m.place] for m in own]
+        else:
+            entries = [scalars[m.cohort] for m in own]
+        return masks.StepScalars(*map(list, zip(*entries, strict=True)))
 
     def first_half(self, scalars: list[masks.StepScalars]) -> None:
         self.sums = self._step.sums(self._scalars(scalars))

@@ -85,8 +85,8 @@ class StepScalars(NamedTuple):
     first: list | Tensor  # t = 1
     open: list | Tensor  # still in `warmup_steps`: q = 1
 
-    def select(self, index: int) -> "StepScalars":
-        """The entries of one parameter tensor."""
+    def select(self, index: int | Tensor) -> "StepScalars":
+        """The entries of one parameter tensor, or of vectors those of several."""
         return StepScalars(*(field[index] for field in self))
 
     def take(self, positions: list[int]) -> "StepScalars":

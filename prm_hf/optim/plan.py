@@ -130,7 +130,7 @@ class StepPlan:
         for group, settings in zip(groups, self._groups, strict=True):
             for p in group["params"]:
                 grad = p.grad
-                if grad is None and self._locator.layout is not None and p.numel() == 0:
+                if grad is None and self._locator.sharded and p.numel() == 0:
                     # FSDP1 gives no gradient to a process that holds nothing of a tensor, but its sums must add up.
                     grad = torch.zeros_like(p)
                 if grad is None:
@@ -141,7 +141,7 @@ class StepPlan:
                         f"PRM does not support sparse gradients, and a parameter of shape {tuple(p.shape)} has one: "
                         "create its embedding with `sparse=False`."
                     )
-                members.append(Member(p, grad, init_state(p, group), settings, len(members)))
+                members.append(Member(p, grad, init_state(p, group), settings))
         return members
 
     def _kind(self, member: Member) -> tuple:
@@ -152,7 +152,7 @@ class StepPlan:
         if self._transform is None and _use_fused(member):
             return ("fused", *tensors, *settings.form)
         foreach = uses_foreach([p], h, settings.lr)
-        whole = self._locator.layout is None and self._transform is None
+        whole = not self._locator.sharded and self._transform is None
         if whole and not foreach and m.dtype == v.dtype and not is_quantized(m):
             return ("reference", id(settings))
         return ("foreach", *tensors, id(settings))
@@ -161,7 +161,7 @@ class StepPlan:
         """Whether masks are decided between the halves of a step."""
         if not h.masked or h.reduction == "per_param":
             return False
-        if self._locator.layout is not None or self._transform is not None:
+        if self._locator.sharded or self._transform is not None:
             return True
         # Of whole tensors the reference and the kernel sum up by themselves; rows never need more than a block
         return implementation == "foreach" and h.reduction == "per_tensor"
@@ -170,7 +170,7 @@ class StepPlan:
         """The masks that are decided between the halves of a step: of whole tensors by device, of shards together."""
         by_device: dict[torch.device, list[Member]] = {}
         for member in deferred:
-            device = member.param.device if self._locator.layout is None else deferred[0].param.device
+            device = (deferred[0] if self._locator.sharded else member).param.device
             by_device.setdefault(device, []).append(member)
         return {device: UnitMasks(members, self._locator, variances, device) for device, members in by_device.items()}
 
@@ -231,7 +231,7 @@ class StepPlan:
 
     def _found_values(self) -> list[Tensor]:
         # Whoever exchanges the state of whole tensors exchanges all of it; libraries that shard do so one by one.
-        if self._locator.layout is None and self._member_states:
+        if not self._locator.sharded and self._member_states:
             return [self._member_states[0]["step"], *map(operator.itemgetter("exp_avg"), self._member_states)]
         return list(itertools.chain.from_iterable(map(dict.values, self._member_states)))
 

@@ -277,14 +277,14 @@ class PRM(Optimizer):
         if not all(group["fused"] and group["capturable"] for group in self.param_groups):
             return False
         self._locate()  # GradScaler asks before the first step
-        return self._locator.layout is None
+        return not self._locator.sharded
 
     def _locate(self) -> None:
         self._absorb_loaded()
         groups = self.param_groups
         self._locator.locate([(group[LifeCycle.NUMBER], group["params"]) for group in groups])
         layout = self._locator.layout
-        if layout is None:
+        if not self._locator.sharded:
             return
         for group in groups:
             layout.path.check(group["reduction"], group["state_dtype"])

@@ -80,10 +80,10 @@ class UnitRange(NamedTuple):
 
 @dataclass
 class Layout:
-    """The sharded tensors of an optimizer. Numbers count its original tensors, group by group.
+    """The tensors of an optimizer. Numbers count its original tensors, group by group.
 
     Attributes:
-        path: what holds the parameters.
+        path: what holds the parameters; None for whole tensors.
         numels: elements of each original tensor, over all processes.
         rows: rows of each original tensor; 0 where it is not known which of them a process holds.
         process_groups: of each original tensor, the groups over which its parts have to be added up.
@@ -94,7 +94,7 @@ class Layout:
         locals: the local tensors; holding them keeps their ids unique.
     """
 
-    path: ShardingPath
+    path: ShardingPath | None
     flat: bool
     numels: list[int]
     process_groups: list[tuple[dist.ProcessGroup, ...]]
@@ -138,8 +138,10 @@ class Layout:
         """Reduces the rows of `table`, one for each of `tensors`, in place over the processes that share the tensor.
 
         With `counts` so many for each of them. Collective over the process groups of these tensors. One all-reduce for
-        each different set of groups.
+        each different set of groups; none for whole tensors, which every process has.
         """
+        if self.path is None:
+            return
         key = (table.device, counts is None, *tensors)
         if key not in self._rows:
             by_groups, row = {}, 0
@@ -176,10 +178,8 @@ class Layout:
             )
 
 
-def find_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[Tensor]]]) -> Layout | None:
-    """The layout of an optimizer's parameters, or None if its local tensors are the whole tensors.
-
-    Collective, if the parameters are sharded.
+def find_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[Tensor]]]) -> Layout:
+    """The layout of an optimizer's parameters. Collective, if they are sharded.
 
     Args:
         originals: the parameters that the optimizer was created with, group by group.
@@ -197,7 +197,7 @@ def find_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[Tens
         return _fsdp1_layout(groups)
     known = {id(p) for group in originals for p in group}
     if all(id(p) in known for p in local):
-        return None
+        return _whole_layout(local)
     parameters = [p for group in originals for p in group]
     if any(hasattr(p, "_z3_optimizer") for p in parameters):
         return _zero3_layout(originals)
@@ -211,7 +211,15 @@ def find_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[Tens
                 f"know: group {number} had {len(originals[number])} tensors and has {len(params)} of shapes "
                 f"{[tuple(p.shape) for p in params[:3]]}. Use reduction='per_param', DDP, FSDP2 or DeepSpeed ZeRO."
             )
-    return None
+    return _whole_layout(local)
+
+
+def _whole_layout(params: list[Tensor]) -> Layout:
+    layout = Layout(path=None, flat=False, numels=[p.numel() for p in params], process_groups=[()] * len(params))
+    layout.rows = [_n_rows(p.shape) for p in params]
+    for number, p in enumerate(params):
+        layout.add(p, [Segment(number, 0, p.numel())], [number])
+    return layout
 
 
 def _is_instance(x: Tensor, module: str, name: str) -> bool:
