@@ -22,58 +22,37 @@ def check_config(config: dict[str, Any]) -> None:
         ValueError: naming the setting to change.
     """
     zero = config.get("zero_optimization") or {}
-    optimizer_offload = zero.get("offload_optimizer") or {}
-    param_offload = zero.get("offload_param") or {}
-    device = _device(optimizer_offload)
-
-    if "optimizer" in config:
-        raise ValueError(
-            "The DeepSpeed configuration has a section `optimizer`, which would silently take PRM's place. Remove the "
-            "section."
-        )
-    for name, offload in (("offload_optimizer", optimizer_offload), ("offload_param", param_offload)):
-        if _device(offload) == "nvme":
-            raise ValueError(
-                f"The DeepSpeed configuration has `zero_optimization.{name}.device: nvme`, with which the parts of a "
-                "tensor are not in memory when PRM has to measure it. Set it to `cpu` or `none`."
-            )
-    if (device != "none" or zero.get("cpu_offload")) and config.get("zero_force_ds_cpu_optimizer", True) is not False:
-        raise ValueError(
-            "The DeepSpeed configuration offloads the optimizer, and accelerate would silently replace PRM by "
-            "DeepSpeed's CPU Adam. Add `zero_force_ds_cpu_optimizer: false` to the configuration."
-        )
+    offloads = {name: zero.get(name) or {} for name in ("offload_optimizer", "offload_param")}
+    devices = {name: str(offload.get("device") or "none") for name, offload in offloads.items()}
+    optimizer_offload, offloaded = offloads["offload_optimizer"], devices["offload_optimizer"] != "none"
     ratio = optimizer_offload.get("ratio", 1.0)
-    if device != "none" and ratio != "auto" and ratio < 1:
-        raise ValueError(
-            f"The DeepSpeed configuration has `zero_optimization.offload_optimizer.ratio: {ratio}`, with which "
-            "DeepSpeed steps the rest of the parameters with its own Adam. Set it to 1."
-        )
-    if optimizer_offload.get("super_offload"):
-        raise ValueError(
-            "The DeepSpeed configuration has `zero_optimization.offload_optimizer.super_offload: true`, which steps "
-            "with DeepSpeed's CPU Adam in a process of its own. Remove it."
-        )
-    if zero.get("zenflow"):
-        raise ValueError(
-            "The DeepSpeed configuration has a section `zero_optimization.zenflow`, which splits each tensor between "
-            "two optimizers. Remove it."
-        )
-    if zero.get("elastic_checkpoint"):
-        raise ValueError(
-            "The DeepSpeed configuration has `zero_optimization.elastic_checkpoint: true`, which loses what PRM keeps "
-            "with its parameter groups. Remove it; universal checkpoints change the number of processes "
-            "(`python -m deepspeed.checkpoint.ds_to_universal`)."
-        )
     tensor_parallel = (config.get("tensor_parallel") or {}).get("autotp_size", 0)
-    if tensor_parallel != "auto" and tensor_parallel > 1:
-        raise ValueError(
-            f"The DeepSpeed configuration has `tensor_parallel.autotp_size: {tensor_parallel}`: PRM would take the "
-            "slice of a tensor that a process computes with for the tensor. Remove the section."
-        )
-
-
-def _device(offload: dict[str, Any]) -> str:
-    return str(offload.get("device") or "none")
+    faults = {
+        "has a section `optimizer`, which would silently take PRM's place. Remove the section.": "optimizer" in config,
+        **{
+            f"has `zero_optimization.{name}.device: nvme`, with which the parts of a tensor are not in memory when PRM "
+            "has to measure it. Set it to `cpu` or `none`.": device == "nvme"
+            for name, device in devices.items()
+        },
+        "offloads the optimizer, and accelerate would silently replace PRM by DeepSpeed's CPU Adam. Add "
+        "`zero_force_ds_cpu_optimizer: false` to the configuration.": (offloaded or zero.get("cpu_offload"))
+        and config.get("zero_force_ds_cpu_optimizer", True) is not False,
+        f"has `zero_optimization.offload_optimizer.ratio: {ratio}`, with which DeepSpeed steps the rest of the "
+        "parameters with its own Adam. Set it to 1.": offloaded and ratio != "auto" and ratio < 1,
+        "has `zero_optimization.offload_optimizer.super_offload: true`, which steps with DeepSpeed's CPU Adam in a "
+        "process of its own. Remove it.": optimizer_offload.get("super_offload"),
+        "has a section `zero_optimization.zenflow`, which splits each tensor between two optimizers. Remove it.": (
+            zero.get("zenflow")
+        ),
+        "has `zero_optimization.elastic_checkpoint: true`, which loses what PRM keeps with its parameter groups. "
+        "Remove it; universal checkpoints change the number of processes "
+        "(`python -m deepspeed.checkpoint.ds_to_universal`).": zero.get("elastic_checkpoint"),
+        f"has `tensor_parallel.autotp_size: {tensor_parallel}`: PRM would take the slice of a tensor that a process "
+        "computes with for the tensor. Remove the section.": tensor_parallel != "auto" and tensor_parallel > 1,
+    }
+    for fault, is_there in faults.items():
+        if is_there:
+            raise ValueError(f"The DeepSpeed configuration {fault}")
 
 
 class LifeCycle:

@@ -368,7 +368,7 @@ def test_grad_scaler_leaves_unscaling_and_skipping_to_the_kernel(reduction, unsc
 def halves_of(lists, h, age):
     """The kernel's tables of lists without `grad_vars`, and a function that runs one of their halves."""
     settings = SimpleNamespace(h=h, lr=h.lr, eps=h.eps)
-    tables = fused.KernelTables(*(getattr(lists, f"{name}s") for name in fused.STATES), fused.code_of(h))
+    tables = fused.KernelTables(lists, fused.code_of(h))
     scalars = np.array([fused.scalar_row(masks.step_scalars(age, h), settings)])
     rows = np.zeros(len(lists.params), dtype=np.int32)
     addresses = [g.data_ptr() for g in lists.grads]

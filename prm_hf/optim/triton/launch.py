@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...sharding import local_tensors
 from .. import masks
+from ..foreach import TensorLists
 from ..hyperparameters import MASKS, Hyperparameters
 from ..lists import PlanList
 from ..quantized import is_quantized
@@ -32,13 +33,12 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 class KernelTables:
     """The tables of a list of tensors on one device, of one parameter dtype and one dtype of `exp_avg`.
 
-    All other state is float32.
-
-    They hold as long as the tensors keep their storages; the gradients may be new tensors at every step.
+    All other state is float32. The tables hold as long as the tensors keep their storages; the gradients may be new
+    tensors at every step.
 
     Args:
-        params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grad_vars, exp_avg_signals: as in [`TensorLists`]; contiguous.
-            Without `grad_vars` masks are decided between the halves of a step.
+        lists: contiguous tensors; `grads` are not used. Without `grad_vars` masks are decided between the halves of a
+            step.
         code: what of the settings is compiled in, see [`code_of`].
 
     Attributes:
@@ -47,42 +47,31 @@ class KernelTables:
         q: their masks for the second half, float32 `(units,)`.
     """
 
-    def __init__(
-        self,
-        params: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        max_exp_avg_sqs: list[Tensor],
-        grad_vars: list[Tensor],
-        exp_avg_signals: list[Tensor],
-        code: dict[str, Any],
-    ) -> None:
+    def __init__(self, lists: TensorLists, code: dict[str, Any]) -> None:
+        params = lists.params
         self.device, n = params[0].device, len(params)
-        # Keeps their storages
-        self._tensors = (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grad_vars, exp_avg_signals)
+        self._lists = lists._replace(grads=[])  # keeps their storages
         other_kernels = {"PER_TENSOR"} if code["PER_ROW"] else {"SIGNAL"}
         self._code = {name: value for name, value in code.items() if name not in {"PER_ROW", *other_kernels}}
-        self._dtypes = {"P": _DTYPES[params[0].dtype], "M": _DTYPES[exp_avgs[0].dtype]}
+        self._dtypes = {"P": _DTYPES[params[0].dtype], "M": _DTYPES[lists.exp_avgs[0].dtype]}
         numels = np.array([p.numel() for p in params], dtype=np.int64)
         self._chunk = CHUNK if numels.max(initial=0) > SMALL else SMALL_CHUNK
         n_chunks = -(-numels // self._chunk)
         first = np.concatenate([[0], np.cumsum(n_chunks)]).astype(np.int32)
         chunk_tensors = np.repeat(np.arange(n, dtype=np.int32), n_chunks)
-        statistics, updates = 2 * np.arange(first[-1], dtype=np.int32), 2 * np.arange(first[-1], dtype=np.int32) + 1
-        whole = _schedule(first, chunk_tensors) if code["PER_TENSOR"] else updates
-        items = {0: whole, 1: statistics, 2: updates}
-        self._items = {phase: (self._upload(array), len(array)) for phase, array in items.items()}
+        statistics = 2 * np.arange(first[-1], dtype=np.int32)
+        whole = _schedule(first, chunk_tensors) if code["PER_TENSOR"] else statistics + 1
+        self._items = [self._upload(array) for array in (whole, statistics, statistics + 1)]  # by phase
         self._chunk_tensors = self._upload(chunk_tensors)
-        self.addresses = [_addresses(tensors) for tensors in self._tensors]
-        elementwise = list(self.addresses)
-        if code["PER_TENSOR"] or code["PER_ROW"]:  # the scalars of a tensor or a row are read by themselves
-            del elementwise[STATES.index("grad_var")]
-        self._aligned = all(map(_are_aligned, elementwise))
+        self._addresses = _addresses(lists)
+        # The scalars of a tensor or a row are read by themselves
+        by_unit = code["PER_TENSOR"] or code["PER_ROW"]
+        self._aligned = all(_are_aligned(x) for key, x in self._addresses.items() if key != "grad_var" or not by_unit)
         rows = np.array([masks.n_rows(p) for p in params], dtype=np.int64)
         self._tiles = self._cut_rows(rows, numels) if code["PER_ROW"] else []
         table = np.zeros((n, len(TENSOR)), dtype=np.int64)
         first_row = np.cumsum(rows) - rows
-        for column, values in enumerate((*self.addresses, numels, first[:-1], rows, first_row)):
+        for column, values in enumerate((*self._addresses.values(), numels, first[:-1], rows, first_row)):
             if len(values):
                 table[:, column] = values
         self._table = self._upload(table)
@@ -90,7 +79,7 @@ class KernelTables:
         self._partials = torch.empty(2 * max(int(first[-1]), 1), dtype=torch.float64, device=self.device)
         units = n
         if code["PER_ROW"]:  # whole rows keep their sums and masks to themselves
-            units = 0 if grad_vars else int(rows.sum())
+            units = 0 if lists.grad_vars else int(rows.sum())
         self.sums = torch.zeros(units, 2, dtype=torch.float64, device=self.device)
         self.q = torch.ones(units, device=self.device)
         self._programs = 1
@@ -118,7 +107,7 @@ class KernelTables:
 
     def _make_room(self, n_rows: int) -> None:
         """For what is sent at each step, in one piece: the table of the gradients and `n_rows` of scalars."""
-        n = len(self._tensors[0])
+        n = len(self._lists.params)
         self._here = torch.zeros(2 * n + len(SCALARS) * n_rows, dtype=torch.int64, device="cpu")
         self._there = self._upload(self._here.numpy())
         grads, scalars = self._here[: 2 * n], self._here[2 * n :].view(torch.float64)
@@ -132,9 +121,9 @@ class KernelTables:
         """Such that the host need not wait for the device: CUDA takes up to 64 kB along with the command."""
         return tensor.pin_memory() if self.device.type == "cuda" and tensor.nbytes > 2**16 else tensor
 
-    def fits(self, *lists: list[Tensor]) -> bool:
+    def fits(self, lists: TensorLists) -> bool:
         """Whether the tensors still have the storages that the tables were made of."""
-        return all(np.array_equal(_addresses(new), old) for new, old in zip(lists, self.addresses, strict=True))
+        return all(np.array_equal(new, self._addresses[name]) for name, new in _addresses(lists).items())
 
     def run(
         self,
@@ -156,8 +145,8 @@ class KernelTables:
                 `q`.
             found_inf: GradScaler's, on the device: nothing is done unless it is 0. With it gradients are unscaled.
         """
-        items, n_items = self._items[phase]
-        if n_items == 0:
+        items = self._items[phase]
+        if len(items) == 0:
             return
         on_device = isinstance(scalars, Tensor)
         if not on_device and scalars.shape != self._scalars_here.shape:
@@ -193,22 +182,9 @@ class KernelTables:
                 row_kernel[(len(rows_of_tile),)](rows_of_tile, *arguments, **tile, **given)
             return
         self._counters.zero_()
-        step_kernel[(min(n_items, self._programs),)](
-            items,
-            n_items,
-            self._chunk_tensors,
-            self._table,
-            len(addresses),
-            self._grads_there,
-            scalars,
-            self._counters,
-            self._partials,
-            self.sums,
-            self.q,
-            found_inf,
-            CHUNK=self._chunk,
-            **given,
-        )
+        n_items, tables = len(items), (self._chunk_tensors, self._table, len(addresses), self._grads_there, scalars)
+        results = self._counters, self._partials, self.sums, self.q, found_inf
+        step_kernel[(min(n_items, self._programs),)](items, n_items, *tables, *results, CHUNK=self._chunk, **given)
 
 
 class TritonList(PlanList):
@@ -216,28 +192,23 @@ class TritonList(PlanList):
 
     def __init__(self, members, locator, unit_masks, tables) -> None:
         super().__init__(members, locator, unit_masks, tables)
-        lists = self.tensor_lists()
-        states = [getattr(lists, f"{name}s") for name in STATES]
-        code = code_of(self.settings.h)
+        lists, code = self.tensor_lists(), code_of(self.settings.h)
         # Not by identity: slices of flat partitions are new views in each plan.
         key = (*((p.data_ptr(), p.numel()) for p in lists.params), *code.values(), unit_masks is None)
         self._tables = tables.pop(key, None)
-        if self._tables is None or not self._tables.fits(*states):
-            self._tables = KernelTables(*states, code)
+        if self._tables is None or not self._tables.fits(lists):
+            self._tables = KernelTables(lists, code)
         tables[key] = self._tables
         while len(tables) > 8:  # of parameters that do not all have gradients at each step
             tables.pop(next(iter(tables)))
         members = [self.members[i] for i, _ in self.slices]
-        self._cohorts = list(dict.fromkeys(member.cohort for member in members))
         self._settings = {member.cohort: member.settings for member in members}
         self._capturable = self.settings.h.capturable
-        # Of each slice, its row in the table of scalars
-        if self._capturable:
-            places = [max(m.place for m in members if m.cohort == cohort) + 1 for cohort in self._cohorts]
-            begin = dict(zip(self._cohorts, np.cumsum([0, *places]), strict=False))
-            rows = [begin[member.cohort] + member.place for member in members]
-        else:
-            rows = [self._cohorts.index(member.cohort) for member in members]
+        # Of each slice, its row in the table of scalars, where each cohort has one or with `capturable` one a place
+        places = [max(m.place for m in members if m.cohort == cohort) + 1 for cohort in self._settings]
+        sizes = places if self._capturable else [1] * len(places)
+        begin = dict(zip(self._settings, np.cumsum([0, *sizes]), strict=False))
+        rows = [begin[member.cohort] + member.place * self._capturable for member in members]
         self._rows = np.array(rows, dtype=np.int32)
         self._scalars: np.ndarray | Tensor | None = None
         # Of slices of flat buffers, of which and from which of its elements on
@@ -266,13 +237,13 @@ class TritonList(PlanList):
         self._tables.run(addresses, self._grad_dtype, scalars, self._rows, phase=phase, found_inf=found_inf)
 
     def _set_scalars(self, scalars: list[masks.StepScalars]) -> None:
-        rows = [scalar_row(scalars[cohort], self._settings[cohort]) for cohort in self._cohorts]
+        rows = {cohort: scalar_row(scalars[cohort], settings) for cohort, settings in self._settings.items()}
         if not self._capturable:
-            self._scalars = np.array(rows, dtype=np.float64)
+            self._scalars = np.array(list(rows.values()), dtype=np.float64)
             return
         # Filled in on the device: a copy from the host could not be captured in a graph.
         tables = []
-        for cohort, row in zip(self._cohorts, rows, strict=True):
+        for cohort, row in rows.items():
             t = scalars[cohort].bias1.double()
             columns = [x.double().expand(len(t)) if isinstance(x, Tensor) else torch.full_like(t, x) for x in row]
             tables.append(torch.stack(columns, dim=1))
@@ -344,8 +315,11 @@ def supports(param: Tensor, grad: Tensor, exp_avg: Tensor) -> bool:
     )
 
 
-def _addresses(tensors: list[Tensor]) -> np.ndarray:
-    return np.array([x.data_ptr() for x in tensors], dtype=np.int64)
+def _addresses(lists: TensorLists) -> dict[str, np.ndarray]:
+    """Where the tensors are, by the names of `STATES`."""
+    states = [lists.params, *lists[2:]]
+    addresses = [np.array([x.data_ptr() for x in tensors], dtype=np.int64) for tensors in states]
+    return dict(zip(STATES, addresses, strict=True))
 
 
 def _are_aligned(addresses: np.ndarray) -> bool:
