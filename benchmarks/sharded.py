@@ -45,7 +45,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from prm_hf import PRM
-from prm_hf.sharding import Locator
+from prm_hf.sharding import Locator, Segment
 
 
 SIZES = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864}  # of the model, by flag
@@ -79,29 +79,23 @@ class StepRecorder:
         self.shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
         self.weight_decays = [group["weight_decay"] for group in optimizer.param_groups for _ in group["params"]]
         self.slices: list[tuple[int, int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        self._stepped: list[tuple] = []
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
 
     def _before(self, *_) -> None:
         groups = [(group["recorded_as"], group["params"]) for group in self.optimizer.param_groups]
         self.locator.locate(groups)
-        self._stepped = [
-            (self.locator.numbers(number)[i] if not self.locator.flat else None, p, _flat(p.grad), _flat(p))
-            for number, params in groups
-            for i, p in enumerate(params)
-            if p.grad is not None
-        ]
+        params = (p for _, params in groups for p in params)
+        self._stepped = [(p, _flat(p.grad), _flat(p)) for p in params if p.grad is not None]
 
     def _after(self, *_) -> None:
-        for number, p, grad, before in self._stepped:
-            after = _flat(p)
-            if number is not None:
-                self.slices.append((number, 0, grad, before, after))
-                continue
-            for segment in self.locator.layout.segments[id(p)]:
-                part = slice(segment.start, segment.start + segment.length)
-                self.slices.append((segment.tensor, segment.offset, grad[part], before[part], after[part]))
+        for p, *seen in self._stepped:
+            seen.append(_flat(p))
+            segments = self.locator.layout.segments[id(p)]
+            if not self.locator.flat:  # what was seen is whole
+                segments = [Segment(segments[0].tensor, 0, len(seen[0]))]
+            for tensor, start, length, offset in segments:
+                self.slices.append((tensor, offset, *(x[start : start + length] for x in seen)))
         self._stepped = []
 
     def whole_tensors(self) -> list[list[torch.Tensor]]:
@@ -305,13 +299,9 @@ def main(arguments: list[str] | None = None) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to be deterministic
     accelerator = make_accelerator(args)
-    result = {
-        "distributed_type": accelerator.distributed_type.value,
-        "processes": accelerator.num_processes,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-        "model": model_of(args, accelerator),
-    }
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    result = {"distributed_type": accelerator.distributed_type.value, "processes": accelerator.num_processes}
+    result |= {"device": device, "torch": torch.__version__, "model": model_of(args, accelerator)}
     masks = None
     if args.steps:
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,4 +1,4 @@
-"""PRM with options for its masks that it does not have, of which each was tried and found not to be worth its place."""
+"""PRM with options for its masks that it does not have: each was tried, and found not to be worth its place."""
 
 import torch
 from torch import Tensor

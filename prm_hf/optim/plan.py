@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import operator
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import torch
@@ -23,20 +24,6 @@ from .quantized import is_quantized
 
 
 _OTHERS = operator.itemgetter(*sorted({*NAMES} - {"lr", "betas"}))
-# What decides on the implementation and on what is compiled for it.
-_FORM = operator.itemgetter(
-    "mask",
-    "reduction",
-    "estimator",
-    "amsgrad",
-    "maximize",
-    "decoupled_weight_decay",
-    "foreach",
-    "fused",
-    "capturable",
-    "differentiable",
-    "state_dtype",
-)
 
 
 class Settings:
@@ -46,6 +33,8 @@ class Settings:
         h: the hyperparameters, of which `lr` may be an older one.
         lr: the learning rate of a step, with `relative_eps` accounted for.
         eps: Adam's epsilon, likewise.
+        form: what decides on the implementation and on what is compiled for it: all settings that are no numbers,
+            which of the others are set, and whether there is weight decay.
     """
 
     def __init__(self, group: dict[str, Any], locator: Locator) -> None:
@@ -64,7 +53,8 @@ class Settings:
         self.lr = (lr.reshape(()) if isinstance(lr, Tensor) and lr.dim() else lr) * self.h.step_length
 
     def _form(self, group: dict[str, Any]) -> tuple:
-        return (*_FORM(group), group["signal_beta"] is None, group["weight_decay"] == 0, torch.is_tensor(group["lr"]))
+        settings = (x if isinstance(x, (str, bool, NoneType)) else "set" for x in _OTHERS(group))
+        return (*settings, self.h.weight_decay == 0, torch.is_tensor(group["lr"]))
 
     def follow(self, group: dict[str, Any]) -> bool:
         """Takes over changed numbers. False if `group` has other parameters or needs another plan."""
@@ -111,9 +101,11 @@ class StepPlan:
         members = self._collect(groups, init_state)
         self._clock = Clock(members)
         by_kind: dict[tuple, list[Member]] = {}
+        deferred = []
         for member in members:
-            by_kind.setdefault(self._kind(member), []).append(member)
-        deferred = [member for member in members if self._is_deferred(self._kind(member)[0], member.settings.h)]
+            kind = self._kind(member)
+            by_kind.setdefault(kind, []).append(member)
+            deferred += [member] * self._is_deferred(kind[0], member.settings.h)
         self._masks = self._unit_masks(deferred, variances)
         self._lists: list[PlanList] = []
         for (implementation, *_), own in by_kind.items():
@@ -172,7 +164,7 @@ class StepPlan:
         for member in deferred:
             device = (deferred[0] if self._locator.sharded else member).param.device
             by_device.setdefault(device, []).append(member)
-        return {device: UnitMasks(members, self._locator, variances, device) for device, members in by_device.items()}
+        return {device: UnitMasks(own, self._locator, variances, device) for device, own in by_device.items()}
 
     def holds(self, groups: list[dict[str, Any]], state: dict[Tensor, dict]) -> bool:
         """Whether the next step can be taken by this plan. Takes over gradients and the settings' numbers.
@@ -220,7 +212,7 @@ class StepPlan:
             x.drop_gradients()
 
     def _same_state(self, state: dict[Tensor, dict]) -> bool:
-        # By `is`, in C: `==` would compare elements, and looking entries up would ask each tensor for its hash.
+        # By `is`, in C: `==` would compare elements, and looking entries up would ask each tensor for its hash
         return (
             state is self._state
             and len(state) >= len(self._entries)
