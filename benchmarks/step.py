@@ -160,15 +160,13 @@ def measure(
     optimizer.step()
     states = [x for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor)]
     state_bytes = sum(_bytes(x) for x in states)
-    synchronize(device)
-    before, peak = 0, None
+    peak = None
     if device == "cuda":
+        synchronize(device)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    backward()
-    optimizer.step()
-    synchronize(device)
-    if device == "cuda":
+        backward()
+        optimizer.step()
         peak = torch.cuda.max_memory_allocated() - before
     times = milliseconds(optimizer.step, device, repeats, seconds, prepare=backward)
     return {
@@ -276,12 +274,9 @@ def print_row(rows: list[dict], bandwidth: float) -> None:
 
 def write(folder: Path, rows: list[dict], dpo: dict | None, name: str, bandwidth: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    versions = {}
-    for package in ("torch", "triton", "torchao", "bitsandbytes", "pytorch-optimizer", "transformers", "trl"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    packages = ("torch", "triton", "torchao", "bitsandbytes", "pytorch-optimizer", "transformers", "trl")
+    versions = {x.name.replace("_", "-"): x.version for x in importlib.metadata.distributions()}
+    versions = {package: versions[package] for package in packages if package in versions}
     record = {"device": name, "threads": torch.get_num_threads(), "copy_bytes_per_second": bandwidth}
     record |= {"versions": versions, "rows": rows, "dpo": dpo}
     (folder / "bench_step.json").write_text(json.dumps(record, indent=1), encoding="utf-8")

@@ -5,6 +5,7 @@ processes hold parts of.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -76,12 +77,8 @@ class ForeachStep:
     def _take(self, block: list[tuple[int, slice | None]]) -> tuple[TensorLists, TensorLists]:
         """The shares of all lists in a block, as they are kept and as the step computes with them."""
         cut = Tensor.__getitem__ if self._by_rows else flat_slice
-        kept = TensorLists(
-            *(
-                [tensors[i] if span is None else cut(tensors[i], span) for i, span in block] if tensors else []
-                for tensors in self._lists
-            )
-        )
+        lists = [[(xs[i], span) for i, span in block] if xs else [] for xs in self._lists]
+        kept = TensorLists(*([x if span is None else cut(x, span) for x, span in xs] for xs in lists))
         # Promoted, as the variances of rows are more precise than the step
         working = ([read(x, torch.promote_types(x.dtype, self._dtype)) for x in tensors] for tensors in kept)
         return kept, TensorLists(*working)
@@ -94,7 +91,7 @@ class ForeachStep:
 
         With `signal_beta` the signal's average advances, too, and its squares are summed in place of m².
         """
-        sums, spans = [], [0] * len(self._lists.params)
+        sums = []
         for block in self._blocks:
             kept, working = self._take(block)
             if self._moments_last:  # these are to be thrown away; the signal's average is never rounded
@@ -103,13 +100,12 @@ class ForeachStep:
                     exp_avg_sqs=_copies(working.exp_avg_sqs, kept.exp_avg_sqs),
                 )
             sums.append(advance_moments(working, scalars.take([i for i, _ in block]), self._h, sums_wanted=True))
-            for i, _ in block:
-                spans[i] += 1
         sums = torch.cat(sums)
-        if self._by_rows or len(sums) == len(spans):
+        if self._by_rows or len(sums) == len(self._lists.params):
             return sums
+        spans = Counter(i for block in self._blocks for i, _ in block)  # of each tensor, in their order
         # Not by an index, which a CUDA graph could not upload and whose additions have no order on a device
-        return torch.stack([part.sum(0) for part in sums.split(spans)])
+        return torch.stack([part.sum(0) for part in sums.split(list(spans.values()))])
 
     def update(self, scalars: masks.StepScalars, lr: float | Tensor, eps: float, q: Tensor | None = None) -> None:
         """What of the moments is not there yet, decoupled weight decay, the masked update.

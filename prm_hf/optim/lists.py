@@ -53,9 +53,6 @@ class Clock:
 
     Members of one parameter group that have taken equally many steps are a cohort: the scalars of a step are computed
     once for all of them. With `capturable` no value may decide, so a group is a cohort.
-
-    Attributes:
-        settings: of each cohort.
     """
 
     def __init__(self, members: list[Member]) -> None:
@@ -66,20 +63,14 @@ class Clock:
         self._host = shared.pop(torch.device("cpu"), torch.zeros(0))
         self._expected = self._host.clone()
         self._on_devices = list(shared.values())
-        self.settings: list[Settings] = []
-        self._ages: list[float | None] = []
-        self._steps: list[list[Tensor]] = []
-        found: dict[tuple, int] = {}
+        cohorts: dict[tuple, list[Member]] = {}
         for member in members:
-            step, capturable = member.state["step"], member.settings.h.capturable
-            age = None if capturable else step.item()
-            member.cohort = found.setdefault((id(member.settings), age), len(found))
-            if member.cohort == len(self._ages):
-                self._ages.append(age)
-                self._steps.append([])
-                self.settings.append(member.settings)
-            member.place = len(self._steps[member.cohort])
-            self._steps[member.cohort].append(step)
+            age = None if member.settings.h.capturable else member.state["step"].item()
+            cohorts.setdefault((id(member.settings), age), []).append(member)
+        self._ages, self._cohorts = [age for _, age in cohorts], list(cohorts.values())
+        for number, cohort in enumerate(self._cohorts):
+            for place, member in enumerate(cohort):
+                member.cohort, member.place = number, place
 
     def is_unchanged(self) -> bool:
         """Whether nobody else has changed the steps, as far as the host can see without waiting."""
@@ -91,13 +82,14 @@ class Clock:
         self._expected += 1
         for steps in self._on_devices:
             steps += 1
-        self._ages = [age if age is None else age + 1 for age in self._ages]
-        ages = [self._tensor(i) if age is None else age for i, age in enumerate(self._ages)]
-        return [masks.step_scalars(age, settings.h) for age, settings in zip(ages, self.settings, strict=True)]
-
-    def _tensor(self, cohort: int) -> Tensor:
-        steps = torch.stack(self._steps[cohort])
-        return steps.to(masks.statistics_dtype(steps.device))
+        self._ages = [None if age is None else age + 1 for age in self._ages]
+        scalars = []
+        for age, cohort in zip(self._ages, self._cohorts, strict=True):
+            if age is None:
+                steps = torch.stack([member.state["step"] for member in cohort])
+                age = steps.to(masks.statistics_dtype(steps.device))
+            scalars.append(masks.step_scalars(age, cohort[0].settings.h))
+        return scalars
 
     def undo(self, found_inf: Tensor) -> None:
         """Takes a step back where it was skipped, which is where `found_inf` is 1."""
@@ -113,10 +105,9 @@ class UnitMasks:
     """The masks that are decided between the halves of a step, all with one all-reduce.
 
     Args:
-        members: whose masks these are.
+        members: of `device`, whose masks these are.
         locator: where their tensors live.
         variances: `grad_var` of flat buffers.
-        device: of the members.
 
     Attributes:
         table: the units.
@@ -174,21 +165,20 @@ class UnitMasks:
 
 
 class PlanList:
-    """Members that one implementation can take.
+    """Members of one device and dtype, which one implementation can take.
 
     Args:
-        members: of one device and dtype.
+        members: the list.
         locator: where their tensors live.
         unit_masks: if masks are decided between the halves of a step.
+        tables: the Triton kernel's, which may outlive the list.
 
     Attributes:
         units: where the units of the slices are in the table of `unit_masks`.
-        sums: what the first half has found for these units.
     """
 
     def __init__(self, members: list[Member], locator: Locator, unit_masks: UnitMasks | None, tables: dict) -> None:
         self.members, self.settings, self.unit_masks = members, members[0].settings, unit_masks
-        self.sums: Tensor | None = None
         self._params = [member.param for member in members]
         self._sharded = any(map(is_dtensor, self._params))
         self._grad_dtype = members[0].grad.dtype
@@ -234,6 +224,13 @@ class PlanList:
         self.set_gradients(grads)
         return True
 
+    def set_gradients(self, grads: list[Tensor]) -> None:
+        """Holds the gradients, local tensors in the order of the members, until the step is done."""
+        self._grads = grads
+
+    def drop_gradients(self) -> None:
+        self._grads = []
+
     def slices_of(self, tensors: list[Tensor]) -> list[Tensor]:
         """The slices of tensors that are shaped as the members; of none, none."""
         return [piece.of(tensors[i]) for i, piece in self.slices] if tensors else []
@@ -245,16 +242,6 @@ class PlanList:
 
 class ReferenceList(PlanList):
     """Whole tensors of a group, which are stepped one after the other."""
-
-    def __init__(self, *args) -> None:
-        super().__init__(*args)
-        self.set_gradients([member.grad for member in self.members])
-
-    def set_gradients(self, grads: list[Tensor]) -> None:
-        self._grads = grads
-
-    def drop_gradients(self) -> None:
-        self._grads = []
 
     def whole_step(self, scalars: list[masks.StepScalars], grad_scale=None, found_inf=None) -> None:
         s = self.settings
@@ -272,10 +259,8 @@ class ForeachList(PlanList):
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
-        h = self.settings.h
-        lists = self.tensor_lists()
-        self._step = ForeachStep(lists, h, halves=self.unit_masks is not None, one_by_one=h.foreach is False)
-        self.set_gradients(local_tensors([member.grad for member in self.members]))
+        h, halves = self.settings.h, self.unit_masks is not None
+        self._step = ForeachStep(self.tensor_lists(), h, halves, one_by_one=h.foreach is False)
 
     def set_gradients(self, grads: list[Tensor]) -> None:
         # Slices are views, which only contiguous gradients have
@@ -296,8 +281,8 @@ class ForeachList(PlanList):
             entries = [scalars[m.cohort] for m in own]
         return masks.StepScalars(*map(list, zip(*entries, strict=True)))
 
-    def first_half(self, scalars: list[masks.StepScalars]) -> None:
-        self.sums = self._step.sums(self._scalars(scalars))
+    def first_half(self, scalars: list[masks.StepScalars]) -> Tensor:
+        return self._step.sums(self._scalars(scalars))
 
     def second_half(self, scalars: list[masks.StepScalars], q: Tensor) -> None:
         self._step.update(self._scalars(scalars), self.settings.lr, self.settings.eps, q)

@@ -57,17 +57,13 @@ def _table_of_elements(states: _States, h: Hyperparameters, locator: Locator) ->
     """The table with all that is known of each element, and the number of the tensor of each row."""
     per_param = h.masked and h.reduction == "per_param"
     names = ["exp_avg", "exp_avg_sq"] + ["grad_var"] * per_param
-    numbers: list[int] = []
-    slices: list[dict[str, Tensor]] = []
-    steps: list[Tensor] = []
+    found = []
     for p, own in states:
-        pieces = locator.slices(p)
-        numbers += [piece.units.tensor for piece in pieces]
-        slices += [{name: piece.of(own[name]) for name in names} for piece in pieces]
+        pieces = [(piece.units.tensor, piece.of) for piece in locator.slices(p)]
         if locator.flat:  # a row also for tensors of which this process holds nothing
-            numbers += locator.members(p)
-            slices += [{name: own[name].narrow(0, 0, 0) for name in names}] * len(locator.members(p))
-        steps += [own["step"]] * (len(slices) - len(steps))
+            pieces += [(number, lambda x: x.narrow(0, 0, 0)) for number in locator.members(p)]
+        found += [(number, {name: of(own[name]) for name in names}, own["step"]) for number, of in pieces]
+    numbers, slices, steps = map(list, zip(*found, strict=True))
     table = torch.zeros(len(slices), len(COLUMNS), dtype=torch.float64)
     table[:, 0] = torch.tensor([tensors["exp_avg"].numel() for tensors in slices])
     table[:, N_SUMS], table[:, N_SUMS + 1] = torch.inf, -torch.inf
@@ -75,8 +71,8 @@ def _table_of_elements(states: _States, h: Hyperparameters, locator: Locator) ->
         table[index, 1] = _nonfinite([slices[i]["exp_avg_sq"] for i in index])
         filled = [i for i in index if slices[i]["exp_avg"].numel()]
         if per_param and filled:
-            columns = _masks_of_elements([slices[i] for i in filled], [steps[i] for i in filled], h)
-            table[filled, FIRST_MASKED:] = columns
+            own = [slices[i] for i in filled], [steps[i] for i in filled]
+            table[filled, FIRST_MASKED:] = _masks_of_elements(*own, h)
     if not h.masked:
         table[:, 2:4] = table[:, :1]
         table[:, N_SUMS:] = 1.0

@@ -10,7 +10,6 @@ import importlib.util
 import itertools
 import operator
 from collections.abc import Callable
-from types import NoneType
 from typing import Any
 
 import torch
@@ -33,8 +32,8 @@ class Settings:
         h: the hyperparameters, of which `lr` may be an older one.
         lr: the learning rate of a step, with `relative_eps` accounted for.
         eps: Adam's epsilon, likewise.
-        form: what decides on the implementation and on what is compiled for it: all settings that are no numbers,
-            which of the others are set, and whether there is weight decay.
+        form: what decides on the implementation and on what is compiled for it: all settings but numbers, and which
+            numbers there are.
     """
 
     def __init__(self, group: dict[str, Any], locator: Locator) -> None:
@@ -53,15 +52,17 @@ class Settings:
         self.lr = (lr.reshape(()) if isinstance(lr, Tensor) and lr.dim() else lr) * self.h.step_length
 
     def _form(self, group: dict[str, Any]) -> tuple:
-        settings = (x if isinstance(x, (str, bool, NoneType)) else "set" for x in _OTHERS(group))
-        return (*settings, self.h.weight_decay == 0, torch.is_tensor(group["lr"]))
+        flags = (x if isinstance(x, (str, bool)) else None for x in _OTHERS(group))
+        return (*flags, self.h.signal_beta is None, self.h.weight_decay == 0, torch.is_tensor(group["lr"]))
 
     def follow(self, group: dict[str, Any]) -> bool:
         """Takes over changed numbers. False if `group` has other parameters or needs another plan."""
         params = group["params"]  # DeepSpeed makes a new list of the same ones for each step
-        if group is not self._group or len(params) != len(self._params):
-            return False
-        if not all(map(operator.is_, params, self._params)):
+        if (
+            group is not self._group
+            or len(params) != len(self._params)
+            or any(map(operator.is_not, params, self._params))
+        ):
             return False
         if group["betas"] != self._betas or _OTHERS(group) != self._others:
             self._read(group)
@@ -101,18 +102,20 @@ class StepPlan:
         members = self._collect(groups, init_state)
         self._clock = Clock(members)
         by_kind: dict[tuple, list[Member]] = {}
-        deferred = []
+        deferred: dict[torch.device | None, list[Member]] = {}  # of whole tensors by device, of shards together
         for member in members:
             kind = self._kind(member)
             by_kind.setdefault(kind, []).append(member)
-            deferred += [member] * self._is_deferred(kind[0], member.settings.h)
-        self._masks = self._unit_masks(deferred, variances)
+            if self._is_deferred(kind[0], member.settings.h):
+                deferred.setdefault(self._device(member), []).append(member)
+        self._masks = {x: UnitMasks(own, locator, variances, own[0].param.device) for x, own in deferred.items()}
         self._lists: list[PlanList] = []
         for (implementation, *_), own in by_kind.items():
             unit_masks = None
             if self._is_deferred(implementation, own[0].settings.h):
-                unit_masks = self._masks.get(own[0].param.device) or next(iter(self._masks.values()))
+                unit_masks = self._masks[self._device(own[0])]
             self._lists.append(_list_class(implementation)(own, locator, unit_masks, tables))
+            self._lists[-1].take_gradients()
         self._state, self._entries = state, list(state.values())
         self._member_states = [member.state for member in members]
         self._values = self._found_values()
@@ -146,7 +149,7 @@ class StepPlan:
         foreach = uses_foreach([p], h, settings.lr)
         whole = not self._locator.sharded and self._transform is None
         if whole and not foreach and m.dtype == v.dtype and not is_quantized(m):
-            return ("reference", id(settings))
+            return ("reference", *tensors, id(settings))
         return ("foreach", *tensors, id(settings))
 
     def _is_deferred(self, implementation: str, h: Hyperparameters) -> bool:
@@ -158,13 +161,8 @@ class StepPlan:
         # Of whole tensors the reference and the kernel sum up by themselves; rows never need more than a block
         return implementation == "foreach" and h.reduction == "per_tensor"
 
-    def _unit_masks(self, deferred: list[Member], variances: FlatVariances) -> dict[torch.device, UnitMasks]:
-        """The masks that are decided between the halves of a step: of whole tensors by device, of shards together."""
-        by_device: dict[torch.device, list[Member]] = {}
-        for member in deferred:
-            device = (deferred[0] if self._locator.sharded else member).param.device
-            by_device.setdefault(device, []).append(member)
-        return {device: UnitMasks(own, self._locator, variances, device) for device, own in by_device.items()}
+    def _device(self, member: Member) -> torch.device | None:
+        return None if self._locator.sharded else member.param.device
 
     def holds(self, groups: list[dict[str, Any]], state: dict[Tensor, dict]) -> bool:
         """Whether the next step can be taken by this plan. Takes over gradients and the settings' numbers.
@@ -172,16 +170,15 @@ class StepPlan:
         Raises:
             ValueError: a setting was changed to something invalid.
         """
-        if len(groups) != len(self._groups) or not self._same_state(state):
-            return False
-        for group, settings in zip(groups, self._groups, strict=True):
-            if not settings.follow(group):
-                return False
-        if any(p.grad is not None for p in self._idle) or not self._clock.is_unchanged():
-            return False
-        if not all(unit_masks.is_unchanged() for unit_masks in self._masks.values()):
-            return False
-        return all(x.take_gradients() for x in self._lists)
+        return (
+            len(groups) == len(self._groups)
+            and self._same_state(state)
+            and all(settings.follow(group) for group, settings in zip(groups, self._groups, strict=True))
+            and all(p.grad is None for p in self._idle)
+            and self._clock.is_unchanged()
+            and all(unit_masks.is_unchanged() for unit_masks in self._masks.values())
+            and all(x.take_gradients() for x in self._lists)
+        )
 
     def run(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
         """Takes a step with the gradients that [`holds`] has seen, or those that the plan was built with.
@@ -191,12 +188,9 @@ class StepPlan:
             found_inf: GradScaler's: 1 where gradients have overflowed and the step is to do nothing.
         """
         scalars = self._clock.advance()
-        halves = [x for x in self._lists if x.unit_masks is not None]
-        for x in halves:
-            x.first_half(scalars)
         for unit_masks in self._masks.values():
-            own = [x for x in halves if x.unit_masks is unit_masks]
-            q = unit_masks.decide([(x.units, x.sums) for x in own], scalars, self._transform)
+            own = [x for x in self._lists if x.unit_masks is unit_masks]
+            q = unit_masks.decide([(x.units, x.first_half(scalars)) for x in own], scalars, self._transform)
             for x in own:
                 x.second_half(scalars, q[x.units])
         for x in self._lists:

@@ -105,11 +105,9 @@ class Locator:
 
     def _slices_of(self, p: Tensor, segment: Segment, by_rows: bool) -> Iterator[Slice]:
         number, start, length, offset = segment
-        if not self.sharded:
-            yield Slice(UnitRange(number, 0, self.layout.rows[number] if by_rows else 1), 0, length, None)
-            return
-        if not by_rows:
-            yield Slice(UnitRange(number, 0, 1), start, length, (length,) if self.flat else None)
+        if not by_rows or not self.sharded:
+            units = UnitRange(number, 0, self.layout.rows[number] if by_rows else 1)
+            yield Slice(units, start, length, (length,) if self.flat else None)
             return
         in_row = max(self.layout.numels[number] // max(self.layout.rows[number], 1), 1)
         if not self.flat:

@@ -8,13 +8,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...sharding import local_tensors
 from .. import masks
 from ..foreach import TensorLists
 from ..hyperparameters import MASKS, Hyperparameters
 from ..lists import PlanList
 from ..quantized import is_quantized
-from .kernels import SCALARS, STATES, TENSOR, row_kernel, step_kernel
+from .kernels import SCALARS, STATES, row_kernel, step_kernel
 
 
 CHUNK = 4096  # elements an item,
@@ -69,12 +68,8 @@ class KernelTables:
         self._aligned = all(_are_aligned(x) for key, x in self._addresses.items() if key != "grad_var" or not by_unit)
         rows = np.array([masks.n_rows(p) for p in params], dtype=np.int64)
         self._tiles = self._cut_rows(rows, numels) if code["PER_ROW"] else []
-        table = np.zeros((n, len(TENSOR)), dtype=np.int64)
-        first_row = np.cumsum(rows) - rows
-        for column, values in enumerate((*self._addresses.values(), numels, first[:-1], rows, first_row)):
-            if len(values):
-                table[:, column] = values
-        self._table = self._upload(table)
+        columns = (*self._addresses.values(), numels, first[:-1], rows, np.cumsum(rows) - rows)  # as `TENSOR` says
+        self._table = self._upload(np.stack([x if len(x) else np.zeros_like(numels) for x in columns], axis=1))
         self._counters = torch.zeros(1 + 2 * n, dtype=torch.int32, device=self.device)
         self._partials = torch.empty(2 * max(int(first[-1]), 1), dtype=torch.float64, device=self.device)
         units = n
@@ -87,7 +82,6 @@ class KernelTables:
             multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
             self._programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
         self._grads: list[int] = []
-        self._rows: np.ndarray | None = None
         self._make_room(0)
 
     def _cut_rows(self, rows: np.ndarray, numels: np.ndarray) -> list[tuple[Tensor, dict[str, Any]]]:
@@ -107,7 +101,7 @@ class KernelTables:
 
     def _make_room(self, n_rows: int) -> None:
         """For what is sent at each step, in one piece: the table of the gradients and `n_rows` of scalars."""
-        n = len(self._lists.params)
+        n, self._rows = len(self._lists.params), None
         self._here = torch.zeros(2 * n + len(SCALARS) * n_rows, dtype=torch.int64, device="cpu")
         self._there = self._upload(self._here.numpy())
         grads, scalars = self._here[: 2 * n], self._here[2 * n :].view(torch.float64)
@@ -151,7 +145,6 @@ class KernelTables:
         on_device = isinstance(scalars, Tensor)
         if not on_device and scalars.shape != self._scalars_here.shape:
             self._make_room(len(scalars))
-            self._rows = None
         moved = addresses != self._grads or not (rows is self._rows or np.array_equal(rows, self._rows))
         if moved:
             self._grads, self._rows = addresses, rows
@@ -169,8 +162,6 @@ class KernelTables:
             **self._dtypes,
             "G": _DTYPES[dtype],
             "ALIGNED": self._aligned and self._grads_aligned,
-            "N_ENTRIES": len(TENSOR),
-            "N_SCALARS": len(SCALARS),
             "PHASE": phase,
             "num_warps": N_WARPS,
             **self._code,
@@ -204,25 +195,18 @@ class TritonList(PlanList):
         members = [self.members[i] for i, _ in self.slices]
         self._settings = {member.cohort: member.settings for member in members}
         self._capturable = self.settings.h.capturable
-        # Of each slice, its row in the table of scalars, where each cohort has one or with `capturable` one a place
-        places = [max(m.place for m in members if m.cohort == cohort) + 1 for cohort in self._settings]
-        sizes = places if self._capturable else [1] * len(places)
-        begin = dict(zip(self._settings, np.cumsum([0, *sizes]), strict=False))
-        rows = [begin[member.cohort] + member.place * self._capturable for member in members]
-        self._rows = np.array(rows, dtype=np.int32)
+        # Of each slice, its row in the table of scalars, where each cohort has one, or with `capturable` one a place
+        places = [(m.cohort, m.place * self._capturable) for m in members]
+        self._sizes = {i: 1 + max(place for cohort, place in places if cohort == i) for i in self._settings}
+        begin = dict(zip(self._sizes, np.cumsum([0, *self._sizes.values()]), strict=False))
+        self._rows = np.array([begin[cohort] + place for cohort, place in places], dtype=np.int32)
         self._scalars: np.ndarray | Tensor | None = None
         # Of slices of flat buffers, of which and from which of its elements on
         self._cuts = np.array([(i, piece.start) for i, piece in self.slices], dtype=np.int64).reshape(-1, 2).T
         self._is_cut = locator.flat and unit_masks is not None
-        self.set_gradients(local_tensors([member.grad for member in self.members]))
 
     def set_gradients(self, grads: list[Tensor]) -> None:
-        if not all(map(Tensor.is_contiguous, grads)):
-            grads = list(map(Tensor.contiguous, grads))
-        self._grads = grads  # held until the step is done
-
-    def drop_gradients(self) -> None:
-        self._grads = []
+        super().set_gradients(grads if all(map(Tensor.is_contiguous, grads)) else list(map(Tensor.contiguous, grads)))
 
     def _run(self, phase: int, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
         addresses = list(map(Tensor.data_ptr, self._grads))
@@ -246,21 +230,19 @@ class TritonList(PlanList):
         for cohort, row in rows.items():
             t = scalars[cohort].bias1.double()
             columns = [x.double().expand(len(t)) if isinstance(x, Tensor) else torch.full_like(t, x) for x in row]
-            tables.append(torch.stack(columns, dim=1))
+            tables.append(torch.stack(columns, dim=1)[: self._sizes[cohort]])  # a cohort may go on in another list
         self._scalars = torch.cat(tables)
 
-    def first_half(self, scalars: list[masks.StepScalars]) -> None:
+    def first_half(self, scalars: list[masks.StepScalars]) -> Tensor:
         self._set_scalars(scalars)
         self._run(phase=1)
-        self.sums = self._tables.sums
+        return self._tables.sums
 
     def second_half(self, scalars: list[masks.StepScalars], q: Tensor) -> None:
         self._tables.q.copy_(q)
         self._run(phase=2)
 
-    def whole_step(
-        self, scalars: list[masks.StepScalars], grad_scale: Tensor | None = None, found_inf: Tensor | None = None
-    ) -> None:
+    def whole_step(self, scalars: list[masks.StepScalars], grad_scale=None, found_inf=None) -> None:
         self._set_scalars(scalars)
         self._run(0, grad_scale, found_inf)
 
@@ -289,19 +271,13 @@ def scalar_row(c: masks.StepScalars, settings) -> list[float | Tensor]:
         "bias2_sqrt": c.bias2**0.5,
         "decay": 1 - lr / h.step_length * h.weight_decay if h.decoupled_weight_decay else 1.0,
         "one_minus_beta1": 1 - h.beta1,
-        "beta2": h.beta2,
         "one_minus_beta2": 1 - h.beta2,
-        "variance_beta": h.variance_beta,
         "eps": settings.eps,
-        "weight_decay": h.weight_decay,
-        "noise_weight": h.noise_weight,
-        "softness": h.softness,
-        "mask_eps": h.mask_epsilon,
         "first_ratio": masks.first_noise_ratio(h),
         "unscale": 1.0,
         "one_minus_signal_beta": 1 - (h.signal_beta or 0.0),
     }
-    return [values[name] for name in SCALARS]
+    return [values[name] if name in values else getattr(h, name) for name in SCALARS]
 
 
 def supports(param: Tensor, grad: Tensor, exp_avg: Tensor) -> bool:
