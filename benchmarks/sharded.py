@@ -37,6 +37,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -227,8 +228,7 @@ def measure_agreement(args: argparse.Namespace, accelerator: Accelerator) -> tup
         "weight_replay": weight_difference,
     }
     if args.reference:
-        with open(args.reference, encoding="utf-8") as file:
-            reference = json.load(file)
+        reference = json.loads(Path(args.reference).read_text(encoding="utf-8"))
         if reference["model"] != model_of(args, accelerator) or len(reference["masks"]) < args.steps:
             raise ValueError(
                 f"`--reference {args.reference}` is of another model, of fewer steps or of forward passes of another "
@@ -313,8 +313,7 @@ def main(arguments: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         print(json.dumps(result, indent=2))
         if args.output:
-            with open(args.output, "w", encoding="utf-8") as file:
-                json.dump(result | {"masks": masks}, file)
+            Path(args.output).write_text(json.dumps(result | {"masks": masks}), encoding="utf-8")
     accelerator.end_training()
 
 
