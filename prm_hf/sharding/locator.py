@@ -101,12 +101,13 @@ class Locator:
         """
         if self.flat and not split:
             return [Slice(UnitRange(self.members(p)[0], 0, 1), 0, p.numel(), None)]
-        return [piece for segment in self.layout.segments[id(p)] for piece in self._slices_of(p, segment, by_rows)]
+        segments = self.layout.segments[id(p)] or [Segment(self.members(p)[0], 0, 0)]  # a buffer of padding alone
+        return [piece for segment in segments for piece in self._slices_of(p, segment, by_rows)]
 
     def _slices_of(self, p: Tensor, segment: Segment, by_rows: bool) -> Iterator[Slice]:
         number, start, length, offset = segment
-        if not by_rows or not self.sharded:
-            units = UnitRange(number, 0, self.layout.rows[number] if by_rows else 1)
+        if not by_rows or not self.sharded or (self.flat and not length):
+            units = UnitRange(number, 0, self.layout.rows[number] if by_rows and not self.sharded else 1)
             yield Slice(units, start, length, (length,) if self.flat else None)
             return
         in_row = max(self.layout.numels[number] // max(self.layout.rows[number], 1), 1)

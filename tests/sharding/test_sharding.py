@@ -188,3 +188,22 @@ def test_each_set_of_process_groups_reduces_its_own_rows(process_group, monkeypa
         table = torch.ones(len(tensors), 1)
         layout.all_reduce(table, tensors)
         assert table[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("reduction", ["per_tensor", "per_row", "per_param"])
+def test_a_flat_buffer_of_padding_alone(reduction):
+    """As DeepSpeed ZeRO gives to a process where a group has fewer elements than there are processes."""
+    originals = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(1))]
+    optimizer = PRM([{"params": [p]} for p in originals], reduction=reduction, weight_decay=0.0)
+    layout = Layout(ShardingPath.ZERO_12, flat=True, numels=[6, 1], rows=[2, 1], process_groups=[(), ()])
+    flats = [torch.zeros(6).requires_grad_(), torch.zeros(2).requires_grad_()]
+    layout.add(flats[0], [Segment(0, 0, 6)], [0])
+    layout.add(flats[1], [], [1])
+    optimizer._locator.layout, optimizer._locator._known = layout, {id(flat): flat for flat in flats}
+    for group, flat in zip(optimizer.param_groups, flats, strict=True):
+        group["params"] = [flat]
+    for _ in range(3):
+        flats[0].grad, flats[1].grad = torch.ones(6), torch.zeros(2)
+        optimizer.step()
+    assert (flats[0] < 0).all() and (flats[1] == 0).all()
+    assert optimizer.get_mask_stats()["parameter_count"] == 6
