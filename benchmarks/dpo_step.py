@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
+from benchmarks.step import milliseconds, synchronize
 from prm_hf import PRMDPOConfig, PRMDPOTrainer
 from prm_hf.demo import task
 from prm_hf.demo.model import make_tokenizer
@@ -55,26 +56,15 @@ class TakeTurns(TrainerCallback):
     """
 
     def __init__(self, trainer: PRMDPOTrainer) -> None:
-        self.trainer = trainer
-        self.cuda = trainer.args.device.type == "cuda"
+        self.trainer, self.device = trainer, trainer.args.device.type
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.steps: dict[str, list[float]] = {"PRM": [], "AdamW": []}
         self.parts: dict[str, list[float]] = {"PRM": [], "AdamW": []}
         self._last = None
 
-    def now(self) -> float:
-        if self.cuda:
-            torch.cuda.synchronize()
+    def _now(self) -> float:
+        synchronize(self.device)
         return time.perf_counter()
-
-    def seconds(self, function: Callable) -> float:
-        """The median time of three calls, after one that loads things."""
-        times = []
-        for _ in range(4):
-            clock = self.now()
-            function()
-            times.append(self.now() - clock)
-        return statistics.median(times[1:])
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         prm = self.trainer.find_prm()
@@ -86,7 +76,7 @@ class TakeTurns(TrainerCallback):
         self.name = ("PRM", "AdamW")[state.global_step % 2]
         self.trainer.optimizer.optimizer = self.optimizers[self.name]
         if self._last is None:
-            self._last = self.now()
+            self._last = self._now()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         self._began = self._mark()
@@ -95,18 +85,24 @@ class TakeTurns(TrainerCallback):
         self._ended = self._mark()
 
     def _mark(self) -> torch.cuda.Event | float:
-        if not self.cuda:
+        if self.device != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        now, began, ended = self.now(), self._began, self._ended
+        now, began, ended = self._now(), self._began, self._ended
         if state.global_step > 2 * WARMUP_STEPS:
             self.steps[self.name].append((now - self._last) * 1e3)
-            self.parts[self.name].append(began.elapsed_time(ended) if self.cuda else (ended - began) * 1e3)
+            part = began.elapsed_time(ended) if self.device == "cuda" else (ended - began) * 1e3
+            self.parts[self.name].append(part)
         self._last = now
+
+
+def seconds(function: Callable[[], object], device: str) -> float:
+    """The median time of three calls."""
+    return statistics.median(milliseconds(function, device, repeats=3, seconds=0)) / 1e3
 
 
 def measure(model_name: str, steps: int, device: str) -> dict:
@@ -160,26 +156,21 @@ def measure(model_name: str, steps: int, device: str) -> dict:
         turns = TakeTurns(trainer)
         trainer.add_callback(turns)
         trainer.train()  # and evaluates at the end, which is the warm-up of what is measured now
-        mask_stats = turns.seconds(turns.optimizers["PRM"].get_mask_stats)
-        evaluation = turns.seconds(trainer.evaluate)
-        own_pass = turns.seconds(trainer.evaluate_pairs)
         drift = ParameterDrift(trainer.model, trainer.accelerator)
-        params_rel = turns.seconds(lambda: drift.relative(trainer.model_wrapped))
+        row = {
+            "model": model_name,
+            "pairs_a_step": PAIRS,
+            "pairs_at_a_time": at_a_time,
+            "tokens_a_row": prompt + completion,
+            "measured_steps_each": steps,
+            "mask_stats_ms": seconds(turns.optimizers["PRM"].get_mask_stats, device) * 1e3,
+            "evaluated_pairs": EVALUATED_PAIRS,
+            "evaluation_s": seconds(trainer.evaluate, device),
+            "own_pass_s": seconds(trainer.evaluate_pairs, device),
+            "params_rel_s": seconds(lambda: drift.relative(trainer.model_wrapped), device),
+        }
         trainer.args.drift_metrics = False
-        evaluation_of_trl = turns.seconds(trainer.evaluate)
-    row = {
-        "model": model_name,
-        "pairs_a_step": PAIRS,
-        "pairs_at_a_time": at_a_time,
-        "tokens_a_row": prompt + completion,
-        "measured_steps_each": steps,
-        "mask_stats_ms": mask_stats * 1e3,
-        "evaluated_pairs": EVALUATED_PAIRS,
-        "evaluation_s": evaluation,
-        "evaluation_of_trl_s": evaluation_of_trl,
-        "own_pass_s": own_pass,
-        "params_rel_s": params_rel,
-    }
+        row["evaluation_of_trl_s"] = seconds(trainer.evaluate, device)
     for name in turns.steps:
         step, part = statistics.median(turns.steps[name]), statistics.median(turns.parts[name])
         row[name] = {"step_ms": step, "optimizer_ms": part, "share": part / step, "steps_ms": turns.steps[name]}

@@ -37,6 +37,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -45,7 +46,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from prm_hf import PRM
-from prm_hf.sharding import Locator
+from prm_hf.sharding import Locator, Segment
 
 
 SIZES = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864}  # of the model, by flag
@@ -79,29 +80,23 @@ class StepRecorder:
         self.shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
         self.weight_decays = [group["weight_decay"] for group in optimizer.param_groups for _ in group["params"]]
         self.slices: list[tuple[int, int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        self._stepped: list[tuple] = []
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
 
     def _before(self, *_) -> None:
         groups = [(group["recorded_as"], group["params"]) for group in self.optimizer.param_groups]
         self.locator.locate(groups)
-        self._stepped = [
-            (self.locator.numbers(number)[i] if not self.locator.flat else None, p, _flat(p.grad), _flat(p))
-            for number, params in groups
-            for i, p in enumerate(params)
-            if p.grad is not None
-        ]
+        params = (p for _, params in groups for p in params)
+        self._stepped = [(p, _flat(p.grad), _flat(p)) for p in params if p.grad is not None]
 
     def _after(self, *_) -> None:
-        for number, p, grad, before in self._stepped:
-            after = _flat(p)
-            if number is not None:
-                self.slices.append((number, 0, grad, before, after))
-                continue
-            for segment in self.locator.layout.segments[id(p)]:
-                part = slice(segment.start, segment.start + segment.length)
-                self.slices.append((segment.tensor, segment.offset, grad[part], before[part], after[part]))
+        for p, *seen in self._stepped:
+            seen.append(_flat(p))
+            segments = self.locator.layout.segments[id(p)]
+            if not self.locator.flat:  # what was seen is whole
+                segments = [Segment(segments[0].tensor, 0, len(seen[0]))]
+            for tensor, start, length, offset in segments:
+                self.slices.append((tensor, offset, *(x[start : start + length] for x in seen)))
         self._stepped = []
 
     def whole_tensors(self) -> list[list[torch.Tensor]]:
@@ -233,8 +228,7 @@ def measure_agreement(args: argparse.Namespace, accelerator: Accelerator) -> tup
         "weight_replay": weight_difference,
     }
     if args.reference:
-        with open(args.reference, encoding="utf-8") as file:
-            reference = json.load(file)
+        reference = json.loads(Path(args.reference).read_text(encoding="utf-8"))
         if reference["model"] != model_of(args, accelerator) or len(reference["masks"]) < args.steps:
             raise ValueError(
                 f"`--reference {args.reference}` is of another model, of fewer steps or of forward passes of another "
@@ -305,13 +299,9 @@ def main(arguments: list[str] | None = None) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to be deterministic
     accelerator = make_accelerator(args)
-    result = {
-        "distributed_type": accelerator.distributed_type.value,
-        "processes": accelerator.num_processes,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-        "model": model_of(args, accelerator),
-    }
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    result = {"distributed_type": accelerator.distributed_type.value, "processes": accelerator.num_processes}
+    result |= {"device": device, "torch": torch.__version__, "model": model_of(args, accelerator)}
     masks = None
     if args.steps:
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -323,8 +313,7 @@ def main(arguments: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         print(json.dumps(result, indent=2))
         if args.output:
-            with open(args.output, "w", encoding="utf-8") as file:
-                json.dump(result | {"masks": masks}, file)
+            Path(args.output).write_text(json.dumps(result | {"masks": masks}), encoding="utf-8")
     accelerator.end_training()
 
 

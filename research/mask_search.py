@@ -7,10 +7,9 @@ All flags, folders and statistics are those of `dpo_noisy.py`, or of the recipe 
 named beside the variants. At the end it prints a table: of each method the area of accuracy over log KL, against AdamW
 and against the best baseline.
 
-The optimizer is in `searched_prm.py`: for whole tensors in one process, and for variants that are thrown away again.
-What is worth keeping belongs into `prm_hf.PRM`: what was `search_prm_rows_signal0.98` is its `reduction="per_row"`
-with `signal_beta=0.98`, the method `prm_rows`, and with the larger eps `prm_rows_eps:10`. The parts of it and its
-controls are variants here.
+The optimizer is in `searched_prm.py`. What was worth keeping is in `prm_hf.PRM`: `search_prm_rows_signal0.98` is its
+`reduction="per_row"` with `signal_beta=0.98`, the method `prm_rows`, and with the larger eps `prm_rows_eps:10`. The
+parts of it and its controls are variants here.
 """
 
 import sys
@@ -33,7 +32,7 @@ from prm_hf.optim.hyperparameters import Hyperparameters
 from prm_hf.runs.methods import BASELINE, OTHER, PRM, Method, find_method, register
 from prm_hf.runs.write import RunSpec
 from prm_hf.trainers.callbacks import innermost_optimizer
-from research.searched_prm import SearchedPRM, mean_square, unit_masks
+from research.searched_prm import SearchedPRM, row_masks
 
 
 # What each variant changes: `eps` is `relative_eps`, `embedding` as in `adamw_embedding`, `modules` one of the `pools`
@@ -89,9 +88,7 @@ class RowMaskRecorder(TrainerCallback):
         for group in prm.param_groups:
             h = Hyperparameters.of_group(group)
             for p in group["params"]:
-                state = prm.state[p]
-                mean_sq = mean_square(state["exp_avg_signal"], rows=True)
-                self.sums[p] = self.sums.get(p, 0) + unit_masks(mean_sq, state["grad_var"], int(state["step"]), h)
+                self.sums[p] = self.sums.get(p, 0) + row_masks(p, prm.state[p], h)
 
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -119,10 +116,8 @@ def set_up_variant(trainer: Trainer, variant: str, fixed: Path | None = None) ->
                 "all `seeds` and `prm_learning_rates` before it."
             )
         options["fixed"] = torch.load(fixed, weights_only=True)
-    groups = [
-        {key: group[key] for key in ("params", "lr", "eps", "betas", "weight_decay")}
-        for group in optimizer.param_groups
-    ]
+    names = ("params", "lr", "eps", "betas", "weight_decay")
+    groups = [{name: group[name] for name in names} for group in optimizer.param_groups]
     if options.pop("modules", False):
         params = [p for group in groups for p in group["params"]]
         names = {p: name for name, p in trainer.model.named_parameters()}

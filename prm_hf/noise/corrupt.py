@@ -217,7 +217,7 @@ class _Noise:
         if self.kind == "gaussian_inputs":
             return DrawTokens(tokenizer, kept, self.seed, values, *unigrams(_values(source, names), tokenizer, kept))
         if self.kind == "shuffled_inputs" and shuffle == "vocabulary":
-            return RenameTokens(tokenizer, vocabulary_bijection(tokenizer, kept, self.seed, values))
+            return RenameTokens(tokenizer, kept, vocabulary_bijection(tokenizer, kept, self.seed, values))
         return ReorderTokens(tokenizer, kept, self.seed, values, per_row, window)
 
     def check_no_classes(self, what: str) -> None:

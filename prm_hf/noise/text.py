@@ -47,12 +47,20 @@ def other_rows(dataset: Dataset, columns: list[str], seed: int, stream: str, der
 
 @dataclass(frozen=True)
 class TokenNoise(RowNoise):
-    """Noise in token ids; a subclass gives the function that changes the ids of the row with some index."""
+    """Noise in token ids but those in `kept`; a subclass gives the function that changes the ids of some row."""
 
     tokenizer: Any
+    kept: np.ndarray
 
     def change_row(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        change = self.changer(index)
+        new = self.changer(index)
+
+        def change(ids: np.ndarray) -> np.ndarray:
+            free = ~np.isin(ids, self.kept)
+            result = ids.copy()
+            result[free] = new(ids[free])
+            return result
+
         return {name: change_tokens(value, change, self.tokenizer) for name, value in row.items()}
 
 
@@ -70,7 +78,6 @@ class RenameTokens(TokenNoise):
 class ReorderTokens(TokenNoise):
     """One order of positions for all rows, or with `per_row` one for each row, the same in all columns of it."""
 
-    kept: np.ndarray
     seed: int
     stream: str
     per_row: bool
@@ -78,15 +85,12 @@ class ReorderTokens(TokenNoise):
 
     def changer(self, index: int) -> Callable[[np.ndarray], np.ndarray]:
         def reorder(ids: np.ndarray) -> np.ndarray:
-            free = np.flatnonzero(~np.isin(ids, self.kept))
+            places = np.arange(len(ids))
             if self.per_row:
-                keys = row_generator(self.seed, index, self.stream).random(len(free))
+                keys = row_generator(self.seed, index, self.stream).random(len(ids))
             else:
-                keys = row_uniforms(self.seed, np.arange(len(free)), self.stream)
-            block = np.arange(len(free)) // (self.window or max(len(free), 1))
-            result = ids.copy()
-            result[free] = ids[free[np.lexsort((keys, block))]]
-            return result
+                keys = row_uniforms(self.seed, places, self.stream)
+            return ids[np.lexsort((keys, places // (self.window or max(len(ids), 1))))]
 
         return reorder
 
@@ -95,7 +99,6 @@ class ReorderTokens(TokenNoise):
 class DrawTokens(TokenNoise):
     """Independent tokens from the unigram distribution, as many as there were."""
 
-    kept: np.ndarray
     seed: int
     stream: str
     tokens: np.ndarray
@@ -103,14 +106,7 @@ class DrawTokens(TokenNoise):
 
     def changer(self, index: int) -> Callable[[np.ndarray], np.ndarray]:
         rng = row_generator(self.seed, index, self.stream)
-
-        def draw(ids: np.ndarray) -> np.ndarray:
-            free = np.flatnonzero(~np.isin(ids, self.kept))
-            result = ids.copy()
-            result[free] = self.tokens[np.searchsorted(self.cumulative, rng.random(len(free)), side="right")]
-            return result
-
-        return draw
+        return lambda ids: self.tokens[np.searchsorted(self.cumulative, rng.random(len(ids)), side="right")]
 
 
 def kept_ids(tokenizer: Any, is_text: bool) -> np.ndarray:

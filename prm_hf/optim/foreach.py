@@ -4,6 +4,8 @@ A step has two halves where masks are decided between them: from sums over a who
 processes hold parts of.
 """
 
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -76,12 +78,8 @@ class ForeachStep:
     def _take(self, block: list[tuple[int, slice | None]]) -> tuple[TensorLists, TensorLists]:
         """The shares of all lists in a block, as they are kept and as the step computes with them."""
         cut = Tensor.__getitem__ if self._by_rows else flat_slice
-        kept = TensorLists(
-            *(
-                [tensors[i] if span is None else cut(tensors[i], span) for i, span in block] if tensors else []
-                for tensors in self._lists
-            )
-        )
+        lists = [[(xs[i], span) for i, span in block] if xs else [] for xs in self._lists]
+        kept = TensorLists(*([x if span is None else cut(x, span) for x, span in xs] for xs in lists))
         # Promoted, as the variances of rows are more precise than the step
         working = ([read(x, torch.promote_types(x.dtype, self._dtype)) for x in tensors] for tensors in kept)
         return kept, TensorLists(*working)
@@ -94,7 +92,7 @@ class ForeachStep:
 
         With `signal_beta` the signal's average advances, too, and its squares are summed in place of m².
         """
-        sums, spans = [], [0] * len(self._lists.params)
+        sums = []
         for block in self._blocks:
             kept, working = self._take(block)
             if self._moments_last:  # these are to be thrown away; the signal's average is never rounded
@@ -103,13 +101,12 @@ class ForeachStep:
                     exp_avg_sqs=_copies(working.exp_avg_sqs, kept.exp_avg_sqs),
                 )
             sums.append(advance_moments(working, scalars.take([i for i, _ in block]), self._h, sums_wanted=True))
-            for i, _ in block:
-                spans[i] += 1
         sums = torch.cat(sums)
-        if self._by_rows or len(sums) == len(spans):
+        if self._by_rows or len(sums) == len(self._lists.params):
             return sums
+        spans = Counter(i for block in self._blocks for i, _ in block)  # of each tensor, in their order
         # Not by an index, which a CUDA graph could not upload and whose additions have no order on a device
-        return torch.stack([part.sum(0) for part in sums.split(spans)])
+        return torch.stack([part.sum(0) for part in sums.split(list(spans.values()))])
 
     def update(self, scalars: masks.StepScalars, lr: float | Tensor, eps: float, q: Tensor | None = None) -> None:
         """What of the moments is not there yet, decoupled weight decay, the masked update.
@@ -130,10 +127,9 @@ class ForeachStep:
             elif q is not None and len(self._blocks) > 1:
                 q_of_block = torch.stack([q[i] for i in positions])
             apply_update(working, c, self._h, lr, eps, q_of_block)
-            for name, olds, news in zip(TensorLists._fields, kept, working, strict=True):
-                if name != "grads":
-                    for old, new in zip(olds, news, strict=True):
-                        write(old, new)
+            kept, working = (itertools.chain(*x._replace(grads=[])) for x in (kept, working))
+            for old, new in zip(kept, working, strict=True):
+                write(old, new)
 
 
 def _copies(working: list[Tensor], kept: list[Tensor]) -> list[Tensor]:
@@ -202,16 +198,12 @@ def _advance_variances(
     grad_vars: list[Tensor], deviations: list[Tensor], c: masks.StepScalars, h: Hyperparameters
 ) -> None:
     torch._foreach_mul_(grad_vars, h.variance_beta)
-    if h.reduction == "per_row":
-        squares = row_mean_squares(deviations)
-        torch._foreach_mul_(squares, c.weight)
-        torch._foreach_add_(grad_vars, squares)
-    elif isinstance(c.weight[0], Tensor):
-        torch._foreach_mul_(deviations, deviations)
-        torch._foreach_mul_(deviations, c.weight)
-        torch._foreach_add_(grad_vars, deviations)
-    else:
+    if h.reduction != "per_row" and not isinstance(c.weight[0], Tensor):
         torch._foreach_addcmul_(grad_vars, deviations, deviations, c.weight)
+        return
+    squares = row_mean_squares(deviations) if h.reduction == "per_row" else torch._foreach_mul(deviations, deviations)
+    torch._foreach_mul_(squares, c.weight)
+    torch._foreach_add_(grad_vars, squares)
 
 
 def apply_update(
@@ -225,16 +217,18 @@ def apply_update(
         torch._foreach_maximum_(x.max_exp_avg_sqs, exp_avg_sqs)
         exp_avg_sqs = x.max_exp_avg_sqs
     updates, step_sizes = x.exp_avgs, [-lr / bias for bias in c.bias1]
-    if h.masked and q is None:
-        updates = _masked(x, c, h)
+    if h.masked and h.reduction == "per_param":
+        updates = _masks(torch._foreach_mul(x.exp_avgs, x.exp_avgs), x.grad_vars, c, h)
+        torch._foreach_mul_(updates, x.exp_avgs)
     elif h.masked and h.reduction == "per_row":
-        updates = torch._foreach_mul(
-            x.exp_avgs, _over_rows(q.split([masks.n_rows(m) for m in x.exp_avgs]), x.exp_avgs)
-        )
+        if q is None:
+            qs = _masks(row_mean_squares(x.exp_avg_signals or x.exp_avgs), x.grad_vars, c, h)
+        else:
+            qs = q.split([masks.n_rows(m) for m in x.exp_avgs])
+        updates = torch._foreach_mul(x.exp_avgs, [masks.over_rows(q, m) for q, m in zip(qs, x.exp_avgs, strict=True)])
     elif h.masked and q.device.type == "cpu" and not is_fake(q) and not isinstance(step_sizes[0], Tensor):
-        step_sizes = [
-            size * of_tensor for size, of_tensor in zip(step_sizes, q.tolist(), strict=True)
-        ]  # spares a pass
+        # spares a pass
+        step_sizes = [size * of_tensor for size, of_tensor in zip(step_sizes, q.tolist(), strict=True)]
     elif h.masked:
         updates = torch._foreach_mul(x.exp_avgs, list(q.to(x.exp_avgs[0].dtype).unbind()))
     denoms = torch._foreach_sqrt(exp_avg_sqs)
@@ -247,23 +241,7 @@ def apply_update(
         torch._foreach_addcdiv_(x.params, updates, denoms, step_sizes)
 
 
-def _masked(x: TensorLists, c: masks.StepScalars, h: Hyperparameters) -> list[Tensor]:
-    """q · m, where a tensor decides on its masks by itself."""
-    if h.reduction == "per_row":
-        squares = row_mean_squares(x.exp_avg_signals or x.exp_avgs)
-        return torch._foreach_mul(x.exp_avgs, _over_rows(multi_tensor_masks(squares, x.grad_vars, c, h), x.exp_avgs))
-    updates = multi_tensor_masks(torch._foreach_mul(x.exp_avgs, x.exp_avgs), x.grad_vars, c, h)
-    torch._foreach_mul_(updates, x.exp_avgs)
-    return updates
-
-
-def _over_rows(qs: Sequence[Tensor], tensors: list[Tensor]) -> list[Tensor]:
-    return [masks.over_rows(q, x) for q, x in zip(qs, tensors, strict=True)]
-
-
-def multi_tensor_masks(
-    signals: list[Tensor], grad_vars: list[Tensor], c: masks.StepScalars, h: Hyperparameters
-) -> list[Tensor]:
+def _masks(signals: list[Tensor], grad_vars: list[Tensor], c: masks.StepScalars, h: Hyperparameters) -> list[Tensor]:
     """[`masks.compute_mask`] on lists, of m² or its means over rows, which the masks overwrite."""
     torch._foreach_mul_(signals, c.signal)
     noises = torch._foreach_mul(grad_vars, c.noise)
@@ -274,22 +252,20 @@ def multi_tensor_masks(
         first_ratio = masks.first_noise_ratio(h)
         _overwrite(noises, c.first, lambda i: signals[i] * first_ratio)
 
+    weight = h.softness
     if h.mask == "snr":
-        if h.softness * h.noise_weight != 1:
-            torch._foreach_mul_(noises, h.softness * h.noise_weight)
-        torch._foreach_add_(noises, signals)
-        torch._foreach_add_(noises, h.mask_epsilon)
-        torch._foreach_div_(signals, noises)
+        weight *= h.noise_weight
     else:
         torch._foreach_sub_(signals, torch._foreach_mul(noises, h.noise_weight))
         torch._foreach_clamp_min_(signals, 0)
-        if h.mask == "hard":
-            torch._foreach_sign_(signals)
-        else:
-            torch._foreach_mul_(noises, h.softness)
-            torch._foreach_add_(noises, signals)
-            torch._foreach_add_(noises, h.mask_epsilon)
-            torch._foreach_div_(signals, noises)
+    if h.mask == "hard":
+        torch._foreach_sign_(signals)
+    else:
+        if weight != 1:
+            torch._foreach_mul_(noises, weight)
+        torch._foreach_add_(noises, signals)
+        torch._foreach_add_(noises, h.mask_epsilon)
+        torch._foreach_div_(signals, noises)
     _overwrite(signals, c.open, lambda i: torch.ones_like(signals[i]))
     return signals
 

@@ -14,19 +14,13 @@ from . import masks
 from .foreach import ForeachStep, TensorLists
 from .quantized import read, write
 from .reference import reference_step
+from .state import STATE_KEYS
 
 
 if TYPE_CHECKING:
     from .plan import Settings
 
 _GRAD, _DTYPE, _IS_SPARSE = map(operator.attrgetter, ("grad", "dtype", "is_sparse"))
-_STATE = {
-    "exp_avgs": "exp_avg",
-    "exp_avg_sqs": "exp_avg_sq",
-    "max_exp_avg_sqs": "max_exp_avg_sq",
-    "grad_vars": "grad_var",
-    "exp_avg_signals": "exp_avg_signal",
-}
 
 
 @dataclass
@@ -35,7 +29,6 @@ class Member:
 
     Attributes:
         numel: elements of the tensors that it holds, or holds a part of.
-        position: among the members of a plan.
         cohort, place: see [`Clock`], which sets them.
     """
 
@@ -44,7 +37,6 @@ class Member:
     state: dict[str, Tensor]
     settings: "Settings"
     numel: int
-    position: int
     cohort: int = -1
     place: int = -1
 
@@ -64,9 +56,6 @@ class Clock:
     Members of one parameter group that have taken equally many steps are a cohort: the scalars of a step are computed
     once for all of them. With `capturable` no value may decide, so a group is a cohort. Tensors of a few elements are
     in cohorts of their own.
-
-    Attributes:
-        settings: of each cohort.
     """
 
     def __init__(self, members: list[Member]) -> None:
@@ -77,23 +66,15 @@ class Clock:
         self._host = shared.pop(torch.device("cpu"), torch.zeros(0))
         self._expected = self._host.clone()
         self._on_devices = list(shared.values())
-        self.settings: list[Settings] = []
-        self._ages: list[float | None] = []
-        self._steps: list[list[Tensor]] = []
-        self._numels: list[int] = []  # of one member
-        found: dict[tuple, int] = {}
+        cohorts: dict[tuple, list[Member]] = {}
         for member in members:
-            step, capturable = member.state["step"], member.settings.h.capturable
-            age = None if capturable else 0.0 if is_fake(step) else step.item()
-            is_open = member.settings.h.is_open(member.numel)
-            member.cohort = found.setdefault((id(member.settings), age, is_open), len(found))
-            if member.cohort == len(self._ages):
-                self._ages.append(age)
-                self._steps.append([])
-                self._numels.append(member.numel)
-                self.settings.append(member.settings)
-            member.place = len(self._steps[member.cohort])
-            self._steps[member.cohort].append(step)
+            step, h = member.state["step"], member.settings.h
+            age = None if h.capturable else 0.0 if is_fake(step) else step.item()
+            cohorts.setdefault((id(member.settings), age, h.is_open(member.numel)), []).append(member)
+        self._ages, self._cohorts = [age for _, age, _ in cohorts], list(cohorts.values())
+        for number, cohort in enumerate(self._cohorts):
+            for place, member in enumerate(cohort):
+                member.cohort, member.place = number, place
 
     def is_unchanged(self) -> bool:
         """Whether nobody else has changed the steps, as far as the host can see without waiting."""
@@ -105,14 +86,14 @@ class Clock:
         self._expected += 1
         for steps in self._on_devices:
             steps += 1
-        self._ages = [age if age is None else age + 1 for age in self._ages]
-        ages = [self._tensor(i) if age is None else age for i, age in enumerate(self._ages)]
-        cohorts = zip(ages, self.settings, self._numels, strict=True)
-        return [masks.step_scalars(age, settings.h, numel) for age, settings, numel in cohorts]
-
-    def _tensor(self, cohort: int) -> Tensor:
-        steps = torch.stack(self._steps[cohort])
-        return steps.to(masks.statistics_dtype(steps.device))
+        self._ages = [None if age is None else age + 1 for age in self._ages]
+        scalars = []
+        for age, cohort in zip(self._ages, self._cohorts, strict=True):
+            if age is None:
+                steps = torch.stack([member.state["step"] for member in cohort])
+                age = steps.to(masks.statistics_dtype(steps.device))
+            scalars.append(masks.step_scalars(age, cohort[0].settings.h, cohort[0].numel))
+        return scalars
 
     def undo(self, found_inf: Tensor) -> None:
         """Takes a step back where it was skipped, which is where `found_inf` is 1."""
@@ -128,10 +109,9 @@ class UnitMasks:
     """The masks that are decided between the halves of a step, all with one all-reduce.
 
     Args:
-        members: whose masks these are.
+        members: of `device`, whose masks these are.
         locator: where their tensors live.
         variances: `grad_var` of flat buffers.
-        device: of the members.
 
     Attributes:
         table: the units.
@@ -143,37 +123,32 @@ class UnitMasks:
     ) -> None:
         self.q: Tensor | None = None
         layout, dtype = locator.layout, masks.statistics_dtype(device)
-        counts, numels, numbers = {}, {}, {}
-        for member in members:
-            p, reduction = member.param, member.settings.h.reduction
-            # A whole tensor goes by its position
-            numbers[member.position] = [member.position] if layout is None else locator.members(p)
-            for number in numbers[member.position]:
-                rows = masks.n_rows(p) if reduction == "per_row" else 1
-                counts[number] = rows if layout is None else layout.units(number, reduction)
-                numels[number] = p.numel() if layout is None else layout.numels[number]
+        numbers = [(member, number) for member in members for number in locator.members(member.param)]
+        counts = {number: layout.units(number, member.settings.h.reduction) for member, number in numbers}
         self.table = UnitTable(counts, layout, device, dtype)
-        in_unit = {number: max(numels[number] // max(count, 1), 1) for number, count in counts.items()}
+        in_unit = {number: max(layout.numels[number] // max(count, 1), 1) for number, count in counts.items()}
         self._numels = self.table.per_unit(in_unit).unsqueeze(1)
         self._flat = variances.tables if locator.flat else {}
         self._cohorts = []
-        by_cohort: dict[int, list[Member]] = {}
-        for member in members:
-            by_cohort.setdefault(member.cohort, []).append(member)
-        for cohort, own in by_cohort.items():
-            h, of_cohort = own[0].settings.h, [number for member in own for number in numbers[member.position]]
+        for cohort in dict.fromkeys(member.cohort for member in members):
+            own = [member for member in members if member.cohort == cohort]
+            of_cohort = [(member.place, number) for member, number in numbers if member.cohort == cohort]
+            settings, units = own[0].settings, [number for _, number in of_cohort]
+            reduction = settings.h.reduction
             if locator.flat:
-                kept = self._flat[h.reduction], variances.unit_table(h.reduction, dtype).whole(of_cohort)
+                kept = self._flat[reduction], variances.unit_table(reduction, dtype).whole(units)
             else:
                 kept = _share(own, "grad_var"), slice(None)
             # With capturable, where in the cohort's vectors the scalars of each unit are
-            places = [m.place for m in own for n in numbers[m.position] for _ in range(counts[n])]
-            places = torch.tensor(places, device=device) if h.capturable else None
-            units = self.table.whole(of_cohort)
+            places = torch.tensor([place for place, number in of_cohort for _ in range(counts[number])], device=device)
+            places = places if settings.h.capturable else None
+            whole = self.table.whole(units)
             # In a flat buffer tensors of a few elements lie beside others
-            is_open = {number: h.is_open(n) for number, n in numels.items()} if locator.flat else None
-            is_open = None if is_open is None else self.table.per_unit(is_open).bool()[units]
-            self._cohorts.append((cohort, own[0].settings, units, places, is_open, *kept))
+            is_open = (
+                {number: settings.h.is_open(layout.numels[number]) for number in counts} if locator.flat else None
+            )
+            is_open = None if is_open is None else self.table.per_unit(is_open).bool()[whole]
+            self._cohorts.append((cohort, settings, whole, places, is_open, *kept))
 
     def is_unchanged(self) -> bool:
         """Whether the variances of flat buffers are still where they were."""
@@ -192,7 +167,7 @@ class UnitMasks:
         for cohort, settings, units, places, is_open, variances, kept in self._cohorts:
             c = scalars[cohort]
             if places is not None:
-                c = masks.StepScalars(*(x[places] for x in c))
+                c = c.select(places)
             if is_open is not None:
                 c = c._replace(open=is_open | c.open)
             self.q[units], variances[kept] = masks.advance_units(means[units], variances[kept], c, settings.h)
@@ -202,21 +177,20 @@ class UnitMasks:
 
 
 class PlanList:
-    """Members that one implementation can take.
+    """Members of one device and dtype, which one implementation can take.
 
     Args:
-        members: of one device and dtype.
+        members: the list.
         locator: where their tensors live.
         unit_masks: if masks are decided between the halves of a step.
+        tables: the Triton kernel's, which may outlive the list.
 
     Attributes:
         units: where the units of the slices are in the table of `unit_masks`.
-        sums: what the first half has found for these units.
     """
 
     def __init__(self, members: list[Member], locator: Locator, unit_masks: UnitMasks | None, tables: dict) -> None:
         self.members, self.settings, self.unit_masks = members, members[0].settings, unit_masks
-        self.sums: Tensor | None = None
         self._params = [member.param for member in members]
         self._sharded = any(map(is_dtensor, self._params))
         self._grad_dtype = members[0].grad.dtype
@@ -224,22 +198,22 @@ class PlanList:
         self._empty = {i: m.grad for i, m in enumerate(members) if m.param.grad is None}
         halves, h = unit_masks is not None, self.settings.h
         needed = {
-            "max_exp_avg_sqs": h.amsgrad,
-            "grad_vars": h.masked and not halves,
-            "exp_avg_signals": h.masked and h.signal_beta is not None,
+            "max_exp_avg_sq": h.amsgrad,
+            "grad_var": h.masked and not halves,
+            "exp_avg_signal": h.masked and h.signal_beta is not None,
         }
-        self._names = [name for name in _STATE if needed.get(name, True)]
+        self._states = {
+            key: [member.state[key] for member in members] if needed.get(key, True) else [] for key in STATE_KEYS
+        }
         by_rows = halves and h.reduction == "per_row"
         self.slices = [
             (i, piece) for i, p in enumerate(self._params) for piece in locator.slices(p, by_rows, split=halves)
         ]
-        if halves and locator.layout is None:
-            self.units = unit_masks.table.whole([member.position for member in members])
-        elif halves:
+        if halves:
             self.units = unit_masks.table.index([piece.units for _, piece in self.slices])
         self._watched = self._params
-        if locator.layout is not None:  # a library that shards may exchange storages
-            self._watched = [*self._params, *(m.state[_STATE[name]] for name in self._names for m in members)]
+        if locator.sharded:  # a library that shards may exchange storages
+            self._watched = [*self._params, *itertools.chain(*self._states.values())]
         self._addresses = self._find()
 
     def _find(self) -> list[int]:
@@ -264,29 +238,24 @@ class PlanList:
         self.set_gradients(grads)
         return True
 
-    def slices_of(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The slices of tensors that are shaped as the members."""
-        return [piece.of(tensors[i]) for i, piece in self.slices]
-
-    def tensor_lists(self) -> TensorLists:
-        """The slices of the members' tensors, without gradients."""
-        lists = TensorLists(*([] for _ in TensorLists._fields))._replace(params=self.slices_of(self._params))
-        states = {name: [member.state[_STATE[name]] for member in self.members] for name in self._names}
-        return lists._replace(**{name: self.slices_of(tensors) for name, tensors in states.items()})
-
-
-class ReferenceList(PlanList):
-    """Whole tensors of a group, which are stepped one after the other."""
-
-    def __init__(self, *args) -> None:
-        super().__init__(*args)
-        self.set_gradients([member.grad for member in self.members])
-
     def set_gradients(self, grads: list[Tensor]) -> None:
+        """Holds the gradients, local tensors in the order of the members, until the step is done."""
         self._grads = grads
 
     def drop_gradients(self) -> None:
         self._grads = []
+
+    def slices_of(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The slices of tensors that are shaped as the members; of none, none."""
+        return [piece.of(tensors[i]) for i, piece in self.slices] if tensors else []
+
+    def tensor_lists(self) -> TensorLists:
+        """The slices of the members' tensors, without gradients."""
+        return TensorLists(self.slices_of(self._params), [], *map(self.slices_of, self._states.values()))
+
+
+class ReferenceList(PlanList):
+    """Whole tensors of a group, which are stepped one after the other."""
 
     def whole_step(self, scalars: list[masks.StepScalars], grad_scale=None, found_inf=None) -> None:
         s = self.settings
@@ -304,10 +273,8 @@ class ForeachList(PlanList):
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
-        h = self.settings.h
-        lists = self.tensor_lists()
-        self._step = ForeachStep(lists, h, halves=self.unit_masks is not None, one_by_one=h.foreach is False)
-        self.set_gradients(local_tensors([member.grad for member in self.members]))
+        h, halves = self.settings.h, self.unit_masks is not None
+        self._step = ForeachStep(self.tensor_lists(), h, halves, one_by_one=h.foreach is False)
 
     def set_gradients(self, grads: list[Tensor]) -> None:
         # Slices are views, which only contiguous gradients have
@@ -319,16 +286,17 @@ class ForeachList(PlanList):
 
     def _scalars(self, scalars: list[masks.StepScalars]) -> masks.StepScalars:
         """The scalars of each slice, as lists."""
-        own = [(self.members[i].cohort, self.members[i].place) for i, _ in self.slices]
-        lists = {}
-        for cohort in {cohort for cohort, _ in own}:
-            size = 1 + max((place for other, place in own if other == cohort), default=0)
-            lists[cohort] = [x.unbind() if isinstance(x, Tensor) else [x] * size for x in scalars[cohort]]
-        fields = range(len(masks.StepScalars._fields))
-        return masks.StepScalars(*([lists[cohort][field][place] for cohort, place in own] for field in fields))
+        own = [self.members[i] for i, _ in self.slices]
+        if self.settings.h.capturable:
+            cohorts = {m.cohort for m in own}
+            places = {i: list(zip(*(x.unbind() for x in scalars[i]), strict=True)) for i in cohorts}
+            entries = [places[m.cohort][m.place] for m in own]
+        else:
+            entries = [scalars[m.cohort] for m in own]
+        return masks.StepScalars(*map(list, zip(*entries, strict=True)))
 
-    def first_half(self, scalars: list[masks.StepScalars]) -> None:
-        self.sums = self._step.sums(self._scalars(scalars))
+    def first_half(self, scalars: list[masks.StepScalars]) -> Tensor:
+        return self._step.sums(self._scalars(scalars))
 
     def second_half(self, scalars: list[masks.StepScalars], q: Tensor) -> None:
         self._step.update(self._scalars(scalars), self.settings.lr, self.settings.eps, q)

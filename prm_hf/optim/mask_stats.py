@@ -22,17 +22,6 @@ from .reductions import row_sums_of_squares, sums_of_squares
 # Sums over the scalar parameters of a tensor, then the extremes.
 COLUMNS = ("numel", "nonfinite", "q", "active", "signal", "noise", "min_q", "max_q")
 N_SUMS, FIRST_MASKED = 6, 2
-SUMMARY = (
-    "mean_q",
-    "active_fraction",
-    "min_q",
-    "max_q",
-    "parameter_count",
-    "noise_sq",
-    "signal_sq",
-    "snr",
-    "nonfinite_count",
-)
 
 _States = list[tuple[Tensor, dict[str, Tensor]]]
 
@@ -68,17 +57,13 @@ def _table_of_elements(states: _States, h: Hyperparameters, locator: Locator) ->
     """The table with all that is known of each element, and the number of the tensor of each row."""
     per_param = h.masked and h.reduction == "per_param"
     names = ["exp_avg", "exp_avg_sq"] + ["grad_var"] * per_param
-    numbers: list[int] = []
-    slices: list[dict[str, Tensor]] = []
-    steps: list[Tensor] = []
-    for position, (p, own) in enumerate(states):
-        pieces = locator.slices(p)
-        numbers += [position if piece.units.tensor is None else piece.units.tensor for piece in pieces]
-        slices += [{name: piece.of(own[name]) for name in names} for piece in pieces]
+    found = []
+    for p, own in states:
+        pieces = [(piece.units.tensor, piece.of) for piece in locator.slices(p)]
         if locator.flat:  # a row also for tensors of which this process holds nothing
-            numbers += locator.members(p)
-            slices += [{name: own[name].narrow(0, 0, 0) for name in names}] * len(locator.members(p))
-        steps += [own["step"]] * (len(slices) - len(steps))
+            pieces += [(number, lambda x: x.narrow(0, 0, 0)) for number in locator.members(p)]
+        found += [(number, {name: of(own[name]) for name in names}, own["step"]) for number, of in pieces]
+    numbers, slices, steps = map(list, zip(*found, strict=True))
     table = torch.zeros(len(slices), len(COLUMNS), dtype=torch.float64)
     table[:, 0] = torch.tensor([tensors["exp_avg"].numel() for tensors in slices])
     table[:, N_SUMS], table[:, N_SUMS + 1] = torch.inf, -torch.inf
@@ -86,17 +71,17 @@ def _table_of_elements(states: _States, h: Hyperparameters, locator: Locator) ->
         table[index, 1] = _nonfinite([slices[i]["exp_avg_sq"] for i in index])
         filled = [i for i in index if slices[i]["exp_avg"].numel()]
         if per_param and filled:
-            columns = _masks_of_elements([slices[i] for i in filled], [steps[i] for i in filled], h)
-            table[filled, FIRST_MASKED:] = columns
+            own = [slices[i] for i in filled], [steps[i] for i in filled]
+            table[filled, FIRST_MASKED:] = _masks_of_elements(*own, h)
     if not h.masked:
         table[:, 2:4] = table[:, :1]
         table[:, N_SUMS:] = 1.0
     table, numbers = _add_rows(table, numbers)
     device = states[0][0].device
     sums, lowest, highest = (x.contiguous().to(device) for x in _split(table))
-    locator.all_reduce(sums, numbers)
-    locator.all_reduce(lowest, numbers, ReduceOp.MIN)
-    locator.all_reduce(highest, numbers, ReduceOp.MAX)
+    locator.layout.all_reduce(sums, numbers)
+    locator.layout.all_reduce(lowest, numbers, ReduceOp.MIN)
+    locator.layout.all_reduce(highest, numbers, ReduceOp.MAX)
     return torch.column_stack([sums, lowest, highest]).cpu(), numbers
 
 
@@ -104,27 +89,21 @@ def _table_of_units(
     states: _States, numbers: list[int], numels: Tensor, h: Hyperparameters, locator: Locator, variances: FlatVariances
 ) -> Tensor:
     """What is known of masks that each stand for a row or a tensor, `(tensors, 6)`: the columns from `q` on."""
-    layout, by_rows = locator.layout, h.reduction == "per_row"
-    device = torch.device("cpu") if layout is None else states[0][0].device
-    of_member = {i: [i] if layout is None else locator.members(p) for i, (p, _) in enumerate(states)}
-    steps = {number: own["step"] for i, (_, own) in enumerate(states) for number in of_member[i]}
-    counts = {
-        number: (masks.n_rows(p) if by_rows else 1) if layout is None else layout.units(number, h.reduction)
-        for i, (p, _) in enumerate(states)
-        for number in of_member[i]
-    }
-    table = UnitTable(counts, layout, device, masks.statistics_dtype(device))
+    device = states[0][0].device if locator.sharded else torch.device("cpu")
+    of_tensor = {number: own for p, own in states for number in locator.members(p)}
+    counts = {number: locator.layout.units(number, h.reduction) for number in numbers}
+    table = UnitTable(counts, locator.layout, device, masks.statistics_dtype(device))
     squares = _sums_of_squares(states, table, h, locator)
     if locator.flat:
         whole = variances.unit_table(h.reduction, table.dtype).whole(numbers)
         var = variances.tables[h.reduction][whole].cpu()
     else:
-        of_tensor = {number: own["grad_var"] for i, (_, own) in enumerate(states) for number in of_member[i]}
-        var = _on_host(torch.cat([of_tensor[number].view(-1).to(device) for number in numbers]))
+        var = _on_host(torch.cat([of_tensor[number]["grad_var"].view(-1).to(device) for number in numbers]))
     n_units = torch.tensor([counts[number] for number in numbers])
     owner = torch.arange(len(numbers)).repeat_interleave(n_units)
     in_unit = (numels / n_units.clamp(min=1))[owner]
-    c = masks.step_scalars(_on_host(_stack([steps[number] for number in numbers]))[owner], h, numels[owner])
+    steps = _on_host(_stack([of_tensor[number]["step"] for number in numbers]))[owner]
+    c = masks.step_scalars(steps, h, numels[owner])
     q, signal, noise = masks.compute_mask(squares / in_unit.clamp(min=1), var, c, h)
     units = torch.stack([in_unit, torch.zeros_like(q), *(x * in_unit for x in (q, q > 0, signal, noise)), q, q], dim=1)
     return _add_rows(units, owner.tolist(), len(numbers))[0][:, FIRST_MASKED:]
@@ -134,17 +113,12 @@ def _sums_of_squares(states: _States, table: UnitTable, h: Hyperparameters, loca
     """Σa² of each unit, `(units,)` on the CPU; a is the average that the signal is estimated from. Collective."""
     by_rows = h.reduction == "per_row"
     name = "exp_avg" if h.signal_beta is None else "exp_avg_signal"
-    averages, ranges = [], []
-    for position, (p, own) in enumerate(states):
-        for piece in locator.slices(p, by_rows):
-            averages.append(piece.of(own[name]))
-            whole = piece.units._replace(tensor=position, count=table.counts.get(position, 0))
-            ranges.append(whole if piece.units.tensor is None else piece.units)
+    pieces = [(piece.of(own[name]), piece.units) for p, own in states for piece in locator.slices(p, by_rows)]
     sums = []
-    for index in buckets(averages):
-        values = _by_list(row_sums_of_squares if by_rows else sums_of_squares, [averages[i] for i in index])
-        values = values if locator.layout is not None else _on_host(values)
-        sums.append((table.index([ranges[i] for i in index]), values.unsqueeze(1)))
+    for index in buckets([average for average, _ in pieces]):
+        values = _by_list(row_sums_of_squares if by_rows else sums_of_squares, [pieces[i][0] for i in index])
+        values = values if locator.sharded else _on_host(values)
+        sums.append((table.index([pieces[i][1] for i in index]), values.unsqueeze(1)))
     return _on_host(table.add_up(sums, 1).squeeze(1))
 
 
@@ -155,10 +129,8 @@ def _masks_of_elements(slices: list[dict[str, Tensor]], steps: list[Tensor], h: 
     one.
     """
     ages, device = _stack(steps).tolist(), slices[0]["exp_avg"].device
-    dtype, size = (
-        masks.statistics_dtype(device),
-        foreach.CPU_BLOCK if device.type == "cpu" else foreach.QUANTIZED_BLOCK,
-    )
+    size = foreach.CPU_BLOCK if device.type == "cpu" else foreach.QUANTIZED_BLOCK
+    dtype = masks.statistics_dtype(device)
     owners, blocks = [], []
     for age in sorted(set(ages)):  # one, but for tensors that skipped steps
         members = [i for i, other in enumerate(ages) if other == age]
@@ -249,23 +221,18 @@ def mask_summary(tables: list[tuple[Tensor, bool]]) -> dict[str, float]:
         mask is `"none"`, the means are NaN.
     """
     rows = torch.cat([table[table[:, 0] > 0] for table, _ in tables] or [torch.zeros(0, len(COLUMNS), device="cpu")])
-    if not len(rows):
-        summary = {key: 0 if key.endswith("_count") else float("nan") for key in SUMMARY}
-    else:
-        masked = sum(table[:, 0].sum() * flag for table, flag in tables)
-        column = dict(zip(COLUMNS, rows.unbind(1), strict=True))
-        n, signal, noise = column["numel"].sum(), column["signal"].sum(), column["noise"].sum()
-        values = (
-            column["q"].sum() / n,
-            column["active"].sum() / n,
-            column["min_q"].min(),
-            column["max_q"].max(),
-            n,
-            noise / masked,
-            signal / masked,
-            signal / noise,
-            column["nonfinite"].sum(),
-        )
-        summary = {key: value.item() for key, value in zip(SUMMARY, values, strict=True)}
-        summary = {key: int(value) if key.endswith("_count") else value for key, value in summary.items()}
-    return {**summary, "noise_scale": summary["noise_sq"]}  # an earlier name, for one version
+    column = dict(zip(COLUMNS, rows.unbind(1), strict=True))
+    n, q, active, signal, noise = (column[name].sum() for name in ("numel", "q", "active", "signal", "noise"))
+    masked = sum(table[:, 0].sum() * flag for table, flag in tables)
+    means = {
+        "mean_q": q / n,
+        "active_fraction": active / n,
+        "min_q": column["min_q"].min() if len(rows) else n / n,
+        "max_q": column["max_q"].max() if len(rows) else n / n,
+        "noise_sq": noise / masked,
+        "signal_sq": signal / masked,
+        "snr": signal / noise,
+        "noise_scale": noise / masked,  # an earlier name of `noise_sq`, for one version
+    }
+    counts = {"parameter_count": n, "nonfinite_count": column["nonfinite"].sum()}
+    return {key: x.item() for key, x in means.items()} | {key: int(x) for key, x in counts.items()}

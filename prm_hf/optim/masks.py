@@ -20,8 +20,7 @@ r"""The mask q in [0, 1] from the moments of the gradient: signal S, noise N, bo
 :math:`s` is centred on the bias-corrected mean from the second step on; at the first step nothing is known and
 q = 0. With `"ema"` pure noise has S/N = (1-β1)/(1+β1)·…, about 1/20, so q never falls much under 0.048.
 
-With `reduction="per_tensor"` and `"per_row"` S and N are formed from the means of :math:`m^2` and :math:`s` over
-the tensor or the row. With `signal_beta` :math:`\beta_S`, the signal has a gradient average of its own,
+With `signal_beta` :math:`\beta_S`, the signal has a gradient average of its own,
 
 .. math::
     a \leftarrow \beta_S a + (1-\beta_S) g, \quad
@@ -31,10 +30,9 @@ the tensor or the row. With `signal_beta` :math:`\beta_S`, the signal has a grad
 where bars are means over the row and :math:`\kappa^S_t` is :math:`\kappa_t` of :math:`\beta_S`: a slower average
 sees smaller signals, and the mask weighs them against the noise of the average that is stepped with.
 
-Everything here is a pure function. `mean_sq` and `var` are either tensors of the parameter's shape
-(`reduction="per_param"`: m² and s of each scalar parameter) or vectors: with one entry a tensor
-(`reduction="per_tensor"`: their means over the tensor) or one a row (`reduction="per_row"`: their means over the row,
-with `signal_beta` of the average that the signal is estimated from), so that all reductions share one definition.
+Everything here is a pure function. `mean_sq` and `var` are m² and s of each scalar parameter, of its tensor's shape
+(`reduction="per_param"`), or vectors of their means over each tensor (`"per_tensor"`) or row (`"per_row"`, with
+`signal_beta` of the average that the signal is estimated from), so that all reductions share one definition.
 """
 
 import math
@@ -86,8 +84,8 @@ class StepScalars(NamedTuple):
     first: list | Tensor  # t = 1
     open: list | Tensor  # still in `mask_warmup_steps`, or a tensor of a few elements: q = 1
 
-    def select(self, index: int) -> "StepScalars":
-        """The entries of one parameter tensor."""
+    def select(self, index: int | Tensor) -> "StepScalars":
+        """The entries of one parameter tensor, or of vectors those of several."""
         return StepScalars(*(field[index] for field in self))
 
     def take(self, positions: list[int]) -> "StepScalars":

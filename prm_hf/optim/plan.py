@@ -23,20 +23,6 @@ from .quantized import is_quantized
 
 
 _OTHERS = operator.itemgetter(*sorted({*NAMES} - {"lr", "betas"}))
-# What decides on the implementation and on what is compiled for it.
-_FORM = operator.itemgetter(
-    "mask",
-    "reduction",
-    "estimator",
-    "amsgrad",
-    "maximize",
-    "decoupled_weight_decay",
-    "foreach",
-    "fused",
-    "capturable",
-    "differentiable",
-    "state_dtype",
-)
 
 
 class Settings:
@@ -46,6 +32,8 @@ class Settings:
         h: the hyperparameters, of which `lr` may be an older one.
         lr: the learning rate of a step, with `relative_eps` accounted for.
         eps: Adam's epsilon, likewise.
+        form: what decides on the implementation and on what is compiled for it: all settings but numbers, and which
+            numbers there are.
     """
 
     def __init__(self, group: dict[str, Any], locator: Locator) -> None:
@@ -64,15 +52,18 @@ class Settings:
         self.lr = (lr.reshape(()) if isinstance(lr, Tensor) and lr.dim() else lr) * self.h.step_length
 
     def _form(self, group: dict[str, Any]) -> tuple:
-        set_up = group["signal_beta"] is None, group["weight_decay"] == 0, group["mask_min_elements"]
-        return (*_FORM(group), *set_up, torch.is_tensor(group["lr"]))
+        flags = (x if isinstance(x, (str, bool)) else None for x in _OTHERS(group))
+        set_up = self.h.signal_beta is None, self.h.weight_decay == 0, self.h.mask_min_elements
+        return (*flags, *set_up, torch.is_tensor(group["lr"]))
 
     def follow(self, group: dict[str, Any]) -> bool:
         """Takes over changed numbers. False if `group` has other parameters or needs another plan."""
         params = group["params"]  # DeepSpeed makes a new list of the same ones for each step
-        if group is not self._group or len(params) != len(self._params):
-            return False
-        if not all(map(operator.is_, params, self._params)):
+        if (
+            group is not self._group
+            or len(params) != len(self._params)
+            or any(map(operator.is_not, params, self._params))
+        ):
             return False
         if group["betas"] != self._betas or _OTHERS(group) != self._others:
             self._read(group)
@@ -112,16 +103,20 @@ class StepPlan:
         members = self._collect(groups, init_state)
         self._clock = Clock(members)
         by_kind: dict[tuple, list[Member]] = {}
+        deferred: dict[torch.device | None, list[Member]] = {}  # of whole tensors by device, of shards together
         for member in members:
-            by_kind.setdefault(self._kind(member), []).append(member)
-        deferred = [member for member in members if self._is_deferred(self._kind(member)[0], member.settings.h)]
-        self._masks = self._unit_masks(deferred, variances)
+            kind = self._kind(member)
+            by_kind.setdefault(kind, []).append(member)
+            if self._is_deferred(kind[0], member.settings.h):
+                deferred.setdefault(self._device(member), []).append(member)
+        self._masks = {x: UnitMasks(own, locator, variances, own[0].param.device) for x, own in deferred.items()}
         self._lists: list[PlanList] = []
         for (implementation, *_), own in by_kind.items():
             unit_masks = None
             if self._is_deferred(implementation, own[0].settings.h):
-                unit_masks = self._masks.get(own[0].param.device) or next(iter(self._masks.values()))
+                unit_masks = self._masks[self._device(own[0])]
             self._lists.append(_list_class(implementation)(own, locator, unit_masks, tables))
+            self._lists[-1].take_gradients()
         self._state, self._entries = state, list(state.values())
         self._member_states = [member.state for member in members]
         self._values = self._found_values()
@@ -131,7 +126,7 @@ class StepPlan:
         for group, settings in zip(groups, self._groups, strict=True):
             for p in group["params"]:
                 grad = p.grad
-                if grad is None and self._locator.layout is not None and p.numel() == 0:
+                if grad is None and self._locator.sharded and p.numel() == 0:
                     # FSDP1 gives no gradient to a process that holds nothing of a tensor, but its sums must add up.
                     grad = torch.zeros_like(p)
                 if grad is None:
@@ -142,8 +137,7 @@ class StepPlan:
                         f"PRM does not support sparse gradients, and a parameter of shape {tuple(p.shape)} has one: "
                         "create its embedding with `sparse=False`."
                     )
-                numel = self._locator.numel(p)
-                members.append(Member(p, grad, init_state(p, group), settings, numel, len(members)))
+                members.append(Member(p, grad, init_state(p, group), settings, self._locator.numel(p)))
         return members
 
     def _kind(self, member: Member) -> tuple:
@@ -154,27 +148,22 @@ class StepPlan:
         if self._transform is None and _use_fused(member):
             return ("fused", *tensors, *settings.form)
         foreach = uses_foreach([p], h, settings.lr)
-        whole = self._locator.layout is None and self._transform is None
+        whole = not self._locator.sharded and self._transform is None
         if whole and not foreach and m.dtype == v.dtype and not is_quantized(m):
-            return ("reference", id(settings))
+            return ("reference", *tensors, id(settings))
         return ("foreach", *tensors, id(settings))
 
     def _is_deferred(self, implementation: str, h: Hyperparameters) -> bool:
         """Whether masks are decided between the halves of a step."""
         if not h.masked or h.reduction == "per_param":
             return False
-        if self._locator.layout is not None or self._transform is not None:
+        if self._locator.sharded or self._transform is not None:
             return True
         # Of whole tensors the reference and the kernel sum up by themselves; rows never need more than a block
         return implementation == "foreach" and h.reduction == "per_tensor"
 
-    def _unit_masks(self, deferred: list[Member], variances: FlatVariances) -> dict[torch.device, UnitMasks]:
-        """The masks that are decided between the halves of a step: of whole tensors by device, of shards together."""
-        by_device: dict[torch.device, list[Member]] = {}
-        for member in deferred:
-            device = member.param.device if self._locator.layout is None else deferred[0].param.device
-            by_device.setdefault(device, []).append(member)
-        return {device: UnitMasks(members, self._locator, variances, device) for device, members in by_device.items()}
+    def _device(self, member: Member) -> torch.device | None:
+        return None if self._locator.sharded else member.param.device
 
     def holds(self, groups: list[dict[str, Any]], state: dict[Tensor, dict]) -> bool:
         """Whether the next step can be taken by this plan. Takes over gradients and the settings' numbers.
@@ -182,16 +171,15 @@ class StepPlan:
         Raises:
             ValueError: a setting was changed to something invalid.
         """
-        if len(groups) != len(self._groups) or not self._same_state(state):
-            return False
-        for group, settings in zip(groups, self._groups, strict=True):
-            if not settings.follow(group):
-                return False
-        if any(p.grad is not None for p in self._idle) or not self._clock.is_unchanged():
-            return False
-        if not all(unit_masks.is_unchanged() for unit_masks in self._masks.values()):
-            return False
-        return all(x.take_gradients() for x in self._lists)
+        return (
+            len(groups) == len(self._groups)
+            and self._same_state(state)
+            and all(settings.follow(group) for group, settings in zip(groups, self._groups, strict=True))
+            and all(p.grad is None for p in self._idle)
+            and self._clock.is_unchanged()
+            and all(unit_masks.is_unchanged() for unit_masks in self._masks.values())
+            and all(x.take_gradients() for x in self._lists)
+        )
 
     def run(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
         """Takes a step with the gradients that [`holds`] has seen, or those that the plan was built with.
@@ -201,12 +189,9 @@ class StepPlan:
             found_inf: GradScaler's: 1 where gradients have overflowed and the step is to do nothing.
         """
         scalars = self._clock.advance()
-        halves = [x for x in self._lists if x.unit_masks is not None]
-        for x in halves:
-            x.first_half(scalars)
         for unit_masks in self._masks.values():
-            own = [x for x in halves if x.unit_masks is unit_masks]
-            q = unit_masks.decide([(x.units, x.sums) for x in own], scalars, self._transform)
+            own = [x for x in self._lists if x.unit_masks is unit_masks]
+            q = unit_masks.decide([(x.units, x.first_half(scalars)) for x in own], scalars, self._transform)
             for x in own:
                 x.second_half(scalars, q[x.units])
         for x in self._lists:
@@ -222,7 +207,7 @@ class StepPlan:
             x.drop_gradients()
 
     def _same_state(self, state: dict[Tensor, dict]) -> bool:
-        # By `is`, in C: `==` would compare elements, and looking entries up would ask each tensor for its hash.
+        # By `is`, in C: `==` would compare elements, and looking entries up would ask each tensor for its hash
         return (
             state is self._state
             and len(state) >= len(self._entries)
@@ -233,7 +218,7 @@ class StepPlan:
 
     def _found_values(self) -> list[Tensor]:
         # Whoever exchanges the state of whole tensors exchanges all of it; libraries that shard do so one by one.
-        if self._locator.layout is None and self._member_states:
+        if not self._locator.sharded and self._member_states:
             return [self._member_states[0]["step"], *map(operator.itemgetter("exp_avg"), self._member_states)]
         return list(itertools.chain.from_iterable(map(dict.values, self._member_states)))
 

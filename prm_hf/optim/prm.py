@@ -45,8 +45,7 @@ class PRM(Optimizer):
     Args:
         params (iterable): parameters, `(name, parameter)` pairs, or dicts that define parameter groups.
         lr (`float` or `Tensor`): learning rate η.
-        betas (`tuple[float, float]`): decay rates β1, β2 of `exp_avg` and `exp_avg_sq`, each in [0, 1). A tensor is
-            read once, here and below, unless it requires a gradient (for `differentiable`).
+        betas (`tuple[float, float]`): decay rates β1, β2 of `exp_avg` and `exp_avg_sq`, each in [0, 1).
         eps (`float`): ε in the denominator of Adam.
         weight_decay (`float`): λ_wd. It is not masked.
         mask (`str`): `"snr"`, `"soft"`, `"hard"` or `"none"`.
@@ -278,17 +277,15 @@ class PRM(Optimizer):
         if not all(group["fused"] and group["capturable"] for group in self.param_groups):
             return False
         self._locate()  # GradScaler asks before the first step
-        return self._locator.layout is None
+        return not self._locator.sharded
 
     def _locate(self) -> None:
         self._absorb_loaded()
         groups = self.param_groups
         self._deepspeed.notice(groups, self.state)
         self._locator.locate([(group[LifeCycle.NUMBER], group["params"]) for group in groups])
-        if (layout := self._locator.layout) is None:
-            return
-        for group in groups:
-            layout.path.check(group["reduction"], group["state_dtype"])
+        for group in groups if self._locator.sharded else ():
+            self._locator.layout.path.check(group["reduction"], group["state_dtype"])
             if group["mask"] != "none" and group["reduction"] == "per_row":
                 layout.check_rows(self._locator.numbers(group[LifeCycle.NUMBER]))
         if layout.flat:

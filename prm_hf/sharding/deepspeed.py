@@ -22,58 +22,53 @@ def check_config(config: dict[str, Any]) -> None:
         ValueError: naming the setting to change.
     """
     zero = config.get("zero_optimization") or {}
-    optimizer_offload = zero.get("offload_optimizer") or {}
-    param_offload = zero.get("offload_param") or {}
-    device = _device(optimizer_offload)
-
-    if "optimizer" in config:
-        raise ValueError(
-            "The DeepSpeed configuration has a section `optimizer`, which would silently take PRM's place. Remove the "
-            "section."
-        )
-    for name, offload in (("offload_optimizer", optimizer_offload), ("offload_param", param_offload)):
-        if _device(offload) == "nvme":
-            raise ValueError(
-                f"The DeepSpeed configuration has `zero_optimization.{name}.device: nvme`, with which the parts of a "
-                "tensor are not in memory when PRM has to measure it. Set it to `cpu` or `none`."
-            )
-    if (device != "none" or zero.get("cpu_offload")) and config.get("zero_force_ds_cpu_optimizer", True) is not False:
-        raise ValueError(
-            "The DeepSpeed configuration offloads the optimizer, and accelerate would silently replace PRM by "
-            "DeepSpeed's CPU Adam. Add `zero_force_ds_cpu_optimizer: false` to the configuration."
-        )
-    ratio = optimizer_offload.get("ratio", 1.0)
-    if device != "none" and ratio != "auto" and ratio < 1:
-        raise ValueError(
-            f"The DeepSpeed configuration has `zero_optimization.offload_optimizer.ratio: {ratio}`, with which "
-            "DeepSpeed steps the rest of the parameters with its own Adam. Set it to 1."
-        )
-    if optimizer_offload.get("super_offload"):
-        raise ValueError(
-            "The DeepSpeed configuration has `zero_optimization.offload_optimizer.super_offload: true`, which steps "
-            "with DeepSpeed's CPU Adam in a process of its own. Remove it."
-        )
-    if zero.get("zenflow"):
-        raise ValueError(
-            "The DeepSpeed configuration has a section `zero_optimization.zenflow`, which splits each tensor between "
-            "two optimizers. Remove it."
-        )
-    if zero.get("elastic_checkpoint"):
-        raise ValueError(
-            "The DeepSpeed configuration has `zero_optimization.elastic_checkpoint: true`, which loses what PRM keeps "
-            "with its parameter groups. Remove it; universal checkpoints change the number of processes "
-            "(`python -m deepspeed.checkpoint.ds_to_universal`)."
-        )
+    offloads = {name: zero.get(name) or {} for name in ("offload_optimizer", "offload_param")}
+    devices = {name: str(offload.get("device") or "none") for name, offload in offloads.items()}
+    offloaded, ratio = devices["offload_optimizer"] != "none", offloads["offload_optimizer"].get("ratio", 1.0)
     tensor_parallel = (config.get("tensor_parallel") or {}).get("autotp_size", 0)
-    if tensor_parallel != "auto" and tensor_parallel > 1:
-        raise ValueError(
-            f"The DeepSpeed configuration has `tensor_parallel.autotp_size: {tensor_parallel}`: PRM would take the "
-            "slice of a tensor that a process computes with for the tensor. Remove the section."
-        )
 
+    def refuse(is_there: Any, what: str) -> None:
+        if is_there:
+            raise ValueError(f"The DeepSpeed configuration {what}")
 
-def _device(offload: dict[str, Any]) -> str:
-    return str(offload.get("device") or "none")
+    refuse(
+        "optimizer" in config,
+        "has a section `optimizer`, which would silently take PRM's place. Remove the section.",
+    )
+    for name, device in devices.items():
+        where = f"`zero_optimization.{name}.device: nvme`"
+        what = "with which the parts of a tensor are not in memory when PRM has to measure it"
+        refuse(device == "nvme", f"has {where}, {what}. Set it to `cpu` or `none`.")
+    refuse(
+        (offloaded or zero.get("cpu_offload")) and config.get("zero_force_ds_cpu_optimizer", True) is not False,
+        "offloads the optimizer, and accelerate would silently replace PRM by DeepSpeed's CPU Adam. Add "
+        "`zero_force_ds_cpu_optimizer: false` to the configuration.",
+    )
+    refuse(
+        offloaded and ratio != "auto" and ratio < 1,
+        f"has `zero_optimization.offload_optimizer.ratio: {ratio}`, with which DeepSpeed steps the rest of the "
+        "parameters with its own Adam. Set it to 1.",
+    )
+    refuse(
+        offloads["offload_optimizer"].get("super_offload"),
+        "has `zero_optimization.offload_optimizer.super_offload: true`, which steps with DeepSpeed's CPU Adam in a "
+        "process of its own. Remove it.",
+    )
+    refuse(
+        zero.get("zenflow"),
+        "has a section `zero_optimization.zenflow`, which splits each tensor between two optimizers. Remove it.",
+    )
+    refuse(
+        zero.get("elastic_checkpoint"),
+        "has `zero_optimization.elastic_checkpoint: true`, which loses what PRM keeps with its parameter groups. "
+        "Remove it; universal checkpoints change the number of processes "
+        "(`python -m deepspeed.checkpoint.ds_to_universal`).",
+    )
+    refuse(
+        tensor_parallel != "auto" and tensor_parallel > 1,
+        f"has `tensor_parallel.autotp_size: {tensor_parallel}`: PRM would take the slice of a tensor that a process "
+        "computes with for the tensor. Remove the section.",
+    )
 
 
 class LifeCycle:
@@ -171,12 +166,8 @@ class LifeCycle:
         _unshare_steps(state)
         for reduction in self.VARIANCES:
             masked = [group for group in groups if group["mask"] != "none" and group["reduction"] == reduction]
-            tensors = (p for g in masked for p in self._locator.local_tensors(g[self.NUMBER], g["params"]))
-            if (
-                masked
-                and self.variances.is_new(reduction)
-                and any(state[p]["step"] > 0 for p in tensors if state.get(p))
-            ):
+            tensors = [p for g in masked for p in self._locator.local_tensors(g[self.NUMBER], g["params"])]
+            if self.variances.is_new(reduction) and any(state[p]["step"] > 0 for p in tensors if state.get(p)):
                 raise ValueError(
                     f"The checkpoint has no `grad_var` of reduction={reduction!r} for DeepSpeed ZeRO: it was not "
                     "written by PRM, or with another reduction. Start from the weights alone with a fresh optimizer."
@@ -191,8 +182,7 @@ class LifeCycle:
         """
         if not self._locator.replaced or self._started:
             return False
-        grads = (p.grad for group in groups for p in group["params"] if p.grad is not None)
-        self._started = any(bool(grad.any()) for grad in grads)
+        self._started = any(p.grad is not None and bool(p.grad.any()) for group in groups for p in group["params"])
         return not self._started
 
 

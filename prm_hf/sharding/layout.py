@@ -1,10 +1,9 @@
 """Where a parameter tensor lives: which slices of it the optimizer's local tensors hold, and who holds the rest.
 
-Data parallelism hands an optimizer whole tensors. FSDP hands it shards, and DeepSpeed ZeRO flat buffers in which the
-borders of tensors are lost. A statistic of a *tensor* needs the borders back, and the parts that other processes hold.
-They are found once, at the first step, from the parameters that the optimizer was created with (which the wrappers
-keep, and annotate) and never from shapes alone; the sizes found are added up over the processes and compared with the
-true ones, so that a mistake is an error and not a wrong statistic.
+Data parallelism hands an optimizer whole tensors, FSDP shards, and DeepSpeed ZeRO flat buffers in which the borders
+of tensors are lost. They are found once, at the first step, from the parameters that the optimizer was created with
+(which the wrappers keep, and annotate) and never from shapes alone; the sizes found are added up over the processes
+and compared with the true ones, so that a mistake is an error and not a wrong statistic.
 """
 
 import enum
@@ -80,10 +79,10 @@ class UnitRange(NamedTuple):
 
 @dataclass
 class Layout:
-    """The sharded tensors of an optimizer. Numbers count its original tensors, group by group.
+    """The tensors of an optimizer. Numbers count its original tensors, group by group.
 
     Attributes:
-        path: what holds the parameters.
+        path: what holds the parameters; None for whole tensors.
         numels: elements of each original tensor, over all processes.
         rows: rows of each original tensor; 0 where it is not known which of them a process holds.
         process_groups: of each original tensor, the groups over which its parts have to be added up.
@@ -94,7 +93,7 @@ class Layout:
         locals: the local tensors; holding them keeps their ids unique.
     """
 
-    path: ShardingPath
+    path: ShardingPath | None
     flat: bool
     numels: list[int]
     process_groups: list[tuple[dist.ProcessGroup, ...]]
@@ -138,8 +137,10 @@ class Layout:
         """Reduces the rows of `table`, one for each of `tensors`, in place over the processes that share the tensor.
 
         With `counts` so many for each of them. Collective over the process groups of these tensors. One all-reduce for
-        each different set of groups.
+        each different set of groups; none for whole tensors, which every process has.
         """
+        if self.path is None:
+            return
         key = (table.device, counts is None, *tensors)
         if key not in self._rows:
             by_groups, row = {}, 0
@@ -176,10 +177,8 @@ class Layout:
             )
 
 
-def find_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[Tensor]]]) -> Layout | None:
-    """The layout of an optimizer's parameters, or None if its local tensors are the whole tensors.
-
-    Collective, if the parameters are sharded.
+def find_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[Tensor]]]) -> Layout:
+    """The layout of an optimizer's parameters. Collective, if they are sharded.
 
     Args:
         originals: the parameters that the optimizer was created with, group by group.
@@ -197,7 +196,7 @@ def find_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[Tens
         return _fsdp1_layout(groups)
     known = {id(p) for group in originals for p in group}
     if all(id(p) in known for p in local):
-        return None
+        return _whole_layout(local)
     parameters = [p for group in originals for p in group]
     if any(hasattr(p, "_z3_optimizer") for p in parameters):
         return _zero3_layout(originals)
@@ -211,7 +210,15 @@ def find_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[Tens
                 f"know: group {number} had {len(originals[number])} tensors and has {len(params)} of shapes "
                 f"{[tuple(p.shape) for p in params[:3]]}. Use reduction='per_param', DDP, FSDP2 or DeepSpeed ZeRO."
             )
-    return None
+    return _whole_layout(local)
+
+
+def _whole_layout(params: list[Tensor]) -> Layout:
+    numels, rows = [p.numel() for p in params], [_n_rows(p.shape) for p in params]
+    layout = Layout(None, flat=False, numels=numels, rows=rows, process_groups=[()] * len(params))
+    for number, p in enumerate(params):
+        layout.add(p, [Segment(number, 0, p.numel())], [number])
+    return layout
 
 
 def _is_instance(x: Tensor, module: str, name: str) -> bool:
@@ -244,21 +251,19 @@ def _dtensor_layout(groups: list[tuple[int, list[Tensor]]]) -> Layout:
 
     layout = Layout(path=ShardingPath.FSDP2, flat=False, numels=[], process_groups=[])
     for number, p in enumerate(p for _, params in groups for p in params):
-        process_groups = ()
+        process_groups, rows, offset = (), _n_rows(p.shape), 0
         if is_dtensor(p):
             if any(isinstance(placement, Partial) for placement in p.placements):
                 raise RuntimeError(f"PRM cannot step a parameter with partial placements: {p.placements}.")
             shards = (i for i, placement in enumerate(p.placements) if not placement.is_replicate())
             process_groups = tuple(p.device_mesh.get_group(i) for i in shards)
-        layout.numels.append(p.numel())
-        layout.process_groups.append(process_groups)
-        rows, offset = _n_rows(p.shape), 0
-        if is_dtensor(p):
             if not all(type(placement) in (Shard, Replicate) for placement in p.placements):
                 rows = 0  # those of strided shards are not next to each other
             elif p.dim() > 1:
                 _, start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
                 offset = start[0] * math.prod(p.shape[1:])
+        layout.numels.append(p.numel())
+        layout.process_groups.append(process_groups)
         layout.rows.append(rows)
         layout.add(p, [Segment(number, 0, local_tensor(p).numel(), offset)], [number])
     layout.verify()
@@ -271,27 +276,18 @@ def _fsdp1_layout(groups: list[tuple[int, list[Tensor]]]) -> Layout:
     The true sizes are not to be had from the views, so they are what the processes' views add up to. With hybrid
     sharding that counts each replica, in the sums over a tensor as well, which leaves the means right.
     """
-    layout = Layout(path=ShardingPath.FSDP1, flat=False, numels=[], process_groups=[])
-    for number, p in enumerate(p for _, params in groups for p in params):
-        layout.process_groups.append((dist.group.WORLD,))
+    local = [p for _, params in groups for p in params]
+    layout = Layout(ShardingPath.FSDP1, flat=False, numels=[], process_groups=[(dist.group.WORLD,)] * len(local))
+    for number, p in enumerate(local):
         layout.add(p, [Segment(number, 0, p.numel())], [number])
-    counts = torch.tensor([[p.numel()] for p in layout.locals], dtype=torch.float64)
+    counts = torch.tensor([[p.numel()] for p in local], dtype=torch.float64)
     layout.all_reduce(counts, list(range(len(counts))))
-    layout.numels = [int(count) for count in counts[:, 0].tolist()]
-    layout.rows = [0] * len(layout.numels)
+    layout.numels, layout.rows = [int(count) for count in counts[:, 0].tolist()], [0] * len(local)
     return layout
 
 
 def _n_rows(shape: torch.Size) -> int:
     return shape[0] if len(shape) > 1 else 1
-
-
-def _numbered(originals: list[list[Tensor]]) -> Iterable[tuple[int, int, Tensor]]:
-    number = 0
-    for group, params in enumerate(originals):
-        for p in params:
-            yield number, group, p
-            number += 1
 
 
 def _zero12_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[Tensor]]]) -> Layout:
@@ -302,18 +298,15 @@ def _zero12_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[T
     `_hp_mapping` is wrong.
     """
     parameters = [p for group in originals for p in group]
-    layout = Layout(path=ShardingPath.ZERO_12, flat=True, numels=[p.numel() for p in parameters], process_groups=[])
-    layout.process_groups = [(p._dp_group,) if hasattr(p, "_dp_group") else () for p in parameters]
-    layout.rows = [_n_rows(p.shape) for p in parameters]
-    flats = dict(groups)
-    by_group = {}
-    for number, group, p in _numbered(originals):
-        if hasattr(p, "_dp_group"):  # frozen parameters are not in the buffer
-            by_group.setdefault(group, []).append((number, p))
-    for group, members in by_group.items():
-        if group not in flats:
+    numels, rows = [p.numel() for p in parameters], [_n_rows(p.shape) for p in parameters]
+    process_groups = [(p._dp_group,) if hasattr(p, "_dp_group") else () for p in parameters]
+    layout = Layout(ShardingPath.ZERO_12, flat=True, numels=numels, process_groups=process_groups, rows=rows)
+    for group, local in groups:
+        first = sum(map(len, originals[:group]))
+        members = [(i, p) for i, p in enumerate(originals[group], first) if hasattr(p, "_dp_group")]  # not the frozen
+        if not members:
             continue
-        (flat,) = flats[group]
+        (flat,) = local
         if len({p.untyped_storage().data_ptr() for _, p in members}) != 1:
             raise RuntimeError(
                 f"PRM expects the parameters of group {group} in one flat buffer of DeepSpeed ZeRO, and they are not. "
@@ -334,7 +327,7 @@ def _zero12_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[T
 def _zero3_layout(originals: list[list[Tensor]]) -> Layout:
     """DeepSpeed ZeRO 3: flat float32 sub-groups, in which this process holds its share of every tensor, padded."""
     numels, rows, process_groups, by_sub_group = [], [], [], {}
-    for number, _, p in _numbered(originals):
+    for number, p in enumerate(p for group in originals for p in group):
         numels.append(getattr(p, "ds_numel", p.numel()))
         rows.append(_n_rows(getattr(p, "ds_shape", p.shape)))
         zero = getattr(p, "_z3_optimizer", None)

@@ -4,17 +4,16 @@ import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch.distributed as dist
 from torch import Tensor
 
-from .layout import Layout, ShardingPath, UnitRange, find_layout, local_tensor
+from .layout import Layout, Segment, ShardingPath, UnitRange, find_layout, local_tensor
 
 
 class Slice(NamedTuple):
     """A slice of a local tensor that lies in one original tensor.
 
     Attributes:
-        units: which units of which tensor it holds. For a whole tensor its number is None.
+        units: which units of which tensor it holds.
         start, length: its elements in the flattened local tensor.
         shape: how a step sees it; None for the local tensor as it is.
     """
@@ -38,7 +37,7 @@ class Locator:
     """The parameters an optimizer was created with, and from its first step on the [`Layout`] of what it steps.
 
     Attributes:
-        layout: None before [`Locator.locate`], and for whole tensors.
+        layout: of no tensors before [`Locator.locate`].
         replaced: whether whole tensors are stepped that are not the ones registered: float32 clones of DeepSpeed.
     """
 
@@ -47,7 +46,7 @@ class Locator:
         self._originals: list[list[weakref.ref]] = []
         self._numels: list[int] = []
         self._known: dict[int, Tensor] = {}  # by id, and holding them, so that an id stays theirs
-        self.layout: Layout | None = None
+        self.layout = Layout(path=None, flat=False, numels=[], process_groups=[])
         self.replaced = False
 
     def register(self, params: list[Tensor]) -> int:
@@ -76,34 +75,39 @@ class Locator:
     def locate(self, groups: list[tuple[int, list[Tensor]]]) -> None:
         """Finds the layout of the tensors that are in the numbered groups now, unless it is known. Collective then.
 
+        Whole tensors are numbered in their present order.
+
         Raises:
             RuntimeError: see [`find_layout`].
         """
         local = [p for _, params in groups for p in params]
-        if all(id(p) in self._known for p in local):
+        ids = [id(p) for p in local]
+        if self._known.keys() >= {*ids} if self.sharded else ids == [*self._known]:
             return
         originals = [self.originals(group) for group in range(len(self._originals))]
         layout = find_layout(originals, groups)
-        if layout is not None and layout.flat and self.layout is not None:
+        if layout.flat and self.flat:
             self.layout.merge(layout)  # ZeRO 1 and 2 show one group a step
         else:
-            self.layout = layout
-        self._known |= {id(p): p for p in [*local, *(layout.locals if layout is not None else [])]}
-        ids = {id(p) for params in originals for p in params}
-        self.replaced = layout is None and any(id(p) not in ids for p in local)
+            self.layout, self._known = layout, {}
+        self._known |= {id(p): p for p in [*local, *layout.locals]}
+        self.replaced = not self.sharded and not {*ids} <= {id(p) for params in originals for p in params}
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the tensors are held by FSDP or DeepSpeed ZeRO; else they are whole."""
+        return self.layout.path is not None
 
     @property
     def flat(self) -> bool:
         """Whether the tensors are flat buffers in which many original tensors lie."""
-        return self.layout is not None and self.layout.flat
+        return self.layout.flat
 
     @property
     def n_parameters(self) -> int:
         """The scalar parameters of all original tensors, over all processes."""
-        numels = self._numels
-        if self.layout is not None and self.layout.path is ShardingPath.FSDP1:
-            numels = self.layout.numels  # an optimizer of shards was given these alone
-        return sum(numels)
+        # Under FSDP1 an optimizer may have been given shards alone
+        return sum(self.layout.numels if self.layout.path is ShardingPath.FSDP1 else self._numels)
 
     def slices(self, p: Tensor, by_rows: bool = False, split: bool = True) -> list[Slice]:
         """This process' slices of local tensor `p`, each in one original tensor.
@@ -112,15 +116,16 @@ class Locator:
             by_rows: slices are matrices of whole rows, or of a part of one row.
             split: whether a flat buffer is taken apart; else it is one slice.
         """
-        if self.layout is None or (self.flat and not split):
-            number = None if self.layout is None else self.members(p)[0]
-            return [Slice(UnitRange(number, 0, 1), 0, p.numel(), None)]
-        return [piece for segment in self.layout.segments[id(p)] for piece in self._slices_of(p, segment, by_rows)]
+        if self.flat and not split:
+            return [Slice(UnitRange(self.members(p)[0], 0, 1), 0, p.numel(), None)]
+        segments = self.layout.segments[id(p)] or [Segment(self.members(p)[0], 0, 0)]  # a buffer of padding alone
+        return [piece for segment in segments for piece in self._slices_of(p, segment, by_rows)]
 
-    def _slices_of(self, p: Tensor, segment, by_rows: bool) -> Iterator[Slice]:
+    def _slices_of(self, p: Tensor, segment: Segment, by_rows: bool) -> Iterator[Slice]:
         number, start, length, offset = segment
-        if not by_rows:
-            yield Slice(UnitRange(number, 0, 1), start, length, (length,) if self.flat else None)
+        if not by_rows or not self.sharded or (self.flat and not length):
+            units = UnitRange(number, 0, self.layout.rows[number] if by_rows and not self.sharded else 1)
+            yield Slice(units, start, length, (length,) if self.flat else None)
             return
         in_row = max(self.layout.numels[number] // max(self.layout.rows[number], 1), 1)
         if not self.flat:
@@ -134,13 +139,13 @@ class Locator:
 
     def describe(self, n_whole: int) -> tuple[int, str]:
         """How many tensors are stepped, of which `n_whole` if they are whole, and how they are held, for people."""
-        if self.layout is None:
+        if not self.sharded:
             return n_whole, "as whole tensors"
         return len(set().union(*self.layout.members.values())), f"under {self.layout.path.value}"
 
     def numel(self, p: Tensor) -> int:
         """The elements of the original tensors that local tensor `p` holds, or holds a part of."""
-        return p.numel() if self.layout is None else sum(self.layout.numels[number] for number in self.members(p))
+        return sum(self.layout.numels[number] for number in self.members(p))
 
     def members(self, p: Tensor) -> list[int]:
         """The numbers of the original tensors that advance when local tensor `p` is stepped, also from elsewhere."""
@@ -156,11 +161,6 @@ class Locator:
         """The numbers of the original tensors of a group."""
         begin = sum(len(refs) for refs in self._originals[:group])
         return range(begin, begin + len(self._originals[group]))
-
-    def all_reduce(self, table: Tensor, numbers: list[int], op: dist.ReduceOp = dist.ReduceOp.SUM) -> None:
-        """[`Layout.all_reduce`]; nothing for whole tensors, which every process has."""
-        if self.layout is not None:
-            self.layout.all_reduce(table, numbers, op)
 
 
 def _cut_at_rows(offset: int, length: int, in_row: int) -> Iterator[tuple[int, int, int]]:

@@ -22,14 +22,12 @@ class UnitTable:
 
     Args:
         counts: how many units each tensor has, by its number.
-        layout: of the tensors; None for whole tensors.
+        layout: of the tensors.
         device: of the sums.
         dtype: of the sums.
     """
 
-    def __init__(
-        self, counts: dict[int, int], layout: Layout | None, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, counts: dict[int, int], layout: Layout, device: torch.device, dtype: torch.dtype) -> None:
         # Sorted, so that all processes have them in one order
         self.counts = {number: counts[number] for number in sorted(counts)}
         self._layout, self._device, self.dtype = layout, device, dtype
@@ -70,8 +68,7 @@ class UnitTable:
                 table[index] += values
             else:
                 table.index_add_(0, index, values)
-        if self._layout is not None:
-            self._layout.all_reduce(table, list(self.counts), counts=list(self.counts.values()))
+        self._layout.all_reduce(table, list(self.counts), counts=list(self.counts.values()))
         return table
 
 

@@ -195,7 +195,7 @@ def test_noise_within_a_step_is_that_of_its_micro_batches(clip):
 def test_selection_alone_keeps_the_mean_step():
     """Update over Adam's update, averaged over all parameters, is 1 at each step that has a mask."""
     params = tensors()
-    optimizer = SearchedPRM(params, lr=0.1, keep_mean=True)
+    optimizer = SearchedPRM(params, lr=0.1, weight_decay=0.0, keep_mean=True)
     after = start()
     for t in range(1, 6):
         before = after

@@ -86,7 +86,7 @@ class RecordingPRM(PRM):
 
     def _note_unit_masks(self):
         per_row = self.param_groups[0]["reduction"] == "per_row"
-        if self._locator.layout is None:
+        if not self._locator.sharded:
             if self.param_groups[0]["reduction"] != "per_tensor":
                 return
             for group, values in zip(self.param_groups, self.get_tensor_masks(), strict=True):
@@ -103,13 +103,13 @@ class RecordingPRM(PRM):
                     self.steps[-1]["q"][number] = q.item()
 
     def _shape(self, p, number):
-        if self._locator.layout is None:
+        if not self._locator.sharded:
             return tuple(p.shape)
         rows = self._locator.layout.rows[number]
         return (rows, -1) if rows > 1 else None
 
     def _has_unit_masks(self, group):
-        return group["reduction"] == "per_row" and self._locator.layout is not None
+        return group["reduction"] == "per_row" and self._locator.sharded
 
     def _elementwise_masks(self, group, p):
         if group["reduction"] == "per_tensor" or self._has_unit_masks(group) or p.numel() == 0:
@@ -281,7 +281,7 @@ def train(options: dict, world_size: int, folder: Path) -> dict:
     resume = options.get("resume")
     trainer.train(resume_from_checkpoint=None if resume is None else str(folder.parent / resume))
     locator = trainer.find_prm()._locator
-    return {"path": None if locator.layout is None else locator.layout.path.value, "world_size": args.world_size}
+    return {"path": locator.layout.path.value if locator.sharded else None, "world_size": args.world_size}
 
 
 def main(plan: dict) -> None:

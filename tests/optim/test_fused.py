@@ -335,6 +335,18 @@ def test_capturable(reduction):
         assert_close(p, q.detach().double().numpy(), 1e-6)
 
 
+def test_groups_of_two_dtypes_keep_their_own_scalars_with_capturable():
+    """A list has tensors of one dtype from both groups, and so not all of the first group's."""
+    results = []
+    for f in (True, False):
+        dtypes = (torch.float32, torch.bfloat16, torch.bfloat16, torch.float32)
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, 6).to(dtype)) for dtype in dtypes]
+        groups = [{"params": params[:3], "lr": 0.1}, {"params": params[3:], "lr": 0.01}]
+        train(PRM(groups, mask="none", fused=f, capturable=True), params, steps=3)
+        results.append(params[3])
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("unscaled_before", [False, True], ids=["scaled", "unscaled_for_clipping"])
 def test_grad_scaler_leaves_unscaling_and_skipping_to_the_kernel(reduction, unscaled_before):
@@ -368,7 +380,7 @@ def test_grad_scaler_leaves_unscaling_and_skipping_to_the_kernel(reduction, unsc
 def halves_of(lists, h, age):
     """The kernel's tables of lists without `grad_vars`, and a function that runs one of their halves."""
     settings = SimpleNamespace(h=h, lr=h.lr, eps=h.eps)
-    tables = fused.KernelTables(*(getattr(lists, f"{name}s") for name in fused.STATES), fused.code_of(h))
+    tables = fused.KernelTables(lists, fused.code_of(h))
     scalars = np.array([fused.scalar_row(masks.step_scalars(age, h), settings)])
     rows = np.zeros(len(lists.params), dtype=np.int32)
     addresses = [g.data_ptr() for g in lists.grads]

@@ -381,3 +381,14 @@ def test_checkpoints_of_shards(distributed, tmp_path):
             each.set_gradients()
             each.step()
     assert all(map(torch.equal, other.result(), held.result()))
+
+
+@pytest.mark.parametrize("foreach", [None, True])
+def test_a_group_of_two_dtypes_keeps_its_plan(foreach, planned):
+    params = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    optimizer = PRM(params, foreach=foreach)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert planned == [True, True]

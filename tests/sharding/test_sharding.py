@@ -162,7 +162,7 @@ def test_replaced_parameters_of_other_shapes_are_an_error():
     with pytest.raises(RuntimeError, match="group 0 had 2 tensors and has 1"):
         find_layout([originals], [(0, [torch.nn.Parameter(torch.zeros(10))])])
     clones = [p.detach().clone() for p in originals]
-    assert find_layout([originals], [(0, clones)]) is None
+    assert find_layout([originals], [(0, clones)]).path is None
 
 
 def test_the_description_of_the_path():
@@ -219,3 +219,22 @@ def test_a_state_that_was_loaded_before_the_parameters_were_replaced(tmp_path):
         assert all(optimizer.state[p]["step"] == 2 for p in model.parameters())
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("reduction", ["per_tensor", "per_row", "per_param"])
+def test_a_flat_buffer_of_padding_alone(reduction):
+    """As DeepSpeed ZeRO gives to a process where a group has fewer elements than there are processes."""
+    originals = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(1))]
+    optimizer = PRM([{"params": [p]} for p in originals], reduction=reduction, weight_decay=0.0)
+    layout = Layout(ShardingPath.ZERO_12, flat=True, numels=[6, 1], rows=[2, 1], process_groups=[(), ()])
+    flats = [torch.zeros(6).requires_grad_(), torch.zeros(2).requires_grad_()]
+    layout.add(flats[0], [Segment(0, 0, 6)], [0])
+    layout.add(flats[1], [], [1])
+    optimizer._locator.layout, optimizer._locator._known = layout, {id(flat): flat for flat in flats}
+    for group, flat in zip(optimizer.param_groups, flats, strict=True):
+        group["params"] = [flat]
+    for _ in range(3):
+        flats[0].grad, flats[1].grad = torch.ones(6), torch.zeros(2)
+        optimizer.step()
+    assert (flats[0] < 0).all() and (flats[1] == 0).all()
+    assert optimizer.get_mask_stats()["parameter_count"] == 6

@@ -36,12 +36,12 @@ class _Position(tl.constexpr):
 # A row of the table of scalars, float64: the step's own, then the settings of its group. A kernel reads them by name.
 SCALARS = (
     "step_size", "bias2_sqrt", "decay", "center", "weight", "signal", "noise", "first", "open", "one_minus_beta1",
-    "beta2", "one_minus_beta2", "variance_beta", "eps", "weight_decay", "noise_weight", "softness", "mask_eps",
+    "beta2", "one_minus_beta2", "variance_beta", "eps", "weight_decay", "noise_weight", "softness", "mask_epsilon",
     "first_ratio", "unscale", "floor", "one_minus_signal_beta"
 )
 (
     _STEP_SIZE, _BIAS2_SQRT, _DECAY, _CENTER, _WEIGHT, _SIGNAL, _NOISE, _FIRST, _OPEN, _ONE_MINUS_BETA1, _BETA2,
-    _ONE_MINUS_BETA2, _VARIANCE_BETA, _EPS, _WEIGHT_DECAY, _NOISE_WEIGHT, _SOFTNESS, _MASK_EPS, _FIRST_RATIO,
+    _ONE_MINUS_BETA2, _VARIANCE_BETA, _EPS, _WEIGHT_DECAY, _NOISE_WEIGHT, _SOFTNESS, _MASK_EPSILON, _FIRST_RATIO,
     _UNSCALE, _FLOOR, _ONE_MINUS_SIGNAL_BETA
 ) = map(_Position, range(len(SCALARS)))
 # A row of the table of tensors, int64: where each is (0 for none), its elements, the first of its chunks, its rows,
@@ -52,6 +52,7 @@ TENSOR = (*STATES, "numel", "first_chunk", "rows", "first_row")
     _PARAM, _EXP_AVG, _EXP_AVG_SQ, _MAX_EXP_AVG_SQ, _GRAD_VAR, _EXP_AVG_SIGNAL, _NUMEL, _FIRST_CHUNK, _N_ROWS,
     _FIRST_ROW
 ) = map(_Position, range(len(TENSOR)))
+_N_SCALARS, _N_ENTRIES = _Position(len(SCALARS)), _Position(len(TENSOR))
 
 
 @triton.jit
@@ -94,11 +95,8 @@ def _mask(mean_sq, var, row, dtype: tl.constexpr, MASK: tl.constexpr, DEBIASED: 
         signal = tl.maximum(signal - _scalar(row, _FLOOR, dtype) * noise, 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:
         noise = tl.where(_scalar(row, _FIRST, dtype) != 0, signal * _scalar(row, _FIRST_RATIO, dtype), noise)
-    alpha, softness, mask_eps = (
-        _scalar(row, _NOISE_WEIGHT, dtype),
-        _scalar(row, _SOFTNESS, dtype),
-        _scalar(row, _MASK_EPS, dtype),
-    )
+    alpha, softness = _scalar(row, _NOISE_WEIGHT, dtype), _scalar(row, _SOFTNESS, dtype)
+    mask_eps = _scalar(row, _MASK_EPSILON, dtype)
     if MASK == 0:  # snr
         q = signal / (signal + softness * alpha * noise + mask_eps)
     else:
@@ -167,13 +165,12 @@ def _before_update(
     p_ptr, g_ptr, m_ptr, row, offsets, mask, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, SCALED: tl.constexpr,
     MASKED: tl.constexpr
 ):
-    """g, m and g - center, of elements that are read again for their update; 0 where the mask leaves them out."""
-    p = 0.0
-    if COUPLED:
-        p = _load(p_ptr, offsets, mask, MASKED, "evict_last")
+    """g, the next m and g - center, of elements that are read again for their update; 0 outside of the mask."""
+    p = _load(p_ptr, offsets, mask, MASKED, "evict_last") if COUPLED else 0.0
     g = _gradient(g_ptr, p, offsets, mask, row, COUPLED, MAXIMIZE, SCALED, MASKED, "evict_last")
     m = _load(m_ptr, offsets, mask, MASKED, "evict_last")
-    return g, m, g - m * _scalar(row, _CENTER, tl.float32)
+    deviation = g - m * _scalar(row, _CENTER, tl.float32)
+    return g, m + _scalar(row, _ONE_MINUS_BETA1, tl.float32) * (g - m), deviation
 
 
 @triton.jit
@@ -182,8 +179,7 @@ def _chunk_sums(
     MASKED: tl.constexpr
 ):
     """Σ(g - center)² and Σm² of a chunk, float64, m being what the update will make of it."""
-    g, m, deviation = _before_update(p_ptr, g_ptr, m_ptr, row, offsets, mask, COUPLED, MAXIMIZE, SCALED, MASKED)
-    m = m + _scalar(row, _ONE_MINUS_BETA1, tl.float32) * (g - m)
+    _, m, deviation = _before_update(p_ptr, g_ptr, m_ptr, row, offsets, mask, COUPLED, MAXIMIZE, SCALED, MASKED)
     if MASKED:
         # A tensor of one chunk has no other sums among which the rounding of this one would vanish, and would get
         # another mask where it is cut into shards; a chunk a tensor costs no time, also where float64 is slow.
@@ -210,7 +206,7 @@ def step_kernel(
     items, n_items, chunk_tensors, tensors, n_tensors, grads, scalars, counters, partials, sums, qs, found_inf, P:
     tl.constexpr, G: tl.constexpr, M: tl.constexpr, MASK: tl.constexpr, DEBIASED: tl.constexpr, PER_TENSOR:
     tl.constexpr, AMSGRAD: tl.constexpr, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, SCALED: tl.constexpr, ALIGNED:
-    tl.constexpr, CHUNK: tl.constexpr, N_ENTRIES: tl.constexpr, N_SCALARS: tl.constexpr, PHASE: tl.constexpr
+    tl.constexpr, CHUNK: tl.constexpr, PHASE: tl.constexpr
 ):
     # PHASE: 0 all, 1 the sums over tensors alone, 2 the update alone with the masks given in `qs`
     # tensors: a row a tensor, `TENSOR`; grads: likewise, where its gradient is, and which row of `scalars` is its own
@@ -225,13 +221,13 @@ def step_kernel(
         item = tl.load(items + ticket)
         chunk = item // 2
         tensor = tl.load(chunk_tensors + chunk)
-        entry = tensors + tensor * N_ENTRIES
+        entry = tensors + tensor * _N_ENTRIES
         numel = tl.load(entry + _NUMEL)
         begin = tl.load(entry + _FIRST_CHUNK)  # of its chunks
         start = (chunk - begin) * CHUNK
         offsets = start + tl.arange(0, CHUNK)
         inside = offsets < numel
-        row = scalars + tl.load(grads + 2 * tensor + 1) * N_SCALARS
+        row = scalars + tl.load(grads + 2 * tensor + 1) * _N_SCALARS
         p_ptr = _pointer(entry + _PARAM, P, ALIGNED)
         g_ptr = _pointer(grads + 2 * tensor, G, ALIGNED)
         m_ptr = _pointer(entry + _EXP_AVG, M, ALIGNED)
@@ -264,9 +260,7 @@ def step_kernel(
                     tl.atomic_add(q_there + tensor, 1, sem="release")
         else:
             v_ptr = _pointer(entry + _EXP_AVG_SQ, tl.float32, ALIGNED)
-            x_ptr = v_ptr
-            if AMSGRAD:
-                x_ptr = _pointer(entry + _MAX_EXP_AVG_SQ, tl.float32, ALIGNED)
+            x_ptr = _pointer(entry + _MAX_EXP_AVG_SQ, tl.float32, ALIGNED) if AMSGRAD else v_ptr
             s_ptr = v_ptr
             q = 1.0
             if PER_TENSOR:
@@ -295,13 +289,13 @@ def row_kernel(
     items, tensors, grads, scalars, sums, qs, found_inf, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, MASK:
     tl.constexpr, DEBIASED: tl.constexpr, SIGNAL: tl.constexpr, AMSGRAD: tl.constexpr, COUPLED: tl.constexpr,
     MAXIMIZE: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EVEN:
-    tl.constexpr, N_ENTRIES: tl.constexpr, N_SCALARS: tl.constexpr, PHASE: tl.constexpr
+    tl.constexpr, PHASE: tl.constexpr
 ):
     # items: tensor and first row of each; the tables as those of `step_kernel`, `sums` and `qs` of rows.
     # EVEN: rows are of whole 16 elements
     item = items + 2 * tl.program_id(0)
     tensor = tl.load(item)
-    entry = tensors + tensor * N_ENTRIES
+    entry = tensors + tensor * _N_ENTRIES
     n_rows = tl.load(entry + _N_ROWS)
     n_cols = tl.load(entry + _NUMEL) // n_rows
     if EVEN:
@@ -311,19 +305,15 @@ def row_kernel(
         n_rows = n_rows * 0  # GradScaler skips this step
     there = rows < n_rows
     begins = (rows * n_cols)[:, None]
-    row = scalars + tl.load(grads + 2 * tensor + 1) * N_SCALARS
+    row = scalars + tl.load(grads + 2 * tensor + 1) * _N_SCALARS
     p_ptr = _pointer(entry + _PARAM, P, ALIGNED)
     g_ptr = _pointer(grads + 2 * tensor, G, ALIGNED)
     m_ptr = _pointer(entry + _EXP_AVG, M, ALIGNED)
     v_ptr = _pointer(entry + _EXP_AVG_SQ, tl.float32, ALIGNED)
-    x_ptr = v_ptr
-    if AMSGRAD:
-        x_ptr = _pointer(entry + _MAX_EXP_AVG_SQ, tl.float32, ALIGNED)
+    x_ptr = _pointer(entry + _MAX_EXP_AVG_SQ, tl.float32, ALIGNED) if AMSGRAD else v_ptr
     number = tl.load(entry + _FIRST_ROW) + rows  # among the rows of all tensors
     if PHASE != 2:
-        a_ptr = v_ptr
-        if SIGNAL:
-            a_ptr = _pointer(entry + _EXP_AVG_SIGNAL, tl.float32, ALIGNED)
+        a_ptr = _pointer(entry + _EXP_AVG_SIGNAL, tl.float32, ALIGNED) if SIGNAL else v_ptr
         deviations = tl.zeros((ROWS,), dtype=tl.float64)
         squares = tl.zeros((ROWS,), dtype=tl.float64)
         for start in range(0, n_cols, COLS):
@@ -336,8 +326,6 @@ def row_kernel(
                 m = _load(a_ptr, offsets, inside, True, "evict_first")
                 m = m + _scalar(row, _ONE_MINUS_SIGNAL_BETA, tl.float32) * (g - m)
                 _store(a_ptr, offsets, m, inside, True)
-            else:
-                m = m + _scalar(row, _ONE_MINUS_BETA1, tl.float32) * (g - m)
             deviations += tl.sum(deviation * deviation, 1).to(tl.float64)
             squares += tl.sum(m * m, 1).to(tl.float64)
     if PHASE == 1:

@@ -8,12 +8,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...sharding import local_tensors
 from .. import masks
+from ..foreach import TensorLists
 from ..hyperparameters import MASKS, Hyperparameters
 from ..lists import PlanList
 from ..quantized import is_quantized
-from .kernels import SCALARS, STATES, TENSOR, row_kernel, step_kernel
+from .kernels import SCALARS, STATES, row_kernel, step_kernel
 
 
 CHUNK = 4096  # elements an item,
@@ -32,13 +32,12 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 class KernelTables:
     """The tables of a list of tensors on one device, of one parameter dtype and one dtype of `exp_avg`.
 
-    All other state is float32.
-
-    They hold as long as the tensors keep their storages; the gradients may be new tensors at every step.
+    All other state is float32. The tables hold as long as the tensors keep their storages; the gradients may be new
+    tensors at every step.
 
     Args:
-        params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grad_vars, exp_avg_signals: as in [`TensorLists`]; contiguous.
-            Without `grad_vars` masks are decided between the halves of a step.
+        lists: contiguous tensors; `grads` are not used. Without `grad_vars` masks are decided between the halves of a
+            step.
         code: what of the settings is compiled in, see [`code_of`].
 
     Attributes:
@@ -47,50 +46,35 @@ class KernelTables:
         q: their masks for the second half, float32 `(units,)`.
     """
 
-    def __init__(
-        self,
-        params: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        max_exp_avg_sqs: list[Tensor],
-        grad_vars: list[Tensor],
-        exp_avg_signals: list[Tensor],
-        code: dict[str, Any],
-    ) -> None:
+    def __init__(self, lists: TensorLists, code: dict[str, Any]) -> None:
+        params = lists.params
         self.device, n = params[0].device, len(params)
-        # Keeps their storages
-        self._tensors = (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, grad_vars, exp_avg_signals)
+        self._lists = lists._replace(grads=[])  # keeps their storages
         other_kernels = {"PER_TENSOR"} if code["PER_ROW"] else {"SIGNAL"}
         self._code = {name: value for name, value in code.items() if name not in {"PER_ROW", *other_kernels}}
-        self._dtypes = {"P": _DTYPES[params[0].dtype], "M": _DTYPES[exp_avgs[0].dtype]}
+        self._dtypes = {"P": _DTYPES[params[0].dtype], "M": _DTYPES[lists.exp_avgs[0].dtype]}
         numels = np.array([p.numel() for p in params], dtype=np.int64)
         self._chunk = CHUNK if numels.max(initial=0) > SMALL else SMALL_CHUNK
         n_chunks = -(-numels // self._chunk)
         first = np.concatenate([[0], np.cumsum(n_chunks)]).astype(np.int32)
         chunk_tensors = np.repeat(np.arange(n, dtype=np.int32), n_chunks)
-        statistics, updates = 2 * np.arange(first[-1], dtype=np.int32), 2 * np.arange(first[-1], dtype=np.int32) + 1
-        whole = _schedule(first, chunk_tensors) if code["PER_TENSOR"] else updates
-        items = {0: whole, 1: statistics, 2: updates}
-        self._items = {phase: (self._upload(array), len(array)) for phase, array in items.items()}
+        statistics = 2 * np.arange(first[-1], dtype=np.int32)
+        whole = _schedule(first, chunk_tensors) if code["PER_TENSOR"] else statistics + 1
+        self._items = [self._upload(array) for array in (whole, statistics, statistics + 1)]  # by phase
         self._chunk_tensors = self._upload(chunk_tensors)
-        self.addresses = [_addresses(tensors) for tensors in self._tensors]
-        elementwise = list(self.addresses)
-        if code["PER_TENSOR"] or code["PER_ROW"]:  # the scalars of a tensor or a row are read by themselves
-            del elementwise[STATES.index("grad_var")]
-        self._aligned = all(map(_are_aligned, elementwise))
+        self._addresses = _addresses(lists)
+        # The scalars of a tensor or a row are read by themselves
+        by_unit = code["PER_TENSOR"] or code["PER_ROW"]
+        self._aligned = all(_are_aligned(x) for key, x in self._addresses.items() if key != "grad_var" or not by_unit)
         rows = np.array([masks.n_rows(p) for p in params], dtype=np.int64)
         self._tiles = self._cut_rows(rows, numels) if code["PER_ROW"] else []
-        table = np.zeros((n, len(TENSOR)), dtype=np.int64)
-        first_row = np.cumsum(rows) - rows
-        for column, values in enumerate((*self.addresses, numels, first[:-1], rows, first_row)):
-            if len(values):
-                table[:, column] = values
-        self._table = self._upload(table)
+        columns = (*self._addresses.values(), numels, first[:-1], rows, np.cumsum(rows) - rows)  # as `TENSOR` says
+        self._table = self._upload(np.stack([x if len(x) else np.zeros_like(numels) for x in columns], axis=1))
         self._counters = torch.zeros(1 + 2 * n, dtype=torch.int32, device=self.device)
         self._partials = torch.empty(2 * max(int(first[-1]), 1), dtype=torch.float64, device=self.device)
         units = n
         if code["PER_ROW"]:  # whole rows keep their sums and masks to themselves
-            units = 0 if grad_vars else int(rows.sum())
+            units = 0 if lists.grad_vars else int(rows.sum())
         self.sums = torch.zeros(units, 2, dtype=torch.float64, device=self.device)
         self.q = torch.ones(units, device=self.device)
         self._programs = 1
@@ -98,7 +82,6 @@ class KernelTables:
             multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
             self._programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
         self._grads: list[int] = []
-        self._rows: np.ndarray | None = None
         self._make_room(0)
 
     def _cut_rows(self, rows: np.ndarray, numels: np.ndarray) -> list[tuple[Tensor, dict[str, Any]]]:
@@ -118,7 +101,7 @@ class KernelTables:
 
     def _make_room(self, n_rows: int) -> None:
         """For what is sent at each step, in one piece: the table of the gradients and `n_rows` of scalars."""
-        n = len(self._tensors[0])
+        n, self._rows = len(self._lists.params), None
         self._here = torch.zeros(2 * n + len(SCALARS) * n_rows, dtype=torch.int64, device="cpu")
         self._there = self._upload(self._here.numpy())
         grads, scalars = self._here[: 2 * n], self._here[2 * n :].view(torch.float64)
@@ -132,9 +115,9 @@ class KernelTables:
         """Such that the host need not wait for the device: CUDA takes up to 64 kB along with the command."""
         return tensor.pin_memory() if self.device.type == "cuda" and tensor.nbytes > 2**16 else tensor
 
-    def fits(self, *lists: list[Tensor]) -> bool:
+    def fits(self, lists: TensorLists) -> bool:
         """Whether the tensors still have the storages that the tables were made of."""
-        return all(np.array_equal(_addresses(new), old) for new, old in zip(lists, self.addresses, strict=True))
+        return all(np.array_equal(new, self._addresses[name]) for name, new in _addresses(lists).items())
 
     def run(
         self,
@@ -156,13 +139,12 @@ class KernelTables:
                 `q`.
             found_inf: GradScaler's, on the device: nothing is done unless it is 0. With it gradients are unscaled.
         """
-        items, n_items = self._items[phase]
-        if n_items == 0:
+        items = self._items[phase]
+        if len(items) == 0:
             return
         on_device = isinstance(scalars, Tensor)
         if not on_device and scalars.shape != self._scalars_here.shape:
             self._make_room(len(scalars))
-            self._rows = None
         moved = addresses != self._grads or not (rows is self._rows or np.array_equal(rows, self._rows))
         if moved:
             self._grads, self._rows = addresses, rows
@@ -180,8 +162,6 @@ class KernelTables:
             **self._dtypes,
             "G": _DTYPES[dtype],
             "ALIGNED": self._aligned and self._grads_aligned,
-            "N_ENTRIES": len(TENSOR),
-            "N_SCALARS": len(SCALARS),
             "PHASE": phase,
             "num_warps": N_WARPS,
             **self._code,
@@ -193,22 +173,9 @@ class KernelTables:
                 row_kernel[(len(rows_of_tile),)](rows_of_tile, *arguments, **tile, **given)
             return
         self._counters.zero_()
-        step_kernel[(min(n_items, self._programs),)](
-            items,
-            n_items,
-            self._chunk_tensors,
-            self._table,
-            len(addresses),
-            self._grads_there,
-            scalars,
-            self._counters,
-            self._partials,
-            self.sums,
-            self.q,
-            found_inf,
-            CHUNK=self._chunk,
-            **given,
-        )
+        n_items, tables = len(items), (self._chunk_tensors, self._table, len(addresses), self._grads_there, scalars)
+        results = self._counters, self._partials, self.sums, self.q, found_inf
+        step_kernel[(min(n_items, self._programs),)](items, n_items, *tables, *results, CHUNK=self._chunk, **given)
 
 
 class TritonList(PlanList):
@@ -216,42 +183,30 @@ class TritonList(PlanList):
 
     def __init__(self, members, locator, unit_masks, tables) -> None:
         super().__init__(members, locator, unit_masks, tables)
-        lists = self.tensor_lists()
-        states = [getattr(lists, f"{name}s") for name in STATES]
-        code = code_of(self.settings.h)
+        lists, code = self.tensor_lists(), code_of(self.settings.h)
         # Not by identity: slices of flat partitions are new views in each plan.
         key = (*((p.data_ptr(), p.numel()) for p in lists.params), *code.values(), unit_masks is None)
         self._tables = tables.pop(key, None)
-        if self._tables is None or not self._tables.fits(*states):
-            self._tables = KernelTables(*states, code)
+        if self._tables is None or not self._tables.fits(lists):
+            self._tables = KernelTables(lists, code)
         tables[key] = self._tables
         while len(tables) > 8:  # of parameters that do not all have gradients at each step
             tables.pop(next(iter(tables)))
         members = [self.members[i] for i, _ in self.slices]
-        self._cohorts = list(dict.fromkeys(member.cohort for member in members))
         self._settings = {member.cohort: member.settings for member in members}
         self._capturable = self.settings.h.capturable
-        # Of each slice, its row in the table of scalars
-        if self._capturable:
-            places = [max(m.place for m in members if m.cohort == cohort) + 1 for cohort in self._cohorts]
-            begin = dict(zip(self._cohorts, np.cumsum([0, *places]), strict=False))
-            rows = [begin[member.cohort] + member.place for member in members]
-        else:
-            rows = [self._cohorts.index(member.cohort) for member in members]
-        self._rows = np.array(rows, dtype=np.int32)
+        # Of each slice, its row in the table of scalars, where each cohort has one, or with `capturable` one a place
+        places = [(m.cohort, m.place * self._capturable) for m in members]
+        self._sizes = {i: 1 + max(place for cohort, place in places if cohort == i) for i in self._settings}
+        begin = dict(zip(self._sizes, np.cumsum([0, *self._sizes.values()]), strict=False))
+        self._rows = np.array([begin[cohort] + place for cohort, place in places], dtype=np.int32)
         self._scalars: np.ndarray | Tensor | None = None
         # Of slices of flat buffers, of which and from which of its elements on
         self._cuts = np.array([(i, piece.start) for i, piece in self.slices], dtype=np.int64).reshape(-1, 2).T
         self._is_cut = locator.flat and unit_masks is not None
-        self.set_gradients(local_tensors([member.grad for member in self.members]))
 
     def set_gradients(self, grads: list[Tensor]) -> None:
-        if not all(map(Tensor.is_contiguous, grads)):
-            grads = list(map(Tensor.contiguous, grads))
-        self._grads = grads  # held until the step is done
-
-    def drop_gradients(self) -> None:
-        self._grads = []
+        super().set_gradients(grads if all(map(Tensor.is_contiguous, grads)) else list(map(Tensor.contiguous, grads)))
 
     def _run(self, phase: int, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
         addresses = list(map(Tensor.data_ptr, self._grads))
@@ -266,30 +221,28 @@ class TritonList(PlanList):
         self._tables.run(addresses, self._grad_dtype, scalars, self._rows, phase=phase, found_inf=found_inf)
 
     def _set_scalars(self, scalars: list[masks.StepScalars]) -> None:
-        rows = [scalar_row(scalars[cohort], self._settings[cohort]) for cohort in self._cohorts]
+        rows = {cohort: scalar_row(scalars[cohort], settings) for cohort, settings in self._settings.items()}
         if not self._capturable:
-            self._scalars = np.array(rows, dtype=np.float64)
+            self._scalars = np.array(list(rows.values()), dtype=np.float64)
             return
         # Filled in on the device: a copy from the host could not be captured in a graph.
         tables = []
-        for cohort, row in zip(self._cohorts, rows, strict=True):
+        for cohort, row in rows.items():
             t = scalars[cohort].bias1.double()
             columns = [x.double().expand(len(t)) if isinstance(x, Tensor) else torch.full_like(t, x) for x in row]
-            tables.append(torch.stack(columns, dim=1))
+            tables.append(torch.stack(columns, dim=1)[: self._sizes[cohort]])  # a cohort may go on in another list
         self._scalars = torch.cat(tables)
 
-    def first_half(self, scalars: list[masks.StepScalars]) -> None:
+    def first_half(self, scalars: list[masks.StepScalars]) -> Tensor:
         self._set_scalars(scalars)
         self._run(phase=1)
-        self.sums = self._tables.sums
+        return self._tables.sums
 
     def second_half(self, scalars: list[masks.StepScalars], q: Tensor) -> None:
         self._tables.q.copy_(q)
         self._run(phase=2)
 
-    def whole_step(
-        self, scalars: list[masks.StepScalars], grad_scale: Tensor | None = None, found_inf: Tensor | None = None
-    ) -> None:
+    def whole_step(self, scalars: list[masks.StepScalars], grad_scale=None, found_inf=None) -> None:
         self._set_scalars(scalars)
         self._run(0, grad_scale, found_inf)
 
@@ -318,19 +271,13 @@ def scalar_row(c: masks.StepScalars, settings) -> list[float | Tensor]:
         "bias2_sqrt": c.bias2**0.5,
         "decay": 1 - lr / h.step_length * h.weight_decay if h.decoupled_weight_decay else 1.0,
         "one_minus_beta1": 1 - h.beta1,
-        "beta2": h.beta2,
         "one_minus_beta2": 1 - h.beta2,
-        "variance_beta": h.variance_beta,
         "eps": settings.eps,
-        "weight_decay": h.weight_decay,
-        "noise_weight": h.noise_weight,
-        "softness": h.softness,
-        "mask_eps": h.mask_epsilon,
         "first_ratio": masks.first_noise_ratio(h),
         "unscale": 1.0,
         "one_minus_signal_beta": 1 - (h.signal_beta or 0.0),
     }
-    return [values[name] for name in SCALARS]
+    return [values[name] if name in values else getattr(h, name) for name in SCALARS]
 
 
 def supports(param: Tensor, grad: Tensor, exp_avg: Tensor) -> bool:
@@ -344,8 +291,11 @@ def supports(param: Tensor, grad: Tensor, exp_avg: Tensor) -> bool:
     )
 
 
-def _addresses(tensors: list[Tensor]) -> np.ndarray:
-    return np.array([x.data_ptr() for x in tensors], dtype=np.int64)
+def _addresses(lists: TensorLists) -> dict[str, np.ndarray]:
+    """Where the tensors are, by the names of `STATES`."""
+    states = [lists.params, *lists[2:]]
+    addresses = [np.array([x.data_ptr() for x in tensors], dtype=np.int64) for tensors in states]
+    return dict(zip(STATES, addresses, strict=True))
 
 
 def _are_aligned(addresses: np.ndarray) -> bool:
