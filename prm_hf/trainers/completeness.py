@@ -126,8 +126,8 @@ def _missing_of_deepspeed(folder: Path, deepspeed: Path) -> Iterator[str]:
         return
     if not any(deepspeed.glob("*model_states.pt")):
         yield f"{name}/mp_rank_00_model_states.pt is missing"
-    states = [path.name for path in deepspeed.glob("*zero_pp_rank_*_optim_states.pt")]
-    ranks = {int(re.search(r"zero_pp_rank_(\d+)", state)[1]) for state in states}
+    names = " ".join(path.name for path in deepspeed.glob("*zero_pp_rank_*_optim_states.pt"))
+    ranks = {int(rank) for rank in re.findall(r"zero_pp_rank_(\d+)", names)}
     written = max(len(_random_ranks(folder)), max(ranks, default=-1) + 1) if ranks else 0
     yield from (
         f"{name}/zero_pp_rank_{i}_mp_rank_00_optim_states.pt is missing" for i in range(written) if i not in ranks
