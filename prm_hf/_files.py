@@ -71,7 +71,7 @@ def _torch_problem(file: Path) -> str | None:
     try:
         with zipfile.ZipFile(file) as archive:  # its directory is the end of the file
             is_torch = any(name.endswith("/data.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, ValueError, LookupError, NotImplementedError):
+    except (zipfile.BadZipFile, ValueError, LookupError, RuntimeError):
         return "is cut off, or no file of torch.save"
     return None if is_torch else "is no file of torch.save"
 

@@ -3,6 +3,11 @@
 import functools
 import warnings
 from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
@@ -10,12 +15,12 @@ def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
     warnings.warn(f"`{old}` is now `{new}`; the old name will be removed.", DeprecationWarning, stacklevel)
 
 
-def renamed_arguments(**names: str) -> Callable[[Callable], Callable]:
+def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Lets a function take keyword arguments by their old names, the keys of `names`."""
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
-        def with_old_names(*args, **kwargs):
+        def with_old_names(*args: Any, **kwargs: Any) -> R:
             for old in names.keys() & kwargs.keys():
                 warn_renamed(old, names[old])
                 if names[old] in kwargs:

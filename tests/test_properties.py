@@ -14,6 +14,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from prm_hf import PRM, cli
 from prm_hf.compare import statistics
@@ -22,6 +23,7 @@ from prm_hf.noise.rng import row_uniforms
 from prm_hf.optim import masks
 from prm_hf.optim.hyperparameters import ESTIMATORS, MASKS, REDUCTIONS, Hyperparameters
 from prm_hf.runs.read import load_runs
+from prm_hf.trainers.completeness import last_complete_checkpoint, problems_of
 
 from .compare.compared_runs import write_run
 from .optim.reference_prm import ReferenceTensor, mask_of
@@ -284,3 +286,53 @@ def test_a_damaged_run_gives_a_clear_error_or_none(clean_runs, data):
             code = cli.main(["compare", root])
         assert code in (0, 2)
         assert (code == 2) == err.getvalue().startswith("prm-hf compare: error: ")
+
+
+@pytest.fixture(scope="module")
+def clean_checkpoints(tmp_path_factory):
+    """Small files of the layouts of one process, with weights in two files, and of DeepSpeed."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    for name in ("checkpoint-1", "checkpoint-2"):
+        (root / name / "global_step2").mkdir(parents=True)
+        for file in ("scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"):
+            torch.save({"a": 1}, root / name / file)
+        (root / name / "trainer_state.json").write_text('{"global_step": 2}')
+    (root / "checkpoint-1" / "global_step2").rmdir()
+    torch.save({"a": torch.ones(3)}, root / "checkpoint-1" / "optimizer.pt")
+    save_file({"a": torch.ones(3)}, root / "checkpoint-1" / "model-1.safetensors")
+    (root / "checkpoint-1" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    for file in (
+        "mp_rank_00_model_states",
+        "zero_pp_rank_0_mp_rank_00_optim_states",
+        "zero_pp_rank_1_mp_rank_00_optim_states",
+    ):
+        torch.save({"a": torch.ones(3)}, root / "checkpoint-2" / "global_step2" / f"{file}.pt")
+    (root / "checkpoint-2" / "latest").write_text("global_step2")
+    assert problems_of(root / "checkpoint-1") == problems_of(root / "checkpoint-2") == []
+    return root
+
+
+@given(data=st.data(), how=st.sampled_from(["bytes", "cut", "json", "name"]))
+def test_any_bytes_in_a_checkpoint_are_judged(clean_checkpoints, data, how):
+    """And the checkpoint that has them, unless it is complete with them, is not the one to go on from."""
+    files = sorted(path.relative_to(clean_checkpoints) for path in clean_checkpoints.rglob("*") if path.is_file())
+    file = data.draw(st.sampled_from(files))
+    with tempfile.TemporaryDirectory() as root:
+        shutil.copytree(clean_checkpoints, root, dirs_exist_ok=True)
+        content = Path(root, file).read_bytes()
+        content = {
+            "bytes": lambda: data.draw(st.binary(max_size=40)),
+            "cut": lambda: content[: data.draw(st.integers(0, len(content) - 1))],
+            "json": lambda: json.dumps(data.draw(json_values)).encode(
+                "utf-16" if data.draw(st.booleans()) else "utf-8"
+            ),
+            "name": lambda: data.draw(st.text(max_size=400)).encode(errors="replace"),
+        }[how]()
+        Path(root, file).write_bytes(content)
+        problems = problems_of(Path(root, file.parts[0]))
+        assert all(isinstance(problem, str) for problem in problems)
+        if how == "cut":
+            assert problems
+        other = {"checkpoint-1": "checkpoint-2", "checkpoint-2": "checkpoint-1"}[file.parts[0]]
+        expected = "checkpoint-2" if not problems else other
+        assert last_complete_checkpoint(root) == Path(root, expected)

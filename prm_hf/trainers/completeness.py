@@ -1,5 +1,6 @@
 """Which checkpoints of a `Trainer` are complete: all files of their layout are there, and none is cut off."""
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -52,7 +53,10 @@ def problems_of(checkpoint: str | os.PathLike) -> list[str]:
     folder = Path(checkpoint)
     if not folder.is_dir():
         return ["the folder does not exist"]
-    return [*problems_in(folder), *_missing(folder)]
+    try:
+        return [*problems_in(folder), *_missing(folder)]
+    except OSError as error:
+        return [f"the folder cannot be read ({error})"]
 
 
 def deepspeed_folder(checkpoint: Path) -> Path | None:
@@ -80,8 +84,8 @@ def _missing(folder: Path) -> Iterator[str]:
     if not (folder / TRAINER_STATE_NAME).is_file():
         yield f"{TRAINER_STATE_NAME} is missing"
     elif problem_with(folder / TRAINER_STATE_NAME) is None:
-        text = (folder / TRAINER_STATE_NAME).read_text(encoding="utf-8")
-        if '"global_step"' not in text or not text.lstrip().startswith("{"):
+        state = json.loads((folder / TRAINER_STATE_NAME).read_bytes())
+        if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
             yield f"{TRAINER_STATE_NAME} is not the state of a Trainer"
 
 
@@ -91,8 +95,12 @@ def _missing_weights(folder: Path) -> Iterator[str]:
         return
     for index in INDEXES:
         if (folder / index).is_file() and problem_with(folder / index) is None:
-            names = re.findall(r'"([^"]+\.(?:safetensors|bin))"', (folder / index).read_text(encoding="utf-8"))
-            yield from (f"{name} is missing" for name in sorted({*names}) if not (folder / name).is_file())
+            held = json.loads((folder / index).read_bytes())
+            files = held.get("weight_map") if isinstance(held, dict) else None
+            if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+                yield f"{index} names no files of weights"
+                return
+            yield from (f"{name} is missing" for name in sorted({*files.values()}) if not (folder / name).is_file())
             return
     # Several adapters lie in folders of their own
     if not any(any(folder.glob(pattern)) for name in (*WEIGHTS, FSDP_WEIGHTS) for pattern in (name, f"*/{name}")):
@@ -126,8 +134,8 @@ def _missing_of_deepspeed(folder: Path, deepspeed: Path) -> Iterator[str]:
         return
     if not any(deepspeed.glob("*model_states.pt")):
         yield f"{name}/mp_rank_00_model_states.pt is missing"
-    states = [path.name for path in deepspeed.glob("*zero_pp_rank_*_optim_states.pt")]
-    ranks = {int(re.search(r"zero_pp_rank_(\d+)", state)[1]) for state in states}
+    names = " ".join(path.name for path in deepspeed.glob("*zero_pp_rank_*_optim_states.pt"))
+    ranks = {int(rank) for rank in re.findall(r"zero_pp_rank_(\d+)", names)}
     written = max(len(_random_ranks(folder)), max(ranks, default=-1) + 1) if ranks else 0
     yield from (
         f"{name}/zero_pp_rank_{i}_mp_rank_00_optim_states.pt is missing" for i in range(written) if i not in ranks
