@@ -284,8 +284,9 @@ class PRM(Optimizer):
         groups = self.param_groups
         self._deepspeed.notice(groups, self.state)
         self._locator.locate([(group[LifeCycle.NUMBER], group["params"]) for group in groups])
+        layout = self._locator.layout
         for group in groups if self._locator.sharded else ():
-            self._locator.layout.path.check(group["reduction"], group["state_dtype"])
+            layout.path.check(group["reduction"], group["state_dtype"])
             if group["mask"] != "none" and group["reduction"] == "per_row":
                 layout.check_rows(self._locator.numbers(group[LifeCycle.NUMBER]))
         if layout.flat:
