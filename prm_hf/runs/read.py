@@ -95,9 +95,10 @@ class Run:
         return self.metrics.get(MEAN_Q, (self.settings.get("constant_q") or {}).get("mean_q"))
 
     def outcomes(self) -> np.ndarray | None:
-        """`[examples]` float64, 1 where the held-out example is right; `[1]`, the accuracy, where they are unknown."""
+        """`[examples]` float64, 1 where the held-out example is right and ½ where its margin is 0; `[1]`, the accuracy,
+        where they are unknown."""
         if self.heldout is not None:
-            return (self.heldout > 0).astype(np.float64)
+            return np.heaviside(self.heldout, 0.5)
         accuracy = self.metrics.get(self.measures.accuracy)
         return None if accuracy is None or not math.isfinite(accuracy) else np.array([accuracy])
 
@@ -206,7 +207,7 @@ def _read_run(folder: Path) -> Run:
     margins = (read_json(folder / MARGINS_FILE) or {}).get("heldout")
     if margins:
         run.heldout = np.asarray(margins, dtype=np.float64)
-        right = np.mean(run.heldout > 0)
+        right = run.outcomes().mean()
         if abs(right - run.metrics.get(accuracy, right)) > 0.005:
             run.notes.append(
                 f"its metrics.json says {accuracy} {run.metrics[accuracy]:.3f}, its margins.json {right:.3f}; "
