@@ -95,7 +95,7 @@ class Run:
         return self.metrics.get(MEAN_Q, (self.settings.get("constant_q") or {}).get("mean_q"))
 
     def outcomes(self) -> np.ndarray | None:
-        """`[examples]` float64, 1 where the held-out example is right and ½ where its margin is 0; `[1]`, the accuracy,
+        """`[examples]` float64, 1 where the held-out example is right, ½ where its margin is 0; `[1]`, the accuracy,
         where they are unknown."""
         if self.heldout is not None:
             return np.heaviside(self.heldout, 0.5)
