@@ -3,6 +3,7 @@
 from typing import Any
 
 from accelerate.logging import get_logger
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from trl import SFTTrainer
@@ -12,6 +13,7 @@ from ..metrics import SequenceEvaluation, completion_metrics, drift_metrics, eva
 from ..metrics.evaluation import rows_of
 from .config import PRMSFTConfig, checked_config
 from .mixin import PRMTrainerMixin
+from .prepared import check_not_empty, warn_of_rows_left_out
 
 
 logger = get_logger(__name__)
@@ -70,6 +72,17 @@ class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
                 "`drift/kl` and `drift/logratio_abs` are not measured, because full fine-tuning keeps no model to "
                 "compare with. To measure them, pass `ref_model`."
             )
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        arguments = processing_class, args, packing, formatting_func, dataset_name
+        check_not_empty(dataset, dataset_name)
+        prepared = super()._prepare_dataset(dataset, *arguments)
+        if isinstance(dataset, Dataset) and not packing and (n_left_out := len(dataset) - len(prepared)):
+            found = [f"{n_left_out} with no token to learn in what `max_length={args.max_length}` leaves of them"]
+            warn_of_rows_left_out(dataset_name, "rows", len(dataset), len(prepared), found)
+        return prepared
 
     @property
     def _packs(self) -> bool:

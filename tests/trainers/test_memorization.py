@@ -84,7 +84,7 @@ def test_row_fit():
     ratio = torch.tensor([3.0, 0.0, -1.0]).double()
     zero = SequenceEvaluation(ratio, torch.zeros(3).double(), tokens, None)
     fit, loss = row_fit(PairEvaluation(SequenceEvaluation(ratio, ratio, tokens, None), zero), beta=0.5)
-    assert fit.tolist() == [1.0, 0.0, 0.0]
+    assert fit.tolist() == [1.0, 0.5, 0.0]
     assert loss.tolist() == pytest.approx([math.log1p(math.exp(-m)) for m in (1.5, 0.0, -0.5)])
     with pytest.raises(ValueError, match="without a reference"):
         drift_metrics(text)

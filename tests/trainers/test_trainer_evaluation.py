@@ -30,6 +30,7 @@ from .trainer_runs import (
 pytestmark = pytest.mark.usefixtures("quiet")
 PAIR_KEYS = {
     "rewards/accuracies",
+    "rewards/ties",
     "rewards/margins",
     "rewards/chosen",
     "rewards/rejected",
@@ -265,7 +266,8 @@ def test_measuring_changes_nothing_in_training(tmp_path):
 def test_an_untrained_policy_has_not_drifted(tmp_path):
     metrics = dpo_trainer(tmp_path, eval_dataset=HELDOUT).evaluate()
     assert metrics["eval_drift/kl"] == metrics["eval_drift/reward_abs"] == metrics["eval_drift/params_rel"] == 0
-    assert metrics["eval_rewards/accuracies"] == 0
+    assert metrics["eval_rewards/accuracies"] == 0.5 and metrics["eval_rewards/ties"] == 1
+    assert metrics["eval_memorization/flipped_fit"] == metrics["eval_memorization/clean_fit"] == 0.5
 
 
 def test_params_rel_counts_from_the_weights_before_training(tmp_path):

@@ -266,7 +266,7 @@ def test_precomputed_reference(tmp_path, caplog):
     torch.testing.assert_close(weights(trainer.model), weights(usual.model), rtol=1e-4, atol=1e-6)
     assert "eval_drift/kl" not in trainer.last_eval_metrics
     names = {key for key in usual.last_eval_metrics if "drift/" in key or "memorization/" in key or "rewards/" in key}
-    assert len(names) == 4 + 4 + 2
+    assert len(names) == 4 + 5 + 2
     for key in names - {"eval_drift/kl"}:
         assert trainer.last_eval_metrics[key] == pytest.approx(usual.last_eval_metrics[key], rel=1e-3, abs=1e-6)
 
@@ -278,11 +278,20 @@ def test_rows_with_a_reference_are_taken_as_they_are(tmp_path, monkeypatch):
     usual = dpo_trainer(tmp_path, eval_dataset=HELDOUT)
     usual.train()
 
-    monkeypatch.setattr(DPOTrainer, "_prepare_dataset", None)
+    prepare, tokenized = DPOTrainer._prepare_dataset, []
+    monkeypatch.setattr(
+        DPOTrainer,
+        "_prepare_dataset",
+        lambda self, rows, *args: tokenized.append(len(rows)) or prepare(self, rows, *args),
+    )
     ref_model, calls = make_model(), []
-    ref_model.model.register_forward_pre_hook(lambda module, args: calls.append(trainer.model.training))
+    ref_model.model.register_forward_pre_hook(
+        lambda module, args: calls.append(trainer is not None and trainer.model.training)
+    )
+    trainer = None  # which the reference has no part in while it is made, but for a few rows that are checked
     trainer = dpo_trainer(tmp_path, model=make_model(), ref_model=ref_model, train=train, eval_dataset=heldout)
     trainer.train()
+    assert tokenized == [4, 4]  # of each dataset, a few rows to compare with
     assert calls and not any(calls)  # in evaluation alone, for the KL
     torch.testing.assert_close(weights(trainer.model), weights(usual.model), rtol=1e-4, atol=1e-6)
     for key, value in usual.last_eval_metrics.items():
