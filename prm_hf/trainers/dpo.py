@@ -15,11 +15,10 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 from trl.models import prepare_deepspeed
 
-from ..metrics import PairEvaluation, drift_metrics, evaluate_pairs, memorization_metrics, reward_metrics
-from ..metrics.evaluation import rows_of
+from ..metrics import PairEvaluation, drift_metrics, memorization_metrics, reward_metrics
 from ..metrics.forward import evaluation_mode, without_cudnn
-from ..metrics.memorization import memorization_rows
 from .config import PRMDPOConfig, checked_config
+from .memorization import noisy_rows
 from .mixin import PRMTrainerMixin
 from .packing import add_packing, unpack_hidden, with_lengths
 from .prepared import (
@@ -34,6 +33,7 @@ from .prepared import (
     reference_fingerprint,
     sample,
 )
+from .tables import evaluate_rows
 
 
 logger = get_logger(__name__)
@@ -97,6 +97,12 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
         **kwargs,
     ):
         args = checked_config(args, PRMDPOConfig, model, "DPO")
+        eval_dataset = kwargs.get("eval_dataset", positional[2] if len(positional) > 2 else None)
+        if args.sync_ref_model and args.drift_metrics and eval_dataset is not None:
+            raise ValueError(
+                "`sync_ref_model=True` moves the reference, from which drift and memorization would be measured: set "
+                "`drift_metrics=False`, or `sync_ref_model=False`."
+            )
         # TRL has no padding-free DPO, and raises an error for it
         self._packing_is_due, args.padding_free = args.padding_free, False
         try:
@@ -107,7 +113,8 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
             args.padding_free = getattr(self, "padding_free", self._packing_is_due)
         splits = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         datasets = {name: rows for name, rows in {"train": self.train_dataset, **splits}.items() if rows is not None}
-        self.precompute_ref_logps |= all(map(has_reference, datasets.values()))
+        # A reference that moves leaves what was computed beforehand behind
+        self.precompute_ref_logps |= not args.sync_ref_model and all(map(has_reference, datasets.values()))
         if self.precompute_ref_logps:
             for name, dataset in datasets.items():
                 self._check_reference(dataset, name)
@@ -216,18 +223,13 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
         check_values(rows, [values.tolist() for values in fresh], name, is_exact)
 
     def _prepare_memorization(self) -> None:
-        train, obstacle = self.train_dataset, None
-        if isinstance(train, IterableDataset):
-            obstacle = "`train_dataset` is an `IterableDataset`, whose rows can't be chosen: pass a `Dataset`"
-        if "flipped" not in (train.column_names if obstacle is None else next(iter(train))):
+        train = self.train_dataset
+        if "flipped" not in (train.column_names or next(iter(train))):
             return
-        if obstacle is None and (dtype := train.features["flipped"].dtype) != "bool":
-            obstacle = f"`flipped` of `train_dataset` has type {dtype}: cast it to bool"
-        if obstacle is not None:
-            logger.warning(f"Memorization is not measured: {obstacle}.")
-            return
-        self.memorization_rows = memorization_rows(len(train), self.args.memorization_max_rows)
-        self._flipped = torch.tensor(train.select(self.memorization_rows)["flipped"])
+        try:
+            self.memorization_rows, self._flipped = noisy_rows(train, self.args.memorization_max_rows, ["flipped"])
+        except (TypeError, ValueError) as error:
+            logger.warning(f"Memorization is not measured: {error}")
 
     def evaluate_pairs(self, dataset: Dataset | str | None = None) -> PairEvaluation:
         """Evaluates policy and reference on preference pairs, whatever `args.drift_metrics` says. Collective.
@@ -252,21 +254,7 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
             dataset = self._prepare_dataset(dataset, self.processing_class, self.args, "evaluate_pairs")
             if not self._has_reference() and has_reference(dataset):
                 self._check_reference(dataset, "evaluate_pairs")
-        return self._evaluate_rows(self.get_test_dataloader(dataset))
-
-    def _evaluate_rows(self, dataloader: DataLoader) -> PairEvaluation:
-        rows = rows_of(dataloader)
-        order = range(len(rows))
-        if isinstance(rows, Dataset) and "prompt_ids" in rows.column_names:
-            # Batches of pairs of about one length have little padding
-            texts = zip(*(rows[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")), strict=True)
-            lengths = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in texts]
-            order = sorted(order, key=lengths.__getitem__)
-            rows = rows.select(order)
-        arguments = self.model_wrapped, rows, dataloader.collate_fn, self.accelerator
-        batch_size = self.args.per_device_eval_batch_size
-        pairs = evaluate_pairs(*arguments, ref_model=self.ref_model, batch_size=batch_size)
-        return pairs.select(torch.tensor(order).argsort())
+        return evaluate_rows(self, self.get_test_dataloader(dataset))
 
     @property
     def _passes_of_trl(self) -> int:
@@ -283,7 +271,7 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
 
     def _split_metrics(self, dataloader: DataLoader, prefix: str) -> dict[str, float]:
         tables = self._shared_tables()
-        pairs = self._evaluate_rows(dataloader) if tables is None else PairEvaluation(*tables)
+        pairs = evaluate_rows(self, dataloader) if tables is None else PairEvaluation(*tables)
         self.pair_evaluations[prefix] = pairs
         return {**reward_metrics(pairs, self.beta), **drift_metrics(pairs, self.beta)}
 
@@ -293,7 +281,7 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
             if self._memorization_loader is None:
                 rows = self.train_dataset.select(self.memorization_rows)
                 self._memorization_loader = self.get_test_dataloader(rows)
-            pairs = self._evaluate_rows(self._memorization_loader)
+            pairs = evaluate_rows(self, self._memorization_loader)
             self.pair_evaluations["train"] = pairs
             metrics |= memorization_metrics(pairs, self._flipped, self.beta)
         return metrics

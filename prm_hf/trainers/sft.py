@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 
-from ..metrics import SequenceEvaluation, completion_metrics, drift_metrics, evaluate_sequences
-from ..metrics.evaluation import rows_of
+from ..metrics import SequenceEvaluation, completion_metrics, drift_metrics
 from .config import PRMSFTConfig, checked_config
 from .mixin import PRMTrainerMixin
 from .prepared import check_not_empty, warn_of_rows_left_out
+from .tables import evaluate_rows
 
 
 logger = get_logger(__name__)
@@ -94,10 +94,7 @@ class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
 
     def evaluate_sequences(self, dataloader: DataLoader) -> SequenceEvaluation:
         """Evaluates the model, and the reference if there is one, on the rows of a dataloader. Collective."""
-        arguments = self.model_wrapped, rows_of(dataloader), dataloader.collate_fn, self.accelerator
-        # A padding-free batch is one long sequence; in batches of one row its sums are those of the row
-        batch_size = self.args.per_device_eval_batch_size if self._rows_are_apart else 1
-        return evaluate_sequences(*arguments, ref_model=self.ref_model, batch_size=batch_size)
+        return evaluate_rows(self, dataloader)
 
     def _split_metrics(self, dataloader: DataLoader, prefix: str) -> dict[str, float]:
         if self._packs and not self._has_reference():

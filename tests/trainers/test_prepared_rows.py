@@ -1,4 +1,4 @@
-"""Rows that are prepared: those that say nothing are left out, and log-probabilities of another reference are refused."""
+"""Prepared rows: those that say nothing are left out, and log-probabilities of another reference are refused."""
 
 import copy
 

@@ -211,7 +211,7 @@ def test_memorization_needs_a_bool_column(tmp_path, caplog):
     assert not any("memorization" in k for k in dpo_trainer(tmp_path, train=plain, eval_dataset=HELDOUT).evaluate())
     with caplog.at_level(logging.WARNING):
         trainer = dpo_trainer(tmp_path, train=plain.add_column("flipped", [0, 1] * 7), eval_dataset=HELDOUT)
-    assert "`flipped` of `train_dataset` has type int64" in caplog.text
+    assert "not measured: The column 'flipped' of `train_dataset` must be bool, got int64" in caplog.text
     assert not any("memorization" in key for key in trainer.evaluate())
 
 
@@ -293,3 +293,14 @@ def test_evaluate_takes_a_dataset_and_evaluate_pairs_needs_one(tmp_path):
     trainer.eval_dataset = {"a": OTHER, "b": HELDOUT}
     with pytest.raises(ValueError, match=r"\['a', 'b'\]. Name one"):
         trainer.evaluate_pairs()
+
+
+def test_a_reference_that_moves_is_not_measured_from(tmp_path):
+    with pytest.raises(ValueError, match="`sync_ref_model=True` moves the reference.*`drift_metrics=False`"):
+        dpo_trainer(tmp_path, eval_dataset=HELDOUT, sync_ref_model=True)
+    rows = dpo_trainer(tmp_path, precompute_ref_log_probs=True).train_dataset
+    trainer = dpo_trainer(tmp_path, train=rows, sync_ref_model=True, ref_model_sync_steps=1)
+    assert not trainer.precompute_ref_logps  # the log-probabilities of the rows are those of the first reference
+    start = weights(trainer.ref_model)
+    trainer.train()
+    assert not torch.equal(weights(trainer.ref_model), start)

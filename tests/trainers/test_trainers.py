@@ -408,7 +408,7 @@ def test_streams(tmp_path, caplog):
         trainer = dpo_trainer(
             tmp_path, train=TRAIN.to_iterable_dataset(), eval_dataset=HELDOUT.to_iterable_dataset(), max_steps=2
         )
-    assert "Memorization is not measured: `train_dataset` is an `IterableDataset`" in caplog.text
+    assert "Memorization is not measured: `train_dataset` must be a `datasets.Dataset`" in caplog.text
     trainer.train()
     for key, value in expected_pair_metrics(trainer, HELDOUT).items():
         assert trainer.last_eval_metrics[f"eval_{key}"] == pytest.approx(value, rel=1e-6)
