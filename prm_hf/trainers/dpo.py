@@ -256,6 +256,16 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
                 self._check_reference(dataset, "evaluate_pairs")
         return evaluate_rows(self, self.get_test_dataloader(dataset))
 
+    def _batch_weights(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        chosen, rejected = (mask.sum() for mask in inputs["completion_mask"][:, 1:].chunk(2))
+        return {
+            "": torch.tensor(len(inputs["input_ids"]) // 2, device=chosen.device),
+            "entropy": chosen + rejected,
+            "logits/chosen": chosen,
+            "logits/rejected": rejected,
+            "mean_token_accuracy": chosen,
+        }
+
     @property
     def _passes_of_trl(self) -> int:
         return 1 if self.precompute_ref_logps else 2

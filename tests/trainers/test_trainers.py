@@ -531,7 +531,8 @@ def test_two_processes_measure_what_one_does(tmp_path):
 
     results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     assert [result["world_size"] for result in results] == [2, 2]
-    assert [result["passes"] for result in results] == [2 + 2 + 4] * 2  # of the splits TRL's own, and the train rows'
+    # Of the splits TRL's own, where the seventh row is a step that both processes make, and those of the train rows
+    assert [result["passes"] for result in results] == [3 + 2 + 4] * 2
     assert results[0]["metrics"] == results[1]["metrics"]
     for name, table in results[0]["tables"].items():
         for side in table:
@@ -548,8 +549,9 @@ def test_two_processes_measure_what_one_does(tmp_path):
                 expected = getattr(getattr(pairs, side), key)
                 torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
     for key, value in metrics.items():
-        if any(part in key for part in ("rewards/", "drift/", "memorization/", "logps/")):
-            assert results[0]["metrics"][key] == pytest.approx(value, rel=1e-4, abs=1e-6)
+        counted = "num_tokens", "epoch"  # of training, which this trainer has not done
+        if not key.endswith(("_runtime", "_per_second", "_preparation_time", *counted)):
+            assert results[0]["metrics"][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
     assert results[0]["metrics"]["eval_drift/params_rel"] > 0
     # b of the empirical boundary counts both processes
     assert results[0]["sizes"] == (2 * 2 * 2, 14)
