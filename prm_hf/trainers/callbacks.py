@@ -6,11 +6,13 @@ from typing import Any
 
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 
 from .._names import warn_renamed
 from ..optim import PRM
 from ..sharding.deepspeed import check_config
+from .digests import start_digest
 
 
 logger = logging.getLogger(__name__)
@@ -154,11 +156,41 @@ class PopulationRiskStopping(PopulationRiskStoppingCallback):
         super().__init__(threshold)
 
 
-class EvaluateAtEndCallback(TrainerCallback):
-    """With `drift_metrics`, evaluates when training ends, unless the weights have just been evaluated."""
+class DriftStart(TrainerCallback, ExportableState):
+    """Keeps in each checkpoint which weights `drift/params_rel` is measured from, as their digest."""
+
+    def __init__(self, start: str | None = None) -> None:
+        self.start = start
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"start": self.start}, "attributes": {}}
+
+
+class DriftCallback(TrainerCallback):
+    """With `drift_metrics`, checks that a resumed run measures drift from where training started, and evaluates at its
+    end, unless the weights have just been evaluated.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        # A checkpoint from before there was such a state lacks it, and transformers asks for it when it saves
+        saved = state.stateful_callbacks.setdefault(DriftStart.__name__, DriftStart().state())["args"]["start"]
+        drift = self.trainer.parameter_drift
+        if drift is None or (start := start_digest(drift)) is None:
+            return
+        types = start.split(":")[0]
+        if saved is not None and saved.split(":")[0] == types and saved != start:
+            raise ValueError(
+                "`model` is not the one that training started from, so drift would be measured from other weights. "
+                "Pass the model as it was at the start: `resume_from_checkpoint` brings the weights of the "
+                "checkpoint. Or set `drift_metrics=False`."
+            )
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, DriftStart):
+                callback.start = saved or start
+                state.stateful_callbacks[DriftStart.__name__] = callback.state()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if args.drift_metrics and self.trainer.eval_dataset is not None and not self.trainer.weights_are_evaluated():

@@ -13,7 +13,7 @@ from ..metrics import ParameterDrift, SequenceEvaluation
 from ..metrics.evaluation import check_parallelism, evaluations_of, score_rows
 from ..metrics.forward import captured_hidden_states
 from .averages import Step, Weights, even_dataloader, even_steps, goes_through_all_rows
-from .callbacks import EvaluateAtEndCallback
+from .callbacks import DriftCallback, DriftStart
 
 
 class EvaluationMixin:
@@ -32,6 +32,8 @@ class EvaluationMixin:
     Attributes:
         last_eval_metrics (`dict[str, float]`):
             What the last evaluation returned, all splits together.
+        parameter_drift ([`~prm_hf.metrics.ParameterDrift`], *optional*):
+            The weights before training, if `drift/params_rel` is measured.
     """
 
     _rows_are_apart = False
@@ -51,7 +53,7 @@ class EvaluationMixin:
         self._scores: list[torch.Tensor] | None = None
         self._logits_are_checked = False
         self._copies = 1
-        self._parameter_drift = None
+        self.parameter_drift = None
         if self.args.drift_metrics and self.eval_dataset is not None:
             if self.is_fsdp_enabled and (version := self.accelerator.state.fsdp_plugin.fsdp_version) != 2:
                 raise ValueError(
@@ -59,8 +61,9 @@ class EvaluationMixin:
                     "`drift_metrics=False`."
                 )
             if any(p.requires_grad for p in self.model.parameters()):
-                self._parameter_drift = ParameterDrift(self.model, self.accelerator)
-        self.add_callback(EvaluateAtEndCallback(self))
+                self.parameter_drift = ParameterDrift(self.model, self.accelerator)
+        self.add_callback(DriftStart())
+        self.add_callback(DriftCallback(self))
 
     def train(self, *args, **kwargs) -> TrainOutput:
         if self.args.use_liger_kernel and self.ref_model is not None:
@@ -191,9 +194,9 @@ class EvaluationMixin:
         return None if self._scores is None else evaluations_of(torch.cat(self._scores).cpu(), self._has_reference())
 
     def _run_metrics(self) -> dict[str, float]:
-        if self._parameter_drift is None:
+        if self.parameter_drift is None:
             return {}
-        return {"drift/params_rel": self._parameter_drift.relative(self.model_wrapped)}
+        return {"drift/params_rel": self.parameter_drift.relative(self.model_wrapped)}
 
     def weights_are_evaluated(self) -> bool:
         """Whether the last evaluation of `eval_dataset` was of the weights that training ends with."""

@@ -1,5 +1,6 @@
 """Memorization: which training rows it is measured on, and the callback that measures it in any trainer."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from .._names import renamed_arguments
 from ..metrics import fit_metrics, memorization_rows, row_fit
+from .config import greater_is_better
 from .tables import evaluate_rows, first_batch
 
+
+logger = logging.getLogger(__name__)
 
 # The columns that say which rows of a dataset are noisy: of `prm_hf.noise.corrupt`, and of `flip_preferences`
 NOISE_COLUMNS = ("corrupted", "flipped")
@@ -89,6 +93,13 @@ class MemorizationCallback(TrainerCallback):
         self._measured: dict[str, float] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        metric = args.metric_for_best_model
+        if metric is not None and args.greater_is_better and greater_is_better(metric) is False:
+            logger.warning(
+                "`metric_for_best_model=%r` is better the smaller it is, and `greater_is_better` is True, which "
+                "transformers sets by itself: the best model is the one with the largest. Set it to False.",
+                metric,
+            )
         # Raise errors now rather than at the first evaluation
         for name in self._datasets:
             first_batch(self._loader(name))

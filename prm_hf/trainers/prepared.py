@@ -4,17 +4,15 @@ import json
 from itertools import islice
 from typing import Any
 
-import torch
 import xxhash
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import DPOConfig
 
-from ..metrics.sharded import whole
+from .digests import reference_digest
 
 
 logger = get_logger(__name__)
@@ -113,41 +111,13 @@ def reference_fingerprint(
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     text = json.dumps([sorted(tokenizer.get_vocab().items()), processing_class.chat_template])
     return {
-        "reference model": _digest(model, accelerator),
+        "reference model": reference_digest(model, accelerator),
         "tokenizer": xxhash.xxh3_64_hexdigest(text.encode()),
         "max_length": args.max_length,
         "truncation_mode": args.truncation_mode,
         "ld_alpha": args.ld_alpha,
         "precision": accelerator.mixed_precision,
     }
-
-
-def _digest(model: nn.Module, accelerator: Accelerator) -> str | None:
-    """A hash of names, types and values of the reference's weights, however they are wrapped and sharded.
-
-    None under FSDP1, whose shards have no names.
-    """
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        return None
-    model = accelerator.unwrap_model(model, keep_torch_compile=False)
-    # Of a PEFT model the reference is what is there without adapters, or with a copy named "ref"
-    adapters = [name for name in getattr(model, "peft_config", ()) if name != "ref"]
-    total = xxhash.xxh3_128()
-    for name, parameter in sorted(model.named_parameters(), key=lambda item: _plain(item[0])):
-        if any(f".{adapter}." in f".{name}." for adapter in adapters):
-            continue
-        with torch.no_grad(), whole(parameter) as (values,):
-            total.update(f"{_plain(name)} {values.dtype} {tuple(values.shape)}".encode())
-            values = values.detach().cpu().contiguous()
-            total.update(values.reshape(-1).view(torch.uint8).numpy())
-    return total.hexdigest()
-
-
-def _plain(name: str) -> str:
-    """The name that a weight has in the model without wrappers and adapters."""
-    for part in ("_orig_mod.", "_checkpoint_wrapped_module.", "base_model.model.", ".base_layer", ".original_module"):
-        name = name.replace(part, "")
-    return name
 
 
 def check_fingerprint(dataset: Dataset | IterableDataset, expected: dict[str, Any], name: str) -> bool:

@@ -446,7 +446,7 @@ def test_parameter_drift_of_lora_is_of_the_effective_weight(accelerator, fresh):
     if not fresh:
         model = perturbed(model)
     drift = ParameterDrift(model, accelerator)
-    assert fresh == all(value is None for value in drift._initial.values())  # a new adapter needs no copy
+    assert fresh == all(value is None for value in drift.initial.values())  # a new adapter needs no copy
     assert drift.relative(model) == 0.0
     moved = perturbed(model, seed=2)
     layers = [n for n, m in model.named_modules() if n.endswith(("q_proj", "down_proj"))]

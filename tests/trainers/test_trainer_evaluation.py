@@ -2,14 +2,16 @@
 
 import dataclasses
 import inspect
+import json
 import logging
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Qwen2ForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from prm_hf.metrics import PairEvaluation, SequenceEvaluation, memorization_metrics
+from prm_hf.trainers import PRMDPOConfig
 
 from ..tiny import make_model, make_tokenizer
 from .trainer_runs import (
@@ -190,7 +192,7 @@ def test_without_drift_metrics_the_names_are_right_all_the_same(tmp_path):
     returned = trainer.evaluate()
     assert {"eval_a_rewards/accuracies", "eval_b_rewards/accuracies"} <= returned.keys()
     assert not any("drift/" in key or "memorization/" in key or key.startswith("eval_rewards") for key in returned)
-    assert trainer._parameter_drift is None and not trainer.pair_evaluations
+    assert trainer.parameter_drift is None and not trainer.pair_evaluations
 
 
 def test_memorization_is_measured_on_spread_training_rows(tmp_path):
@@ -218,7 +220,7 @@ def test_memorization_needs_a_bool_column(tmp_path, caplog):
 def test_nothing_is_measured_without_an_eval_dataset(tmp_path):
     trainer = dpo_trainer(tmp_path)
     trainer.train()
-    assert trainer._parameter_drift is None and not trainer.memorization_rows
+    assert trainer.parameter_drift is None and not trainer.memorization_rows
     assert not evaluations(trainer) and not trainer.last_eval_metrics
 
 
@@ -243,8 +245,7 @@ def test_a_best_model_that_is_loaded_is_evaluated(tmp_path):
         save_strategy="steps",
         save_steps=1,
         load_best_model_at_end=True,
-        metric_for_best_model="drift/kl",  # least at the first step
-        greater_is_better=False,
+        metric_for_best_model="drift/kl",  # least at the first step, and less is better
     )
     trainer.train()
     logs = evaluations(trainer)
@@ -304,3 +305,57 @@ def test_a_reference_that_moves_is_not_measured_from(tmp_path):
     start = weights(trainer.ref_model)
     trainer.train()
     assert not torch.equal(weights(trainer.ref_model), start)
+
+
+@pytest.mark.parametrize(
+    "metric, direction",
+    [
+        ("drift/kl", False),
+        ("eval_drift/params_rel", False),
+        ("eval_clean_drift/logratio_abs", False),
+        ("eval_memorization/flipped_fit", False),
+        ("memorization/corrupted_fit", False),
+        ("eval_memorization/gap", False),
+        ("eval_memorization/clean_fit", True),
+        ("eval_memorization/heldout_loss", False),
+        ("eval_memorization/corrupted_loss", True),
+        ("eval_rewards/accuracies", True),
+        ("eval_a_rewards/ties", False),
+        ("rewards/margins", True),
+        ("eval_entropy", False),
+        ("eval_loss", False),
+        ("exact_match", True),
+    ],
+)
+def test_which_direction_of_a_metric_is_better(tmp_path, metric, direction):
+    best = {"metric_for_best_model": metric}
+    assert PRMDPOConfig(**settings(tmp_path, **best)).greater_is_better is direction
+    for chosen in (False, True):
+        assert PRMDPOConfig(**settings(tmp_path, **best, greater_is_better=chosen)).greater_is_better is chosen
+
+
+def test_a_resumed_run_measures_drift_from_where_training_started(tmp_path):
+    """Not from the weights of the checkpoint, if these are passed as the model."""
+    saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_dataset": HELDOUT}
+    dpo_trainer(tmp_path, **saving).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    model = Qwen2ForCausalLM.from_pretrained(checkpoint)
+    resumed = dpo_trainer(tmp_path, model=model, ref_model=make_model(), **saving)
+    with pytest.raises(ValueError, match="`model` is not the one that training started from.*drift_metrics=False"):
+        resumed.train(resume_from_checkpoint=checkpoint)
+    dpo_trainer(tmp_path, model=model, ref_model=make_model(), **saving, drift_metrics=False).train(
+        resume_from_checkpoint=checkpoint
+    )
+    # A second resumption still knows the start, also with the states of callbacks restored
+    for _ in range(2):
+        resumed = dpo_trainer(tmp_path, **{**saving, "max_steps": 6}, restore_callback_states_from_checkpoint=True)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert resumed.last_eval_metrics["eval_drift/params_rel"] > 0
+    # A checkpoint that does not say where training started is taken as before
+    state = tmp_path / "checkpoint-4" / "trainer_state.json"
+    known = json.loads(state.read_text())
+    del known["stateful_callbacks"]["DriftStart"]
+    state.write_text(json.dumps(known))
+    for eval_dataset in (HELDOUT, None):
+        trainer = dpo_trainer(tmp_path, **{**saving, "max_steps": 6, "eval_dataset": eval_dataset})
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
