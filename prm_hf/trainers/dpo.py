@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 from trl.models import prepare_deepspeed
 
-from ..metrics import PairEvaluation, drift_metrics, memorization_metrics, reward_metrics
+from ..metrics import PairEvaluation, drift_metrics, memorization_metrics, preference_scores, reward_metrics
 from ..metrics.forward import evaluation_mode, without_cudnn
 from .config import PRMDPOConfig, checked_config
 from .memorization import noisy_rows
@@ -255,6 +255,29 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
             if not self._has_reference() and has_reference(dataset):
                 self._check_reference(dataset, "evaluate_pairs")
         return evaluate_rows(self, self.get_test_dataloader(dataset))
+
+    def compute_loss(self, *args, **kwargs) -> Any:
+        """TRL's loss. Of the metrics that TRL collects, `rewards/accuracies` is that of `preference_scores`."""
+        gather, gathered = self.accelerator.gather, []
+
+        def recorded(values: torch.Tensor) -> torch.Tensor:
+            gathered.append(gather(values))
+            return gathered[-1]
+
+        self.accelerator.gather = recorded
+        try:
+            result = super().compute_loss(*args, **kwargs)
+        finally:
+            del self.accelerator.gather  # the method is of the class
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        # TRL gathers the margins to log their mean, by which they are known; NaN is written as NaN
+        mean = str(metrics["rewards/margins"][-1])
+        vectors = (values for values in reversed(gathered) if values.dim() == 1 and values.is_floating_point())
+        margins = next((values for values in vectors if str(values.mean().item()) == mean), None)
+        if margins is not None:
+            metrics["rewards/accuracies"][-1] = preference_scores(margins.cpu()).mean().item()
+            metrics["rewards/ties"].append((margins == 0).float().mean().item())
+        return result
 
     def _batch_weights(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         chosen, rejected = (mask.sum() for mask in inputs["completion_mask"][:, 1:].chunk(2))

@@ -1,5 +1,6 @@
 """What the trainers log, and what they measure of preference pairs."""
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -10,7 +11,13 @@ import torch
 from transformers import Qwen2ForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from prm_hf.metrics import PairEvaluation, SequenceEvaluation, memorization_metrics
+from prm_hf.metrics import (
+    PairEvaluation,
+    SequenceEvaluation,
+    memorization_metrics,
+    preference_scores,
+    reward_margins,
+)
 from prm_hf.trainers import PRMDPOConfig
 
 from ..tiny import make_model, make_tokenizer
@@ -359,3 +366,31 @@ def test_a_resumed_run_measures_drift_from_where_training_started(tmp_path):
     for eval_dataset in (HELDOUT, None):
         trainer = dpo_trainer(tmp_path, **{**saving, "max_steps": 6, "eval_dataset": eval_dataset})
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+@pytest.mark.parametrize("drift_metrics", [False, True])
+def test_ties_count_half_in_every_log(tmp_path, drift_metrics):
+    """Policy and reference are equal before the first step."""
+    trainer = dpo_trainer(tmp_path, eval_dataset=HELDOUT, drift_metrics=drift_metrics)
+    metrics = trainer.evaluate()
+    assert metrics["eval_rewards/accuracies"] == 0.5 and metrics["eval_rewards/ties"] == 1
+    trainer.train()
+    steps = [log for log in trainer.state.log_history if "loss" in log]
+    assert steps[0]["rewards/accuracies"] == 0.5 and steps[0]["rewards/ties"] == 1
+    assert steps[-1]["rewards/ties"] == 0
+    pairs = trainer.evaluate_pairs()
+    margins = reward_margins(pairs, trainer.beta)
+    last = trainer.evaluate()
+    assert last["eval_rewards/accuracies"] == pytest.approx(preference_scores(margins).mean().item())
+    assert last["eval_rewards/ties"] == 0
+
+
+def test_ties_of_some_pairs_in_bf16(tmp_path):
+    """Weights in bf16 that a small step changes little: many margins are exactly 0."""
+    model = make_model().to(torch.bfloat16)
+    settings = {"model": model, "ref_model": copy.deepcopy(model), "learning_rate": 1e-6, "max_steps": 1}
+    trainer = dpo_trainer(tmp_path, eval_dataset=HELDOUT, optim="sgd", drift_metrics=True, **settings)
+    trainer.train()
+    margins = reward_margins(trainer.pair_evaluations["eval"], trainer.beta)
+    assert trainer.last_eval_metrics["eval_rewards/ties"] == (margins == 0).double().mean().item() > 0
+    assert trainer.last_eval_metrics["eval_rewards/accuracies"] >= 0.5 * trainer.last_eval_metrics["eval_rewards/ties"]
