@@ -52,7 +52,10 @@ def warn_of_rows_left_out(name: str, what: str, n_before: int, n_after: int, fou
     """One warning for a dataset with the numbers in `found`; ValueError if no row is left."""
     text = f"{n_before - n_after} of the {n_before} {what} of {name!r} are left out: {' and '.join(found)}."
     if n_after == 0:
-        raise ValueError(f"{text} None is left: raise `max_length`, or shorten the prompts.")
+        raise ValueError(
+            f"{text} None is left: raise `max_length`, shorten the prompts, or look at whether the tokenizer fits the "
+            "texts."
+        )
     logger.warning(text)
 
 
