@@ -88,7 +88,8 @@ def test_snippets_run(snippet, tmp_path, monkeypatch, quiet, no_bfloat16_for_oth
     # TRL trains in bfloat16 unless it is told not to, and transformers then asks for a GPU.
     monkeypatch.setattr(transformers.training_args, "is_torch_bf16_gpu_available", lambda: True)
     make_model().save_pretrained("tiny")
-    make_tokenizer().save_pretrained("tiny")
+    # From a folder the tokenizer would be read as a Qwen2 one, which knows none of the words
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *_, **options: make_tokenizer())
     rows = preference_dataset(8, flipped=False)
     monkeypatch.setattr(datasets, "load_dataset", lambda name: {"train": rows, "test": rows})
     code, count = re.subn(r'"Qwen/[^"]+"', '"tiny"', snippet)

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from .. import PRMDPOConfig, PRMDPOTrainer, flip_preferences
-from ..metrics import PairEvaluation, reward_margins
+from ..metrics import PairEvaluation, preference_scores, reward_margins
 from ..runs.methods import Method
 from ..runs.read import read_json
 from ..runs.write import RunSpec, evaluation_metrics, write_json
@@ -49,7 +49,7 @@ class KeepBest(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         margins = reward_margins(self.trainer.evaluate_pairs(self.rows), self.trainer.beta)
         loss = -torch.nn.functional.logsigmoid(margins).mean().item()
-        accuracy = (margins > 0).double().mean().item()
+        accuracy = preference_scores(margins).mean().item()
         self.trainer.log({"eval_validation/loss": loss, "eval_validation/accuracies": accuracy})
         if loss < self.best.get("loss", float("inf")):
             found = {**evaluation_metrics(metrics), "validation/accuracies": accuracy, "steps": state.global_step}
@@ -62,7 +62,8 @@ def margins_of(trainer: PRMDPOTrainer) -> dict[str, list]:
     """One number for each pair of the last evaluation: beta times the difference of the log-ratios."""
 
     def rounded(pairs: PairEvaluation) -> list[float]:
-        return [round(x, 6) for x in reward_margins(pairs, trainer.beta).tolist()]
+        # Six digits, whatever the size: a small margin must not become a tie
+        return [float(f"{x:.6g}") for x in reward_margins(pairs, trainer.beta).tolist()]
 
     tables = trainer.pair_evaluations
     if "train" not in tables:

@@ -15,7 +15,7 @@ from .evaluation import (
     evaluate_sequences,
 )
 from .memorization import completion_metrics, fit_metrics, memorization_metrics, memorization_rows, row_fit
-from .rewards import reward_accuracy, reward_margins, reward_metrics
+from .rewards import preference_scores, reward_accuracy, reward_margins, reward_metrics
 
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "fit_metrics",
     "memorization_metrics",
     "memorization_rows",
+    "preference_scores",
     "reward_accuracy",
     "reward_margins",
     "reward_metrics",

@@ -45,6 +45,9 @@ class ParameterDrift:
 
     The model may be prepared or not. The trained parameters are those that require a gradient now.
 
+    Attributes:
+        initial: The copy of w₀ by name, on the main process; None for a new adapter, whose BA is 0.
+
     Raises:
         ValueError: if no parameter requires a gradient.
     """
@@ -53,20 +56,20 @@ class ParameterDrift:
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("`model` has no parameter that requires a gradient, so there is no drift to measure.")
         self.accelerator = accelerator
-        self._initial: dict[str, torch.Tensor | None] = {}
+        self.initial: dict[str, torch.Tensor | None] = {}
         squared_norm = 0.0
         for name, value, frozen in _trained_tensors(model, accelerator, with_frozen=True):
             weight = value if frozen is None else frozen
             squared_norm += torch.linalg.vector_norm(weight, dtype=torch.float32).item() ** 2
             # A new adapter starts at BA = 0 and costs no memory
-            self._initial[name] = value.detach().to("cpu", copy=True) if value.any() else None
+            self.initial[name] = value.detach().to("cpu", copy=True) if value.any() else None
         self._norm = squared_norm**0.5
 
     def relative(self, model: nn.Module) -> float:
         """‖w - w₀‖ / ‖w₀‖ of the model's present weights; the same number on every process. Collective."""
         norms = []  # of the changes; they are read after all have been launched
         for name, value, _ in _trained_tensors(model, self.accelerator, with_frozen=False):
-            initial = self._initial[name]
+            initial = self.initial[name]
             change = value if initial is None else initial.to(value.device).float() - value
             norms.append(torch.linalg.vector_norm(change, dtype=torch.float32).to(self.accelerator.device))
         change = torch.stack(norms).cpu().double().square().sum().sqrt().item() if norms else 0.0

@@ -276,14 +276,7 @@ def score_rows(
     """
     batch = _on_device(batch, accelerator)
     ref_logps = [batch.pop(key, None) for key in ("ref_chosen_logps", "ref_rejected_logps")]
-    labels, completion_mask = batch.pop("labels", None), batch.pop("completion_mask", None)
-    if completion_mask is not None:
-        labels = batch["input_ids"].masked_fill(completion_mask == 0, -100)
-    if labels is None:
-        raise ValueError(
-            f"`collate` made a batch of {sorted(batch)}, with neither `completion_mask` nor `labels`. Use TRL's "
-            "collator, or one that adds either."
-        )
+    labels = _take_labels(batch)
     # Sequence and position before each token that is evaluated
     places = (labels[:, 1:] != -100).nonzero(as_tuple=True)
     targets = labels[:, 1:][places]
@@ -304,25 +297,38 @@ def score_rows(
                     passed.check()
             scored = _score_tokens(policy, ref, targets)
 
-    # The order of the sums is always the same. Nothing here waits for the device.
-    device = torch.device("cpu") if labels.device.type == "mps" else labels.device  # which has no float64
-    places = tuple(x.to(device) for x in places)
-
-    def total(per_token: torch.Tensor) -> torch.Tensor:
-        grid = torch.zeros(labels.shape, dtype=torch.float64, device=device)
-        return grid.index_put(places, per_token.to(device).double()).sum(1)
-
-    logps, correct, *drift = map(total, scored)
+    totals = [_total(column, labels, places) for column in (*scored, torch.ones_like(targets))]
+    logps, correct, *drift, tokens = totals
     if ref is None and ref_logps[0] is not None:
-        drift = [logps - torch.cat(ref_logps).to(device).double(), torch.zeros_like(logps)]
+        drift = [logps - torch.cat(ref_logps).to(logps), torch.zeros_like(logps)]
     elif ref is None and sequences_per_row == 2:
         raise ValueError(
             "There is no reference: `model` is not a PEFT model and the batch has no `ref_chosen_logps`. Pass "
             "`ref_model`, or precompute the reference log-probabilities."
         )
     logratio, kl = drift or [torch.zeros_like(logps)] * 2
-    scores = Scores(logps, total(torch.ones_like(targets)), correct, logratio, kl)
+    scores = Scores(logps, tokens, correct, logratio, kl)
     return torch.stack(scores).view(len(scores), sequences_per_row, -1).permute(2, 0, 1)
+
+
+def _take_labels(batch: dict[str, Any]) -> torch.Tensor:
+    """The tokens that are evaluated, -100 elsewhere, out of a batch, which keeps what the model is called with."""
+    labels, completion_mask = batch.pop("labels", None), batch.pop("completion_mask", None)
+    if completion_mask is not None:
+        return batch["input_ids"].masked_fill(completion_mask == 0, -100)
+    if labels is None:
+        raise ValueError(
+            f"`collate` made a batch of {sorted(batch)}, with neither `completion_mask` nor `labels`. Use TRL's "
+            "collator, or one that adds either."
+        )
+    return labels
+
+
+def _total(per_token: torch.Tensor, labels: torch.Tensor, places: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The sum over the tokens of each sequence, float64, always in the same order, without waiting for the device."""
+    device = torch.device("cpu") if labels.device.type == "mps" else labels.device  # which has no float64
+    grid = torch.zeros(labels.shape, dtype=torch.float64, device=device)
+    return grid.index_put(tuple(x.to(device) for x in places), per_token.to(device).double()).sum(1)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import torch
 
 from .evaluation import ClassEvaluation, PairEvaluation, SequenceEvaluation
-from .rewards import reward_margins
+from .rewards import preference_scores, reward_margins
 
 
 def memorization_rows(n: int, memorization_max_rows: int | None) -> list[int]:
@@ -39,7 +39,7 @@ def row_fit(
     Returns:
         Fit and loss, shape `(n,)`, float64. Of classes, whether the class is right, and the cross-entropy. Of
         completions, the share of tokens that are right, and the mean loss a token (0 of a completion without tokens).
-        Of pairs, whether the chosen completion has the larger reward, and DPO's loss -log σ(margin), `beta` its β.
+        Of pairs, the [`~prm_hf.metrics.rewards.preference_scores`], and DPO's loss -log σ(margin), `beta` its β.
     """
     if isinstance(table, ClassEvaluation):
         return table.correct.double(), table.loss
@@ -47,7 +47,7 @@ def row_fit(
         tokens = table.tokens.clamp(min=1)
         return table.correct / tokens.double(), -table.logps / tokens
     margins = reward_margins(table, beta)
-    return (margins > 0).double(), -torch.nn.functional.logsigmoid(margins)
+    return preference_scores(margins), -torch.nn.functional.logsigmoid(margins)
 
 
 def fit_metrics(

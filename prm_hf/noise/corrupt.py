@@ -1,12 +1,22 @@
 """The randomization tests of Zhang et al. (2017, arXiv 1611.03530) for class labels, images, text and preferences."""
 
+import dataclasses
 import numbers
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+)
 
 from .._names import renamed_arguments
 from .columns import input_columns, is_text, is_tokens, label_columns, named_columns, pixel_dtype
@@ -14,7 +24,7 @@ from .images import GaussianPixels, ShufflePixels, gaussian_moments
 from .labels import redraw_class
 from .preferences import flip
 from .rng import check_noise_rate, check_seed, row_uniforms
-from .rows import check_new, check_plain, map_rows, map_splits, originals, pinned
+from .rows import check_new, check_plain, map_rows, map_splits, originals, pinned, same_value
 from .text import DrawTokens, RenameTokens, ReorderTokens, kept_ids, other_rows, unigrams, vocabulary_bijection
 
 
@@ -90,61 +100,74 @@ distribution | likewise |
         TypeError: `dataset` is none of the four types, or a stream with a table format.
         ValueError: an argument, a column or the dataset does not fit the kind.
     """
-    _check_arguments(kind, noise_rate, seed, exclude_true, transition, shuffle, window)
-    rate = {"true_labels": 0.0, "random_labels": 1.0}.get(kind, float(noise_rate))
+    check_seed(seed)
+    noise = _Noise(
+        kind=kind,
+        noise_rate=noise_rate,
+        seed=int(seed),
+        tokenizer=tokenizer,
+        exclude_true=exclude_true,
+        transition=transition,
+        shuffle=shuffle,
+        window=window,
+    )
 
     def change(split: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
         source = dataset.get("train", next(iter(dataset.values()))) if isinstance(dataset, dict) else dataset
-        noise = _Noise(
-            kind, rate, int(seed), name, tokenizer, exclude_true, transition, shuffle, window, keep_original, num_proc
-        )
-        return noise.corrupt(pinned(split), columns, pinned(source))
+        of_split = dataclasses.replace(noise, split=name)
+        return of_split.corrupt(pinned(split), columns, pinned(source), keep_original, num_proc)
 
     return map_splits(dataset, splits, ["train"] if kind in LABEL_KINDS else dataset, change)
 
 
-def _check_arguments(kind, noise_rate, seed, exclude_true, transition, shuffle, window) -> None:
-    for name, value, known in (("kind", kind, KINDS), ("shuffle", shuffle, SHUFFLES)):
-        if value not in known:
-            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))}, got {value!r}.")
-    check_noise_rate(noise_rate)
-    check_seed(seed)
-    if kind in ("true_labels", "random_labels") and noise_rate != 1:
-        raise ValueError(f"`noise_rate={noise_rate!r}` has no meaning for {kind!r}: use 'partial_labels' for a share.")
-    for name, is_set, only in (
-        ("exclude_true", exclude_true, "partial_labels"),
-        ("transition", transition is not None, "partial_labels"),
-        ("shuffle", shuffle != "vocabulary", "shuffled_inputs"),
-        ("window", window is not None, "random_inputs"),
-    ):
-        if is_set and kind != only:
-            raise ValueError(f"`{name}` is for `kind={only!r}`, got {kind!r}. Leave it out.")
-    if window is not None and not (isinstance(window, numbers.Integral) and window >= 2):  # True is 1
-        raise ValueError(f"`window` must be an integer of at least 2, got {window!r}.")
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Noise:
     """The noise of one split; the fields are the arguments of [`corrupt`]."""
 
     kind: str
     noise_rate: float
     seed: int
-    split: str
     tokenizer: Any
     exclude_true: bool
     transition: Any
     shuffle: str
     window: int | None
-    keep_original: bool
-    num_proc: int | None
+    split: str = "train"
+
+    def __post_init__(self) -> None:
+        kind, window = self.kind, self.window
+        for name, value, known in (("kind", kind, KINDS), ("shuffle", self.shuffle, SHUFFLES)):
+            if value not in known:
+                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))}, got {value!r}.")
+        check_noise_rate(self.noise_rate)
+        if kind in ("true_labels", "random_labels") and self.noise_rate != 1:
+            raise ValueError(
+                f"`noise_rate={self.noise_rate!r}` has no meaning for {kind!r}: use 'partial_labels' for a share."
+            )
+        for name, is_set, only in (
+            ("exclude_true", self.exclude_true, "partial_labels"),
+            ("transition", self.transition is not None, "partial_labels"),
+            ("shuffle", self.shuffle != "vocabulary", "shuffled_inputs"),
+            ("window", window is not None, "random_inputs"),
+        ):
+            if is_set and kind != only:
+                raise ValueError(f"`{name}` is for `kind={only!r}`, got {kind!r}. Leave it out.")
+        if window is not None and not (isinstance(window, numbers.Integral) and window >= 2):  # True is 1
+            raise ValueError(f"`window` must be an integer of at least 2, got {window!r}.")
 
     @property
     def stream(self) -> str:
         # Rows of two splits must not have the same noise because they have the same index.
         return f"corrupt {self.kind}" if self.split == "train" else f"corrupt {self.kind} {self.split}"
 
-    def corrupt(self, dataset: Any, columns: str | Sequence[str] | None, source: Any) -> Dataset | IterableDataset:
+    def corrupt(
+        self,
+        dataset: Dataset | IterableDataset,
+        columns: str | Sequence[str] | None,
+        source: Dataset | IterableDataset,
+        keep_original: bool,
+        num_proc: int | None,
+    ) -> Dataset | IterableDataset:
         """The dataset with noise; its inputs have the statistics of `source`."""
         check_new(dataset, "corrupted", "corrupting")
         features = dataset.features or Features()
@@ -158,20 +181,25 @@ class _Noise:
             change = self.label_noise(dataset, names)
         else:
             self.check_no_classes("a preference")
-            rate = 0.5 if self.kind == "random_labels" else self.noise_rate
-            return flip(dataset, rate, self.seed, False, self.num_proc, self.keep_original, mark="corrupted")
-        copies = originals(features, names) if self.keep_original else {}
+            rate = 0.5 if self.kind == "random_labels" else float(self.noise_rate)
+            return flip(dataset, rate, self.seed, num_proc=num_proc, keep_original=keep_original, mark="corrupted")
+        copies = originals(features, names) if keep_original else {}
         kept = {copy: features[name] for copy, name in copies.items()}
+        # Rows that stay keep the bytes of their images: to decode and encode a JPEG again changes it
+        images = [name for name in names if isinstance(features[name], Image)]
+        for name in images:
+            dataset = dataset.cast_column(name, Image(decode=False))
         return map_rows(
             dataset,
             _corrupt_rows,
             Features({**features, **kept, "corrupted": Value("bool")}),
-            num_proc=self.num_proc,
+            num_proc=num_proc,
             desc="Corrupting",
             fn_kwargs={
                 "names": names,
+                "images": images,
                 "change": change,
-                "noise_rate": self.noise_rate,
+                "noise_rate": 0.0 if self.kind == "true_labels" else float(self.noise_rate),
                 "seed": self.seed,
                 "stream": self.stream,
                 "copies": copies,
@@ -233,24 +261,21 @@ class _Noise:
             )
 
 
-def _corrupt_rows(rows, indices, names, change, noise_rate, seed, stream, copies) -> dict[str, list]:
+def _corrupt_rows(rows, indices, names, images, change, noise_rate, seed, stream, copies) -> dict[str, list]:
     check_plain(rows, "corrupting")
     result = {name: list(rows[name]) for name in names} | {copy: rows[name] for copy, name in copies.items()}
     result["corrupted"] = [False] * len(indices)
     chosen = np.flatnonzero(row_uniforms(seed, indices, stream) < noise_rate).tolist()
-    if chosen:
-        old = {name: [rows[name][i] for i in chosen] for name in names}
-        for name, values in change(old, [indices[i] for i in chosen]).items():
-            for i, before, after in zip(chosen, old[name], values, strict=True):
-                result[name][i] = after
-                result["corrupted"][i] |= not _equal(after, before)
+    if not chosen:
+        return result
+    old = {name: [rows[name][i] for i in chosen] for name in names}
+    old |= {name: [Image().decode_example(value) for value in old[name]] for name in images}
+    for name, values in change(old, [indices[i] for i in chosen]).items():
+        for i, before, after in zip(chosen, old[name], values, strict=True):
+            if not same_value(after, before):
+                result["corrupted"][i] = True
+                result[name][i] = Image().encode_example(after) if name in images else after
     return result
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, (str, int)) or isinstance(a, list) and a and isinstance(a[0], dict):
-        return a == b
-    return np.array_equal(np.asarray(a), np.asarray(b))
 
 
 def _values(dataset: Dataset, names: list[str]) -> Iterator[Any]:

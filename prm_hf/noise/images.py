@@ -34,7 +34,8 @@ class ShufflePixels(RowNoise):
                 order = row_generator(self.seed, index, self.stream).permutation(len(pixels))
             else:
                 order = fixed_order(len(pixels), self.seed, self.stream)
-            result[column] = restore(pixels[order])
+            moved = pixels[order]
+            result[column] = value if np.array_equal(moved, pixels) else restore(moved)
         return result
 
 

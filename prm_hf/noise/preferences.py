@@ -8,7 +8,8 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 
 from .._names import renamed_arguments
 from .rng import check_noise_rate, check_seed, row_uniforms
-from .rows import check_new, check_plain, map_rows, map_splits, originals, pinned
+from .rows import check_new, check_plain, map_rows, map_splits, originals, pinned, same_value
+from .sides import side_changes
 
 
 _STREAM = "flip_preferences"
@@ -26,18 +27,21 @@ def flip_preferences(
     """Swap the preferred and the dispreferred completion of each row with probability `noise_rate`.
 
     Works on every preference format of TRL. Every column whose name holds `chosen` is swapped with the column whose
-    name holds `rejected` in the same place, as `score_chosen` with `score_rejected`. Other columns stay as they are,
-    also those that describe the pair under another name (as `messages` in `ultrafeedback_binarized`).
+    name holds `rejected` in the same place, as `score_chosen` with `score_rejected`. A column that ends in `margin` is
+    negated, and the two values of `winner`, `preference`, `label` and the like are exchanged. Other columns stay as
+    they are; a warning names those that look as if they depended on the order (as `messages` in
+    `ultrafeedback_binarized`).
 
-    Whether a row is flipped depends on `seed` and on its index in `dataset` as given, and on nothing else: flip first
-    and shuffle or shard afterwards. A row flipped at one rate is flipped at every higher rate under the same seed.
+    Whether a row is flipped depends on `seed` and on its index in `dataset` as given: flip first and shuffle or shard
+    afterwards. A row flipped at one rate is flipped at every higher rate under the same seed. A row whose two sides
+    are equal has no label to flip: it stays as it is and is not marked.
 
     Args:
         dataset: `Dataset`, `IterableDataset`, or a dict of either. It is not changed. A stream comes back as one
             shard, because a row's index in a stream read in several places at once is not known.
         noise_rate: probability of a flip, in [0, 1].
         seed: non-negative integer.
-        exact: flip exactly `round(noise_rate * len(dataset))` rows instead (Python's rounding). Not for a stream.
+        exact: draw exactly `round(noise_rate * len(dataset))` rows instead (Python's rounding). Not for a stream.
         splits: the split or splits to flip of a dict; the others come back as they are. Default: `train`, so that
             evaluation stays clean.
         num_proc: processes for `Dataset.map`.
@@ -73,6 +77,7 @@ def flip(
     check_new(dataset, "flipped", "flipping")
     features = dataset.features or Features()
     pairs = _pairs(features)
+    changes = side_changes(dataset, [name for name in features if not any(name in pair for pair in pairs)])
     flag = Value("bool")
     copies = originals(features, ("chosen", "rejected")) if keep_original else {}
     kept = {copy: features[name] for copy, name in copies.items()}
@@ -84,6 +89,7 @@ def flip(
         desc="Flipping preferences",
         fn_kwargs={
             "pairs": pairs,
+            "changes": changes,
             "seed": seed,
             "threshold": _exact_threshold(noise_rate, seed, len(dataset)) if exact else noise_rate,
             "copies": copies,
@@ -92,13 +98,17 @@ def flip(
     )
 
 
-def _swap(rows, indices, pairs, seed, threshold, copies, flags) -> dict[str, list]:
+def _swap(rows, indices, pairs, changes, seed, threshold, copies, flags) -> dict[str, list]:
     check_plain(rows, "flipping")
-    flipped = row_uniforms(seed, indices, _STREAM) < threshold
-    result = {name: flipped.tolist() for name in flags} | {copy: rows[name] for copy, name in copies.items()}
+    drawn = row_uniforms(seed, indices, _STREAM) < threshold
+    sides = zip(drawn.tolist(), rows["chosen"], rows["rejected"], strict=True)
+    flipped = [is_drawn and not same_value(chosen, rejected) for is_drawn, chosen, rejected in sides]
+    result = dict.fromkeys(flags, flipped) | {copy: rows[name] for copy, name in copies.items()}
     for a, b in pairs:
         result[a] = [y if flip else x for flip, x, y in zip(flipped, rows[a], rows[b], strict=True)]
         result[b] = [x if flip else y for flip, x, y in zip(flipped, rows[a], rows[b], strict=True)]
+    for name, change in changes.items():
+        result[name] = [change(x) if flip else x for flip, x in zip(flipped, rows[name], strict=True)]
     return result
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, concatenate_datasets
 
 
@@ -69,6 +70,14 @@ class RowNoise:
             for index, *values in zip(indices, *rows.values(), strict=True)
         ]
         return {name: [row[name] for row in changed] for name in rows}
+
+
+def same_value(a: Any, b: Any) -> bool:
+    """Whether two values of a column are equal: text, messages, numbers, arrays and images; NaN equals itself."""
+    if isinstance(a, (str, int, dict)) or isinstance(a, list) and a and isinstance(a[0], (str, dict)):
+        return a == b
+    a, b = np.asarray(a), np.asarray(b)
+    return np.array_equal(a, b, equal_nan=np.issubdtype(a.dtype, np.inexact) and np.issubdtype(b.dtype, np.inexact))
 
 
 def check_plain(rows: Any, doing: str) -> None:

@@ -150,7 +150,10 @@ def change_tokens(value: Any, change: Callable[[np.ndarray], np.ndarray], tokeni
     """`value` with its token ids changed, an int64 array at a time."""
     if isinstance(value, str):
         ids, spaced = encode(tokenizer, value)
-        text = _decode(tokenizer, change(np.asarray(ids, dtype=np.int64)).tolist())
+        changed = change(np.asarray(ids, dtype=np.int64)).tolist()
+        if changed == ids:  # to decode what was encoded may change spaces, which is not noise
+            return value
+        text = _decode(tokenizer, changed)
         return text.removeprefix(" ") if spaced else text
     if value and isinstance(value[0], dict):
         odd = next((message for message in value if not isinstance(message.get("content"), str)), None)

@@ -5,9 +5,10 @@ from .._extras import require
 
 require("prm_hf.trainers", "transformers", "trl", "accelerate", "datasets", "peft")
 
-from .callbacks import MemorizationCallback, PopulationRiskStopping, PopulationRiskStoppingCallback, PRMCallback
+from .callbacks import PopulationRiskStopping, PopulationRiskStoppingCallback, PRMCallback
 from .config import PRMArguments, PRMDPOConfig, PRMSFTConfig
 from .dpo import PRMDPOTrainer
+from .memorization import MemorizationCallback
 from .mixin import PRMTrainerMixin
 from .sft import PRMSFTTrainer
 

@@ -30,6 +30,11 @@ RENAMED = {
     "no_drift_metrics": "drift_metrics",
 }
 _DEFAULTS = {f.name: f.default for f in fields(TrainingArguments)}
+# Metrics of which less is better; for transformers these are losses alone
+SMALLER_IS_BETTER = re.compile(
+    r"(drift/.*|memorization/(corrupted_fit|flipped_fit|gap)|rewards/(ties|rejected)|logps/rejected|entropy)$"
+)
+LARGER_IS_BETTER = re.compile(r"memorization/corrupted_loss$")
 
 
 def _old_name() -> Any:
@@ -158,6 +163,8 @@ class PRMArguments:
             chosen = self.optim
             if chosen == "prm":  # which transformers does not know
                 self.optim = _DEFAULTS["optim"]
+            if self.greater_is_better is None and self.metric_for_best_model is not None:
+                self.greater_is_better = greater_is_better(self.metric_for_best_model)
             super().__post_init__()
             self.optim = chosen if chosen == "prm" else self.optim
         check_optimizer(self)
@@ -203,6 +210,14 @@ class PRMDPOConfig(PRMArguments, DPOConfig):
 @dataclass
 class PRMSFTConfig(PRMArguments, SFTConfig):
     """Configuration of [`PRMSFTTrainer`]: the arguments of [`PRMArguments`] and all of [`~trl.SFTConfig`]."""
+
+
+def greater_is_better(metric: str) -> bool | None:
+    """Whether more of a metric is better; None if transformers knows. The name may carry the prefix of its split."""
+    name = re.sub(r"^eval_(?:.*_)?(?=(?:drift|memorization|rewards|logps)/|entropy$)", "", metric)
+    if LARGER_IS_BETTER.match(name):
+        return True
+    return False if SMALLER_IS_BETTER.match(name) else None
 
 
 _PRM_NAMES = [

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 from typing import Any
 
 import torch
@@ -12,15 +13,27 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from trl import DPOTrainer
-from trl.trainer.utils import hash_module
+from trl.models import prepare_deepspeed
 
-from ..metrics import PairEvaluation, drift_metrics, evaluate_pairs, memorization_metrics, reward_metrics
-from ..metrics.evaluation import rows_of
-from ..metrics.forward import without_cudnn
-from ..metrics.memorization import memorization_rows
+from ..metrics import PairEvaluation, drift_metrics, memorization_metrics, preference_scores, reward_metrics
+from ..metrics.forward import evaluation_mode, without_cudnn
 from .config import PRMDPOConfig, checked_config
+from .memorization import noisy_rows
 from .mixin import PRMTrainerMixin
 from .packing import add_packing, unpack_hidden, with_lengths
+from .prepared import (
+    FINGERPRINT,
+    IDS,
+    REFERENCE,
+    check_fingerprint,
+    check_not_empty,
+    check_values,
+    has_reference,
+    informative_rows,
+    reference_fingerprint,
+    sample,
+)
+from .tables import evaluate_rows
 
 
 logger = get_logger(__name__)
@@ -41,7 +54,12 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
 
     Tokenized rows, as those of another trainer's `train_dataset`, are not tokenized again. If all datasets have the
     columns `ref_chosen_logps` and `ref_rejected_logps` of `precompute_ref_log_probs=True`, training takes the
-    reference's log-probabilities from them, and `drift/kl` is still measured. So runs can share both.
+    reference's log-probabilities from them, and `drift/kl` is still measured. So runs can share both. A column
+    `ref_fingerprint` says what they were made with; another model, tokenizer, `max_length` or precision is an error,
+    and a few rows are computed again to make sure.
+
+    Pairs that say nothing are left out of all datasets, and a warning counts them: those whose prompt alone fills
+    `max_length`, and those whose two sides are equal once they are truncated.
 
     `args.padding_free=True` runs all forward passes of training on packed sequences, with any attention kernel and
     with the losses of padded batches.
@@ -79,6 +97,12 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
         **kwargs,
     ):
         args = checked_config(args, PRMDPOConfig, model, "DPO")
+        eval_dataset = kwargs.get("eval_dataset", positional[2] if len(positional) > 2 else None)
+        if args.sync_ref_model and args.drift_metrics and eval_dataset is not None:
+            raise ValueError(
+                "`sync_ref_model=True` moves the reference, from which drift and memorization would be measured: set "
+                "`drift_metrics=False`, or `sync_ref_model=False`."
+            )
         # TRL has no padding-free DPO, and raises an error for it
         self._packing_is_due, args.padding_free = args.padding_free, False
         try:
@@ -87,9 +111,13 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
         finally:
             # The attribute is missing if TRL raised an error
             args.padding_free = getattr(self, "padding_free", self._packing_is_due)
-        datasets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        datasets = [self.train_dataset, *datasets]
-        self.precompute_ref_logps |= all(_has_reference_logps(dataset) for dataset in datasets if dataset is not None)
+        splits = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        datasets = {name: rows for name, rows in {"train": self.train_dataset, **splits}.items() if rows is not None}
+        # A reference that moves leaves what was computed beforehand behind
+        self.precompute_ref_logps |= not args.sync_ref_model and all(map(has_reference, datasets.values()))
+        if self.precompute_ref_logps:
+            for name, dataset in datasets.items():
+                self._check_reference(dataset, name)
         self.pair_evaluations: dict[str, PairEvaluation] = {}
         self.memorization_rows: list[int] = []
         self._memorization_loader: DataLoader | None = None
@@ -101,10 +129,29 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
                     "`precompute_ref_log_probs=False` or pass `ref_model`."
                 )
 
-    def _prepare_dataset(self, dataset: Any, *args, **kwargs) -> Any:
-        if "prompt_ids" in next(iter(dataset)):
-            return dataset
-        return super()._prepare_dataset(dataset, *args, **kwargs)
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: PRMDPOConfig, dataset_name: str) -> Any:
+        first = check_not_empty(dataset, dataset_name)
+        n_before = None if isinstance(dataset, IterableDataset) else len(dataset)
+        if "prompt_ids" not in first:
+            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        dataset = informative_rows(dataset, args, dataset_name, n_before)
+        if "prompt_ids" in first:
+            self._check_tokens(dataset, processing_class, args, dataset_name)
+        return dataset
+
+    def _check_tokens(self, dataset: Any, processing_class: Any, args: PRMDPOConfig, name: str) -> None:
+        """Raises if a few of the tokenized rows have a text beside them from which other tokens would be made."""
+        rows = sample(dataset)
+        if not rows or not {"prompt", "chosen", "rejected"} <= rows[0].keys():
+            return
+        texts = [{key: value for key, value in row.items() if key not in (*IDS, *REFERENCE)} for row in rows]
+        fresh = super()._prepare_dataset(Dataset.from_list(texts), processing_class, args, name).to_list()
+        if [[row[key] for key in IDS] for row in rows] != [[row[key] for key in IDS] for row in fresh]:
+            raise ValueError(
+                f"The tokens of {name!r} are not those of its texts: the rows were tokenized with another tokenizer "
+                "or chat template, or the texts were changed afterwards. Pass the rows without the columns "
+                f"{', '.join(map(repr, IDS))}, so that they are tokenized here."
+            )
 
     def _add_packing(self) -> None:
         """Sets `padding_free=True` up, as soon as the models have TRL's fused head."""
@@ -137,27 +184,52 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
         with without_cudnn() if self.padding_free else contextlib.nullcontext():
             return super().training_step(*args, **kwargs)
 
-    def _precompute_ref_logps(self, dataset: Dataset, *args, **kwargs) -> Dataset:
-        if _has_reference_logps(dataset):
-            return dataset
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         self._add_packing()
-        if self._precompute_model_hash is None:  # all log-probabilities so far came with the datasets
-            self._precompute_model_hash = hash_module(self.ref_model or self.model)
-        return super()._precompute_ref_logps(dataset, *args, **kwargs)
+        if has_reference(dataset):
+            self._check_reference(dataset, name)
+            return dataset
+        fingerprint = json.dumps(self._reference_fingerprint)
+        # TRL's key of its cache is this hash and the dataset's, and lacks how rows are truncated
+        self._precompute_model_hash = fingerprint
+        dataset = super()._precompute_ref_logps(dataset, name, batch_size)
+        return dataset.add_column(FINGERPRINT, [fingerprint] * len(dataset))
+
+    @functools.cached_property
+    def _reference_fingerprint(self) -> dict[str, Any]:
+        """Asked for before training, when the policy is its own reference if there is no other."""
+        model = self.ref_model or self.model
+        return reference_fingerprint(model, self.processing_class, self.args, self.accelerator)
+
+    def _check_reference(self, dataset: Dataset | IterableDataset, name: str) -> None:
+        """Raises if the log-probabilities that the rows carry are not those of this run's reference. Collective."""
+        is_marked = check_fingerprint(dataset, self._reference_fingerprint, name)
+        if not self._has_reference() and self.state.global_step > 0:
+            if not is_marked:
+                raise ValueError(
+                    f"The reference's log-probabilities of {name!r} can't be checked, since no reference is kept: "
+                    "pass `ref_model`, or the rows as `eval_dataset` when the trainer is made."
+                )
+            return
+        if self.ref_model is None and self.is_deepspeed_enabled and self._precompute_engine is None:
+            self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)  # as TRL does
+        model = self.ref_model or self._precompute_engine or self.model
+        rows = sample(dataset)
+        device = next(model.parameters()).device
+        batch = {key: values.to(device) for key, values in self.data_collator(rows).items()}
+        with evaluation_mode([model]):
+            fresh = self.compute_ref_log_probs(model, batch)
+        is_exact = self.accelerator.mixed_precision == "no" and self.model.dtype == torch.float32
+        check_values(rows, [values.tolist() for values in fresh], name, is_exact)
 
     def _prepare_memorization(self) -> None:
-        train, obstacle = self.train_dataset, None
-        if isinstance(train, IterableDataset):
-            obstacle = "`train_dataset` is an `IterableDataset`, whose rows can't be chosen: pass a `Dataset`"
-        if "flipped" not in (train.column_names if obstacle is None else next(iter(train))):
+        train = self.train_dataset
+        if "flipped" not in (train.column_names or next(iter(train))):
             return
-        if obstacle is None and (dtype := train.features["flipped"].dtype) != "bool":
-            obstacle = f"`flipped` of `train_dataset` has type {dtype}: cast it to bool"
-        if obstacle is not None:
-            logger.warning(f"Memorization is not measured: {obstacle}.")
-            return
-        self.memorization_rows = memorization_rows(len(train), self.args.memorization_max_rows)
-        self._flipped = torch.tensor(train.select(self.memorization_rows)["flipped"])
+        try:
+            self.memorization_rows, self._flipped = noisy_rows(train, self.args.memorization_max_rows, ["flipped"])
+        except (TypeError, ValueError) as error:
+            logger.warning(f"Memorization is not measured: {error}")
 
     def evaluate_pairs(self, dataset: Dataset | str | None = None) -> PairEvaluation:
         """Evaluates policy and reference on preference pairs, whatever `args.drift_metrics` says. Collective.
@@ -180,21 +252,42 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
             raise ValueError("DeepSpeed sets the model up in `train` or `evaluate`: call one before `evaluate_pairs`.")
         if not self._is_vision_dataset:
             dataset = self._prepare_dataset(dataset, self.processing_class, self.args, "evaluate_pairs")
-        return self._evaluate_rows(self.get_test_dataloader(dataset))
+            if not self._has_reference() and has_reference(dataset):
+                self._check_reference(dataset, "evaluate_pairs")
+        return evaluate_rows(self, self.get_test_dataloader(dataset))
 
-    def _evaluate_rows(self, dataloader: DataLoader) -> PairEvaluation:
-        rows = rows_of(dataloader)
-        order = range(len(rows))
-        if isinstance(rows, Dataset) and "prompt_ids" in rows.column_names:
-            # Batches of pairs of about one length have little padding
-            texts = zip(*(rows[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")), strict=True)
-            lengths = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in texts]
-            order = sorted(order, key=lengths.__getitem__)
-            rows = rows.select(order)
-        arguments = self.model_wrapped, rows, dataloader.collate_fn, self.accelerator
-        batch_size = self.args.per_device_eval_batch_size
-        pairs = evaluate_pairs(*arguments, ref_model=self.ref_model, batch_size=batch_size)
-        return pairs.select(torch.tensor(order).argsort())
+    def compute_loss(self, *args, **kwargs) -> Any:
+        """TRL's loss. Of the metrics that TRL collects, `rewards/accuracies` is that of `preference_scores`."""
+        gather, gathered = self.accelerator.gather, []
+
+        def recorded(values: torch.Tensor) -> torch.Tensor:
+            gathered.append(gather(values))
+            return gathered[-1]
+
+        self.accelerator.gather = recorded
+        try:
+            result = super().compute_loss(*args, **kwargs)
+        finally:
+            del self.accelerator.gather  # the method is of the class
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        # TRL gathers the margins to log their mean, by which they are known; NaN is written as NaN
+        mean = str(metrics["rewards/margins"][-1])
+        vectors = (values for values in reversed(gathered) if values.dim() == 1 and values.is_floating_point())
+        margins = next((values for values in vectors if str(values.mean().item()) == mean), None)
+        if margins is not None:
+            metrics["rewards/accuracies"][-1] = preference_scores(margins.cpu()).mean().item()
+            metrics["rewards/ties"].append((margins == 0).float().mean().item())
+        return result
+
+    def _batch_weights(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        chosen, rejected = (mask.sum() for mask in inputs["completion_mask"][:, 1:].chunk(2))
+        return {
+            "": torch.tensor(len(inputs["input_ids"]) // 2, device=chosen.device),
+            "entropy": chosen + rejected,
+            "logits/chosen": chosen,
+            "logits/rejected": rejected,
+            "mean_token_accuracy": chosen,
+        }
 
     @property
     def _passes_of_trl(self) -> int:
@@ -211,7 +304,7 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
 
     def _split_metrics(self, dataloader: DataLoader, prefix: str) -> dict[str, float]:
         tables = self._shared_tables()
-        pairs = self._evaluate_rows(dataloader) if tables is None else PairEvaluation(*tables)
+        pairs = evaluate_rows(self, dataloader) if tables is None else PairEvaluation(*tables)
         self.pair_evaluations[prefix] = pairs
         return {**reward_metrics(pairs, self.beta), **drift_metrics(pairs, self.beta)}
 
@@ -221,11 +314,7 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
             if self._memorization_loader is None:
                 rows = self.train_dataset.select(self.memorization_rows)
                 self._memorization_loader = self.get_test_dataloader(rows)
-            pairs = self._evaluate_rows(self._memorization_loader)
+            pairs = evaluate_rows(self, self._memorization_loader)
             self.pair_evaluations["train"] = pairs
             metrics |= memorization_metrics(pairs, self._flipped, self.beta)
         return metrics
-
-
-def _has_reference_logps(dataset: Dataset | IterableDataset) -> bool:
-    return {"ref_chosen_logps", "ref_rejected_logps"} <= set(dataset.column_names or ())

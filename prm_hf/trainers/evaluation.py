@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
-from torch.utils.data import DataLoader, SequentialSampler
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..metrics import ParameterDrift, SequenceEvaluation
 from ..metrics.evaluation import check_parallelism, evaluations_of, score_rows
 from ..metrics.forward import captured_hidden_states
-from .callbacks import EvaluateAtEndCallback
+from .averages import Step, Weights, even_dataloader, even_steps, goes_through_all_rows
+from .callbacks import DriftCallback, DriftStart
 
 
 class EvaluationMixin:
@@ -32,6 +32,8 @@ class EvaluationMixin:
     Attributes:
         last_eval_metrics (`dict[str, float]`):
             What the last evaluation returned, all splits together.
+        parameter_drift ([`~prm_hf.metrics.ParameterDrift`], *optional*):
+            The weights before training, if `drift/params_rel` is measured.
     """
 
     _rows_are_apart = False
@@ -44,10 +46,14 @@ class EvaluationMixin:
         self._is_evaluating = False
         # The prefix of the current evaluation, until the metrics of the run (not of a split) have been measured
         self._run_prefix: str | None = None
+        self._weights = {"train": Weights(), "eval": Weights()}
+        # The steps of the current evaluation that are still to come, where several processes share its rows evenly
+        self._steps: list[Step] | None = None
         # The scores of the current evaluation: one tensor a batch, as `score_rows` returns it
         self._scores: list[torch.Tensor] | None = None
         self._logits_are_checked = False
-        self._parameter_drift = None
+        self._copies = 1
+        self.parameter_drift = None
         if self.args.drift_metrics and self.eval_dataset is not None:
             if self.is_fsdp_enabled and (version := self.accelerator.state.fsdp_plugin.fsdp_version) != 2:
                 raise ValueError(
@@ -55,8 +61,9 @@ class EvaluationMixin:
                     "`drift_metrics=False`."
                 )
             if any(p.requires_grad for p in self.model.parameters()):
-                self._parameter_drift = ParameterDrift(self.model, self.accelerator)
-        self.add_callback(EvaluateAtEndCallback(self))
+                self.parameter_drift = ParameterDrift(self.model, self.accelerator)
+        self.add_callback(DriftStart())
+        self.add_callback(DriftCallback(self))
 
     def train(self, *args, **kwargs) -> TrainOutput:
         if self.args.use_liger_kernel and self.ref_model is not None:
@@ -84,19 +91,22 @@ class EvaluationMixin:
     ) -> EvalLoopOutput:
         measured = self._is_evaluating and self.args.drift_metrics
         shares_passes = measured and self._rows_are_apart and not self.args.torch_compile
-        if shares_passes and _goes_through_all_rows(dataloader):
+        in_order = goes_through_all_rows(dataloader)
+        if shares_passes and in_order:
             check_parallelism(self.model_wrapped, self.accelerator)
             self._scores = []
         try:
-            arguments = dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            evaluated = self._shared_evenly(dataloader) if in_order else dataloader
+            arguments = evaluated, description, prediction_loss_only, ignore_keys, metric_key_prefix
             output = super().evaluation_loop(*arguments)
             # Take over what TRL collected in this loop, before its `log` names it "eval_" whatever the split is
+            self._weights["eval"].average(self._metrics["eval"])
             metrics = {name: sum(values) / len(values) for name, values in self._metrics["eval"].items()}
             self._metrics["eval"].clear()
             if measured:
                 metrics |= self._split_metrics(dataloader, metric_key_prefix)
         finally:
-            self._scores = None
+            self._scores = self._steps = None
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         if self._run_prefix is not None and self.args.drift_metrics:
             run_metrics = self._run_metrics()
@@ -104,9 +114,36 @@ class EvaluationMixin:
             self._run_prefix = None
         return output
 
+    def _shared_evenly(self, dataloader: Any) -> Any:
+        """The dataloader, or if several processes share its rows one in which each row counts once."""
+        accelerator = self.accelerator
+        # `compute_metrics` needs the predictions that transformers gathers, and there are none of extra rows
+        if accelerator.num_processes == 1 or accelerator.parallelism_config or self.compute_metrics:
+            return dataloader
+        sizes = len(dataloader.dataset), self.args.per_device_eval_batch_size
+        self._steps = even_steps(*sizes, accelerator.num_processes, accelerator.process_index)
+        return even_dataloader(dataloader, self._steps, accelerator, self.args.dataloader_num_workers)
+
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> tuple:
+        step = self._steps.pop(0) if self._steps else None
+        self._copies = 1 if step is None else step.copies
         if self._scores is None:
-            return super().prediction_step(model, inputs, *args, **kwargs)
+            outputs = super().prediction_step(model, inputs, *args, **kwargs)
+        else:
+            outputs, scores = self._predict_and_score(model, inputs, *args, **kwargs)
+            if self.accelerator.num_processes > 1:
+                scores = scores.to(self.accelerator.device)
+            gathered = self.accelerator.gather_for_metrics(scores)
+            self._scores.append(gathered if step is None else gathered[: step.n_rows])
+        # The mean of each process' batch, which counts as many rows or tokens as it has
+        loss = outputs[0].float()
+        weight = self._batch_weights(inputs)[""].to(loss)
+        sums = self.accelerator.gather(torch.stack([loss * weight, weight])[None]).sum(0)
+        self._metrics["eval"]["loss"].append((sums[0] / sums[1].clamp(min=1)).item())
+        return outputs
+
+    def _predict_and_score(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> tuple:
+        """TRL's step, and the scores of its rows."""
         inputs = self._prepare_inputs(inputs)
         models = [m for m in (model, self.ref_model) if m is not None]
         # Outside of `train`, TRL evaluates the reference in mixed precision and the policy in full precision
@@ -123,11 +160,23 @@ class EvaluationMixin:
             hidden = []
         hidden = [self._unpack(states, inputs) for states in hidden]
         sequences = self._sequences_per_row
-        scores = score_rows(model, self.ref_model, inputs, self.accelerator, sequences, hidden, check=is_first)
-        if self.accelerator.num_processes > 1:
-            scores = scores.to(self.accelerator.device)
-        self._scores.append(self.accelerator.gather_for_metrics(scores))
-        return outputs
+        return outputs, score_rows(model, self.ref_model, inputs, self.accelerator, sequences, hidden, check=is_first)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Any:
+        # TRL collects a mean a batch, and then takes the mean of these, whatever the batches hold
+        is_training = self.model.training
+        copies = 1 if is_training else self._copies
+        self._weights["train" if is_training else "eval"].add(self._batch_weights(inputs), self.accelerator, copies)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _batch_weights(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """What the means of a batch count, by name of the metric; `""` for the loss and all others."""
+        return {"": (inputs["labels"][..., 1:] != -100).sum()}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        self._weights[mode].average(self._metrics[mode])
+        super().log(logs, start_time)
 
     def _run_more(self, model: nn.Module, inputs: dict[str, Any]) -> int:
         """Runs the passes that TRL leaves out, in the way that TRL runs its own; returns their number."""
@@ -145,20 +194,12 @@ class EvaluationMixin:
         return None if self._scores is None else evaluations_of(torch.cat(self._scores).cpu(), self._has_reference())
 
     def _run_metrics(self) -> dict[str, float]:
-        if self._parameter_drift is None:
+        if self.parameter_drift is None:
             return {}
-        return {"drift/params_rel": self._parameter_drift.relative(self.model_wrapped)}
+        return {"drift/params_rel": self.parameter_drift.relative(self.model_wrapped)}
 
     def weights_are_evaluated(self) -> bool:
         """Whether the last evaluation of `eval_dataset` was of the weights that training ends with."""
         step = self.state.global_step
         older_loaded = self.args.load_best_model_at_end and self.state.best_global_step not in (None, step)
         return self._evaluated_step == step and not older_loaded
-
-
-def _goes_through_all_rows(dataloader: DataLoader) -> bool:
-    """Whether a dataloader of a trainer yields all rows of its dataset, in their order."""
-    batches = dataloader.batch_sampler
-    while hasattr(batches, "batch_sampler"):  # one for each process is inside
-        batches = batches.batch_sampler
-    return isinstance(getattr(batches, "sampler", None), SequentialSampler) and not batches.drop_last

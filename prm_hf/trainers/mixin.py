@@ -7,11 +7,11 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import TrainOutput, has_length
 
 from ..optim import PRM
 from ..sharding import ShardingPath, deepspeed, fsdp
-from .callbacks import PRMCallback
+from .callbacks import PopulationRiskStoppingCallback, PRMCallback
 from .checkpoints import CheckpointMixin
 from .config import PRMArguments, check_relative_eps, check_sharding, prm_kwargs, scaled_by_relative_eps
 from .evaluation import EvaluationMixin
@@ -136,6 +136,12 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
         )
 
     # ---- Logs ----
+
+    def train(self, *args, **kwargs) -> TrainOutput:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, PopulationRiskStoppingCallback):
+                callback.trainer_logs_ratios = True
+        return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Only the logs of training steps have "loss". The statistics of sharded parameters need all processes.

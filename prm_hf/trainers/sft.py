@@ -4,15 +4,17 @@ from dataclasses import fields
 from typing import Any
 
 from accelerate.logging import get_logger
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 
-from ..metrics import SequenceEvaluation, completion_metrics, drift_metrics, evaluate_sequences
-from ..metrics.evaluation import rows_of
+from ..metrics import SequenceEvaluation, completion_metrics, drift_metrics
 from .config import PRMSFTConfig, checked_config
 from .mixin import PRMTrainerMixin
+from .prepared import check_not_empty, warn_of_rows_left_out
+from .tables import evaluate_rows
 
 
 logger = get_logger(__name__)
@@ -74,6 +76,17 @@ class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
                 "compare with. To measure them, pass `ref_model`."
             )
 
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        arguments = processing_class, args, packing, formatting_func, dataset_name
+        check_not_empty(dataset, dataset_name)
+        prepared = super()._prepare_dataset(dataset, *arguments)
+        if isinstance(dataset, Dataset) and not packing and (n_left_out := len(dataset) - len(prepared)):
+            found = [f"{n_left_out} with no token to learn in what `max_length={args.max_length}` leaves of them"]
+            warn_of_rows_left_out(dataset_name, "rows", len(dataset), len(prepared), found)
+        return prepared
+
     @property
     def _packs(self) -> bool:
         return self.args.packing if self.args.eval_packing is None else self.args.eval_packing
@@ -84,10 +97,7 @@ class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
 
     def evaluate_sequences(self, dataloader: DataLoader) -> SequenceEvaluation:
         """Evaluates the model, and the reference if there is one, on the rows of a dataloader. Collective."""
-        arguments = self.model_wrapped, rows_of(dataloader), dataloader.collate_fn, self.accelerator
-        # A padding-free batch is one long sequence; in batches of one row its sums are those of the row
-        batch_size = self.args.per_device_eval_batch_size if self._rows_are_apart else 1
-        return evaluate_sequences(*arguments, ref_model=self.ref_model, batch_size=batch_size)
+        return evaluate_rows(self, dataloader)
 
     def _split_metrics(self, dataloader: DataLoader, prefix: str) -> dict[str, float]:
         if self._packs and not self._has_reference():

@@ -31,10 +31,13 @@ from prm_hf.metrics import (
     evaluation,
     memorization_metrics,
     memorization_rows,
+    preference_scores,
     reward_accuracy,
     reward_margins,
     reward_metrics,
+    row_fit,
 )
+from prm_hf.runs.read import Run
 
 from ..tiny import make_model
 
@@ -381,9 +384,9 @@ def table(logratio, tokens=None, kl=None) -> SequenceEvaluation:
 def test_rewards():
     pairs = PairEvaluation(table([1.0, -2.0, 0.5, 0.0]), table([0.5, -1.0, -3.0, 0.0]))
     assert reward_margins(pairs, 0.2).tolist() == pytest.approx([0.1, -0.2, 0.7, 0.0])
-    assert reward_accuracy(pairs, 0.2) == 0.5  # the tie is not a hit
+    assert reward_accuracy(pairs, 0.2) == 0.625  # the tie counts half
     metrics = reward_metrics(pairs, 0.2)
-    assert metrics["rewards/accuracies"] == 0.5
+    assert metrics["rewards/accuracies"] == 0.625 and metrics["rewards/ties"] == 0.25
     assert metrics["rewards/margins"] == pytest.approx(0.6 / 4)
     assert metrics["rewards/chosen"] == pytest.approx(0.2 * -0.5 / 4)
     assert metrics["rewards/rejected"] == pytest.approx(0.2 * -3.5 / 4)
@@ -443,7 +446,7 @@ def test_parameter_drift_of_lora_is_of_the_effective_weight(accelerator, fresh):
     if not fresh:
         model = perturbed(model)
     drift = ParameterDrift(model, accelerator)
-    assert fresh == all(value is None for value in drift._initial.values())  # a new adapter needs no copy
+    assert fresh == all(value is None for value in drift.initial.values())  # a new adapter needs no copy
     assert drift.relative(model) == 0.0
     moved = perturbed(model, seed=2)
     layers = [n for n, m in model.named_modules() if n.endswith(("q_proj", "down_proj"))]
@@ -488,3 +491,17 @@ def test_dataset_rows_work_as_lists_do(accelerator):
     as_list = evaluate_pairs(model, rows, COLLATE, accelerator, ref_model=ref_model)
     as_dataset = evaluate_pairs(model, Dataset.from_list(rows), COLLATE, accelerator, ref_model=ref_model)
     assert torch.equal(as_list.chosen.logratio, as_dataset.chosen.logratio)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_tie_counts_half_wherever_pairs_are_scored(tmp_path, dtype):
+    """In metrics, in the fit of training pairs, and in the outcomes of a run that is read from its folder."""
+    margins = torch.tensor([1e-6, 0.0, -0.0, -1e-6, 2.0, math.inf, -math.inf], dtype=dtype)
+    expected = [1, 0.5, 0.5, 0, 1, 1, 0]
+    assert preference_scores(margins).tolist() == expected and preference_scores(margins).dtype == torch.float64
+    assert preference_scores(torch.tensor([math.nan, 1.0])).isnan().tolist() == [True, False]
+    zero = SequenceEvaluation(torch.zeros(7), torch.zeros(7).double(), torch.ones(7).long(), None)
+    ratio = SequenceEvaluation(torch.zeros(7), margins.double(), torch.ones(7).long(), None)
+    assert row_fit(PairEvaluation(ratio, zero))[0].tolist() == expected
+    run = Run(tmp_path, "a", "adamw", 1e-3, 0, "prm_hf", heldout=margins.double().numpy())
+    assert run.outcomes().tolist() == expected

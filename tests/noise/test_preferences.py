@@ -4,12 +4,12 @@ import math
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_from_disk
 from datasets.distributed import split_dataset_by_node
 from scipy import stats
 from torch.utils.data import DataLoader
 
-from prm_hf.noise import flip_preferences
+from prm_hf.noise import corrupt, flip_preferences, sides
 from prm_hf.noise.rng import row_uniforms
 
 
@@ -221,7 +221,9 @@ def test_formats(name, streaming):
     rows = list(result)
     assert 0 < sum(flips(rows)) < 40
     for new in rows:
-        expected = {column: row[partner[column]] for column in row} if new["flipped"] else row
+        expected = {column: row[partner[column]] for column in row} if new["flipped"] else dict(row)
+        if new["flipped"] and "margin" in row:
+            expected["margin"] = -row["margin"]
         assert new == {**expected, "flipped": new["flipped"]}
     assert {**result.features} == {**dataset.features, "flipped": result.features["flipped"]}
     assert result.features["flipped"].dtype == "bool"
@@ -322,3 +324,66 @@ def test_default_split_is_missing():
 def test_splits_of_a_single_dataset():
     with pytest.raises(ValueError, match="single Dataset"):
         flip_preferences(standard(3), 0.3, splits="train")
+
+
+# --- other columns that depend on the sides ---
+
+
+@pytest.mark.parametrize(
+    "name, values, swapped",
+    [
+        ("margin", [1.5, -2.0, 0.0, None], [-1.5, 2.0, 0.0, None]),
+        ("reward_margin", [3, 4], [-3, -4]),
+        ("scoreMargin", [3.0], [-3.0]),
+        ("winner", ["model_a", "model_b", "tie", "tie (bothbad)"], ["model_b", "model_a", "tie", "tie (bothbad)"]),
+        ("winner", ["A", "B", None], ["B", "A", None]),
+        ("preferred", ["chosen"], ["rejected"]),
+        ("choice", ["response_1", "response_2"], ["response_2", "response_1"]),
+        ("choice", ["0", "1"], ["1", "0"]),
+        ("better", ["Left", "right"], ["Right", "left"]),
+        ("preference", [0, 1, 1], [1, 0, 0]),
+        ("preference", [1, 2, 1], [2, 1, 2]),
+        ("preference", [-1, 0, 1], [1, 0, -1]),
+        ("preference", [0.25, 1.0, 0.5], [0.75, 0.0, 0.5]),
+        ("label", [True, False], [False, True]),
+    ],
+)
+def test_columns_about_the_sides_follow_a_flip(name, values, swapped, caplog):
+    dataset = standard(len(values)).add_column(name, values)
+    result = flip_preferences(dataset, 1.0)
+    assert result[name][:] == pytest.approx(swapped) if isinstance(swapped[0], float) else swapped
+    assert result.features[name] == dataset.features[name] and not caplog.text
+    assert flip_preferences(dataset, 0.0)[name][:] == values
+
+
+def test_a_class_of_two_is_exchanged():
+    dataset = standard(2).add_column("label", [0, 1]).cast_column("label", ClassLabel(names=["first", "second"]))
+    assert flip_preferences(dataset, 1.0)["label"][:] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("messages", ["x", "y"]),
+        ("overall_score", [1.0, 2.0]),
+        ("preference_strength", [1, -3]),
+        ("winner", ["model-x", "model-y"]),
+        ("label", [1, 1]),  # first by 0 and 1, or by 1 and 2?
+        ("label", [3, 7]),
+        ("margin", ["large", "small"]),
+    ],
+)
+def test_columns_that_may_depend_on_the_sides_are_named_once(name, values, caplog):
+    sides._warn.cache_clear()
+    dataset = standard(2).add_column(name, values).add_column("topic", ["a", "b"])
+    for seed in range(3):
+        assert flip_preferences(dataset, 1.0, seed)[name][:] == values
+    assert caplog.text.count(f"leaves the columns {name!r} as they are") == 1 and "topic" not in caplog.text
+
+
+def test_a_pair_of_equal_sides_is_not_flipped():
+    texts = ["same", "same", "other"]
+    rows = {"prompt": ["p"] * 3, "chosen": texts, "rejected": ["same"] * 3, "margin": [1.0] * 3}
+    result = flip_preferences(Dataset.from_dict(rows), 1.0, exact=True)
+    assert result["flipped"][:] == [False, False, True] and result["margin"][:] == [1.0, 1.0, -1.0]
+    assert corrupt(Dataset.from_dict(rows), "partial_labels", 1.0)["corrupted"][:] == [False, False, True]

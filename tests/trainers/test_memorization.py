@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from prm_hf import PRMSFTConfig, PRMSFTTrainer
+from prm_hf import PRMDPOConfig, PRMDPOTrainer, PRMSFTConfig, PRMSFTTrainer
 from prm_hf.metrics import (
     ClassEvaluation,
     PairEvaluation,
@@ -84,7 +84,7 @@ def test_row_fit():
     ratio = torch.tensor([3.0, 0.0, -1.0]).double()
     zero = SequenceEvaluation(ratio, torch.zeros(3).double(), tokens, None)
     fit, loss = row_fit(PairEvaluation(SequenceEvaluation(ratio, ratio, tokens, None), zero), beta=0.5)
-    assert fit.tolist() == [1.0, 0.0, 0.0]
+    assert fit.tolist() == [1.0, 0.5, 0.0]
     assert loss.tolist() == pytest.approx([math.log1p(math.exp(-m)) for m in (1.5, 0.0, -0.5)])
     with pytest.raises(ValueError, match="without a reference"):
         drift_metrics(text)
@@ -256,7 +256,7 @@ def test_wrong_trainers_are_refused(tmp_path):
     with pytest.raises(TypeError, match="must be a `datasets.Dataset`"):
         MemorizationCallback(stream)
     trainer = Trainer(Linear(), args, train_dataset=vectors(4).add_column("corrupted", [0, 1, 0, 1]))
-    with pytest.raises(ValueError, match="'corrupted' of `trainer.train_dataset` must be bool"):
+    with pytest.raises(ValueError, match="'corrupted' of `train_dataset` must be bool"):
         MemorizationCallback(trainer)
     with pytest.raises(ValueError, match="`memorization_max_rows` must be at least 1"):
         MemorizationCallback(trainer, memorization_max_rows=0)
@@ -272,3 +272,58 @@ def test_other_tasks_are_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"the `labels` of this trainer are torch.float32 of shape \(1,\)"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    "packing, message",
+    [
+        ({"packing": True}, "`packing=True` puts several examples into a row and drops the columns"),
+        ({"packing": True, "packing_strategy": "wrapped"}, "`packing=True`"),
+        ({"eval_packing": True}, "`eval_packing=True` puts several held-out examples into a row"),
+    ],
+)
+@pytest.mark.parametrize(("trainer_class", "config"), [(SFTTrainer, SFTConfig), (PRMSFTTrainer, PRMSFTConfig)])
+def test_packed_rows_are_refused(trainer_class, config, packing, message, tmp_path):
+    """Their noise column is lost, and half noise would be reported as a clean fit."""
+    train = corrupt(sentences(), "partial_labels", 0.5)
+    args = config(str(tmp_path), max_length=32, **packing, **SETTINGS)
+    trainer = trainer_class(
+        make_model(), args, train_dataset=train, eval_dataset=sentences(7, 1), processing_class=make_tokenizer()
+    )
+    with pytest.raises(ValueError, match=message):
+        MemorizationCallback(trainer)
+    if "eval_packing" in packing:  # held-out rows of one's own are not packed
+        assert MemorizationCallback(trainer, eval_dataset=trainer.train_dataset).corrupted.any()
+
+
+def test_a_reference_that_moves_is_refused(tmp_path):
+    args = DPOConfig(str(tmp_path), sync_ref_model=True, **SETTINGS)
+    train = preference_dataset(6)
+    trainer = DPOTrainer(make_model(), make_model(), args, train_dataset=train, processing_class=make_tokenizer())
+    with pytest.raises(ValueError, match="`sync_ref_model=True` moves the reference that the fit"):
+        MemorizationCallback(trainer)
+
+
+def test_a_flag_for_every_row_is_needed(tmp_path):
+    args = TrainingArguments(str(tmp_path), max_steps=1, **SETTINGS)
+    trainer = Trainer(Linear(), args, train_dataset=vectors(3).add_column("corrupted", [True, None, False]))
+    with pytest.raises(ValueError, match="'corrupted' of `train_dataset` is empty in some rows"):
+        MemorizationCallback(trainer)
+
+
+def test_both_ways_of_measuring_pairs_agree(tmp_path):
+    """The callback, and what `PRMDPOTrainer` does by itself."""
+    trainer = PRMDPOTrainer(
+        make_model(),
+        make_model(),
+        PRMDPOConfig(str(tmp_path), max_steps=3, memorization_max_rows=None, **SETTINGS),
+        train_dataset=preference_dataset(20),
+        eval_dataset=preference_dataset(6, 1, flipped=False),
+        processing_class=make_tokenizer(),
+    )
+    trainer.add_callback(MemorizationCallback(trainer, memorization_max_rows=None))
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_memorization/flipped_fit"] == metrics["eval_memorization/corrupted_fit"]
+    (own,) = {log["eval_memorization/clean_fit"] for log in trainer.state.log_history[-2:]}
+    assert own == metrics["eval_memorization/clean_fit"] and 0 < own <= 1

@@ -93,11 +93,14 @@ def test_a_resumed_run_stops_where_it_would_have(tmp_path):
         ({"optim": "adamw_torch_fused"}, "the optimizer is AdamW: train with `optim='prm'`"),
         ({"prm_mask": "none"}, "`mask` is 'none'"),
         ({"logging_strategy": "epoch"}, "set it to 'steps', and `logging_steps` to several an epoch"),
+        ({"logging_steps": 5}, "`logging_steps` is 5 and an epoch has 4 steps: log several times"),
     ],
 )
 def test_stopping_needs_ratios(tmp_path, kwargs, message):
+    trainer = stopping_trainer(tmp_path, **kwargs)
     with pytest.raises(ValueError, match=message):
-        stopping_trainer(tmp_path, **kwargs).train()
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_a_trainer_without_ratios_in_its_logs_raises(tmp_path):
@@ -110,8 +113,9 @@ def test_a_trainer_without_ratios_in_its_logs_raises(tmp_path):
         callbacks=[PopulationRiskStoppingCallback()],
     )
     trainer.optimizer = PRM(trainer.model.parameters(), lr=1e-3)
-    with pytest.raises(ValueError, match="this trainer does not log it: use `PRMDPOTrainer`"):
+    with pytest.raises(ValueError, match="this trainer does not log them: use `PRMDPOTrainer`"):
         trainer.train()
+    assert trainer.state.global_step == 0
 
 
 @pytest.mark.parametrize("threshold", [0, -1.0, math.nan, math.inf, True])

@@ -1,15 +1,24 @@
 """What the trainers log, and what they measure of preference pairs."""
 
+import copy
 import dataclasses
 import inspect
+import json
 import logging
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Qwen2ForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from prm_hf.metrics import PairEvaluation, SequenceEvaluation, memorization_metrics
+from prm_hf.metrics import (
+    PairEvaluation,
+    SequenceEvaluation,
+    memorization_metrics,
+    preference_scores,
+    reward_margins,
+)
+from prm_hf.trainers import PRMDPOConfig
 
 from ..tiny import make_model, make_tokenizer
 from .trainer_runs import (
@@ -30,6 +39,7 @@ from .trainer_runs import (
 pytestmark = pytest.mark.usefixtures("quiet")
 PAIR_KEYS = {
     "rewards/accuracies",
+    "rewards/ties",
     "rewards/margins",
     "rewards/chosen",
     "rewards/rejected",
@@ -189,7 +199,7 @@ def test_without_drift_metrics_the_names_are_right_all_the_same(tmp_path):
     returned = trainer.evaluate()
     assert {"eval_a_rewards/accuracies", "eval_b_rewards/accuracies"} <= returned.keys()
     assert not any("drift/" in key or "memorization/" in key or key.startswith("eval_rewards") for key in returned)
-    assert trainer._parameter_drift is None and not trainer.pair_evaluations
+    assert trainer.parameter_drift is None and not trainer.pair_evaluations
 
 
 def test_memorization_is_measured_on_spread_training_rows(tmp_path):
@@ -210,14 +220,14 @@ def test_memorization_needs_a_bool_column(tmp_path, caplog):
     assert not any("memorization" in k for k in dpo_trainer(tmp_path, train=plain, eval_dataset=HELDOUT).evaluate())
     with caplog.at_level(logging.WARNING):
         trainer = dpo_trainer(tmp_path, train=plain.add_column("flipped", [0, 1] * 7), eval_dataset=HELDOUT)
-    assert "`flipped` of `train_dataset` has type int64" in caplog.text
+    assert "not measured: The column 'flipped' of `train_dataset` must be bool, got int64" in caplog.text
     assert not any("memorization" in key for key in trainer.evaluate())
 
 
 def test_nothing_is_measured_without_an_eval_dataset(tmp_path):
     trainer = dpo_trainer(tmp_path)
     trainer.train()
-    assert trainer._parameter_drift is None and not trainer.memorization_rows
+    assert trainer.parameter_drift is None and not trainer.memorization_rows
     assert not evaluations(trainer) and not trainer.last_eval_metrics
 
 
@@ -242,8 +252,7 @@ def test_a_best_model_that_is_loaded_is_evaluated(tmp_path):
         save_strategy="steps",
         save_steps=1,
         load_best_model_at_end=True,
-        metric_for_best_model="drift/kl",  # least at the first step
-        greater_is_better=False,
+        metric_for_best_model="drift/kl",  # least at the first step, and less is better
     )
     trainer.train()
     logs = evaluations(trainer)
@@ -265,7 +274,8 @@ def test_measuring_changes_nothing_in_training(tmp_path):
 def test_an_untrained_policy_has_not_drifted(tmp_path):
     metrics = dpo_trainer(tmp_path, eval_dataset=HELDOUT).evaluate()
     assert metrics["eval_drift/kl"] == metrics["eval_drift/reward_abs"] == metrics["eval_drift/params_rel"] == 0
-    assert metrics["eval_rewards/accuracies"] == 0
+    assert metrics["eval_rewards/accuracies"] == 0.5 and metrics["eval_rewards/ties"] == 1
+    assert metrics["eval_memorization/flipped_fit"] == metrics["eval_memorization/clean_fit"] == 0.5
 
 
 def test_params_rel_counts_from_the_weights_before_training(tmp_path):
@@ -291,3 +301,96 @@ def test_evaluate_takes_a_dataset_and_evaluate_pairs_needs_one(tmp_path):
     trainer.eval_dataset = {"a": OTHER, "b": HELDOUT}
     with pytest.raises(ValueError, match=r"\['a', 'b'\]. Name one"):
         trainer.evaluate_pairs()
+
+
+def test_a_reference_that_moves_is_not_measured_from(tmp_path):
+    with pytest.raises(ValueError, match="`sync_ref_model=True` moves the reference.*`drift_metrics=False`"):
+        dpo_trainer(tmp_path, eval_dataset=HELDOUT, sync_ref_model=True)
+    rows = dpo_trainer(tmp_path, precompute_ref_log_probs=True).train_dataset
+    trainer = dpo_trainer(tmp_path, train=rows, sync_ref_model=True, ref_model_sync_steps=1)
+    assert not trainer.precompute_ref_logps  # the log-probabilities of the rows are those of the first reference
+    start = weights(trainer.ref_model)
+    trainer.train()
+    assert not torch.equal(weights(trainer.ref_model), start)
+
+
+@pytest.mark.parametrize(
+    "metric, direction",
+    [
+        ("drift/kl", False),
+        ("eval_drift/params_rel", False),
+        ("eval_clean_drift/logratio_abs", False),
+        ("eval_memorization/flipped_fit", False),
+        ("memorization/corrupted_fit", False),
+        ("eval_memorization/gap", False),
+        ("eval_memorization/clean_fit", True),
+        ("eval_memorization/heldout_loss", False),
+        ("eval_memorization/corrupted_loss", True),
+        ("eval_rewards/accuracies", True),
+        ("eval_a_rewards/ties", False),
+        ("rewards/margins", True),
+        ("eval_entropy", False),
+        ("eval_loss", False),
+        ("exact_match", True),
+    ],
+)
+def test_which_direction_of_a_metric_is_better(tmp_path, metric, direction):
+    best = {"metric_for_best_model": metric}
+    assert PRMDPOConfig(**settings(tmp_path, **best)).greater_is_better is direction
+    for chosen in (False, True):
+        assert PRMDPOConfig(**settings(tmp_path, **best, greater_is_better=chosen)).greater_is_better is chosen
+
+
+def test_a_resumed_run_measures_drift_from_where_training_started(tmp_path):
+    """Not from the weights of the checkpoint, if these are passed as the model."""
+    saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_dataset": HELDOUT}
+    dpo_trainer(tmp_path, **saving).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    model = Qwen2ForCausalLM.from_pretrained(checkpoint)
+    resumed = dpo_trainer(tmp_path, model=model, ref_model=make_model(), **saving)
+    with pytest.raises(ValueError, match="`model` is not the one that training started from.*drift_metrics=False"):
+        resumed.train(resume_from_checkpoint=checkpoint)
+    dpo_trainer(tmp_path, model=model, ref_model=make_model(), **saving, drift_metrics=False).train(
+        resume_from_checkpoint=checkpoint
+    )
+    # A second resumption still knows the start, also with the states of callbacks restored
+    for _ in range(2):
+        resumed = dpo_trainer(tmp_path, **{**saving, "max_steps": 6}, restore_callback_states_from_checkpoint=True)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert resumed.last_eval_metrics["eval_drift/params_rel"] > 0
+    # A checkpoint that does not say where training started is taken as before
+    state = tmp_path / "checkpoint-4" / "trainer_state.json"
+    known = json.loads(state.read_text())
+    del known["stateful_callbacks"]["DriftStart"]
+    state.write_text(json.dumps(known))
+    for eval_dataset in (HELDOUT, None):
+        trainer = dpo_trainer(tmp_path, **{**saving, "max_steps": 6, "eval_dataset": eval_dataset})
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+@pytest.mark.parametrize("drift_metrics", [False, True])
+def test_ties_count_half_in_every_log(tmp_path, drift_metrics):
+    """Policy and reference are equal before the first step."""
+    trainer = dpo_trainer(tmp_path, eval_dataset=HELDOUT, drift_metrics=drift_metrics)
+    metrics = trainer.evaluate()
+    assert metrics["eval_rewards/accuracies"] == 0.5 and metrics["eval_rewards/ties"] == 1
+    trainer.train()
+    steps = [log for log in trainer.state.log_history if "loss" in log]
+    assert steps[0]["rewards/accuracies"] == 0.5 and steps[0]["rewards/ties"] == 1
+    assert steps[-1]["rewards/ties"] == 0
+    pairs = trainer.evaluate_pairs()
+    margins = reward_margins(pairs, trainer.beta)
+    last = trainer.evaluate()
+    assert last["eval_rewards/accuracies"] == pytest.approx(preference_scores(margins).mean().item())
+    assert last["eval_rewards/ties"] == 0
+
+
+def test_ties_of_some_pairs_in_bf16(tmp_path):
+    """Weights in bf16 that a small step changes little: many margins are exactly 0."""
+    model = make_model().to(torch.bfloat16)
+    settings = {"model": model, "ref_model": copy.deepcopy(model), "learning_rate": 1e-6, "max_steps": 1}
+    trainer = dpo_trainer(tmp_path, eval_dataset=HELDOUT, optim="sgd", drift_metrics=True, **settings)
+    trainer.train()
+    margins = reward_margins(trainer.pair_evaluations["eval"], trainer.beta)
+    assert trainer.last_eval_metrics["eval_rewards/ties"] == (margins == 0).double().mean().item() > 0
+    assert trainer.last_eval_metrics["eval_rewards/accuracies"] >= 0.5 * trainer.last_eval_metrics["eval_rewards/ties"]

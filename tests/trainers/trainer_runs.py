@@ -63,11 +63,13 @@ def dpo_trainer(
     )
 
 
-def sft_trainer(output_dir, model, *, eval_dataset=SENTENCES, trainer_kwargs=None, **kwargs) -> PRMSFTTrainer:
+def sft_trainer(
+    output_dir, model, *, train=SENTENCES, eval_dataset=SENTENCES, trainer_kwargs=None, **kwargs
+) -> PRMSFTTrainer:
     return PRMSFTTrainer(
         model,
         PRMSFTConfig(**settings(output_dir, **kwargs)),
-        train_dataset=SENTENCES,
+        train_dataset=train,
         eval_dataset=eval_dataset,
         processing_class=make_tokenizer(),
         **(trainer_kwargs or {}),
