@@ -18,6 +18,7 @@ from .._names import warn_renamed
 from ..optim import PRM
 from ..sharding import ShardingPath
 from ..sharding.deepspeed import check_config
+from .checks import check_losses, check_names, check_numbers, check_output_dir
 from .presets import preset_note, with_preset
 
 
@@ -151,10 +152,16 @@ class PRMArguments:
         warn_renamed(name, RENAMED[name], stacklevel=5)
         setattr(self, RENAMED[name], value)
 
+    def __new__(cls, *args, **kwargs):
+        check_names(cls, kwargs)
+        return super().__new__(cls)
+
     def __post_init__(self):
+        check_numbers(self)
         if self.drift_metrics is None:
             self.drift_metrics = self.optim == "prm"
         if isinstance(self, TrainingArguments):
+            check_output_dir("trainer_output" if self.output_dir is None else self.output_dir)
             chosen = self.optim
             if chosen == "prm":  # which transformers does not know
                 self.optim = _DEFAULTS["optim"]
@@ -188,6 +195,7 @@ class PRMDPOConfig(PRMArguments, DPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_losses(self.loss_type)
         if self.memorization_max_rows is not None and self.memorization_max_rows < 1:
             raise ValueError(
                 f"`memorization_max_rows` is {self.memorization_max_rows!r}: set it to at least 1, or to None for "
