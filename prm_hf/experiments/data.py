@@ -12,9 +12,9 @@ from transformers.utils import logging
 
 from ..demo import build_demo
 from .arguments import ComparisonArguments
+from .files import FILE_FORMATS, checked_source
 
 
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 BUILT_IN_WAIT = "Built-in task: the reference policy is trained now, for about 30 s, unless it is cached."
 
 
@@ -70,12 +70,11 @@ def _digest(name: str) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else local_name(name)
 
 
+@checked_source
 def load_split(name: str, config: str | None, split: str) -> Dataset:
     """A split of a dataset on the hub, in a local folder (also of `save_to_disk`), or in a local file."""
     path = Path(name)
     if path.is_file():
-        if path.suffix not in FILE_FORMATS:
-            raise ValueError(f"`{name}` must end in one of {', '.join(FILE_FORMATS)}.")
         base = split.split("[")[0]
         return load_dataset(FILE_FORMATS[path.suffix], data_files={base: str(path)}, split=split)
     if (path / "dataset_dict.json").is_file():

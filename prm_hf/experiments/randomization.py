@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 from transformers import (
     AutoModelForImageClassification,
     AutoTokenizer,
-    HfArgumentParser,
     PrinterCallback,
     ResNetConfig,
     Trainer,
@@ -41,6 +40,7 @@ from ..runs.schema import HELDOUT_FIT, TRAIN_FIT
 from ..runs.write import RunSpec, find_run, history_of
 from ..trainers import MemorizationCallback
 from .arguments import check_lists, check_ranges
+from .command_line import CommandLine
 from .data import BUILT_IN_WAIT
 from .progress import make_run
 from .randomization_report import FITTED, report
@@ -283,7 +283,8 @@ def main(arguments: list[str]) -> None:
     """Runs the command line."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("Each run has a process of its own: start one with `python`, and set `--workers`.")
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
+    parser = CommandLine("randomization", __doc__.splitlines()[0], (Arguments,))
+    (args,) = parser.parse(arguments, lambda given: {})
     specs = specify(args)
     if {"sft", "dpo"} & set(args.models):
         print(BUILT_IN_WAIT, flush=True)

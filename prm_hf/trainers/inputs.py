@@ -1,0 +1,264 @@
+"""Checks of what a trainer is given: rows, tokenizer and model, before any of them is worked on.
+
+TRL and torch meet the same faults later, as a `KeyError`, a `StopIteration` or an index out of range.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset, LargeList, List, Value
+from transformers import AutoConfig, AutoProcessor, TrainingArguments
+from trl import SFTConfig
+from trl.trainer.utils import get_config_model_id
+
+from .._names import did_you_mean
+
+
+logger = get_logger(__name__)
+
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "input_ids")
+SEPARATORS = (";", "\t", "|")
+_PAIRS, _COMPLETIONS = "`chosen` and `rejected`, and may have `prompt`", "`prompt` and `completion`"
+_NEEDS = {
+    **dict.fromkeys(("chosen", "rejected"), _PAIRS),
+    **dict.fromkeys(("prompt", "completion"), _COMPLETIONS),
+    "text": f"{_COMPLETIONS}, or `messages`, or the column that `dataset_text_field` names",
+}
+
+
+def check_inputs(init: Callable, positional: Sequence[Any], keywords: dict[str, Any]) -> int | None:
+    """Raises an error for arguments that a TRL trainer cannot train with.
+
+    Args:
+        init: TRL's `__init__`, whose signature says which argument is which.
+        positional, keywords: the arguments that it will get.
+
+    Returns:
+        The number of rows of the model's input embedding; None where it is not known yet.
+
+    Raises:
+        TypeError: a dataset is none.
+        FileNotFoundError: the model's folder does not exist.
+        ValueError: a dataset has no rows, lacks a column or holds what is not text; the model or its tokenizer is not
+            there, or does not fit the rows.
+    """
+    given = inspect.signature(init).bind_partial(*positional, **keywords).arguments
+    args, heldout = given["args"], given.get("eval_dataset")
+    rows = _check_model(given["model"], args)
+    datasets = {"train_dataset": given.get("train_dataset")}
+    if isinstance(heldout, dict):
+        datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in heldout.items()}
+    elif heldout is not None:
+        datasets["eval_dataset"] = heldout
+    prepared = given.get("formatting_func") is not None or "skip_prepare_dataset" in (
+        getattr(args, "dataset_kwargs", None) or {}
+    )
+    kinds = set()
+    for where, dataset in datasets.items():
+        names = _check_rows(dataset, where)
+        columns = () if prepared else text_columns(args, names)
+        kinds |= _check_columns(dataset, where, columns, names)
+        if isinstance(dataset, Dataset):
+            _check_texts(dataset, where, columns)
+            check_ids(dataset, where, rows)
+    if kinds:
+        _check_tokenizer(given, kinds)
+    return rows
+
+
+# ---- The model and its tokenizer ----
+
+
+def _check_model(model: Any, args: TrainingArguments) -> int | None:
+    if not isinstance(model, str):
+        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        grows = getattr(args, "chat_template_path", None) is not None  # TRL adds the template's tokens to the model
+        return None if grows else getattr(embedding, "num_embeddings", None)
+    path = Path(model).expanduser()
+    looks_local = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
+    way_out = "name a folder with a `config.json`, or a model on the hub"
+    if looks_local and not path.exists():
+        raise FileNotFoundError(f"`model` {model!r} does not exist: {way_out}.")
+    if path.is_file():
+        raise ValueError(f"`model` {model!r} is a file: {way_out}.")
+    if (path / "adapter_config.json").is_file():
+        return None
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"`model` {model!r} is a folder without a `config.json`: name one that a model was saved to.")
+    config = _load(
+        AutoConfig, model, args, f"`model` {model!r} cannot be loaded: name a folder or a model on the hub."
+    )
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
+def _load(auto_class: Any, name: str, args: TrainingArguments, problem: str) -> Any:
+    own = args.model_init_kwargs or {}
+    trusted = own.get("trust_remote_code", args.trust_remote_code)
+    try:
+        return auto_class.from_pretrained(name, revision=own.get("revision"), trust_remote_code=trusted)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{problem} ({str(error).strip().splitlines()[0]})") from error
+
+
+def _check_tokenizer(given: dict[str, Any], kinds: set[str]) -> None:
+    args, model, processing_class = given["args"], given["model"], given.get("processing_class")
+    if processing_class is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        if not name:
+            raise ValueError("`processing_class` is None, and the model was made in memory: pass its tokenizer.")
+        if (Path(name) / "adapter_config.json").is_file():
+            return
+        processing_class = _load(AutoProcessor, name, args, f"{name!r} has no tokenizer: pass a `processing_class`.")
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    eos = getattr(args, "eos_token", None) or tokenizer.eos_token
+    if eos is None and "text" in kinds:
+        raise ValueError("The tokenizer has no `eos_token`, which ends each text: set `tokenizer.eos_token`.")
+    if eos is None and (args.pad_token or tokenizer.pad_token) is None:
+        raise ValueError("The tokenizer has neither `pad_token` nor `eos_token`: set `tokenizer.pad_token`.")
+    templates = (processing_class, tokenizer, args)
+    if "messages" in kinds and not any(
+        getattr(x, name, None) for x in templates for name in ("chat_template", "chat_template_path")
+    ):
+        raise ValueError(
+            "The rows are messages, and the tokenizer has no `chat_template`: take that of an instruct model, set "
+            "`tokenizer.chat_template`, or make the rows text."
+        )
+
+
+# ---- Rows ----
+
+
+def text_columns(args: TrainingArguments, names: list[str]) -> tuple[str, ...]:
+    """The columns that TRL will tokenize; none of rows that are tokenized already, or that hold images."""
+    if {*TOKEN_COLUMNS, "image", "images", "conversations"} & set(names):
+        return ()
+    if not isinstance(args, SFTConfig):
+        return ("prompt", "chosen", "rejected") if "prompt" in names else ("chosen", "rejected")
+    if "messages" in names:
+        return ("messages",)
+    return ("prompt", "completion") if {"prompt", "completion"} & set(names) else (args.dataset_text_field,)
+
+
+def _check_rows(dataset: Any, where: str) -> list[str]:
+    """The names of the columns; an error for what is no dataset, or has no rows."""
+    if isinstance(dataset, dict):
+        raise TypeError(f"`{where}` is a {type(dataset).__name__} of {list(dataset)}: pass one of these.")
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(
+            f"`{where}` is a {type(dataset).__name__}: pass a `datasets.Dataset` or `IterableDataset`. A list of rows "
+            "becomes one with `Dataset.from_list`."
+        )
+    first = next(iter(dataset), None)  # also what a transform makes of a row
+    if first is None:
+        raise ValueError(f"`{where}` has no rows: pass one with at least one row.")
+    return list(first)
+
+
+def _check_columns(dataset: Any, where: str, columns: Sequence[str], names: list[str]) -> set[str]:
+    """`{"text"}` or `{"messages"}`, which the columns hold."""
+    missing = next((name for name in columns if name not in names), None)
+    if missing is not None:
+        separator = next((mark for mark in SEPARATORS if len(names) == 1 and mark in names[0]), None)
+        way_out = "Rename yours with `dataset.rename_column`"
+        if separator is not None:
+            way_out = f"It seems to be a CSV file separated by {separator!r}: load it with `sep={separator!r}`"
+        raise ValueError(
+            f"`{where}` has no column {missing!r}, and has {names}.{did_you_mean(missing, names)} It needs "
+            f"{_NEEDS.get(missing, _NEEDS['text'])}. {way_out}."
+        )
+    kinds = {name: _check_column(dataset, where, name) for name in columns}
+    if len(set(kinds.values())) > 1:
+        described = ", ".join(f"{name!r} holds {kind}" for name, kind in kinds.items())
+        raise ValueError(f"`{where}` mixes text and messages: {described}. Make all of them one or the other.")
+    return set(kinds.values())
+
+
+def _check_column(dataset: Any, where: str, name: str) -> str:
+    value = next(iter(dataset))[name]
+    feature = (dataset.features or {}).get(name)
+    keys = _message_keys(feature)
+    if keys is not None and not {"role", "content"} <= keys:
+        raise ValueError(
+            f"Column {name!r} of `{where}` has messages of {sorted(keys)}: name these keys `role` and `content`."
+        )
+    if isinstance(feature, Value) and "string" not in feature.dtype and feature.dtype != "null":
+        raise ValueError(
+            f"Column {name!r} of `{where}` holds {feature.dtype} (row 0: {value!r}), and must hold text or messages: "
+            f"cast it with `dataset.cast_column({name!r}, Value('string'))`."
+        )
+    return "text" if keys is None else "messages"
+
+
+def _message_keys(feature: Any) -> set[str] | None:
+    inner = feature.feature if isinstance(feature, List | LargeList) else None
+    inner = feature[0] if isinstance(feature, list) and feature else inner
+    return set(inner) if isinstance(inner, dict) else None
+
+
+def _batches(dataset: Dataset, names: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+    start = 0
+    for table in dataset.select_columns(list(names)).with_format("arrow").iter(batch_size=10_000):
+        yield start, table
+        start += len(table)
+
+
+def _check_texts(dataset: Dataset, where: str, columns: Sequence[str]) -> None:
+    """Raises ValueError for rows without text, and where no row has anything to learn; warns where some have not."""
+    columns = [name for name in columns if name in dataset.features]  # others come from a transform
+    is_plain = {name: isinstance(dataset.features[name], Value) for name in columns}
+    found: dict[tuple[str, str], list[int]] = {}
+
+    def note(fault: tuple[str, str], start: int, mask: Any) -> None:
+        found.setdefault(fault, []).extend(start + i for i in pc.indices_nonzero(mask).to_pylist())
+
+    for start, table in _batches(dataset, columns) if columns else ():
+        for name in columns:
+            column = table[name]
+            note((name, "is None"), start, pc.is_null(column))
+            if is_plain[name] and name != "prompt":
+                note((name, "is empty"), start, pc.equal(column, pa.scalar("", column.type)))
+            elif _message_keys(dataset.features[name]) is not None:
+                note((name, "has no messages"), start, pc.equal(pc.list_value_length(column), 0))
+        if is_plain.get("chosen") and is_plain.get("rejected"):
+            note(("chosen", "equals `rejected`"), start, pc.equal(table["chosen"], table["rejected"]))
+    for (name, fault), rows in found.items():
+        if not rows:
+            continue
+        more = f" ({len(rows)} such rows of {len(dataset)})" if len(rows) > 1 else ""
+        words = f"`{name}` {fault} in row {rows[0]} of `{where}`{more}"
+        if fault in ("is None", "has no messages") or len(rows) == len(dataset):
+            raise ValueError(f"{words}: fill it in, or leave such rows out with `dataset.filter`.")
+        logger.warning(f"{words}.")
+
+
+def check_ids(dataset: Dataset, where: str, rows: int | None) -> None:
+    """Raises ValueError for a token that a model with so many `rows` of its input embedding does not have."""
+    names = [name for name in TOKEN_COLUMNS if name in dataset.features]
+    for start, table in _batches(dataset, names) if names and rows is not None else ():
+        for name in names:
+            column = table[name].combine_chunks()
+            ids = pc.list_flatten(column)
+            largest = pc.max(ids).as_py()
+            if largest is not None and largest >= rows:
+                row = start + pc.list_parent_indices(column)[pc.index(ids, largest).as_py()].as_py()
+                raise ValueError(
+                    f"`{name}` of row {row} of `{where}` has the token {largest}, and the model has {rows} tokens: "
+                    "take the model's own tokenizer, or call `model.resize_token_embeddings(len(tokenizer))`."
+                )
+
+
+def check_prepared(dataset: Any, where: str, rows: int | None, max_length: int | None) -> None:
+    """Raises ValueError for tokenized rows of which none is left, or that the model does not have the tokens of."""
+    if not isinstance(dataset, Dataset):
+        return
+    if len(dataset) == 0:
+        raise ValueError(
+            f"No row of the dataset {where!r} is left: the prompt of each fills `max_length`={max_length}, which is "
+            "to be raised."
+        )
+    check_ids(dataset, where, rows)
