@@ -35,15 +35,6 @@ BUILT_IN = {
 }
 
 
-# Arguments of a trainer that the runs of a comparison set themselves.
-SET_BY_RUNS = {
-    "seed": "name the `seeds` of its runs",
-    "optimizer_name": "`methods` choose the optimizers",
-    "resume_from_checkpoint": "the same command goes on from the last checkpoint of each run",
-    "disable_tqdm": "set the environment variable `TQDM_DISABLE=1`",
-}
-
-
 class Experiment(ABC):
     """A task on which methods are compared.
 
@@ -67,11 +58,9 @@ class Experiment(ABC):
     def parse(cls, arguments: list[str]) -> "Experiment":
         """From the command line and a YAML file, with the defaults of the built-in task where no dataset is named."""
         own = {"output_dir": cls.output_dir, "report_to": "none", "drift_metrics": True}
-        given: set[str] = set()
 
-        def defaults(names: set[str]) -> dict[str, Any]:
-            given.update(names)
-            return own if "dataset_name" in names else {**own, **cls._built_in_settings()}
+        def defaults(given: set[str]) -> dict[str, Any]:
+            return own if "dataset_name" in given else {**own, **cls._built_in_settings()}
 
         types = (cls.arguments_class, cls.config_class, ModelConfig)
         parser = CommandLine(
@@ -79,7 +68,9 @@ class Experiment(ABC):
         )
         script_args, training_args, model_args = parser.parse(arguments, defaults)
         script_args.check(cls.known_methods(), training_args.learning_rate, training_args.max_grad_norm)
-        cls._check_given(given, script_args, training_args)
+        if training_args.optim != "prm":
+            name = getattr(training_args.optim, "value", training_args.optim)
+            raise ValueError(f"`methods` choose the optimizers, and `optim` is {name!r}: leave it unset.")
         model = model_args.model_name_or_path
         if script_args.dataset_name is None and model is not None:
             raise ValueError(
@@ -107,23 +98,6 @@ class Experiment(ABC):
                 "evenly. Launch 1, 2, 4, 8 or 16."
             )
         return {**cls.built_in, "per_device_train_batch_size": BUILT_IN_BATCH // world_size}
-
-    @staticmethod
-    def _check_given(given: set[str], script_args: ComparisonArguments, training_args: TrainingArguments) -> None:
-        """Raises ValueError for arguments that every run of a comparison sets anew."""
-        if training_args.optim != "prm":
-            name = getattr(training_args.optim, "value", training_args.optim)
-            raise ValueError(f"`methods` choose the optimizers, and `optim` is {name!r}: leave it unset.")
-        if not training_args.drift_metrics:
-            raise ValueError("`drift_metrics` is False, and they are what a comparison compares: leave it out.")
-        if "learning_rate" in given and script_args.learning_rates != [training_args.learning_rate]:
-            raise ValueError(
-                f"`learning_rate` {training_args.learning_rate} has no effect beside the `learning_rates` "
-                f"{script_args.learning_rates}: give `learning_rates` alone."
-            )
-        for name, way_out in SET_BY_RUNS.items():
-            if name in given:
-                raise ValueError(f"`{name}` has no effect on a comparison: {way_out}.")
 
     @classmethod
     def known_methods(cls) -> Collection[str]:

@@ -38,6 +38,8 @@ def check_source(name: str) -> None:
     if not path.exists():
         if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix in FILE_FORMATS:
             raise ValueError(f"The dataset {name!r} does not exist: name a local file or folder, or one on the hub.")
+    elif (path / "state.json").is_file():
+        raise ValueError(f"{name!r} is one split that `save_to_disk` wrote: save a `DatasetDict` of all its splits.")
     elif path.is_dir():
         holds_data = (file.suffix in {*FILE_FORMATS, ".arrow"} for file in path.rglob("*"))
         if not any(holds_data):
@@ -74,6 +76,10 @@ def _check_text(path: Path) -> None:
             whole = json.loads("\n".join(_lines(path)))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {error.lineno} is not JSON: {error.msg}. Is the file cut off?") from error
+        if not isinstance(whole, list | dict):
+            raise TypeError(f"{path} is {_KINDS.get(type(whole), 'null')}: it must hold rows, each an object.")
+        if not whole:
+            raise ValueError(f"{path} has no rows.")
         if isinstance(whole, list):
             _check_rows(path, enumerate(whole, start=1), "row")
 
@@ -125,12 +131,13 @@ def _check_rows(path: Path, rows: Iterable[tuple[int, Any]], unit: str) -> None:
 
 def _check_csv(path: Path) -> None:
     rows = csv.reader((f"{line}\n" for line in _lines(path)), strict=True)
-    header = next(rows)
+    header, is_empty = next(rows), True
     other = next((mark for mark in (";", "\t", "|") if len(header) == 1 and mark in header[0]), None)
     if other is not None:
         raise ValueError(f"{path} is separated by {other!r}: save it with commas, or as .jsonl.")
     try:
         for row in rows:
+            is_empty = False
             if row and len(row) != len(header):
                 raise ValueError(
                     f"{path}, line {rows.line_num} has {len(row)} fields, and the header has {len(header)}: put text "
@@ -138,3 +145,5 @@ def _check_csv(path: Path) -> None:
                 )
     except csv.Error as error:
         raise ValueError(f"{path}, line {rows.line_num} is not CSV: {error}.") from error
+    if is_empty:
+        raise ValueError(f"{path} has no rows below its header.")

@@ -13,7 +13,7 @@ from .columns import input_columns, is_text, is_tokens, label_columns, named_col
 from .images import GaussianPixels, ShufflePixels, gaussian_moments
 from .labels import redraw_class
 from .preferences import flip
-from .rng import check_noise_rate, check_seed, row_uniforms
+from .rng import check_noise_rate, check_seed, check_switches, row_uniforms
 from .rows import check_new, check_plain, map_rows, map_splits, originals, pinned
 from .text import DrawTokens, RenameTokens, ReorderTokens, kept_ids, other_rows, unigrams, vocabulary_bijection
 
@@ -90,6 +90,7 @@ distribution | likewise |
         TypeError: `dataset` is none of the four types, or a stream with a table format.
         ValueError: an argument, a column or the dataset does not fit the kind.
     """
+    check_switches(keep_original=keep_original, exclude_true=exclude_true)
     _check_arguments(kind, noise_rate, seed, exclude_true, transition, shuffle, window)
     rate = {"true_labels": 0.0, "random_labels": 1.0}.get(kind, float(noise_rate))
 
@@ -211,8 +212,10 @@ class _Noise:
             dtypes = dict(zip(names, map(pixel_dtype, features), strict=True))
             moments = {name: gaussian_moments(_values(source, [name]), name, dtypes[name]) for name in names}
             return GaussianPixels(self.seed, values, moments, dtypes)
-        if tokenizer is None:
-            raise ValueError(f"`kind={self.kind!r}` of text needs a `tokenizer`: pass that of the model.")
+        if tokenizer is None or isinstance(tokenizer, str):
+            raise ValueError(
+                f"`kind={self.kind!r}` of text needs a `tokenizer`: pass that of the model, got {tokenizer!r}."
+            )
         kept = kept_ids(tokenizer, holds_text)
         if self.kind == "gaussian_inputs":
             return DrawTokens(tokenizer, kept, self.seed, values, *unigrams(_values(source, names), tokenizer, kept))

@@ -88,20 +88,21 @@ def check_losses(names: list[str] | str) -> None:
     for name in [names] if isinstance(names, str) else names:
         if name not in LOSSES:
             raise ValueError(
-                f"Invalid loss_type={names!r}: it must name some of {', '.join(LOSSES)}.{did_you_mean(name, LOSSES)}"
+                f"`loss_type` has {name!r}, and TRL knows {', '.join(LOSSES)}.{did_you_mean(name, LOSSES)}"
             )
 
 
 def check_output_dir(folder: Any) -> None:
     """Raises ValueError if a run could not write into this folder, which need not exist."""
     if not isinstance(folder, str | os.PathLike) or not str(folder):
-        raise ValueError(f"Invalid output_dir={folder!r}: it must be the path of a folder.")
+        raise ValueError(f"`output_dir` must be the path of a folder, got {folder!r}.")
     path = Path(folder)
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not there.is_dir():
-        raise ValueError(f"Invalid output_dir={str(folder)!r}: {there} is a file. Name a folder, or move the file.")
+        what = "a file" if there == path else f"in {str(there)!r}, a file"
+        raise ValueError(f"`output_dir` is {str(folder)!r}, {what}: name a folder.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"Invalid output_dir={str(folder)!r}: {there} is not writable. Name another folder.")
+        raise ValueError(f"`output_dir` is {str(folder)!r}, and {there} is not writable: name another folder.")
 
 
 @functools.cache

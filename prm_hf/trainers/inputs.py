@@ -50,16 +50,13 @@ def check_inputs(init: Callable, positional: Sequence[Any], keywords: dict[str, 
     given = inspect.signature(init).bind_partial(*positional, **keywords).arguments
     args, heldout = given["args"], given.get("eval_dataset")
     rows = _check_model(given["model"], args)
-    datasets = {"train_dataset": given.get("train_dataset")}
-    if isinstance(heldout, dict):
-        datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in heldout.items()}
-    elif heldout is not None:
-        datasets["eval_dataset"] = heldout
+    sets = {"train": given.get("train_dataset")}
+    sets |= heldout if isinstance(heldout, dict) else {} if heldout is None else {"eval": heldout}
     prepared = given.get("formatting_func") is not None or "skip_prepare_dataset" in (
         getattr(args, "dataset_kwargs", None) or {}
     )
     kinds = set()
-    for where, dataset in datasets.items():
+    for where, dataset in sets.items():
         names = _check_rows(dataset, where)
         columns = () if prepared else text_columns(args, names)
         kinds |= _check_columns(dataset, where, columns, names)
@@ -146,16 +143,15 @@ def text_columns(args: TrainingArguments, names: list[str]) -> tuple[str, ...]:
 
 def _check_rows(dataset: Any, where: str) -> list[str]:
     """The names of the columns; an error for what is no dataset, or has no rows."""
-    if isinstance(dataset, dict):
-        raise TypeError(f"`{where}` is a {type(dataset).__name__} of {list(dataset)}: pass one of these.")
     if not isinstance(dataset, Dataset | IterableDataset):
+        found = f"a {type(dataset).__name__} of {list(dataset)}" if isinstance(dataset, dict) else repr(dataset)[:60]
         raise TypeError(
-            f"`{where}` is a {type(dataset).__name__}: pass a `datasets.Dataset` or `IterableDataset`. A list of rows "
+            f"The dataset {where!r} must be a `datasets.Dataset` or `IterableDataset`, got {found}. A list of rows "
             "becomes one with `Dataset.from_list`."
         )
     first = next(iter(dataset), None)  # also what a transform makes of a row
     if first is None:
-        raise ValueError(f"`{where}` has no rows: pass one with at least one row.")
+        raise ValueError(f"The dataset {where!r} has no rows: pass one with at least one row.")
     return list(first)
 
 
@@ -168,13 +164,15 @@ def _check_columns(dataset: Any, where: str, columns: Sequence[str], names: list
         if separator is not None:
             way_out = f"It seems to be a CSV file separated by {separator!r}: load it with `sep={separator!r}`"
         raise ValueError(
-            f"`{where}` has no column {missing!r}, and has {names}.{did_you_mean(missing, names)} It needs "
-            f"{_NEEDS.get(missing, _NEEDS['text'])}. {way_out}."
+            f"The dataset {where!r} has no column {missing!r}, and has {names}.{did_you_mean(missing, names)} "
+            f"It needs {_NEEDS.get(missing, _NEEDS['text'])}. {way_out}."
         )
     kinds = {name: _check_column(dataset, where, name) for name in columns}
     if len(set(kinds.values())) > 1:
         described = ", ".join(f"{name!r} holds {kind}" for name, kind in kinds.items())
-        raise ValueError(f"`{where}` mixes text and messages: {described}. Make all of them one or the other.")
+        raise ValueError(
+            f"The dataset {where!r} mixes text and messages: {described}. Make all of them one or the other."
+        )
     return set(kinds.values())
 
 
@@ -184,12 +182,13 @@ def _check_column(dataset: Any, where: str, name: str) -> str:
     keys = _message_keys(feature)
     if keys is not None and not {"role", "content"} <= keys:
         raise ValueError(
-            f"Column {name!r} of `{where}` has messages of {sorted(keys)}: name these keys `role` and `content`."
+            f"Column {name!r} of the dataset {where!r} has messages of {sorted(keys)}: name these keys `role` and "
+            "`content`."
         )
     if isinstance(feature, Value) and "string" not in feature.dtype and feature.dtype != "null":
         raise ValueError(
-            f"Column {name!r} of `{where}` holds {feature.dtype} (row 0: {value!r}), and must hold text or messages: "
-            f"cast it with `dataset.cast_column({name!r}, Value('string'))`."
+            f"Column {name!r} of the dataset {where!r} holds {feature.dtype} (row 0: {value!r}), and must hold text "
+            f"or messages: cast it with `dataset.cast_column({name!r}, Value('string'))`."
         )
     return "text" if keys is None else "messages"
 
@@ -224,13 +223,11 @@ def _check_texts(dataset: Dataset, where: str, columns: Sequence[str]) -> None:
                 note((name, "is empty"), start, pc.equal(column, pa.scalar("", column.type)))
             elif _message_keys(dataset.features[name]) is not None:
                 note((name, "has no messages"), start, pc.equal(pc.list_value_length(column), 0))
-        if is_plain.get("chosen") and is_plain.get("rejected"):
-            note(("chosen", "equals `rejected`"), start, pc.equal(table["chosen"], table["rejected"]))
     for (name, fault), rows in found.items():
         if not rows:
             continue
         more = f" ({len(rows)} such rows of {len(dataset)})" if len(rows) > 1 else ""
-        words = f"`{name}` {fault} in row {rows[0]} of `{where}`{more}"
+        words = f"`{name}` {fault} in row {rows[0]} of the dataset {where!r}{more}"
         if fault in ("is None", "has no messages") or len(rows) == len(dataset):
             raise ValueError(f"{words}: fill it in, or leave such rows out with `dataset.filter`.")
         logger.warning(f"{words}.")
@@ -247,18 +244,6 @@ def check_ids(dataset: Dataset, where: str, rows: int | None) -> None:
             if largest is not None and largest >= rows:
                 row = start + pc.list_parent_indices(column)[pc.index(ids, largest).as_py()].as_py()
                 raise ValueError(
-                    f"`{name}` of row {row} of `{where}` has the token {largest}, and the model has {rows} tokens: "
-                    "take the model's own tokenizer, or call `model.resize_token_embeddings(len(tokenizer))`."
+                    f"`{name}` of row {row} of the dataset {where!r} has the token {largest}, and the model has {rows} "
+                    "tokens: take the model's own tokenizer, or call `model.resize_token_embeddings(len(tokenizer))`."
                 )
-
-
-def check_prepared(dataset: Any, where: str, rows: int | None, max_length: int | None) -> None:
-    """Raises ValueError for tokenized rows of which none is left, or that the model does not have the tokens of."""
-    if not isinstance(dataset, Dataset):
-        return
-    if len(dataset) == 0:
-        raise ValueError(
-            f"No row of the dataset {where!r} is left: the prompt of each fills `max_length`={max_length}, which is "
-            "to be raised."
-        )
-    check_ids(dataset, where, rows)

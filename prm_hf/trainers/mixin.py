@@ -5,6 +5,7 @@ from typing import Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
@@ -15,7 +16,7 @@ from .callbacks import PRMCallback
 from .checkpoints import CheckpointMixin
 from .config import PRMArguments, check_relative_eps, check_sharding, prm_kwargs, scaled_by_relative_eps
 from .evaluation import EvaluationMixin
-from .inputs import check_inputs, check_prepared
+from .inputs import check_ids, check_inputs
 from .presets import preset_note, with_preset
 
 
@@ -83,7 +84,8 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: TrainingArguments, *others: Any) -> Any:
         prepared = super()._prepare_dataset(dataset, processing_class, args, *others)
-        check_prepared(prepared, others[-1], self._embedding_rows, args.max_length)
+        if isinstance(prepared, Dataset):
+            check_ids(prepared, others[-1], self._embedding_rows)
         return prepared
 
     # ---- Optimizer ----
