@@ -15,10 +15,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def number_in_quotes(value: Any) -> str:
     """A sentence for a number that came as text, as `1e-3` does from YAML, behind a space; empty for all else."""
-    try:
-        return f" It is a string: pass the number {float(value)!r}." if isinstance(value, str) else ""
-    except ValueError:
-        return ""
+    for kind in (int, float) if isinstance(value, str) else ():
+        try:
+            return f" It is a string: pass the number {kind(value)!r}."
+        except ValueError:
+            continue
+    return ""
 
 
 def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:

@@ -149,7 +149,7 @@ class CommandLine(HfArgumentParser):
             try:
                 config[name] = self._convert(actions[name], value)
             except argparse.ArgumentTypeError as error:
-                raise ValueError(f"`{name}` in {file} {error}.") from error
+                raise ValueError(f"`{name}` in {file} {error}{'' if str(error).endswith('?') else '.'}") from error
         return config
 
     def _convert(self, action: argparse.Action, value: Any) -> Any:
@@ -169,12 +169,13 @@ class CommandLine(HfArgumentParser):
         if value is False and "no" in (action.choices or ()):  # YAML reads a plain `no` as False
             return "no"
         if isinstance(value, bool) and action.type in (_integer, _number):
-            raise argparse.ArgumentTypeError(f"must be a number, got {value!r}")
+            wanted = "an integer" if action.type is _integer else "a number"
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {value!r}")
         value = action.type(str(value))
         if action.choices is not None and value not in action.choices:
             known = list(map(str, action.choices))
             near = did_you_mean(value, known)
-            raise argparse.ArgumentTypeError(f"must be one of {', '.join(known)}, got {value!r}{near.rstrip('?')}")
+            raise argparse.ArgumentTypeError(f"must be one of {', '.join(known)}, got {value!r}{near and '.' + near}")
         return value
 
     # ---- Help ----
@@ -232,7 +233,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if config is None:
         raise ValueError(f"{file} is empty: {example}.")
     if not isinstance(config, dict):
-        raise TypeError(f"{file} holds a {type(config).__name__}: {example}.")
+        raise TypeError(f"{file} holds {'a list' if isinstance(config, list) else repr(config)}: {example}.")
     if odd := [key for key in config if not isinstance(key, str)]:
         raise ValueError(f"{file} has the name {odd[0]!r}, which is no text: {example}.")
     return config
@@ -242,8 +243,8 @@ def _number(text: str, wanted: str = "a number") -> float:
     try:
         return float(text)
     except ValueError:
-        several = "; several are separated by spaces, in YAML `[a, b]`" if re.search(r"[\s,]", text.strip()) else ""
-        raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}{several}") from None
+        lists = "; the decimal mark is a point, and several are separated by spaces, in YAML `[a, b]`"
+        raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}{lists if ',' in text else ''}") from None
 
 
 def _boolean(text: str) -> bool:

@@ -1,5 +1,6 @@
 """Checks of a training configuration, before transformers, TRL or torch meet what cannot be right."""
 
+import argparse
 import functools
 import math
 import os
@@ -58,9 +59,10 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 
 def check_names(config: type, given: dict[str, Any]) -> None:
     """Raises TypeError for a keyword argument that a configuration does not have."""
-    known = config.__dataclass_fields__
+    fields = config.__dataclass_fields__
     for name in given:
-        if name not in known:
+        if name not in fields:
+            known = [known for known, field in fields.items() if field.metadata.get("help") != argparse.SUPPRESS]
             raise TypeError(
                 f"{config.__name__}() got an unexpected keyword argument {name!r}.{did_you_mean(name, known)} "
                 f"`help({config.__name__})` lists its arguments."
@@ -97,7 +99,7 @@ def check_output_dir(folder: Any) -> None:
     if not isinstance(folder, str | os.PathLike) or not str(folder):
         raise ValueError(f"`output_dir` must be the path of a folder, got {folder!r}.")
     path = Path(folder)
-    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
     if not there.is_dir():
         what = "a file" if there == path else f"in {str(there)!r}, a file"
         raise ValueError(f"`output_dir` is {str(folder)!r}, {what}: name a folder.")

@@ -144,10 +144,10 @@ def text_columns(args: TrainingArguments, names: list[str]) -> tuple[str, ...]:
 def _check_rows(dataset: Any, where: str) -> list[str]:
     """The names of the columns; an error for what is no dataset, or has no rows."""
     if not isinstance(dataset, Dataset | IterableDataset):
-        found = f"a {type(dataset).__name__} of {list(dataset)}" if isinstance(dataset, dict) else repr(dataset)[:60]
+        found = "None" if dataset is None else f"a {type(dataset).__name__}"
+        way_out = f"pass one of {list(dataset)}" if isinstance(dataset, dict) else "rows become one with `from_list`"
         raise TypeError(
-            f"The dataset {where!r} must be a `datasets.Dataset` or `IterableDataset`, got {found}. A list of rows "
-            "becomes one with `Dataset.from_list`."
+            f"The dataset {where!r} must be a `datasets.Dataset` or `IterableDataset`, got {found}: {way_out}."
         )
     first = next(iter(dataset), None)  # also what a transform makes of a row
     if first is None:
@@ -219,7 +219,7 @@ def _check_texts(dataset: Dataset, where: str, columns: Sequence[str]) -> None:
         for name in columns:
             column = table[name]
             note((name, "is None"), start, pc.is_null(column))
-            if is_plain[name] and name != "prompt":
+            if is_plain[name] and name != "prompt" and not pa.types.is_null(column.type):
                 note((name, "is empty"), start, pc.equal(column, pa.scalar("", column.type)))
             elif _message_keys(dataset.features[name]) is not None:
                 note((name, "has no messages"), start, pc.equal(pc.list_value_length(column), 0))
@@ -244,6 +244,6 @@ def check_ids(dataset: Dataset, where: str, rows: int | None) -> None:
             if largest is not None and largest >= rows:
                 row = start + pc.list_parent_indices(column)[pc.index(ids, largest).as_py()].as_py()
                 raise ValueError(
-                    f"`{name}` of row {row} of the dataset {where!r} has the token {largest}, and the model has {rows} "
+                    f"`{name}` in row {row} of the dataset {where!r} has the token {largest}, and the model {rows} "
                     "tokens: take the model's own tokenizer, or call `model.resize_token_embeddings(len(tokenizer))`."
                 )
