@@ -4,18 +4,23 @@ A message says the argument, the value, and what to do. A command line says it i
 """
 
 import contextlib
+import inspect
 import io
 import json
 import math
+import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from transformers import IntervalStrategy
+from trl import DPOTrainer
 
 from prm_hf import (
     PRM,
-    PopulationRiskStopping,
+    PopulationRiskStoppingCallback,
     PRMDPOConfig,
     PRMDPOTrainer,
     PRMSFTConfig,
@@ -24,9 +29,11 @@ from prm_hf import (
     flip_preferences,
 )
 from prm_hf.experiments.data import load_split
+from prm_hf.experiments.dpo import DPOExperiment
 from prm_hf.noise import corrupt
+from prm_hf.trainers.checks import LOSSES
 
-from .tiny import make_model, make_tokenizer, preference_dataset
+from .tiny import make_model, make_tokenizer
 
 
 ROWS = [{"prompt": "w1 w2", "chosen": f" w{i} ", "rejected": " w9 w8 "} for i in range(4)]
@@ -41,7 +48,16 @@ ON_CPU = {"output_dir": "out", "use_cpu": True, "bf16": False, "report_to": "non
 
 
 # What a case of the table is written with, beside the functions below.
-OBJECTS = (PRM, PRMDPOTrainer, PopulationRiskStopping, DatasetDict, flip_preferences, corrupt, load_split, math)
+OBJECTS = (
+    PRM,
+    PRMDPOTrainer,
+    PopulationRiskStoppingCallback,
+    DatasetDict,
+    flip_preferences,
+    corrupt,
+    load_split,
+    math,
+)
 
 
 class Said(Exception):
@@ -131,3 +147,70 @@ def test_every_case_says_what_is_wrong(call, message, place, monkeypatch):
         assert str(error.value).startswith(message[:-1])
     else:
         assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "text, name, value",
+    [
+        ("learning_rates: [1e-3, 3e-3, 1]", "learning_rates", [1e-3, 3e-3, 1.0]),  # which PyYAML reads as text
+        ("seeds: 3", "seeds", [3]),
+        ("seeds: [0, '1', 2.0]", "seeds", [0, 1, 2]),
+        ("noise_rate: .25", "noise_rate", [0.25]),
+        ("methods: adamw", "methods", ["adamw"]),
+        ("max_minutes: 1e1", "max_minutes", 10.0),
+        ("max_minutes: null", "max_minutes", None),
+        ("prm_variance_beta: '0.9'", "prm_variance_beta", 0.9),
+        ("max_steps: 1e2", "max_steps", 100),
+        ("eval_strategy: no", "eval_strategy", "no"),  # which PyYAML reads as False
+        ("prm_mask: none", "prm_mask", "none"),
+        ("loss_type: ipo", "loss_type", ["ipo"]),
+        ("output_dir: 5", "output_dir", "5"),
+        ("bf16: 'no'", "bf16", False),
+        ("lr_scheduler_kwargs: {a: 1}", "lr_scheduler_kwargs", {"a": 1}),
+        ("env: {A_VARIABLE: 1}\nbeta: 1e-1", "beta", 0.1),
+    ],
+)
+def test_yaml_is_read_as_flags_are(text, name, value, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    file = tmp_path / "c.yaml"
+    file.write_text(text, encoding="utf-8")
+    rates = [] if name == "learning_rates" else ["--learning_rates", "1", "2", "3"]
+    experiment = DPOExperiment.parse([f"--config={file}", *rates])
+    found = next(getattr(x, name) for x in (experiment.script_args, experiment.training_args) if hasattr(x, name))
+    assert found == value and type(found) in (type(value), IntervalStrategy)
+    assert experiment.training_args.use_cpu  # of the built-in task, since no dataset is named
+
+
+def test_flags_override_a_file(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("seeds: [1, 2]\nbeta: 0.2", encoding="utf-8")
+    experiment = DPOExperiment.parse(["--config", str(file), "--seeds", "3"])
+    assert experiment.script_args.seeds == [3] and experiment.training_args.beta == 0.2
+
+
+def test_the_losses_are_those_of_trl():
+    source = inspect.getsource(DPOTrainer._compute_loss)
+    assert set(re.findall(r'loss_type == "(\w+)"', source)) == set(LOSSES)
+
+
+@pytest.mark.parametrize("content", ["a", "b\n", '"a, b"', '"a\nb"'])
+def test_csv_that_is_right_is_read(content, tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text(f"\ufeffprompt,chosen,rejected\n{content.strip()},x,y\n", encoding="utf-8")
+    assert load_split(str(file), None, "train").to_list() == [
+        {"prompt": content.strip().strip('"'), "chosen": "x", "rejected": "y"}
+    ]
+
+
+def test_json_of_several_forms_is_read(tmp_path):
+    rows = [{**row, "score": [1, None, 2.5, 3][i]} for i, row in enumerate(ROWS)]
+    texts = {"a.jsonl": lines(*rows), "a.json": lines(*rows), "b.json": json.dumps(rows, indent=1)}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert load_split(str(tmp_path / name), None, "train").to_list() == rows
+
+
+def test_rows_that_are_empty_are_said_where_others_are_not(caplog, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dpo(changed(2, rejected=""))
+    assert "`rejected` is empty in row 2 of the dataset 'train'." in caplog.text

@@ -45,7 +45,8 @@ class _HelpAll(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
 
     def __call__(self, parser: "CommandLine", *_: Any) -> None:
-        parser.exit(0, argparse.ArgumentParser.format_help(parser))
+        print(argparse.ArgumentParser.format_help(parser))
+        parser.exit()
 
 
 class CommandLine(HfArgumentParser):
@@ -161,10 +162,11 @@ class CommandLine(HfArgumentParser):
 
     @staticmethod
     def _convert_one(action: argparse.Action, value: Any) -> Any:
-        is_plain = action.type in (_integer, _number, _boolean, str) or action.choices is not None
-        if value is None or not is_plain:
+        is_plain = action.type in (_integer, _number, _boolean) or action.choices is not None
+        is_structure = isinstance(value, list | dict)  # which a flag of text may have as well, written as JSON
+        if value is None or not (is_plain or action.type is str and not is_structure):
             return value
-        if isinstance(value, list | dict):
+        if is_structure:
             raise argparse.ArgumentTypeError(f"takes one value, got {value!r}")
         if value is False and "no" in (action.choices or ()):  # YAML reads a plain `no` as False
             return "no"
