@@ -73,6 +73,7 @@ class CommandLine(HfArgumentParser):
         super().__init__(
             dataclass_types,
             prog=f"prm-hf {command}",
+            usage=f"prm-hf {command} [--config FILE.yaml] [--argument VALUE ...]",
             description=description,
             formatter_class=_Help,
             allow_abbrev=False,
@@ -106,7 +107,7 @@ class CommandLine(HfArgumentParser):
             *parsed, _, unknown = self.parse_args_into_dataclasses(
                 arguments, return_remaining_strings=True, look_for_args_file=False
             )
-        except (ImportError, OSError) as error:
+        except (ValueError, ImportError, OSError) as error:  # of transformers and TRL too
             raise ValueError(str(error)) from error
         if unknown:
             self._refuse(unknown[0].partition("=")[0])
@@ -186,7 +187,7 @@ class CommandLine(HfArgumentParser):
         """The groups of `shown`, each flag with the first sentence of its help."""
         groups = self._shown or {"arguments": [action.dest for action in self._actions if action.dest not in _OWN]}
         formatter = self._get_formatter()
-        formatter.add_usage(f"{self.prog} [--config FILE.yaml] [--argument VALUE ...]", [], [])
+        formatter.add_usage(self.usage, [], [])
         formatter.add_text(self.description)
         for title, names in {"options": _OWN, **groups}.items():
             formatter.start_section(title)

@@ -47,6 +47,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "max_length": (lambda x: x >= 1, "it must be at least 1, or None for rows as long as they are"),
     "num_train_epochs": _at_least(0),
     "max_steps": (lambda x: x >= 1 or x == -1, "it must be at least 1, or -1 for `num_train_epochs`"),
+    "warmup_steps": _at_least(0),
     "learning_rate": _at_least(0),
     "weight_decay": _at_least(0),
     "max_grad_norm": (lambda x: 0 <= x < math.inf, "it must be a finite number of at least 0; 0 clips nothing"),
