@@ -141,7 +141,8 @@ class ComparisonArguments:
             ("prm_learning_rates", is_rate, "positive numbers"),
             ("noise_rate", lambda x: 0 <= x < 1, "in [0, 1)"),
             ("seeds", lambda x: isinstance(x, int) and 0 <= x < 2**32, "integers in [0, 2**32)"),
-            ("max_minutes", lambda x: 0 < x < math.inf, "above 0 and finite"),
+            ("max_minutes", lambda x: x > 0, "above 0"),
+            ("max_minutes", math.isfinite, "finite, or left out for no limit"),
         )
         self._check_datasets()
         self.compared = [parse_method(name, known) for name in self.methods]

@@ -107,8 +107,8 @@ class CommandLine(HfArgumentParser):
             *parsed, _, unknown = self.parse_args_into_dataclasses(
                 arguments, return_remaining_strings=True, look_for_args_file=False
             )
-        except (ValueError, ImportError, OSError) as error:  # of transformers and TRL too
-            raise ValueError(str(error)) from error
+        except (ValueError, ImportError) as error:  # of transformers and TRL too
+            raise (ImportError if isinstance(error, ImportError) else ValueError)(str(error)) from error
         if unknown:
             self._refuse(unknown[0].partition("=")[0])
         return tuple(parsed)
