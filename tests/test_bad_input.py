@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value
 from transformers import IntervalStrategy
 from trl import DPOTrainer
 
@@ -49,14 +49,8 @@ ON_CPU = {"output_dir": "out", "use_cpu": True, "bf16": False, "report_to": "non
 
 # What a case of the table is written with, beside the functions below.
 OBJECTS = (
-    PRM,
-    PRMDPOTrainer,
-    PopulationRiskStoppingCallback,
-    DatasetDict,
-    flip_preferences,
-    corrupt,
-    load_split,
-    math,
+    *(PRM, PRMDPOTrainer, PopulationRiskStoppingCallback, DatasetDict, IterableDataset),
+    *(flip_preferences, corrupt, load_split, math),
 )
 
 
@@ -214,3 +208,10 @@ def test_rows_that_are_empty_are_said_where_others_are_not(caplog, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     dpo(changed(2, rejected=""))
     assert "`rejected` is empty in row 2 of the dataset 'train'." in caplog.text
+
+
+def test_a_folder_that_is_not_writable_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="`output_dir` is 'a/b', and . is not writable: name another folder."):
+        dpo_config(output_dir="a/b")

@@ -195,7 +195,6 @@ class PRMDPOConfig(PRMArguments, DPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_losses(self.loss_type)
         if self.memorization_max_rows is not None and self.memorization_max_rows < 1:
             raise ValueError(
                 f"`memorization_max_rows` is {self.memorization_max_rows!r}: set it to at least 1, or to None for "
@@ -321,5 +320,7 @@ def checked_config(args: Any, config: type, model: "str | PreTrainedModel", task
         args = config(f"{name.split('/')[-1]}-{task}")
     if not isinstance(args, config):
         raise TypeError(f"`args` is a `{type(args).__name__}`: pass a `{config.__name__}`, which has all its fields.")
+    if isinstance(args, DPOConfig):
+        check_losses(args.loss_type)
     check_deepspeed_config(args)
     return args

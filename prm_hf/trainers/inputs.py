@@ -57,9 +57,9 @@ def check_inputs(init: Callable, positional: Sequence[Any], keywords: dict[str, 
     )
     kinds = set()
     for where, dataset in sets.items():
-        names = _check_rows(dataset, where)
-        columns = () if prepared else text_columns(args, names)
-        kinds |= _check_columns(dataset, where, columns, names)
+        first = _first_row(dataset, where)
+        columns = () if prepared else text_columns(args, list(first))
+        kinds |= _check_columns(first, dataset.features or {}, where, columns)
         if isinstance(dataset, Dataset):
             _check_texts(dataset, where, columns)
             check_ids(dataset, where, rows)
@@ -141,22 +141,23 @@ def text_columns(args: TrainingArguments, names: list[str]) -> tuple[str, ...]:
     return ("prompt", "completion") if {"prompt", "completion"} & set(names) else (args.dataset_text_field,)
 
 
-def _check_rows(dataset: Any, where: str) -> list[str]:
-    """The names of the columns; an error for what is no dataset, or has no rows."""
+def _first_row(dataset: Any, where: str) -> dict[str, Any]:
+    """The first row as its transform makes it; an error for what is no dataset, or has no rows."""
     if not isinstance(dataset, Dataset | IterableDataset):
         found = "None" if dataset is None else f"a {type(dataset).__name__}"
         way_out = f"pass one of {list(dataset)}" if isinstance(dataset, dict) else "rows become one with `from_list`"
         raise TypeError(
             f"The dataset {where!r} must be a `datasets.Dataset` or `IterableDataset`, got {found}: {way_out}."
         )
-    first = next(iter(dataset), None)  # also what a transform makes of a row
+    first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"The dataset {where!r} has no rows: pass one with at least one row.")
-    return list(first)
+    return first
 
 
-def _check_columns(dataset: Any, where: str, columns: Sequence[str], names: list[str]) -> set[str]:
-    """`{"text"}` or `{"messages"}`, which the columns hold."""
+def _check_columns(first: dict[str, Any], features: dict[str, Any], where: str, columns: Sequence[str]) -> set[str]:
+    """`{"text"}` or `{"messages"}`, which the columns hold, by the first row and by their types."""
+    names = list(first)
     missing = next((name for name in columns if name not in names), None)
     if missing is not None:
         separator = next((mark for mark in SEPARATORS if len(names) == 1 and mark in names[0]), None)
@@ -167,7 +168,7 @@ def _check_columns(dataset: Any, where: str, columns: Sequence[str], names: list
             f"The dataset {where!r} has no column {missing!r}, and has {names}.{did_you_mean(missing, names)} "
             f"It needs {_NEEDS.get(missing, _NEEDS['text'])}. {way_out}."
         )
-    kinds = {name: _check_column(dataset, where, name) for name in columns}
+    kinds = {name: _check_column(first[name], features.get(name), where, name) for name in columns}
     if len(set(kinds.values())) > 1:
         described = ", ".join(f"{name!r} holds {kind}" for name, kind in kinds.items())
         raise ValueError(
@@ -176,19 +177,23 @@ def _check_columns(dataset: Any, where: str, columns: Sequence[str], names: list
     return set(kinds.values())
 
 
-def _check_column(dataset: Any, where: str, name: str) -> str:
-    value = next(iter(dataset))[name]
-    feature = (dataset.features or {}).get(name)
+def _check_column(value: Any, feature: Any, where: str, name: str) -> str:
     keys = _message_keys(feature)
+    if keys is None and isinstance(value, list) and value and isinstance(value[0], dict):
+        keys = set(value[0])
     if keys is not None and not {"role", "content"} <= keys:
         raise ValueError(
             f"Column {name!r} of the dataset {where!r} has messages of {sorted(keys)}: name these keys `role` and "
             "`content`."
         )
-    if isinstance(feature, Value) and "string" not in feature.dtype and feature.dtype != "null":
+    if isinstance(feature, Value):
+        found, is_text = feature.dtype, "string" in feature.dtype or feature.dtype == "null"
+    else:
+        found, is_text = type(value).__name__, value is None or isinstance(value, str) or keys is not None
+    if not is_text:
         raise ValueError(
-            f"Column {name!r} of the dataset {where!r} holds {feature.dtype} (row 0: {value!r}), and must hold text "
-            f"or messages: cast it with `dataset.cast_column({name!r}, Value('string'))`."
+            f"Column {name!r} of the dataset {where!r} holds {found} (row 0: {value!r}), and must hold text or "
+            f"messages: make it so, as with `dataset.cast_column({name!r}, Value('string'))`."
         )
     return "text" if keys is None else "messages"
 
@@ -244,6 +249,7 @@ def check_ids(dataset: Dataset, where: str, rows: int | None) -> None:
             if largest is not None and largest >= rows:
                 row = start + pc.list_parent_indices(column)[pc.index(ids, largest).as_py()].as_py()
                 raise ValueError(
-                    f"`{name}` in row {row} of the dataset {where!r} has the token {largest}, and the model {rows} "
-                    "tokens: take the model's own tokenizer, or call `model.resize_token_embeddings(len(tokenizer))`."
+                    f"`{name}` in row {row} of the dataset {where!r} has the token {largest}, and the model {rows}: "
+                    "it was tokenized with another tokenizer or chat template than the model's. Take that, or "
+                    "call `model.resize_token_embeddings(len(tokenizer))`."
                 )
