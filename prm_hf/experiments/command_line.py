@@ -101,7 +101,7 @@ class CommandLine(HfArgumentParser):
         config = self._read_config(arguments)
         flags = {word.partition("=")[0] for word in arguments if word.startswith("--")}
         given = {self._option_string_actions[flag].dest for flag in flags & self._option_string_actions.keys()}
-        self.set_defaults(**defaults(given | config.keys()))
+        self.set_defaults(**defaults(given | {name for name, value in config.items() if value is not None}))
         self.set_defaults(**config)
         try:
             *parsed, _, unknown = self.parse_args_into_dataclasses(

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import inspect
 import math
 import os
 import types
@@ -60,14 +61,15 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 
 def check_names(config: type, given: dict[str, Any]) -> None:
     """Raises TypeError for a keyword argument that a configuration does not have."""
-    fields = config.__dataclass_fields__
-    for name in given:
-        if name not in fields:
-            known = [known for known, field in fields.items() if field.metadata.get("help") != argparse.SUPPRESS]
-            raise TypeError(
-                f"{config.__name__}() got an unexpected keyword argument {name!r}.{did_you_mean(name, known)} "
-                f"`help({config.__name__})` lists its arguments."
-            )
+    parameters = inspect.signature(config.__init__).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for name in () if takes_all else given.keys() - parameters.keys():
+        fields = config.__dataclass_fields__.items()
+        known = [known for known, field in fields if field.metadata.get("help") != argparse.SUPPRESS]
+        raise TypeError(
+            f"{config.__name__}() got an unexpected keyword argument {name!r}.{did_you_mean(name, known)} "
+            f"`help({config.__name__})` lists its arguments."
+        )
 
 
 def check_numbers(args: Any) -> None:
