@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
+import time
+import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from . import __version__
+from .runs.text import printable
 
 
 EXPERIMENTS = {
@@ -17,6 +22,7 @@ EXPERIMENTS = {
     "randomization": "can a model fit pure noise, and what does PRM change?",
     "sweep": "run `dpo` or `sft` on every GPU of this machine, one process each",
 }
+WAIT_FOR_LAUNCHER = 10.0  # seconds
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -47,33 +53,57 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run_experiment(name: str, arguments: list[str]) -> int:
-    try:
-        experiment = importlib.import_module(f"prm_hf.experiments.{name}")
-    except ImportError as error:
-        print(f"prm-hf {name}: error: {error}", file=sys.stderr)
-        return 2
-    return experiment.main(arguments) or 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: of an experiment its own, otherwise 2 if the input is wrong."""
+    """Runs the command line.
+
+    Returns:
+        The exit code: of an experiment its own, otherwise 0; 2 if the input is wrong, 130 if the user interrupts.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in EXPERIMENTS:  # each has a parser of its own, which is slow to load
-        return _run_experiment(argv[0], argv[1:])
-    arguments = _make_parser().parse_args(argv)
-
+    # Each experiment has a parser of its own, which is slow to load
+    command, run = argv[0] if argv else "", partial(_run_experiment, argv)
+    if command not in EXPERIMENTS:
+        arguments = _make_parser().parse_args(argv)
+        command, run = arguments.command, partial(_compare, arguments)
     try:
-        from prm_hf.compare import compare_experiments, format_comparison
+        return run() or 0
+    except KeyboardInterrupt:
+        return _say(command, "interrupted. The same command goes on from here.", code=130)
+    except Exception as error:
+        if not _is_about_input(error):
+            raise
+        return _say(command, f"error: {printable(' '.join(str(error).split()))}", code=2)
 
-        text = format_comparison(compare_experiments(arguments.folders), arguments.format, arguments.verbose)
-        if arguments.output:
-            Path(arguments.output).write_text(text, encoding="utf-8")
-        else:
-            sys.stdout.write(text)
-    except (ValueError, OSError, ImportError) as error:
-        from .runs.text import printable
 
-        print(f"prm-hf {arguments.command}: error: {printable(error)}", file=sys.stderr)
-        return 2
-    return 0
+def _run_experiment(argv: list[str]) -> int | None:
+    return importlib.import_module(f"prm_hf.experiments.{argv[0]}").main(argv[1:])
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from prm_hf.compare import compare_experiments, format_comparison
+
+    output = None if arguments.output is None else Path(arguments.output)
+    if output is not None and output.is_dir():
+        raise ValueError(f"`--output` {str(output)!r} is a folder: name a file.")
+    if output is not None and not output.parent.is_dir():
+        raise ValueError(f"`--output` {str(output)!r}: No such file or folder {str(output.parent)!r}: make it first.")
+    text = format_comparison(compare_experiments(arguments.folders), arguments.format, arguments.verbose)
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        output.write_text(text, encoding="utf-8")
+
+
+def _is_about_input(error: Exception) -> bool:
+    """Whether this package raised an error on purpose, or a file was the matter. All others show their traceback."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    is_ours = Path(place.filename).is_relative_to(Path(__file__).parent) and (place.line or "").startswith("raise ")
+    return isinstance(error, OSError) or (is_ours and isinstance(error, ValueError | TypeError | ImportError))
+
+
+def _say(command: str, message: str, code: int) -> int:
+    if os.environ.get("RANK", "0") != "0":
+        # The first process says the same. When it ends, the launcher ends the others.
+        time.sleep(WAIT_FOR_LAUNCHER)
+    print(f"prm-hf {command}: {message}", file=sys.stderr, flush=True)
+    return code

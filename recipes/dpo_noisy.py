@@ -20,8 +20,8 @@ or with everything in a file: `--config recipes/qwen2.5-0.5b/dpo_noisy.yaml`. Al
 
 import sys
 
-from prm_hf.experiments.dpo import main
+from prm_hf.cli import main
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(["dpo", *sys.argv[1:]]))

@@ -13,8 +13,8 @@ kind are also a comparison of their own: `prm-hf compare runs/randomization/vit/
 
 import sys
 
-from prm_hf.experiments.randomization import main
+from prm_hf.cli import main
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(["randomization", *sys.argv[1:]]))

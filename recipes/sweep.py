@@ -12,8 +12,8 @@ first process goes to `worker<i>.log` in the working folder. Without a GPU there
 
 import sys
 
-from prm_hf.experiments.sweep import main
+from prm_hf.cli import main
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(["sweep", *sys.argv[1:]]))

@@ -1,15 +1,19 @@
 """The command line: `prm-hf compare`, and that each experiment is reached."""
 
+import dataclasses
 import importlib.util
 import json
+import re
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import prm_hf
 from prm_hf import cli
+from prm_hf.runs.methods import METHODS
 
 from .compare.compared_runs import write_grid
 
@@ -100,6 +104,91 @@ def test_experiments_get_their_arguments(name, code, monkeypatch):
     assert cli.main([name, "--methods", "adamw", "--help"]) == (code or 0)
     assert given == [["--methods", "adamw", "--help"]]
     assert set(cli.EXPERIMENTS) == {"dpo", "sft", "randomization", "sweep"}
+
+
+def test_an_error_on_purpose_is_one_line(capsys):
+    """Of a `raise` over several lines too."""
+    for arguments in (["sweep", "dpoo"], ["dpo", "--learning_rates", "1", "2", "--prm_learning_rates", "1"]):
+        assert cli.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"prm-hf {arguments[0]}: error: `") or "The first argument must be" in error
+        assert error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_a_file_that_cannot_be_used_is_one_line(monkeypatch, capsys):
+    def full(arguments):
+        Path("/dev/full/x").write_text("x", encoding="utf-8")
+
+    monkeypatch.setattr("prm_hf.experiments.sweep.main", full)
+    assert cli.main(["sweep"]) == 2
+    assert "prm-hf sweep: error: [Errno " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", ["None + 1", "int('x')", "{}['x']", "[1][2]", "(1).x", "1 / 0", "zip([1], [], 3)"])
+def test_an_error_of_the_program_keeps_its_traceback(code, monkeypatch):
+    monkeypatch.setattr("prm_hf.experiments.sweep.main", lambda arguments: eval(code))
+    with pytest.raises(Exception) as raised:
+        cli.main(["sweep"])
+    assert type(raised.value).__module__ == "builtins"
+
+
+def test_an_interruption_is_one_line(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prm_hf.experiments.sweep.main", interrupted)
+    assert cli.main(["sweep"]) == 130
+    assert capsys.readouterr().err == "prm-hf sweep: interrupted. The same command goes on from here.\n"
+
+
+def test_of_several_processes_the_first_speaks_at_once(monkeypatch, capsys):
+    """The launcher ends the others when the first ends; where only another fails, it speaks after a while."""
+    waits = []
+    monkeypatch.setattr(cli.time, "sleep", waits.append)
+    for rank, waited in (("0", []), ("1", [cli.WAIT_FOR_LAUNCHER])):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(["sweep", "dpoo"]) == 2
+        assert waits == waited and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["dpo", "sft", "randomization", "sweep", "compare"])
+def test_help_is_readable(name, capsys):
+    try:
+        assert cli.main([name, "--help"]) == 0
+    except SystemExit as stopped:
+        assert stopped.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: prm-hf {name} ")
+    lines = out.splitlines()
+    assert len(lines) < 160 and max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("name", ["dpo", "sft"])
+def test_help_shows_what_is_used_and_help_all_the_rest(name, capsys):
+    experiment = importlib.import_module(f"prm_hf.experiments.{name}")
+    task = experiment.DPOExperiment if name == "dpo" else experiment.SFTExperiment
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    short = capsys.readouterr().out
+    for field in dataclasses.fields(task.arguments_class):
+        assert (f"--{field.name} " in short) == field.init
+    for key in task.known_methods():
+        assert re.search(rf"^  {key}(:VALUE)? +{re.escape(METHODS[key].title)}", short, re.MULTILINE)
+    assert "--help-all" in short and "--adam_beta2" not in short and "--prm_rho" not in short
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([name, "--help-all"])
+    long = capsys.readouterr().out
+    assert stopped.value.code == 0 and "--adam_beta2" in long and "--lora_r " in long and "--prm_mask" in long
+
+
+@pytest.mark.parametrize("recipe", ["dpo_noisy", "sft_noisy", "randomization", "sweep"])
+def test_recipes_are_the_commands(recipe, monkeypatch):
+    given = []
+    monkeypatch.setattr(cli, "main", lambda arguments: given.append(arguments) or 3)
+    monkeypatch.setattr(sys, "argv", [f"{recipe}.py", "--seeds", "1"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(Path(__file__).parents[1] / "recipes" / f"{recipe}.py"), run_name="__main__")
+    assert stopped.value.code == 3 and given == [[recipe.removesuffix("_noisy"), "--seeds", "1"]]
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):

@@ -2,12 +2,43 @@
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..runs.methods import CONTROL, METHODS, Method, parse_method
+from ..runs.methods import CONTROL, GROUPS, METHODS, Method, parse_method
 from ..trainers.config import with_help
+
+
+# What `--help` shows of the arguments of trainers and models, beside those of the comparison.
+_MODEL = ("model_name_or_path", "model_revision", "dtype", "attn_implementation", "use_peft", "lora_r", "lora_alpha")
+_TRAINING = (
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length"),
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "beta", "loss_type"),
+    *("bf16", "gradient_checkpointing", "padding_free", "use_cpu"),
+)
+_FILES = ("output_dir", "save_strategy", "save_steps", "save_total_limit")
+_EVALUATION = ("eval_strategy", "eval_steps", "per_device_eval_batch_size", "logging_steps", "report_to")
+_MASK = ("prm_mask", "prm_softness", "prm_variance_beta", "prm_boundary", "prm_mask_warmup_steps", "prm_state_dtype")
+
+
+def help_groups(comparison: type, config: type, model: type) -> dict[str, list[str]]:
+    """What `--help` shows, by the titles of its groups."""
+    own = [f.name for f in fields(comparison) if f.init]
+    known = {f.name for kind in (config, model) for f in fields(kind)}
+    groups = {"model": _MODEL, "training": _TRAINING, "evaluation": _EVALUATION, "files": _FILES, "PRM": _MASK}
+    shown = {title: [name for name in names if name in known] for title, names in groups.items()}
+    return {"the comparison": own, **shown}
+
+
+def methods_help(known: Collection[str]) -> str:
+    """What `--help` says of the methods, in the order of the table."""
+    lines = ["methods (controls take something from a PRM run):"]
+    for method in (METHODS[name] for group in GROUPS for name in known if METHODS[name].group == group):
+        value = ":VALUE" if method.value_help else ""
+        lines.append(f"  {method.name + value:<32}{method.title}, {method.group}")
+    more = "All arguments, of TRL's configuration and of its `ModelConfig`: --help-all."
+    return "\n".join([*lines, "", f"{more} With --config they stand in a YAML file.", ""])
 
 
 def check_lists(args: Any, **known: Collection[str] | None) -> None:
@@ -111,10 +142,6 @@ class ComparisonArguments:
         Raises:
             ValueError: for what cannot be run.
         """
-        for name in ("dataset_name", "eval_dataset_name", "noise_rate"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, list):  # one value of a YAML file
-                setattr(self, name, [value])
         if self.learning_rates is None:
             self.learning_rates = [half_decades(learning_rate, n) for n in range(-2, 2)]
             if self.prm_learning_rates is None:  # a mask shrinks the step
@@ -136,7 +163,9 @@ class ComparisonArguments:
             ("learning_rates", is_rate, "positive numbers"),
             ("prm_learning_rates", is_rate, "positive numbers"),
             ("noise_rate", lambda x: 0 <= x < 1, "in [0, 1)"),
+            ("seeds", lambda x: isinstance(x, int) and 0 <= x < 2**32, "integers in [0, 2**32)"),
             ("max_minutes", lambda x: x > 0, "above 0"),
+            ("max_minutes", math.isfinite, "finite, or left out for no limit"),
             ("max_extensions", lambda x: x >= 0, "at least 0"),
             ("workers", lambda x: x >= 1, "at least 1"),
         )

@@ -17,10 +17,10 @@ from trl import ModelConfig
 
 from ..demo import build_demo
 from .arguments import ComparisonArguments
+from .files import FILE_FORMATS, checked_source
 from .rows import Columns, check_rows, overlapping, prompts_of
 
 
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 BUILT_IN_WAIT = "Built-in task: the reference policy is trained now, for about 30 s, unless it is cached."
 HELDOUT_SHARE = 0.2  # of the prompts of a file that is to be split
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model")
@@ -171,12 +171,11 @@ def check_split(name: str, split: str, argument: str, known: Sequence[str] = ("t
         )
 
 
+@checked_source
 def load_split(name: str, config: str | None, split: str) -> Dataset:
     """A split of a dataset on the hub, in a local folder (also of `save_to_disk`), or in a local file."""
     path = Path(name)
     if path.is_file():
-        if path.suffix not in FILE_FORMATS:
-            raise ValueError(f"`{name}` must end in one of {', '.join(FILE_FORMATS)}.")
         base = split.split("[")[0]
         return load_dataset(FILE_FORMATS[path.suffix], data_files={base: str(path)}, split=split)
     if (path / "dataset_dict.json").is_file():

@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..runs.methods import METHODS, Method
 from ..runs.write import RunSpec
-from .arguments import ComparisonArguments
+from .arguments import ComparisonArguments, help_groups, methods_help
+from .command_line import CommandLine
 from .data import Data
 from .rows import Columns
 
@@ -41,6 +42,8 @@ class Experiment(ABC):
     A task is a subclass. It says in its class what its arguments are, and in its methods how a run is made.
     """
 
+    command: ClassVar[str]  # of `prm-hf`
+    description: ClassVar[str]
     task: ClassVar[str]  # in `run.json`
     output_dir: ClassVar[str]  # the default of the argument
     arguments_class: ClassVar[type[ComparisonArguments]] = ComparisonArguments
@@ -55,22 +58,20 @@ class Experiment(ABC):
     @classmethod
     def parse(cls, arguments: list[str]) -> "Experiment":
         """From the command line and a YAML file, with the defaults of the built-in task where no dataset is named."""
-        parser = TrlParser((cls.arguments_class, cls.config_class, ModelConfig))
-        parser.set_defaults(output_dir=cls.output_dir, report_to="none", drift_metrics=True)
-        if not any(argument.split("=")[0] in ("--dataset_name", "--config") for argument in arguments):
-            world_size = int(os.environ.get("WORLD_SIZE", "1"))
-            if BUILT_IN_BATCH % world_size:
-                raise ValueError(
-                    f"The built-in task has {BUILT_IN_BATCH} examples a step, which {world_size} processes cannot "
-                    "share evenly. Launch 1, 2, 4, 8 or 16."
-                )
-            parser.set_defaults(**cls.built_in, per_device_train_batch_size=BUILT_IN_BATCH // world_size)
-        script_args, training_args, model_args = parser.parse_args_and_config(arguments)
+        own = {"output_dir": cls.output_dir, "report_to": "none", "drift_metrics": True}
+
+        def defaults(given: set[str]) -> dict[str, Any]:
+            return own if "dataset_name" in given else {**own, **cls._built_in_settings()}
+
+        types = (cls.arguments_class, cls.config_class, ModelConfig)
+        parser = CommandLine(
+            cls.command, cls.description, types, help_groups(*types), methods_help(cls.known_methods())
+        )
+        script_args, training_args, model_args = parser.parse(arguments, defaults)
         script_args.check(cls.known_methods(), training_args.learning_rate, training_args.max_grad_norm)
         if training_args.optim != "prm":
-            raise ValueError(
-                f"`methods` choose the optimizers, and `optim` is {training_args.optim!r}: leave it unset."
-            )
+            name = getattr(training_args.optim, "value", training_args.optim)
+            raise ValueError(f"`methods` choose the optimizers, and `optim` is {name!r}: leave it unset.")
         model = model_args.model_name_or_path
         if script_args.dataset_name is None and model is not None:
             raise ValueError(
@@ -88,6 +89,16 @@ class Experiment(ABC):
             **(training_args.model_init_kwargs or {}),
         }
         return cls(script_args, training_args, model_args)
+
+    @classmethod
+    def _built_in_settings(cls) -> dict[str, Any]:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if BUILT_IN_BATCH % world_size:
+            raise ValueError(
+                f"The built-in task has {BUILT_IN_BATCH} examples a step, which {world_size} processes cannot share "
+                "evenly. Launch 1, 2, 4, 8 or 16."
+            )
+        return {**cls.built_in, "per_device_train_batch_size": BUILT_IN_BATCH // world_size}
 
     @classmethod
     def known_methods(cls) -> Collection[str]:

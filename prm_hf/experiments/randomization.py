@@ -17,7 +17,6 @@ from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, disabl
 from transformers import (
     AutoModelForImageClassification,
     AutoTokenizer,
-    HfArgumentParser,
     ResNetConfig,
     Trainer,
     TrainerCallback,
@@ -37,6 +36,7 @@ from ..runs.write import RunSpec, check_seed, history_of
 from ..trainers import MemorizationCallback
 from . import interruptible
 from .arguments import check_lists, check_ranges
+from .command_line import CommandLine
 from .data import BUILT_IN_WAIT
 from .grid import Grid, Made
 from .randomization_report import FITTED, report
@@ -289,7 +289,8 @@ def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit code of [`Runner.run`]."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("Each run has a process of its own: start one with `python`, and set `--workers`.")
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
+    parser = CommandLine("randomization", __doc__.splitlines()[0], (Arguments,))
+    (args,) = parser.parse(arguments, lambda given: {})
     if {"sft", "dpo"} & set(args.models):
         print(BUILT_IN_WAIT, flush=True)
         build_demo()

@@ -64,7 +64,13 @@ class SFTArguments(ComparisonArguments):
         check_ranges(
             self, *((name, lambda x: x >= 1, "at least 1") for name in ("max_new_tokens", "memorization_max_rows"))
         )
-        if self.answer_pattern is not None and re.compile(self.answer_pattern).groups != 1:
+        if self.answer_pattern is None:
+            return
+        try:
+            groups = re.compile(self.answer_pattern).groups
+        except re.error as error:
+            raise ValueError(f"`answer_pattern` {self.answer_pattern!r} is no regular expression: {error}.") from error
+        if groups != 1:
             raise ValueError(f"`answer_pattern` must have one group, the answer, got {self.answer_pattern!r}.")
 
 
@@ -149,6 +155,10 @@ def matches_answers(trainer: PRMSFTTrainer, rows: Dataset, pattern: str, max_new
 class SFTExperiment(Experiment):
     """SFT on prompts, of which a share has the completion of another row for training."""
 
+    command = "sft"
+    description = (
+        "SFT on prompts of which a share has a wrong completion: PRM against AdamW at each learning rate and seed."
+    )
     task = "sft"
     output_dir = "runs/sft_noisy"
     arguments_class = SFTArguments

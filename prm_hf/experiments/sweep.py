@@ -23,6 +23,10 @@ SECONDS_TO_END = 20  # that workers have to end by themselves
 def main(arguments: list[str]) -> int:
     """Returns the first exit code of a worker that is not 0, a failure before being out of time."""
     name = arguments[0] if arguments else ""
+    if name in ("-h", "--help"):
+        print(f"usage: prm-hf sweep {{{','.join(COMMANDS)}}} [--argument VALUE ...]\n\n{__doc__.splitlines()[0]}\n")
+        print("The arguments are those of the experiment, which `prm-hf dpo --help` lists.")
+        return 0
     if name not in COMMANDS and not Path(name).is_file():
         raise ValueError(
             f"The first argument must be {' or '.join(COMMANDS)}, or the path of a recipe, as recipes/dpo_noisy.py; "

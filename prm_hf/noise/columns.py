@@ -11,7 +11,7 @@ _LABELS = ("label", "labels")
 
 
 def named_columns(columns: str | Sequence[str], features: Features) -> list[str]:
-    names = [columns] if isinstance(columns, str) else list(columns)
+    names = list(columns) if isinstance(columns, Sequence) and not isinstance(columns, str) else [columns]
     missing = [name for name in names if name not in features]
     if missing or not names or len(set(names)) < len(names):
         raise ValueError(f"`columns={columns!r}` must name columns of `dataset`, once each; it has {list(features)}.")

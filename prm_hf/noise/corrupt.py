@@ -23,7 +23,7 @@ from .columns import input_columns, is_text, is_tokens, label_columns, named_col
 from .images import GaussianPixels, ShufflePixels, gaussian_moments
 from .labels import redraw_class
 from .preferences import flip
-from .rng import check_noise_rate, check_seed, row_uniforms
+from .rng import check_noise_rate, check_seed, check_switches, row_uniforms
 from .rows import check_new, check_plain, map_rows, map_splits, originals, pinned, same_value
 from .text import DrawTokens, RenameTokens, ReorderTokens, kept_ids, other_rows, unigrams, vocabulary_bijection
 
@@ -101,6 +101,7 @@ distribution | likewise |
         ValueError: an argument, a column or the dataset does not fit the kind.
     """
     check_seed(seed)
+    check_switches(keep_original=keep_original, exclude_true=exclude_true)
     noise = _Noise(
         kind=kind,
         noise_rate=noise_rate,
@@ -239,8 +240,10 @@ class _Noise:
             dtypes = dict(zip(names, map(pixel_dtype, features), strict=True))
             moments = {name: gaussian_moments(_values(source, [name]), name, dtypes[name]) for name in names}
             return GaussianPixels(self.seed, values, moments, dtypes)
-        if tokenizer is None:
-            raise ValueError(f"`kind={self.kind!r}` of text needs a `tokenizer`: pass that of the model.")
+        if tokenizer is None or isinstance(tokenizer, str):
+            raise ValueError(
+                f"`kind={self.kind!r}` of text needs a `tokenizer`: pass that of the model, got {tokenizer!r}."
+            )
         kept = kept_ids(tokenizer, holds_text)
         if self.kind == "gaussian_inputs":
             return DrawTokens(tokenizer, kept, self.seed, values, *unigrams(_values(source, names), tokenizer, kept))

@@ -50,7 +50,10 @@ def redraw_class(
         return RedrawClass(seed, stream, n, exclude_true, None)
     if exclude_true:
         raise ValueError("`exclude_true` and `transition` contradict: give `transition` a diagonal of zeros instead.")
-    matrix = np.asarray(transition, dtype=np.float64)
+    try:
+        matrix = np.asarray(transition, dtype=np.float64)
+    except (TypeError, ValueError):  # no numbers, or rows of several lengths
+        matrix = np.empty(0)
     if matrix.shape != (n, n) or not (matrix >= 0).all() or not np.allclose(matrix.sum(axis=-1), 1):
         raise ValueError(
             f"`transition` must be a {n} x {n} matrix of probabilities whose rows sum to 1, got shape {matrix.shape}."

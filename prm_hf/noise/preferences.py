@@ -7,7 +7,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
 
 from .._names import renamed_arguments
-from .rng import check_noise_rate, check_seed, row_uniforms
+from .rng import check_noise_rate, check_seed, check_switches, row_uniforms
 from .rows import check_new, check_plain, map_rows, map_splits, originals, pinned, same_value
 from .sides import side_changes
 
@@ -56,6 +56,7 @@ def flip_preferences(
     """
     check_noise_rate(noise_rate)
     check_seed(seed)
+    check_switches(exact=exact)
     return map_splits(
         dataset, splits, ["train"], lambda split, _: flip(split, float(noise_rate), int(seed), exact, num_proc)
     )

@@ -33,6 +33,13 @@ def row_uniforms(seed: int, indices: Sequence[int] | np.ndarray, stream: str) ->
     return (words[indices - first] >> np.uint64(11)) * 2.0**-53
 
 
+def check_switches(**switches: Any) -> None:
+    """Raise `ValueError` unless each argument is True or False."""
+    for name, value in switches.items():
+        if not any(value is known for known in (True, False, np.True_, np.False_)):
+            raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+
+
 def check_seed(seed: int) -> None:
     """Raise `ValueError` unless `seed` is a non-negative integer (of Python or NumPy)."""
     if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or seed < 0:

@@ -48,6 +48,8 @@ def map_rows(
 
     A user's format is kept, and not applied to the rows that `function` is given.
     """
+    if num_proc is not None and not (isinstance(num_proc, int) and num_proc >= 1):
+        raise ValueError(f"`num_proc` must be None or an integer of at least 1, got {num_proc!r}.")
     arguments = {"with_indices": True, "batched": True, "features": features, "fn_kwargs": fn_kwargs}
     if isinstance(dataset, IterableDataset):
         return dataset.map(function, **arguments)

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypedDict, get_args
 import torch
 from torch import Tensor
 
+from .._names import did_you_mean, number_in_quotes
 from ..sharding import is_fake
 
 
@@ -32,6 +33,11 @@ _CHOICES = {
     "estimator": ESTIMATORS,
     "boundary": BOUNDARIES,
     "state_dtype": STATE_DTYPES,
+}
+_SWITCHES = {
+    **dict.fromkeys(("amsgrad", "bias_correction", "decoupled_weight_decay", "maximize"), (True, False)),
+    **dict.fromkeys(("foreach", "fused"), (None, True, False)),
+    **dict.fromkeys(("capturable", "differentiable"), (True, False)),
 }
 # Names of earlier versions, which are accepted with a warning.
 RENAMED = {"rho": "variance_beta", "warmup_steps": "mask_warmup_steps"}
@@ -83,6 +89,8 @@ class Hyperparameters:
     @classmethod
     def of_group(cls, group: dict[str, Any]) -> "Hyperparameters":
         """The hyperparameters that a parameter group holds; it may hold other keys."""
+        if "params" not in group:
+            raise ValueError(f"A parameter group needs the key 'params', got one with {sorted({*group} - {*NAMES})}.")
         return cls(**{name: group[name] for name in NAMES})
 
     @property
@@ -131,6 +139,7 @@ class Hyperparameters:
     def __post_init__(self) -> None:
         check_lr(self)
         self._check_ranges()
+        self._check_switches()
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             _check(value in allowed, name, value, "it must be one of " + ", ".join(map(repr, allowed)))
@@ -168,6 +177,12 @@ class Hyperparameters:
             valid = value is None or (_number(value) and value >= 1 and value == int(value))
             _check(valid, name, value, "it must be None or a positive integer")
 
+    def _check_switches(self) -> None:
+        for name, allowed in _SWITCHES.items():
+            value = getattr(self, name)
+            valid = any(value is known for known in allowed)
+            _check(valid, name, value, "it must be " + " or ".join(map(str, allowed)))
+
     def _check_signal_beta(self) -> None:
         beta = self.signal_beta
         if beta is None:
@@ -192,11 +207,12 @@ class Hyperparameters:
             _check(self.n_dataset > self.batch_size, "n_dataset", self.n_dataset, allowed)
 
     def _check_relative_eps(self) -> None:
+        norm = self.max_grad_norm
         if self.relative_eps is None:
+            _check(_number(norm) and norm >= 0, "max_grad_norm", norm, "it must be a finite number of at least 0")
             return
         valid = _number(self.relative_eps) and self.relative_eps > 0
         _check(valid, "relative_eps", self.relative_eps, "it must be None or a finite number above 0")
-        norm = self.max_grad_norm
         allowed = "relative_eps needs the norm that gradients are clipped to, a finite number above 0"
         _check(_number(norm) and norm > 0, "max_grad_norm", norm, allowed)
         allowed = "relative_eps sets it; leave eps at its default, or relative_eps=None"
@@ -299,7 +315,10 @@ def with_defaults(given: dict[str, Any]) -> dict[str, Any]:
     """
     for name in given:
         if name not in NAMES:
-            raise TypeError(f"PRM() got an unexpected keyword argument {name!r}. It knows {', '.join(NAMES)}.")
+            raise TypeError(
+                f"PRM() got an unexpected keyword argument {name!r}.{did_you_mean(name, NAMES)} "
+                f"It knows {', '.join(NAMES)}."
+            )
     return {name: given.get(name, getattr(Hyperparameters, name)) for name in NAMES}
 
 
@@ -354,7 +373,7 @@ def check_checkpoint_group(number: int, ours: dict[str, Any], theirs: dict[str, 
 
 def _check(valid: bool, name: str, value: Any, allowed: str) -> None:
     if not valid:
-        raise ValueError(f"Invalid {name}={value!r}: {allowed}.")
+        raise ValueError(f"Invalid {name}={value!r}: {allowed}.{number_in_quotes(value)}")
 
 
 def _as_number(value: Any) -> Any:

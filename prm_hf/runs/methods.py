@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .._names import did_you_mean
+
 
 BASELINE, PRM, CONTROL, LOSS, OTHER, CEILING = GROUPS = ("baseline", "PRM", "control", "loss-side", "other", "ceiling")
 
@@ -94,7 +96,7 @@ def parse_method(name: str, known: Collection[str] | None = None) -> Method:
     key, colon, text = name.partition(":")
     known = METHODS if known is None else known
     if key not in known or key not in METHODS:
-        raise ValueError(f"`methods`: {key} unknown. Known are {', '.join(known)}.")
+        raise ValueError(f"`methods`: {key} unknown. Known are {', '.join(known)}.{did_you_mean(key, known)}")
     method = METHODS[key]
     if method.value_help is None:
         if colon:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from numbers import Real
 from typing import Any
 
 from torch.optim import Optimizer
@@ -95,7 +96,8 @@ class PopulationRiskStoppingCallback(TrainerCallback):
     """
 
     def __init__(self, threshold: float = 0.4):
-        if isinstance(threshold, bool) or not 0 < threshold < math.inf:
+        valid = isinstance(threshold, Real) and not isinstance(threshold, bool) and 0 < threshold < math.inf
+        if not valid:
             raise ValueError(f"`threshold` is a signal-to-noise ratio and must be above 0, got {threshold!r}.")
         self.threshold = threshold
         self.trainer_logs_ratios = False  # which the trainers of this package set

@@ -18,6 +18,7 @@ from .._names import warn_renamed
 from ..optim import PRM
 from ..sharding import ShardingPath
 from ..sharding.deepspeed import check_config
+from .checks import check_losses, check_names, check_numbers, check_output_dir
 from .presets import preset_note, with_preset
 
 
@@ -156,10 +157,16 @@ class PRMArguments:
         warn_renamed(name, RENAMED[name], stacklevel=5)
         setattr(self, RENAMED[name], value)
 
+    def __new__(cls, *args, **kwargs):
+        check_names(cls, kwargs)
+        return super().__new__(cls)
+
     def __post_init__(self):
+        check_numbers(self)
         if self.drift_metrics is None:
             self.drift_metrics = self.optim == "prm"
         if isinstance(self, TrainingArguments):
+            check_output_dir("trainer_output" if self.output_dir is None else self.output_dir)
             chosen = self.optim
             if chosen == "prm":  # which transformers does not know
                 self.optim = _DEFAULTS["optim"]
@@ -328,5 +335,7 @@ def checked_config(args: Any, config: type, model: "str | PreTrainedModel", task
         args = config(f"{name.split('/')[-1]}-{task}")
     if not isinstance(args, config):
         raise TypeError(f"`args` is a `{type(args).__name__}`: pass a `{config.__name__}`, which has all its fields.")
+    if isinstance(args, DPOConfig):
+        check_losses(args.loss_type)
     check_deepspeed_config(args)
     return args

@@ -5,6 +5,7 @@ from typing import Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput, has_length
@@ -15,6 +16,7 @@ from .callbacks import PopulationRiskStoppingCallback, PRMCallback
 from .checkpoints import CheckpointMixin
 from .config import PRMArguments, check_relative_eps, check_sharding, prm_kwargs, scaled_by_relative_eps
 from .evaluation import EvaluationMixin
+from .inputs import check_ids, check_inputs
 from .presets import preset_note, with_preset
 
 
@@ -43,6 +45,7 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
     def __init__(
         self, *args, optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None, **kwargs
     ):
+        self._embedding_rows = check_inputs(super().__init__, args, kwargs)
         super().__init__(*args, **kwargs)
         if optimizer_cls_and_kwargs is not None:
             if self.optimizer is not None:
@@ -78,6 +81,12 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
             self.model.add_model_tags(self._tag_names)
         self._sizes()  # raises now rather than after an hour of preparation
         self._set_up_evaluation()
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: TrainingArguments, *others: Any) -> Any:
+        prepared = super()._prepare_dataset(dataset, processing_class, args, *others)
+        if isinstance(prepared, Dataset):
+            check_ids(prepared, others[-1], self._embedding_rows)
+        return prepared
 
     # ---- Optimizer ----
 

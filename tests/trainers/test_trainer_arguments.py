@@ -1,5 +1,6 @@
 """The arguments of the trainers."""
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -159,6 +160,17 @@ def test_drift_is_measured_by_default_with_prm_alone(tmp_path):
 def test_wrong_arguments_raise(kwargs, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         PRMDPOConfig(**settings(tmp_path, **kwargs))
+
+
+def test_a_subclass_may_take_more(tmp_path):
+    class Named(PRMDPOConfig):
+        def __init__(self, nickname, **kwargs):
+            super().__init__(**kwargs)
+            self.nickname = nickname
+
+    args = Named(nickname="x", **settings(tmp_path))
+    assert (args.nickname, args.optim) == ("x", "prm")
+    assert copy.deepcopy(args).to_dict() == args.to_dict()
 
 
 def test_the_control_may_choose_its_optimizer(tmp_path):
