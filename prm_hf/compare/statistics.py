@@ -220,7 +220,9 @@ def rate_at_kl(learning_rates: np.ndarray, kl: np.ndarray, at: float) -> float |
     """The smallest learning rate that drifts to `at`, linear in the logarithms between neighbouring rates.
 
     Args:
-        learning_rates, kl: `[points]` float, in any order. Points without a positive finite KL are left out.
+        learning_rates: of the points, in any order. Shape `(points,)`.
+        kl: of the points. Shape `(points,)`. Points without a positive finite KL are left out.
+        at: the KL that is looked for.
 
     Returns:
         The rate, or None where no neighbouring rates have `at` between them: nothing is extrapolated.
