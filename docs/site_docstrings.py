@@ -36,7 +36,7 @@ def simplify(item, seen: set[str]) -> None:
         return
     seen.add(item.path)
     if item.docstring:
-        text = item.docstring.value.replace("Example:\n", "Examples:\n")
+        text = re.sub(r"Example:(?=\n\s*>>>)", "Examples:", item.docstring.value)
         text = re.sub(r"\[`~?(?:[\w.]+\.)?(\w+)`\](?!\()", r"`\1`", text)
         item.docstring.value = re.sub(r"^( {2,}\*{0,2}\w+) \(.*\):", r"\1:", text, flags=re.MULTILINE)
     for member in list(item.members.values()):

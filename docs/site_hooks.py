@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 OTHER_PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/**/*.md", "benchmarks/*.md", "results/**/*")
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)")
 FORMULA = re.compile(r"<(span|div) class=\"arithmatex\">\\[(\[](.*?)\\[)\]]</\1>", re.DOTALL)
+INTERVAL = re.compile(r"\[[-+]?[\d.]+, [-+]?[\d.]+\]|[\d.]+ ± [\d.]+")
 
 
 def on_files(files, config):
@@ -39,9 +40,9 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(content, page, config, files):
-    """Formulas become MathML, which a browser sets by itself."""
+    """Formulas become MathML, which a browser sets by itself, and intervals stay on one line."""
 
     def to_mathml(match: re.Match) -> str:
         return convert(html.unescape(match[2]).strip(), display="block" if match[1] == "div" else "inline")
 
-    return FORMULA.sub(to_mathml, content)
+    return INTERVAL.sub(r'<span class="interval">\g<0></span>', FORMULA.sub(to_mathml, content))

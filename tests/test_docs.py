@@ -53,6 +53,21 @@ def test_pages_are_short(page):
     assert length <= LONGEST.get(name_of(page), 150)
 
 
+RESULTS = sorted({*(ROOT / "results").rglob("*.md")} - {ROOT / "results" / "README.md"})
+
+
+@pytest.mark.parametrize("page", RESULTS, ids=name_of)
+def test_results_answer_a_question(page):
+    """Each page has a question, a short answer in bold, its protocol and limits, and its commands in a script."""
+    title, answer = page.read_text(encoding="utf-8").split("\n\n")[:2]
+    text = page.read_text(encoding="utf-8")
+    assert title.startswith("# ") and title.endswith("?")
+    assert re.fullmatch(r"\*\*.{10,300}\*\*", answer, re.DOTALL)
+    assert "imits" in text and ("rotocol" in text or "Settings" in text)
+    assert "![" in text or "no figure" in text
+    assert re.search(r"\]\([\w-]+\.sh\)", text)
+
+
 def table_rows(page: Path) -> list[list[str]]:
     """The cells of the rows of all tables of a page whose first cell has code."""
     lines = page.read_text(encoding="utf-8").splitlines()
@@ -172,7 +187,8 @@ def test_the_first_commands_of_the_readme_run(tmp_path):
     """As someone types them who has just cloned the repository: in it, and with the output in `runs/`."""
     block = re.search(r"## Try it\n\n```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     clone = tmp_path / "clone"
-    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".git", "runs", "*cache*", "site"))
+    for folder in ("prm_hf", "recipes"):
+        shutil.copytree(ROOT / folder, clone / folder)
     environment = {**os.environ, "PYTHONPATH": str(clone), "TQDM_DISABLE": "1"}
     done = subprocess.run(["bash", "-e", "-c", block[1]], cwd=clone, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
