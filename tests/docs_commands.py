@@ -5,6 +5,7 @@ import re
 import subprocess
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 from accelerate.commands.launch import launch_command_parser
@@ -59,7 +60,7 @@ def check_call(call: list[str]) -> None:
 def _check_pip(arguments: list[str]) -> None:
     extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert arguments[0] == "install"
-    for flag, value in zip(arguments, arguments[1:], strict=False):
+    for flag, value in pairwise(arguments):
         if flag == "-c":
             _check_file(value)
         if flag == "-e":
@@ -69,7 +70,7 @@ def _check_pip(arguments: list[str]) -> None:
 
 def _check_pytest(arguments: list[str]) -> None:
     markers = re.findall(r'^    "(\w+): ', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    flags = dict(zip(arguments, arguments[1:], strict=False))
+    flags = dict(pairwise(arguments))
     assert "-m" not in flags or flags["-m"] in markers, arguments
     for argument in arguments:
         if "/" in argument:

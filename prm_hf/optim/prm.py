@@ -30,11 +30,9 @@ class PRM(Optimizer):
 
     With $g$ the gradient of the batch mean, one step of one scalar parameter is
 
-    $$\begin{split}
-    m &\leftarrow \beta_1 m + (1-\beta_1) g, \quad v \leftarrow \beta_2 v + (1-\beta_2) g^2, \quad
+    $$\begin{split} m &\leftarrow \beta_1 m + (1-\beta_1) g, \quad v \leftarrow \beta_2 v + (1-\beta_2) g^2, \quad
     s \leftarrow \rho s + (1-\rho)(g - m_{prev})^2 \\
-    w &\leftarrow w - \eta \lambda_{wd} w - \eta\, q\, \hat m / (\sqrt{\hat v} + \epsilon)
-    \end{split}$$
+    w &\leftarrow w - \eta \lambda_{wd} w - \eta\, q\, \hat m / (\sqrt{\hat v} + \epsilon) \end{split}$$
 
     where hats are bias corrections. The mask $q \in [0, 1]$ compares the squared signal S with the noise N of its
     estimate, by default $q = S / (S + \lambda \alpha N + \epsilon_q)$; `masks.py` has all formulas.
