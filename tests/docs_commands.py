@@ -1,5 +1,7 @@
 """Shell commands of the documentation: what they would run, found by running them with stand-ins for the programs."""
 
+import argparse
+import functools
 import os
 import re
 import subprocess
@@ -55,6 +57,23 @@ def check_call(call: list[str]) -> None:
     """Fails if the program would not accept its arguments, or names a file of the repository that is not there."""
     program, *arguments = call
     CHECKS.get(program, lambda arguments: None)(arguments)
+
+
+@functools.cache
+def known_flags() -> set[str]:
+    """The flags of all commands that the documentation speaks of."""
+    classes = {cls for e in EXPERIMENTS.values() for cls in (e.arguments_class, e.config_class)}
+    parsers = [HfArgumentParser(cls) for cls in (*classes, ModelConfig, Arguments)]
+    parsers += [launch_command_parser(), *_subparsers(cli._make_parser())]
+    flags = {flag for parser in parsers for flag in parser._option_string_actions} | {"--config"}
+    scripts = [script.read_text(encoding="utf-8") for script in (ROOT / "benchmarks").glob("*.py")]
+    return flags | {flag for text in scripts for flag in re.findall(r'"(--\w+)"', text)}
+
+
+def _subparsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """A parser and those of its commands."""
+    commands = [action.choices.values() for action in parser._actions if isinstance(action.choices, dict)]
+    return [parser, *(command for choices in commands for command in choices)]
 
 
 def _check_pip(arguments: list[str]) -> None:

@@ -1,5 +1,6 @@
 """The pages: links lead somewhere, pages are short, and every snippet and every command runs."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -15,7 +16,12 @@ from latex2mathml.converter import convert
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
-from .docs_commands import calls_of, check_call
+from prm_hf.noise.corrupt import KINDS
+from prm_hf.optim.hyperparameters import Hyperparameters
+from prm_hf.runs.methods import METHODS
+from prm_hf.trainers.config import RENAMED, PRMArguments
+
+from .docs_commands import calls_of, check_call, known_flags
 from .tiny import make_model, make_tokenizer, preference_dataset
 
 
@@ -145,6 +151,32 @@ def test_commands_are_accepted(page, tmp_path):
 
     for example in Sybil([CodeBlockParser("bash", check)]).parse(page).examples():
         example.evaluate()
+
+
+def inline_code(page: Path) -> list[str]:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.findall(r"(?<!`)`([^`]+)`(?!`)", text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_flags_in_the_text_exist(page):
+    for code in inline_code(page):
+        if not code.startswith(("mkdocs", "pip", "ruff")):
+            assert not set(re.findall(r"(?<!\S)--\w+", code)) - known_flags(), code
+
+
+EVERYTHING = {
+    "optimizer.md": [f.name for f in dataclasses.fields(Hyperparameters)],
+    "trainers.md": [f.name for f in dataclasses.fields(PRMArguments) if f.name not in RENAMED],
+    "comparing.md": [name for name in METHODS if not name.startswith("search_")],
+    "noise.md": list(KINDS),
+}
+
+
+@pytest.mark.parametrize("page", EVERYTHING)
+def test_every_name_is_explained(page):
+    names = {word for code in inline_code(ROOT / "docs" / page) for word in re.findall(r"\w+", code)}
+    assert not set(EVERYTHING[page]) - names
 
 
 SCRIPTS = {
