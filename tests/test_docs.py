@@ -222,6 +222,7 @@ def run(command: list[str], folder: Path, environment: dict[str, str]) -> subpro
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_first_commands_of_the_readme_run(tmp_path):
     """As someone types them who has just cloned the repository: in it, and with the output in `runs/`."""
     block = re.search(r"## Try it\n\n```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
