@@ -236,6 +236,24 @@ def test_the_first_commands_of_the_readme_run(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_file_of_pairs_leads_to_a_report(stand_ins, tmp_path):
+    """The commands of docs/getting_started.md, in their order, on a CPU and with the tiny stand-ins."""
+    preference_dataset(40, flipped=False).to_json("pairs.jsonl")
+    shutil.copytree(ROOT / "recipes", "recipes")
+    page = (ROOT / "docs" / "getting_started.md").read_text(encoding="utf-8")
+    split, *_ = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    exec(split, {})  # noqa: S102 - our own page
+    _, comparison, reports = re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    on_a_cpu = re.search(r"Without a GPU add `([^`]+)`", page)[1]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+    run(["bash", "-e", "-c", f"{comparison.strip()} {on_a_cpu}"], tmp_path, environment)
+    assert list(Path("runs/mine").rglob("report.html"))
+    done = run(["bash", "-e", "-c", reports], tmp_path, environment)
+    assert "AdamW" in done.stdout and Path("report.html").is_file()
+
+
+@pytest.mark.slow
 def test_the_site_is_built(tmp_path):
     """Without a warning, with every formula set, and without anything that is loaded from elsewhere."""
     site = tmp_path / "html"
