@@ -255,7 +255,10 @@ def test_a_file_of_pairs_leads_to_a_report(stand_ins, tmp_path):
 
 @pytest.mark.slow
 def test_the_site_is_built(tmp_path):
-    """Without a warning, with every formula set, and without anything that is loaded from elsewhere."""
+    """Without a warning, with every formula set, and without anything that is loaded from elsewhere.
+
+    Docstrings are such that every argument is found.
+    """
     site = tmp_path / "html"
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
@@ -264,5 +267,6 @@ def test_the_site_is_built(tmp_path):
     assert "<math" in pages["optimizer/index.html"] and "<math" in pages["api/optimizer/index.html"]
     for name, text in pages.items():
         assert 'class="arithmatex"' not in text, name
+        assert not re.findall(r"<code>\w+,</code>", text), name  # "a, b: …" of a docstring is no argument's name
         loaded = re.findall(r"<(?:script|img)[^>]* src=[^>]*>|<link[^>]* rel=\"stylesheet\"[^>]*>", text)
         assert not [tag for tag in loaded if "http" in tag], name

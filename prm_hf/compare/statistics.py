@@ -23,8 +23,11 @@ class Interval:
     """A mean over seeds and examples, and its 95 % interval.
 
     Attributes:
-        low, high: its ends; NaN where the data cannot give one.
-        seeds, examples: how many went into it; 1 example if only each run's mean was known.
+        mean: the mean.
+        low: lower end of the interval; NaN where the data cannot give one.
+        high: upper end of the interval, likewise.
+        seeds: how many seeds went into it.
+        examples: how many examples went into it; 1 if only each run's mean was known.
         p_value: two-sided, of the mean being 0: below 0.05 just where the interval leaves 0 out. NaN without interval.
     """
 
