@@ -268,6 +268,7 @@ def test_the_site_is_built(tmp_path):
     assert "<math" in pages["optimizer/index.html"] and "<math" in pages["api/optimizer/index.html"]
     for name, text in pages.items():
         assert 'class="arithmatex"' not in text, name
-        assert not re.findall(r"<b><code>(?:<[^>]*>)*\w+,<", text), name  # "a, b: …" of a docstring is no argument's name
+        # An entry "a, b: …" of a docstring would be shown as an argument of the name "a,".
+        assert not re.findall(r"<b><code>(?:<[^>]*>)*\w+,<", text), name
         loaded = re.findall(r"<(?:script|img)[^>]* src=[^>]*>|<link[^>]* rel=\"stylesheet\"[^>]*>", text)
         assert not [tag for tag in loaded if "http" in tag], name
