@@ -1,13 +1,27 @@
-"""The pages: links lead somewhere, pages are short, and the README's snippets run."""
+"""The pages: links lead somewhere, pages are short, and every snippet and every command runs."""
 
+import dataclasses
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
 import pytest
 import transformers
 from accelerate.state import AcceleratorState
+from latex2mathml.converter import convert
+from sybil import Example, Sybil
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
+from prm_hf.noise.corrupt import KINDS
+from prm_hf.optim.hyperparameters import Hyperparameters
+from prm_hf.runs.methods import METHODS
+from prm_hf.trainers.config import RENAMED, PRMArguments
+
+from .docs_commands import calls_of, check_call, known_flags
 from .tiny import make_model, make_tokenizer, preference_dataset
 
 
@@ -45,6 +59,21 @@ def test_pages_are_short(page):
     assert length <= LONGEST.get(name_of(page), 150)
 
 
+RESULTS = sorted({*(ROOT / "results").rglob("*.md")} - {ROOT / "results" / "README.md"})
+
+
+@pytest.mark.parametrize("page", RESULTS, ids=name_of)
+def test_results_answer_a_question(page):
+    """Each page has a question, a short answer in bold, its protocol and limits, and its commands in a script."""
+    title, answer = page.read_text(encoding="utf-8").split("\n\n")[:2]
+    text = page.read_text(encoding="utf-8")
+    assert title.startswith("# ") and title.endswith("?")
+    assert re.fullmatch(r"\*\*.{10,300}\*\*", answer, re.DOTALL)
+    assert "imits" in text and ("rotocol" in text or "Settings" in text)
+    assert "![" in text or "no figure" in text
+    assert re.search(r"\]\([\w-]+\.sh\)", text)
+
+
 def table_rows(page: Path) -> list[list[str]]:
     """The cells of the rows of all tables of a page whose first cell has code."""
     lines = page.read_text(encoding="utf-8").splitlines()
@@ -64,37 +93,184 @@ def test_the_architecture_names_what_is_there(row):
             assert re.search(rf"(def|class) {part}\b", text), name
 
 
-SNIPPETS = re.findall(
-    r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-)
+# Mathematics of the site is MathML, and needs no script: what the converter does not know it leaves as it is.
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_formulas_are_set(page):
+    text = re.sub(r"^```(?!math).*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    formulas = re.findall(r"^```math\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    formulas += re.findall(r"(?<!\S)\$(?! )([^$\n]+)\$", re.sub(r"`[^`]*`", "", text))
+    for formula in formulas:
+        mathml = convert(formula)
+        assert "\\" not in mathml and "<mi>&</mi>" not in mathml, formula
 
 
-def test_the_readme_has_snippets():
-    assert len(SNIPPETS) == 2
+def of_language(language: str) -> list[Path]:
+    return [page for page in PAGES if f"```{language}\n" in page.read_text(encoding="utf-8")]
 
 
 @pytest.fixture
-def no_bfloat16_for_others():
-    """accelerate keeps the precision of the first trainer of a process for all later ones."""
+def stand_ins(tmp_path, monkeypatch, quiet):
+    """An empty folder with tiny models and datasets where the snippets name those of the hub."""
+    # accelerate keeps the precision of the first trainer of a process for all later ones.
     AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-
-
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=["optimizer", "dpo"])
-def test_snippets_run(snippet, tmp_path, monkeypatch, quiet, no_bfloat16_for_others):
-    """With a tiny model in the place of the hub's, and rows in the place of the dataset's."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     # TRL trains in bfloat16 unless it is told not to, and transformers then asks for a GPU.
     monkeypatch.setattr(transformers.training_args, "is_torch_bf16_gpu_available", lambda: True)
-    make_model().save_pretrained("tiny")
-    # From a folder the tokenizer would be read as a Qwen2 one, which knows none of the words
+    for name in ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B-Instruct"):
+        make_model().save_pretrained(name)
+        make_tokenizer().save_pretrained(name)
+    # From a folder the tokenizer would be read as a Qwen2 one, which knows none of the words.
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *_, **options: make_tokenizer())
-    rows = preference_dataset(8, flipped=False)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"train": rows, "test": rows})
-    code, count = re.subn(r'"Qwen/[^"]+"', '"tiny"', snippet)
-    assert count == 1
-    namespace = {"dataset": rows.rename_column("chosen", "completion").remove_columns("rejected")}
-    exec(code, namespace)  # noqa: S102 - our own page
-    history = namespace["trainer"].state.log_history
-    assert "train_loss" in history[-1] or "train_loss" in history[-2]
+    pairs = preference_dataset(10, flipped=False)
+    completions = pairs.rename_column("chosen", "completion").remove_columns("rejected")
+    for name, rows in {"trl-lib/ultrafeedback_binarized": pairs, "trl-lib/tldr": completions}.items():
+        for split in ("train", "test"):
+            rows.to_json(f"{name}/{split}.jsonl")
+    pairs.to_json("pairs.jsonl")
+    yield {"dataset": completions}
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("page", of_language("python"), ids=name_of)
+def test_python_runs(page, stand_ins):
+    """All snippets of a page, in order and in one namespace: as someone would who reads it."""
+    document = Sybil([PythonCodeBlockParser()]).parse(page)
+    document.namespace.update(stand_ins)
+    for example in document.examples():
+        example.evaluate()
+    trainer = document.namespace.get("trainer")
+    assert trainer is None or any("train_loss" in entry for entry in trainer.state.log_history)
+
+
+@pytest.mark.parametrize("page", of_language("bash"), ids=name_of)
+def test_commands_are_accepted(page, tmp_path):
+    def check(example: Example) -> None:
+        calls = calls_of(example.parsed, tmp_path)
+        assert calls or "export" in example.parsed, example.parsed
+        for call in calls:
+            check_call(call)
+
+    for example in Sybil([CodeBlockParser("bash", check)]).parse(page).examples():
+        example.evaluate()
+
+
+def inline_code(page: Path) -> list[str]:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.findall(r"(?<!`)`([^`]+)`(?!`)", text)
+
+
+# The changelog also names flags that are no more.
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name_of)
+def test_flags_in_the_text_exist(page):
+    for code in inline_code(page):
+        if not code.startswith(("mkdocs", "pip", "ruff")):
+            assert not set(re.findall(r"(?<!\S)--\w+", code)) - known_flags(), code
+
+
+EVERYTHING = {
+    "optimizer.md": [f.name for f in dataclasses.fields(Hyperparameters)],
+    "trainers.md": [f.name for f in dataclasses.fields(PRMArguments) if f.name not in RENAMED],
+    "comparing.md": [name for name in METHODS if not name.startswith("search_")],
+    "noise.md": list(KINDS),
+}
+
+
+@pytest.mark.parametrize("page", EVERYTHING)
+def test_every_name_is_explained(page):
+    names = {word for code in inline_code(ROOT / "docs" / page) for word in re.findall(r"\w+", code)}
+    assert not set(EVERYTHING[page]) - names
+
+
+SCRIPTS = {
+    (script, function): name_of(script) + (f" {function}" if function else "")
+    for script in sorted((ROOT / "results").rglob("*.sh"))
+    for function in re.findall(r"^(\w+)\(\) \{", script.read_text(encoding="utf-8"), re.MULTILINE) or [""]
+}
+
+
+@pytest.mark.parametrize("script, function", SCRIPTS, ids=SCRIPTS.values())
+def test_commands_of_results_are_accepted(script, function, tmp_path):
+    calls = calls_of(script.read_text(encoding="utf-8"), tmp_path, *filter(None, [function]))
+    assert calls
+    for call in calls:
+        check_call(call)
+
+
+WRONG = (
+    "accelerate launch recipes/dpo_noisy.py --sedes 0",
+    "accelerate launch recipes/dpo.py",
+    "accelerate launch --config_file accelerate_configs/zero4.yaml recipes/dpo_noisy.py",
+    "prm-hf dpo --methods prm_row",
+    "prm-hf compare",
+    'pip install -e ".[triln]"',
+    "pytest -m slwo",
+    "python recipes/sweep.py dpo --config recipes/qwen.yaml",
+    "python benchmarks/step.py --shape 0.5b",
+    "python -m tests.distributed.matrices",
+)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_command_is_noticed(wrong, tmp_path):
+    (call,) = calls_of(wrong, tmp_path)
+    with pytest.raises((AssertionError, SystemExit, ValueError)):
+        check_call(call)
+
+
+def run(command: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_first_commands_of_the_readme_run(tmp_path):
+    """As someone types them who has just cloned the repository: in it, and with the output in `runs/`."""
+    block = re.search(r"## Try it\n\n```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    clone = tmp_path / "clone"
+    for folder in ("prm_hf", "recipes"):
+        shutil.copytree(ROOT / folder, clone / folder)
+    environment = {**os.environ, "PYTHONPATH": str(clone), "TQDM_DISABLE": "1"}
+    done = run(["bash", "-e", "-c", block[1]], clone, environment)
+    assert (clone / "runs" / "dpo_noisy" / "report.html").is_file()
+    assert "adamw" in done.stdout.lower()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_file_of_pairs_leads_to_a_report(stand_ins, tmp_path):
+    """The commands of docs/getting_started.md, in their order, on a CPU and with the tiny stand-ins."""
+    preference_dataset(40, flipped=False).to_json("pairs.jsonl")
+    shutil.copytree(ROOT / "recipes", "recipes")
+    page = (ROOT / "docs" / "getting_started.md").read_text(encoding="utf-8")
+    split, *_ = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    exec(split, {})  # noqa: S102 - our own page
+    _, comparison, reports = re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    on_a_cpu = re.search(r"Without a GPU add `([^`]+)`", page)[1]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+    run(["bash", "-e", "-c", f"{comparison.strip()} {on_a_cpu}"], tmp_path, environment)
+    assert list(Path("runs/mine").rglob("report.html"))
+    done = run(["bash", "-e", "-c", reports], tmp_path, environment)
+    assert "AdamW" in done.stdout and Path("report.html").is_file()
+
+
+@pytest.mark.slow
+def test_the_site_is_built(tmp_path):
+    """Without a warning, with every formula set, and without anything that is loaded from elsewhere.
+
+    Docstrings are such that every argument is found.
+    """
+    site = tmp_path / "html"
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
+    run(command, ROOT, environment)
+    pages = {page.relative_to(site).as_posix(): page.read_text(encoding="utf-8") for page in site.rglob("*.html")}
+    assert "<math" in pages["optimizer/index.html"] and "<math" in pages["api/optimizer/index.html"]
+    for name, text in pages.items():
+        assert 'class="arithmatex"' not in text, name
+        # An entry "a, b: …" of a docstring would be shown as an argument of the name "a,".
+        assert not re.findall(r"<b><code>(?:<[^>]*>)*\w+,<", text), name
+        loaded = re.findall(r"<(?:script|img)[^>]* src=[^>]*>|<link[^>]* rel=\"stylesheet\"[^>]*>", text)
+        assert not [tag for tag in loaded if "http" in tag], name

@@ -23,8 +23,11 @@ class Interval:
     """A mean over seeds and examples, and its 95 % interval.
 
     Attributes:
-        low, high: its ends; NaN where the data cannot give one.
-        seeds, examples: how many went into it; 1 example if only each run's mean was known.
+        mean: the mean.
+        low: lower end of the interval; NaN where the data cannot give one.
+        high: upper end of the interval, likewise.
+        seeds: how many seeds went into it.
+        examples: how many examples went into it; 1 if only each run's mean was known.
         p_value: two-sided, of the mean being 0: below 0.05 just where the interval leaves 0 out. NaN without interval.
     """
 
@@ -224,7 +227,9 @@ def rate_at_kl(learning_rates: np.ndarray, kl: np.ndarray, at: float) -> float |
     """The smallest learning rate that drifts to `at`, linear in the logarithms between neighbouring rates.
 
     Args:
-        learning_rates, kl: `[points]` float, in any order. Points without a positive finite KL are left out.
+        learning_rates: of the points, in any order. Shape `(points,)`.
+        kl: of the points. Shape `(points,)`. Points without a positive finite KL are left out.
+        at: the KL that is looked for.
 
     Returns:
         The rate, or None where no neighbouring rates have `at` between them: nothing is extrapolated.

@@ -15,11 +15,13 @@ def drift_metrics(evaluation: PairEvaluation | SequenceEvaluation, beta: float |
     """Drift of the policy's outputs on held-out completions; of pairs, all completions count.
 
     Returns:
-        `drift/reward_abs`: mean over completions of |β (log π - log π_ref)|; only with `beta`, DPO's β.
-        `drift/logratio_abs`: mean over completions of |log π - log π_ref| / tokens, nats a token. A completion
-        without tokens counts as 0.
-        `drift/kl`: mean over completion tokens of KL(π‖π_ref), full vocabulary, nats a token; left out if the
-        reference could not be run.
+        Up to three numbers:
+
+        - `drift/reward_abs`: mean over completions of |β (log π - log π_ref)|; only with `beta`, DPO's β.
+        - `drift/logratio_abs`: mean over completions of |log π - log π_ref| / tokens, nats a token. A completion
+          without tokens counts as 0.
+        - `drift/kl`: mean over completion tokens of KL(π‖π_ref), full vocabulary, nats a token; left out if the
+          reference could not be run.
 
     Raises:
         ValueError: the evaluation is one without a reference.

@@ -58,8 +58,9 @@ def fit_metrics(
     """Fit of training rows, corrupted and clean apart, and of held-out rows.
 
     Args:
-        train, heldout: fit and loss of `n` training rows, and of the held-out rows, as from `row_fit`.
+        train: fit and loss of `n` training rows, as from `row_fit`.
         corrupted: which of the training rows are corrupted. Shape `(n,)`, bool.
+        heldout: fit and loss of the held-out rows.
 
     Returns:
         `memorization/corrupted_fit` (1: the noise is learnt by heart), `memorization/clean_fit`, each also as `…_loss`

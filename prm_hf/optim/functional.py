@@ -1,5 +1,7 @@
 """The functional form of PRM's step."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,16 +20,20 @@ def prm(
     grad_vars: list[Tensor],
     state_steps: list[Tensor],
     exp_avg_signals: list[Tensor] = (),
-    **hyperparameters,
+    **hyperparameters: Any,
 ) -> None:
     """Functional API of one PRM step on lists of whole tensors, updated in place.
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: tensors of equal shapes; with `amsgrad` also `max_exp_avg_sqs`, with
-            `signal_beta` also `exp_avg_signals`.
-        grad_vars: such tensors for `reduction="per_param"`, 0-dim ones for `"per_tensor"`, vectors with an entry a row
-            for `"per_row"`; none for `mask="none"`.
+        params: the parameters.
+        grads: their gradients, of the same shapes, as all lists that follow.
+        exp_avgs: m of each parameter.
+        exp_avg_sqs: v of each parameter.
+        max_exp_avg_sqs: the maxima of v with `amsgrad`; otherwise empty.
+        grad_vars: s of each parameter: of its shape for `reduction="per_param"`, 0-dim for `"per_tensor"`, a vector
+            with an entry a row for `"per_row"`; empty for `mask="none"`.
         state_steps: 0-dim tensors that count the steps before this one.
+        exp_avg_signals: a of each parameter with `signal_beta`; otherwise empty.
         **hyperparameters: the arguments of [`PRM`], with its defaults. With `relative_eps` these are all tensors that
             are trained.
 

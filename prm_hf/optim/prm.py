@@ -29,15 +29,14 @@ _EARLIEST = vars(Hyperparameters(reduction="per_param", estimator="ema", **_UNNA
 class PRM(Optimizer):
     r"""Implements Population Risk Minimization (PRM).
 
-    With :math:`g` the gradient of the batch mean, one step of one scalar parameter is
+    With $g$ the gradient of the batch mean, one step of one scalar parameter is
 
-    .. math::
-        m &\leftarrow \beta_1 m + (1-\beta_1) g, \quad v \leftarrow \beta_2 v + (1-\beta_2) g^2, \quad
-        s \leftarrow \rho s + (1-\rho)(g - m_{prev})^2 \\
-        w &\leftarrow w - \eta \lambda_{wd} w - \eta\, q\, \hat m / (\sqrt{\hat v} + \epsilon)
+    $$\begin{split} m &\leftarrow \beta_1 m + (1-\beta_1) g, \quad v \leftarrow \beta_2 v + (1-\beta_2) g^2, \quad
+    s \leftarrow \rho s + (1-\rho)(g - m_{prev})^2 \\
+    w &\leftarrow w - \eta \lambda_{wd} w - \eta\, q\, \hat m / (\sqrt{\hat v} + \epsilon) \end{split}$$
 
-    where hats are bias corrections. The mask :math:`q \in [0, 1]` compares the squared signal S with the noise N of
-    its estimate, by default :math:`q = S / (S + \lambda \alpha N + \epsilon_q)`; `masks.py` has all formulas.
+    where hats are bias corrections. The mask $q \in [0, 1]$ compares the squared signal S with the noise N of its
+    estimate, by default $q = S / (S + \lambda \alpha N + \epsilon_q)$; `masks.py` has all formulas.
 
     With `reduction="per_tensor"` and `"per_row"` S and N are formed from means over the tensor or the row. With
     `signal_beta` the signal has a slower gradient average of its own.

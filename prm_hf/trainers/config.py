@@ -62,8 +62,6 @@ class PRMArguments:
     `adam_beta2`, `adam_epsilon`, `weight_decay`.
 
     Parameters:
-        > Parameters that control the optimizer
-
         optim (`str`, *optional*, defaults to `"prm"`):
             `"prm"`, or an optimizer of [`~transformers.TrainingArguments`], as `"adamw_torch"`, to train the control
             with the same script: the `prm_*` arguments then have no effect.
@@ -108,8 +106,6 @@ class PRMArguments:
         prm_state_dtype (`str`, *optional*, defaults to `"float32"`):
             How the moments are kept: `"float32"`; `"bf16"` for the first moment in bfloat16 (not under DeepSpeed ZeRO
             and FSDP1); or `"8bit"` for both in 8 bits (on one process and under DDP; needs torchao).
-
-        > Parameters that control the metrics
 
         drift_metrics (`bool`, *optional*):
             Whether to measure how far the policy drifts (for preference pairs also rewards and memorization) at each

@@ -1,0 +1,170 @@
+"""Shell commands of the documentation: what they would run, found by running them with stand-ins for the programs."""
+
+import argparse
+import functools
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+
+from accelerate.commands.launch import launch_command_parser
+from transformers import HfArgumentParser
+from trl import ModelConfig, TrlParser
+
+from prm_hf import cli
+from prm_hf.experiments.dpo import DPOExperiment
+from prm_hf.experiments.experiment import Experiment
+from prm_hf.experiments.randomization import Arguments
+from prm_hf.experiments.sft import SFTExperiment
+from prm_hf.runs.methods import parse_method
+from research import mask_search
+
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = ("accelerate", "mkdocs", "pip", "prm-hf", "pytest", "python", "ruff", ".ci/run")
+STAND_IN = '#!/bin/bash\nprintf "%s\\0" "${0##*/}" "$@" >>"$CALLS"; printf "\\n" >>"$CALLS"\n'
+EXPERIMENTS = {
+    "dpo": DPOExperiment,
+    "recipes/dpo_noisy.py": DPOExperiment,
+    "sft": SFTExperiment,
+    "recipes/sft_noisy.py": SFTExperiment,
+}
+
+
+def calls_of(script: str, folder: Path, *arguments: str) -> list[list[str]]:
+    """The commands that a bash script gives in an empty folder, each a program and its arguments.
+
+    Raises:
+        subprocess.CalledProcessError: bash cannot read the script, or it names a program that is not in `PROGRAMS`.
+    """
+    bin_folder, work, calls = folder / "bin", folder / "work", folder / "calls"
+    for program in PROGRAMS:
+        path = (work if "/" in program else bin_folder) / program
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(STAND_IN)
+        path.chmod(0o755)
+    calls.write_text("")
+    environment = {"PATH": f"{bin_folder}{os.pathsep}/usr/bin{os.pathsep}/bin", "CALLS": str(calls)}
+    command = ["bash", "-e", "-u", "-c", script, "bash", *arguments]
+    subprocess.run(command, cwd=work, env=environment, check=True, capture_output=True, text=True)
+    return [line.split("\0")[:-1] for line in calls.read_text().splitlines()]
+
+
+def check_call(call: list[str]) -> None:
+    """Fails if the program would not accept its arguments, or names a file of the repository that is not there."""
+    program, *arguments = call
+    CHECKS.get(program, lambda arguments: None)(arguments)
+
+
+@functools.cache
+def known_flags() -> set[str]:
+    """The flags of all commands that the documentation speaks of."""
+    classes = {cls for e in EXPERIMENTS.values() for cls in (e.arguments_class, e.config_class)}
+    parsers = [HfArgumentParser(cls) for cls in (*classes, ModelConfig, Arguments)]
+    parsers += [launch_command_parser(), *_subparsers(cli._make_parser())]
+    flags = {flag for parser in parsers for flag in parser._option_string_actions} | {"--config"}
+    scripts = [script.read_text(encoding="utf-8") for script in (ROOT / "benchmarks").glob("*.py")]
+    return flags | {flag for text in scripts for flag in re.findall(r'"(--\w+)"', text)}
+
+
+def _subparsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """A parser and those of its commands."""
+    commands = [action.choices.values() for action in parser._actions if isinstance(action.choices, dict)]
+    return [parser, *(command for choices in commands for command in choices)]
+
+
+def _check_pip(arguments: list[str]) -> None:
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert arguments[0] == "install"
+    for flag, value in pairwise(arguments):
+        if flag == "-c":
+            _check_file(value)
+        if flag == "-e":
+            wanted = value.removeprefix(".").strip("[]")
+            assert not wanted or set(wanted.split(",")) <= set(extras), value
+
+
+def _check_pytest(arguments: list[str]) -> None:
+    markers = re.findall(r'^    "(\w+): ', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    flags = dict(pairwise(arguments))
+    assert "-m" not in flags or flags["-m"] in markers, arguments
+    for argument in arguments:
+        if "/" in argument:
+            _check_file(argument)
+
+
+def _check_python(arguments: list[str]) -> None:
+    if arguments[0] == "-m":
+        name = arguments[1]
+        assert find_spec(name.split(".")[0]) is None or find_spec(name) is not None, name
+        assert name != "prm_hf" or _check_prm_hf(arguments[2:]) is None
+    else:
+        _check_script(arguments[0], arguments[1:])
+
+
+def _check_accelerate(arguments: list[str]) -> None:
+    assert arguments[0] == "launch"
+    launched = launch_command_parser().parse_args(arguments[1:])
+    if launched.config_file:
+        _check_file(launched.config_file)
+    if launched.module:
+        assert launched.training_script == "prm_hf"
+        _check_prm_hf(launched.training_script_args)
+    else:
+        _check_script(launched.training_script, launched.training_script_args)
+
+
+def _check_prm_hf(arguments: list[str]) -> None:
+    if arguments[0] == "sweep":
+        _check_script("recipes/sweep.py", arguments[1:])
+    elif arguments[0] in EXPERIMENTS:
+        _check_experiment(EXPERIMENTS[arguments[0]], arguments[1:])
+    else:
+        cli._make_parser().parse_args(arguments)
+
+
+def _check_script(script: str, arguments: list[str]) -> None:
+    _check_file(script)
+    if script == "recipes/sweep.py":
+        name, *rest = arguments
+        _check_experiment(EXPERIMENTS[name], rest) if name in EXPERIMENTS else _check_script(name, rest)
+    elif script in EXPERIMENTS:
+        _check_experiment(EXPERIMENTS[script], arguments)
+    elif script == mask_search.__name__.replace(".", "/") + ".py":
+        recipe = arguments.pop(0) if arguments and arguments[0] in EXPERIMENTS else "dpo"
+        _check_experiment(EXPERIMENTS[recipe], arguments)
+    elif script == "recipes/randomization.py":
+        HfArgumentParser(Arguments).parse_args(arguments)
+    else:
+        text = (ROOT / script).read_text(encoding="utf-8")
+        for flag in (argument for argument in arguments if argument.startswith("--")):
+            assert f'"{flag}"' in text, flag
+
+
+def _check_experiment(experiment: type[Experiment], arguments: list[str]) -> None:
+    """By the experiment's own parser, but for the files of the user, which nobody has here."""
+    arguments = list(arguments)
+    if "--config" in arguments:
+        at = arguments.index("--config")
+        if (file := arguments[at + 1]).startswith("recipes/"):
+            _check_file(file)
+        del arguments[at : at + 2]
+    parser = TrlParser((experiment.arguments_class, experiment.config_class, ModelConfig))
+    for method in parser.parse_args(arguments).methods:
+        assert method in mask_search.VARIANTS or parse_method(method)
+
+
+def _check_file(path: str) -> None:
+    assert (ROOT / path).exists(), path
+
+
+CHECKS: dict[str, Callable[[list[str]], None]] = {
+    "accelerate": _check_accelerate,
+    "pip": _check_pip,
+    "prm-hf": _check_prm_hf,
+    "pytest": _check_pytest,
+    "python": _check_python,
+}
