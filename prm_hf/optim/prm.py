@@ -18,12 +18,7 @@ from .hyperparameters import Hyperparameters, Options, check_checkpoint_group, n
 from .mask_stats import group_table, mask_summary, mean_masks
 from .masks import statistics_dtype
 from .plan import StepPlan
-from .state import check_state, check_variances, load_state, new_state, restore_steps
-
-
-# What an optimizer meant that was pickled before a setting was there, and what any checkpoint means without it.
-_UNNAMED = {"mask_min_elements": 0}
-_EARLIEST = vars(Hyperparameters(reduction="per_param", estimator="ema", **_UNNAMED))
+from .state import check_state, check_variances, complete, load_state, new_state
 
 
 class PRM(Optimizer):
@@ -144,9 +139,7 @@ class PRM(Optimizer):
         for number, group in enumerate(self.param_groups):
             normalize(group, warn=False)
             group.setdefault(LifeCycle.NUMBER, number)
-            for key, value in (_EARLIEST | self.defaults | _UNNAMED).items():
-                group.setdefault(key, value)
-            restore_steps(group, self.state)
+            complete(group, self.state, self.defaults)
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import masks
+from .hyperparameters import Hyperparameters
 from .quantized import is_quantized, quantized_zeros, read, write
 
 
@@ -62,8 +63,18 @@ def load_state(param_groups: list[dict[str, Any]], state: dict[Tensor, dict], st
                 state[p][key] = saved.detach().clone().to(device=p.device, dtype=dtype)
 
 
-def restore_steps(group: dict[str, Any], state: dict[Tensor, dict]) -> None:
-    """Makes the steps of a group tensors, where an old checkpoint has numbers."""
+def complete(group: dict[str, Any], state: dict[Tensor, dict], defaults: dict[str, Any]) -> None:
+    """Brings a group and its state up to date, which may come from a checkpoint or a pickle of an earlier version.
+
+    The group gets the defaults of what it lacks, and these what was meant before there was such a setting. Steps that
+    are numbers become tensors.
+    """
+    unmasked = {"mask_min_elements": 0}  # a checkpoint keeps the masks that it was trained with
+    earliest = vars(Hyperparameters(reduction="per_param", estimator="ema")) | unmasked
+    for key, value in (earliest | defaults | unmasked).items():
+        group.setdefault(key, value)
+    for key, value in earliest.items():
+        defaults.setdefault(key, value)
     for p in group["params"]:
         step = state.get(p, {}).get("step")
         if step is not None and not isinstance(step, Tensor):

@@ -39,12 +39,12 @@ class UnitTable:
 
     def index(self, ranges: list[UnitRange]) -> Index:
         """Where the units of `ranges` are in the table; a slice, which costs no launch, where they are in a row."""
-        begins = torch.tensor([self._begin[x.tensor] + x.first for x in ranges], dtype=torch.int64)
-        counts = torch.tensor([x.count for x in ranges], dtype=torch.int64)
+        spans = [(self._begin[x.tensor] + x.first, x.count) for x in ranges if x.count]
+        if all(begin + count == other for (begin, count), (other, _) in itertools.pairwise(spans)):
+            first = spans[0][0] if spans else 0
+            return slice(first, first + sum(count for _, count in spans))
+        begins, counts = torch.tensor(spans, dtype=torch.int64).unbind(1)
         index = torch.arange(int(counts.sum())) + (begins - counts.cumsum(0) + counts).repeat_interleave(counts)
-        first = int(index[0]) if len(index) else 0
-        if len(index) == 0 or bool((index.diff() == 1).all()):
-            return slice(first, first + len(index))
         return index.to(self._device)
 
     def whole(self, numbers: list[int]) -> Index:
@@ -54,7 +54,8 @@ class UnitTable:
     def per_unit(self, values: dict[int, float]) -> Tensor:
         """A value a tensor, by its number, repeated for each of its units, `(units,)`."""
         of_tensors = torch.tensor([values[number] for number in self.counts], dtype=self.dtype)
-        return of_tensors.repeat_interleave(torch.tensor(list(self.counts.values()))).to(self._device)
+        counts = torch.tensor(list(self.counts.values()))
+        return of_tensors.repeat_interleave(counts, output_size=len(self)).to(self._device)
 
     def add_up(self, sums: list[tuple[Index, Tensor]], width: int) -> Tensor:
         """The sums over whole units from those over shards, `(units, width)`. Collective, one all-reduce.

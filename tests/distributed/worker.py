@@ -118,7 +118,7 @@ class RecordingPRM(PRM):
         h = Hyperparameters.of_group(group)
         average = state.get("exp_avg_signal", state["exp_avg"])
         squares = average.square() if h.reduction == "per_param" else row_mean_squares([average])[0]
-        q = masks.compute_mask(squares, state["grad_var"], masks.step_scalars(state["step"], h), h)[0]
+        q = masks.compute_mask(squares, state["grad_var"], masks.step_scalars(state["step"], h, p.numel()), h)[0]
         if group["reduction"] == "per_row":
             q = masks.over_rows(q, state["exp_avg"]).expand_as(state["exp_avg"])
         return q.flatten()

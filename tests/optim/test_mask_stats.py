@@ -87,7 +87,8 @@ def test_mask_stats_of_tensors_in_several_blocks_are_those_of_one(monkeypatch):
 
 def test_mask_stats_per_group_and_before_the_first_step():
     params = make_params()
-    optimizer = PRM([{"params": params[:2], "mask": "none"}, {"params": params[2:]}], reduction="per_tensor")
+    groups = [{"params": params[:2], "mask": "none"}, {"params": params[2:]}]
+    optimizer = PRM(groups, reduction="per_tensor", mask_min_elements=0)
     empty = optimizer.get_mask_stats()
     assert empty["parameter_count"] == 0 and np.isnan(empty["mean_q"])
     train(optimizer, params, steps=3)
