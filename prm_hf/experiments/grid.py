@@ -47,9 +47,9 @@ class Grid(ABC):
         """The folder that the folder of a run lies in."""
         return self.output_dir
 
-    @abstractmethod
     def __len__(self) -> int:
-        """The number of all runs."""
+        """The number of all runs, controls included."""
+        return len(self.specify_runs())
 
     @abstractmethod
     def specify_runs(self) -> list[RunSpec]:
@@ -124,7 +124,7 @@ class ComparisonGrid(Grid):
         }
 
     def __len__(self) -> int:
-        return (sum(map(len, self.rates.values())) + len(self.controls) + len(self.ceilings)) * len(self.seeds)
+        return super().__len__() + (len(self.controls) + len(self.ceilings)) * len(self.seeds)
 
     def specify_runs(self) -> list[RunSpec]:
         """All runs but the controls, seed by seed, so that what is there when time is up can be compared."""

@@ -162,52 +162,6 @@ class StopWhenFitted(TrainerCallback):
             control.should_training_stop = True
 
 
-def make_trainer(spec: RunSpec, folder: Path) -> Trainer:
-    settings, method = spec.settings, parse_method(spec.method).changes()
-    config = {
-        "output_dir": str(folder),
-        "seed": spec.seed,
-        "learning_rate": spec.learning_rate,
-        **{name: settings[name] for name in (*TRAINING, "max_steps")},
-        "per_device_train_batch_size": settings["batch_size"],
-        "per_device_eval_batch_size": 256,
-        "eval_strategy": "steps",
-        "eval_on_start": True,
-        "logging_steps": settings["eval_steps"],
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-    }
-    noise = {"kind": settings["kind"], "noise_rate": settings["p"], "seed": spec.seed}
-    if settings["model"] in CLASSIFIERS:
-        data = corrupt(digits(settings["rows"], settings["heldout_rows"]), **noise).with_format("torch")
-        torch.manual_seed(spec.seed)
-        prm = {name.removeprefix("prm_"): value for name, value in method.items() if name.startswith("prm_")}
-        return Trainer(
-            AutoModelForImageClassification.from_config(CLASSIFIERS[settings["model"]]),
-            TrainingArguments(**config),
-            train_dataset=data["train"],
-            eval_dataset=data["test"],
-            optimizer_cls_and_kwargs=(PRM, {"lr": spec.learning_rate, **prm}) if prm else None,
-        )
-    demo = build_demo()
-    data = {
-        "train": demo.train.select(range(settings["rows"])),
-        "test": demo.test.select(range(settings["heldout_rows"])),
-    }
-    trainer_class, config_class = PRMDPOTrainer, PRMDPOConfig
-    if settings["model"] == "sft":
-        data = {name: completion_rows(split) for name, split in data.items()}
-        trainer_class, config_class = PRMSFTTrainer, PRMSFTConfig
-    if settings["kind"] in INPUT_KINDS:
-        noise["tokenizer"] = AutoTokenizer.from_pretrained(demo.model_path)
-    data = corrupt(DatasetDict(data), **noise)
-    args = config_class(**config, **method, max_length=64, drift_metrics=False, gradient_checkpointing=False)
-    return trainer_class(demo.model_path, args=args, train_dataset=data["train"], eval_dataset=data["test"])
-
-
 class RandomizationGrid(Grid):
     """Each model on each kind of data, with each method and seed; a folder for each model and kind."""
 
@@ -219,9 +173,6 @@ class RandomizationGrid(Grid):
 
     def info_of(self, spec: RunSpec) -> dict[str, Any]:
         return {"task": "randomization", "noise_rate": spec.settings["p"], "model": spec.settings["model"]}
-
-    def __len__(self) -> int:
-        return len(self.specify_runs())
 
     def specify_runs(self) -> list[RunSpec]:
         """All runs, with all that they depend on in their settings."""
@@ -236,7 +187,50 @@ class RandomizationGrid(Grid):
         return specs
 
     def make_trainer(self, spec: RunSpec, folder: Path) -> Trainer:
-        trainer = make_trainer(spec, folder)
+        settings, method = spec.settings, parse_method(spec.method).changes()
+        config = {
+            "output_dir": str(folder),
+            "seed": spec.seed,
+            "learning_rate": spec.learning_rate,
+            **{name: settings[name] for name in (*TRAINING, "max_steps")},
+            "per_device_train_batch_size": settings["batch_size"],
+            "per_device_eval_batch_size": 256,
+            "eval_strategy": "steps",
+            "eval_on_start": True,
+            "logging_steps": settings["eval_steps"],
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,
+            "disable_tqdm": True,
+        }
+        noise = {"kind": settings["kind"], "noise_rate": settings["p"], "seed": spec.seed}
+        if settings["model"] in CLASSIFIERS:
+            data = corrupt(digits(settings["rows"], settings["heldout_rows"]), **noise).with_format("torch")
+            torch.manual_seed(spec.seed)
+            prm = {name.removeprefix("prm_"): value for name, value in method.items() if name.startswith("prm_")}
+            trainer = Trainer(
+                AutoModelForImageClassification.from_config(CLASSIFIERS[settings["model"]]),
+                TrainingArguments(**config),
+                train_dataset=data["train"],
+                eval_dataset=data["test"],
+                optimizer_cls_and_kwargs=(PRM, {"lr": spec.learning_rate, **prm}) if prm else None,
+            )
+        else:
+            demo = build_demo()
+            data = {
+                "train": demo.train.select(range(settings["rows"])),
+                "test": demo.test.select(range(settings["heldout_rows"])),
+            }
+            trainer_class, config_class = PRMDPOTrainer, PRMDPOConfig
+            if settings["model"] == "sft":
+                data = {name: completion_rows(split) for name, split in data.items()}
+                trainer_class, config_class = PRMSFTTrainer, PRMSFTConfig
+            if settings["kind"] in INPUT_KINDS:
+                noise["tokenizer"] = AutoTokenizer.from_pretrained(demo.model_path)
+            data = corrupt(DatasetDict(data), **noise)
+            args = config_class(**config, **method, max_length=64, drift_metrics=False, gradient_checkpointing=False)
+            trainer = trainer_class(demo.model_path, args=args, train_dataset=data["train"], eval_dataset=data["test"])
         trainer.add_callback(MemorizationCallback(trainer))
         trainer.add_callback(StopWhenFitted())
         return trainer
@@ -252,9 +246,8 @@ class RandomizationGrid(Grid):
             # What another row's completion would score: all of them have some words in common
             rows = [[token for token in row if token != -100] for row in trainer.eval_dataset["labels"]]
             pairs = zip(rows, rows[1:] + rows[:1], strict=True)
-            found["chance"] = float(
-                np.mean([np.mean([x == y for x, y in zip(*both, strict=False)]) for both in pairs])
-            )
+            equal = [np.mean([x == y for x, y in zip(*both, strict=False)]) for both in pairs]
+            found["chance"] = float(np.mean(equal))
         return found, {}
 
     def describe(self, spec: RunSpec, metrics: dict[str, float]) -> str:
@@ -275,13 +268,11 @@ def prepare_process() -> None:
     disable_progress_bars()
 
 
-@interruptible
-def work(args: Arguments) -> int:
+def work(args: Arguments) -> None:
     """Makes runs beside the process that reports, which says of each how it ended."""
     prepare_process()
     with silenced():
         Runner(RandomizationGrid(args), overwrite=args.overwrite_runs, reports=False).make_all()
-    return 0
 
 
 @interruptible

@@ -7,6 +7,7 @@ folder that `prm-hf compare` reads, and has the grid report on them.
 import contextlib
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
@@ -23,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ..runs.read import checkpoints
 from ..runs.write import RunSpec, fail_run, failure_of, find_folder, finished_metrics
-from . import OUT_OF_TIME, interruptible
+from . import OUT_OF_TIME
 from .checks import check_data, check_experiment, folder_of_data, folder_of_rate
 from .data import load_data
 from .experiment import Experiment
@@ -59,8 +60,10 @@ def run_comparisons(task: type[Experiment], arguments: list[str]) -> int:
 def workers_beside(n: int, work: Callable[..., Any], *arguments: Any) -> Iterator[None]:
     """Has `n` processes call `work(*arguments)`, a function of a module, until this process is through too."""
     workers = [get_context("spawn").Process(target=work, args=arguments, daemon=True) for _ in range(n)]
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as workers inherit it: this process ends them
     for worker in workers:
         worker.start()
+    signal.signal(signal.SIGINT, handler)
     yield  # an error here ends the workers with this process, as they are daemons
     for worker in workers:
         worker.join()
@@ -77,11 +80,10 @@ def silenced() -> Iterator[None]:
         yield
 
 
-@interruptible
-def _compare_beside(task: type[Experiment], arguments: list[str], deadline: float | None, threads: int) -> int:
+def _compare_beside(task: type[Experiment], arguments: list[str], deadline: float | None, threads: int) -> None:
     torch.set_num_threads(threads)
     with silenced():
-        return _compare(task.parse(arguments), deadline, reports=False)
+        _compare(task.parse(arguments), deadline, reports=False)
 
 
 def _compare(experiment: Experiment, deadline: float | None, reports: bool = True) -> int:

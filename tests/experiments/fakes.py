@@ -55,9 +55,6 @@ class FakeGrid(Grid):
         self.trainers, self.make = trainers or {}, make
         self.trained, self.reported = [], None
 
-    def __len__(self):
-        return len(self.seeds)
-
     def specify_runs(self):
         return [RunSpec("adamw", 1e-3, seed, self.settings) for seed in self.seeds]
 

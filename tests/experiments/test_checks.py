@@ -12,7 +12,7 @@ from prm_hf.experiments.checks import check_experiment, folder_of_data, folder_o
 from prm_hf.experiments.dpo import DIVERGENCES, LOSS_TYPES, DPOExperiment
 from prm_hf.experiments.sft import SFTExperiment
 
-from .comparisons import ON_CPU
+from .comparisons import ON_CPU, ROOT
 
 
 MODEL = ["--model_name_or_path", "m", *ON_CPU]
@@ -145,6 +145,15 @@ def test_sft_too(nothing_is_loaded, arguments, message):
 def test_what_has_an_effect_passes(arguments):
     check_experiment(DPOExperiment.parse(arguments))
     check_experiment(SFTExperiment.parse([]))
+
+
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_recipes_have_no_arguments_without_effect(path):
+    experiment = SFTExperiment if path.stem.startswith("sft") else DPOExperiment
+    check_experiment(experiment.parse(["--config", str(path), "--dataset_name", "a", *ON_CPU]))
 
 
 def test_names_of_losses_are_those_of_trl():
