@@ -19,10 +19,10 @@ from . import plots
 from .cells import CONTRAST_HEADER, contrast_cells, footnote, lost_and_caveats, row_cells, row_header, told_apart
 from .comparison import Comparison, build_comparison, build_comparisons
 from .contrasts import Contrast
-from .findings import judge
 from .rows import Row
 from .sections import as_html
 from .statistics import Interval, finite
+from .verdict import judge
 
 
 WIDTH = 120
@@ -125,7 +125,8 @@ def plain_text(comparisons: list[Comparison], verbose: bool = False) -> str:
         if caveats and not verbose:
             caveats = [f"{len(caveats)} caveats apply: `prm-hf compare --verbose` lists them."]
         title = map(wrap, filter(None, told_apart(comparisons, i)))
-        verdict = "\n".join(map(printable, comparison.verdict))  # not wrapped: a command is to be copied
+        # A command is to be copied, and is not wrapped.
+        verdict = "\n".join(printable(x) if x.startswith("Next, ") else wrap(x) for x in comparison.verdict)
         remarks = "\n".join(wrap(text, "- ", "  ") for text in (*lost, *caveats))
         parts = *title, verdict, rows, wrap(footnote(comparison)), contrasts, remarks
         texts.append("\n\n".join(filter(None, parts)))

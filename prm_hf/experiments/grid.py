@@ -78,7 +78,9 @@ class Grid:
         configured_as = method
         if source is not None:
             configured_as = source if method == "shuffled_q" else parse_method(source).baseline
-        described = settings_of(self.configure(configured_as), **self.settings, **extra)
+        if parse_method(method).clean_labels:
+            extra["noise_rate"] = 0.0
+        described = settings_of(self.configure(configured_as), **{**self.settings, **extra})
         return RunSpec(method, learning_rate, seed, described, configured_as)
 
     def _control(self, control: str, row: tuple[str, float], seed: int, metrics: Metrics) -> RunSpec | str:
