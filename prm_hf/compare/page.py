@@ -12,30 +12,63 @@ from ..runs.text import printable
 
 
 _STYLE = """
-:root { color-scheme: light dark; --text: #1c1e21; --quiet: #62676e; --page: #fff; --card: #f5f6f8; --line: #dfe2e6;
+:root { color-scheme: light dark; --text: #1c1e21; --quiet: #5a6067; --page: #fff; --card: #f5f6f8; --line: #dfe2e6;
   --accent: #0072b2; }
-@media (prefers-color-scheme: dark) { :root { --text: #e6e8eb; --quiet: #9aa1a9; --page: #15171a; --card: #1e2126;
+@media (prefers-color-scheme: dark) { :root { --text: #e6e8eb; --quiet: #a3aab2; --page: #15171a; --card: #1e2126;
   --line: #33383f; --accent: #56b4e9; } }
-body { margin: 0 auto; max-width: 1120px; padding: 2.5rem 1.5rem 4rem; background: var(--page); color: var(--text);
-  font: 16px/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1360px; padding: 1rem 1.5rem 4rem; background: var(--page); color: var(--text);
+  font: 16px/1.45 system-ui, sans-serif; overflow-wrap: break-word; }
+h1 { font-size: 1.25rem; margin: 0 0 .5rem; }
 h2 { font-size: 1.15rem; margin: 2.6rem 0 .8rem; }
-p, li { max-width: 82ch; }
-.quiet, figcaption { color: var(--quiet); font-size: .875rem; max-width: none; }
-.summary { padding: 1rem 1.2rem; background: var(--card); border-left: 4px solid var(--accent); max-width: none; }
-.scroll, pre { overflow-x: auto; }
+h3 { font-size: 1rem; margin: 1rem 0 .3rem; }
+p, li { max-width: 100ch; margin: .25rem 0; }
+.quiet, figcaption, caption { color: var(--quiet); font-size: .875rem; max-width: none; }
+.verdict { padding: .6rem 1rem; background: var(--card); border-left: 4px solid var(--accent); }
+.verdict p { max-width: none; }
+.screen { display: grid; grid-template-columns: 3fr 2fr; gap: 1.5rem; margin: .8rem 0; align-items: start; }
+.screen > section { min-width: 0; }
+.chart { width: 100%; }
+.plain { list-style: none; padding: 0; }
+.command { display: flex; gap: .5rem; align-items: start; max-width: none; }
+.command code { flex: 1; min-width: 0; overflow-x: auto; white-space: nowrap; padding: .25rem .5rem;
+  font-size: .8125rem; background: var(--page); border: 1px solid var(--line); border-radius: 4px; }
+button { font: inherit; font-size: .8125rem; padding: .2rem .7rem; color: var(--text); background: var(--page);
+  border: 1px solid var(--quiet); border-radius: 4px; cursor: pointer; white-space: nowrap; }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+pre { white-space: pre-wrap; font-size: .8125rem; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+caption { text-align: left; padding-bottom: .3rem; }
+th, td { padding: .35rem .5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--quiet); }
 .left { text-align: left; }
-td.left:last-child { white-space: normal; }
+th, td.left { white-space: normal; }
+td.left { overflow-wrap: anywhere; }
 tr.best td { font-weight: 650; }
 tr.first td { border-top: 2px solid var(--line); }
-.chip { display: inline-block; width: .7em; height: .7em; margin-right: .5em; border-radius: 2px; }
+.chip { display: inline-block; width: .7em; height: .7em; margin-right: .5em; border-radius: 2px;
+  background: var(--light); }
+@media (prefers-color-scheme: dark) { .chip { background: var(--dark); } }
 figure { margin: 1rem 0 0; }
-figure img { display: block; width: 100%; height: auto; background: #fff; }
-figure.narrow img { max-width: 820px; }
+figure img { display: block; width: 100%; max-width: 1100px; height: auto; background: #fff; }
+details { border-top: 1px solid var(--line); padding: .5rem 0; }
 summary { cursor: pointer; font-weight: 600; }
+@media (max-width: 760px) {
+  body { padding: .5rem .75rem 3rem; font-size: 14px; line-height: 1.35; }
+  h1 { font-size: 1rem; margin: 0 0 .3rem; }
+  .screen { grid-template-columns: minmax(0, 1fr); gap: .4rem; margin: .4rem 0; }
+  .verdict { padding: .4rem .6rem; }
+  table.compact { font-size: .75rem; }
+  table.compact th, table.compact td { padding: .2rem .25rem; }
+  table:not(.compact) thead { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
+  table:not(.compact), table:not(.compact) tbody, table:not(.compact) tr { display: block; }
+  table:not(.compact) caption { display: block; }
+  table:not(.compact) tr { border-top: 2px solid var(--line); padding: .3rem 0; }
+  table:not(.compact) td { white-space: normal; overflow-wrap: anywhere; }
+  table:not(.compact) td { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: .1rem 0; }
+  table:not(.compact) td::before { content: attr(data-head); color: var(--quiet); font-weight: 400; flex: none;
+    max-width: 45%; text-align: left; }
+}
 """
 
 
@@ -44,14 +77,13 @@ def escape(text: str) -> str:
     return html.escape(printable(text))
 
 
-def document(title: str, sections: Iterable[str]) -> str:
-    """A whole page of sections that are HTML already; empty ones are left out."""
+def document(title: str, sections: Iterable[str], scripts: str = "") -> str:
+    """A whole page of sections that are HTML already; empty ones are left out. The scripts come last."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(filter(None, sections))
-        + "\n</body>\n</html>\n"
+        f'<link rel="icon" href="data:,">\n<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n'
+        "</head>\n<body>\n<main>\n" + "\n".join(filter(None, sections)) + f"\n</main>\n{scripts}\n</body>\n</html>\n"
     )
 
 
@@ -75,26 +107,63 @@ def bullets(title: str, texts: list[str]) -> str:
     return section(title, f"<ul>{''.join(tag('li', text) for text in texts)}</ul>" if texts else "")
 
 
-def folded(title: str, value: Any) -> str:
-    """A value as JSON, shown on a click."""
+def details(title: str, *contents: str) -> str:
+    """HTML that is shown on a click; empty without any."""
+    found = "\n".join(filter(None, contents))
+    return f"<details>{tag('summary', title)}\n{found}\n</details>" if found else ""
+
+
+def json_block(value: Any) -> str:
+    """A value as JSON."""
     text = json.dumps(value, indent=1, default=str, ensure_ascii=False)
-    lines = "\n".join(map(escape, text.split("\n")))
-    return f"<details>{tag('summary', title)}<pre>{lines}</pre></details>"
+    return "<pre>" + "\n".join(map(escape, text.split("\n"))) + "</pre>"
 
 
-def table(header: list[str], left: set[int], rows: list[tuple[str, list[str]]]) -> str:
-    """`rows` are (class of the row, cells as HTML); the columns `left` are aligned to the left."""
-
-    def cells(name: str, values: list[str]) -> str:
-        return "".join(f"<{name}{' class=left' if i in left else ''}>{v}</{name}>" for i, v in enumerate(values))
-
-    body = "".join(f"<tr{f' class={kind!r}' if kind else ''}>{cells('td', values)}</tr>\n" for kind, values in rows)
-    head = f"<thead><tr>{cells('th', [escape(name) for name in header])}</tr></thead>"
-    return f'<div class="scroll"><table>{head}\n<tbody>\n{body}</tbody></table></div>'
+def copy_button(text: str, label: str = "Copy the command") -> str:
+    """A button that copies a text; empty without one."""
+    return (
+        f'<button type="button" data-copy="{escape(text)}" aria-label="{escape(label)}">Copy</button>' if text else ""
+    )
 
 
-def figure(png: bytes, caption: str, narrow: bool = False) -> str:
+def command(text: str) -> str:
+    """A command, and a button that copies it."""
+    code = f'<code tabindex="0">{escape(text)}</code>'
+    return f'<div class="command">{code}{copy_button(text)}</div>'
+
+
+def table(
+    header: list[str], left: set[int], rows: list[tuple[str, list[str]]], caption: str = "", kind: str = ""
+) -> str:
+    """`rows` are (class of the row, cells as HTML); the columns `left` are aligned to the left.
+
+    On a narrow screen each row becomes a list of its cells, with the heads of their columns, unless `kind` is
+    `"compact"`. The roles tell a screen reader that it is a table still.
+    """
+    heads = list(map(escape, header))
+
+    def cells(values: list[str]) -> str:
+        return "".join(
+            f'<td role="cell" data-head="{head}"{" class=left" if i in left else ""}>{value}</td>'
+            for i, (head, value) in enumerate(zip(heads, values, strict=True))
+        )
+
+    body = "".join(
+        f'<tr role="row"{f" class={name!r}" if name else ""}>{cells(values)}</tr>\n' for name, values in rows
+    )
+    head = "".join(
+        f'<th role="columnheader" scope="col"{" class=left" if i in left else ""}>{name}</th>'
+        for i, name in enumerate(heads)
+    )
+    shown = tag("caption", caption) if caption else ""
+    return (
+        f'<table role="table"{f" class={kind!r}" if kind else ""}>{shown}<thead role="rowgroup"><tr role="row">{head}'
+        f'</tr></thead>\n<tbody role="rowgroup">\n{body}</tbody></table>'
+    )
+
+
+def figure(png: bytes, caption: str) -> str:
     """A picture, embedded, and the text under it."""
     data, caption = base64.b64encode(png).decode("ascii"), escape(caption)
     image = f'<img src="data:image/png;base64,{data}" alt="{caption}">'
-    return f"<figure{' class=narrow' if narrow else ''}>{image}<figcaption>{caption}</figcaption></figure>"
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"

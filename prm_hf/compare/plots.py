@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +107,7 @@ def plot_frontier(comparison: Comparison) -> Figure | None:
     Curves go through the means over seeds (geometric for the KL), with standard errors: over seeds, or over held-out
     examples where there is one seed. None if no run has both numbers.
     """
-    points = {row: [run for run in row.runs if _has_point(run)] for row in comparison.rows}
+    points = {row: [run for run in row.runs if has_point(run)] for row in comparison.rows}
     kls = {row: np.array([run.metrics[KL] for run in runs]) for row, runs in points.items() if runs}
     if not kls:
         return None
@@ -116,7 +116,7 @@ def plot_frontier(comparison: Comparison) -> Figure | None:
         figure, [[axes]] = new_figure(9.2, 5.6)
         axes.set_xscale("log")
         for i, (method, rows) in enumerate(comparison.methods().items()):
-            rows = sorted((row for row in rows if row in kls), key=lambda row: _geometric_mean(kls[row]))
+            rows = sorted((row for row in rows if row in kls), key=lambda row: geometric_mean(kls[row]))
             if rows:
                 _draw_curve(axes, rows, kls, *styles[method], side=i)
             for row in rows:
@@ -143,7 +143,7 @@ def plot_frontier(comparison: Comparison) -> Figure | None:
 
 def _draw_curve(axes: Axes, rows: list[Row], kls: dict[Row, np.ndarray], colour: str, marker: str, side: int) -> None:
     """Draws one method, with its learning rates beside the points: on one of four sides, so that methods differ."""
-    x, y = [_geometric_mean(kls[row]) for row in rows], [row.accuracy for row in rows]
+    x, y = [geometric_mean(kls[row]) for row in rows], [row.accuracy for row in rows]
     # Controls are points of their own, each bound to another PRM run: no curve joins them.
     line = "none" if any(row.source for row in rows) else "-"
     look = {"color": colour, "marker": marker, "linestyle": line, "markeredgecolor": "white", "capsize": 2.5}
@@ -158,11 +158,11 @@ def _draw_curve(axes: Axes, rows: list[Row], kls: dict[Row, np.ndarray], colour:
             axes.annotate(format_rate(row.learning_rate), place, **label)
 
 
-def _has_point(run: Run) -> bool:
+def has_point(run: Run) -> bool:
     return finite(run.metrics.get(KL)) and run.metrics[KL] > 0 and finite(run.metrics.get(run.measures.accuracy))
 
 
-def _geometric_mean(values: np.ndarray) -> float:
+def geometric_mean(values: Sequence[float]) -> float:
     return float(np.exp(np.mean(np.log(values))))
 
 

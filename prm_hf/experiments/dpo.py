@@ -22,11 +22,6 @@ from .runner import run_comparisons
 
 
 EARLY_STOPPING = ("early_stopping", CLEAN := "early_stopping_clean")
-# Of TRL, which says so in the first step.
-LOSS_TYPES = (
-    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
-    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
-)
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 VALIDATION_EVERY = 10  # one training pair of ten is kept for validation
 
@@ -96,9 +91,6 @@ class DPOExperiment(Experiment):
 
     def check_method(self, method: Method, config: PRMDPOConfig) -> None:
         """What TRL says once the model and the references are there."""
-        unknown = [name for name in config.loss_type if name not in LOSS_TYPES]
-        if unknown:
-            raise ValueError(f"`loss_type` has {unknown[0]!r}, and TRL knows {', '.join(LOSS_TYPES)}.")
         if "exo_pair" in config.loss_type and not config.label_smoothing:
             raise ValueError("`loss_type` is 'exo_pair', which needs a `label_smoothing` above 0, as 1e-3.")
         for name, known in (("truncation_mode", ("keep_start", "keep_end")), ("f_divergence_type", DIVERGENCES)):

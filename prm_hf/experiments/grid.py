@@ -156,7 +156,7 @@ class ComparisonGrid(Grid):
         for ceiling in self.ceilings:
             adamw = "adamw" if "adamw" in self.rates else next(iter(self.rates))
             rate = self._best(made, [adamw])[1]
-            found += [self._specify(ceiling.name, rate, seed, noise_rate=0.0) for seed in self.seeds]
+            found += [self._specify(ceiling.name, rate, seed) for seed in self.seeds]
         return [x for x in found if isinstance(x, RunSpec)], [x for x in found if isinstance(x, str)]
 
     def _best(self, made: MadeRuns, methods: list[str]) -> tuple[str, float]:
@@ -213,6 +213,8 @@ class ComparisonGrid(Grid):
         configured_as = method
         if source is not None:
             configured_as = source if method == "shuffled_q" else parse_method(source).baseline
+        if parse_method(method).clean_labels:
+            extra["noise_rate"] = 0.0
         described = settings_of(self.configure(configured_as), **{**self.settings, **extra})
         return RunSpec(method, learning_rate, seed, described, configured_as, self.defaults)
 

@@ -1,12 +1,14 @@
 """What a comparison is found to show: which cases hold, and the numbers in them, but not their words."""
 
 import json
+import shlex
 
 import pytest
 
 from prm_hf.compare import compare_runs, format_comparison, plots
 from prm_hf.compare.contrasts import BEST_LR, FRONTIER
-from prm_hf.compare.findings import ANSWERS, CAVEATS, LOST, MEANINGS, NEXT
+from prm_hf.compare.findings import CAVEATS, LOST
+from prm_hf.compare.verdict import ANSWERS, MEANINGS, NEXT
 
 from .compared_runs import ACCURACY, contrast, write_grid, write_run
 
@@ -85,7 +87,19 @@ def test_every_opponent_is_named_and_the_strongest_adamw_decides(tmp_path, rival
 def test_an_opponent_without_a_shared_seed_is_named_too(tmp_path):
     write_grid(tmp_path, seeds=MANY, prm_gain=0.1, constant=0.75)
     write_method(tmp_path, "adamw_eps:10", 0.0, seeds=(7,))
-    assert "ahead of AdamW, not known to be ahead of AdamW eps 10" in compare_runs(tmp_path).verdict[0]
+    comparison = compare_runs(tmp_path)
+    assert "ahead of AdamW, not known to be ahead of AdamW eps 10" in comparison.verdict[0]
+    assert comparison.answer == "unbeaten"
+
+
+def test_an_adamw_at_one_rate_that_is_as_good_is_no_win(tmp_path):
+    """It has no frontier, and is compared at the best rates."""
+    write_grid(tmp_path, seeds=MANY, prm_gain=0.1)
+    for seed in MANY:
+        write_run(tmp_path, "adamw_eps:10", 1e-3, seed, 0.85, 0.4)
+    comparison = compare_runs(tmp_path)
+    assert comparison.answer == "unbeaten" and "ahead of AdamW, level with AdamW eps 10" in comparison.verdict[0]
+    assert comparison.verdict[2].startswith("Next, more learning rates: prm-hf dpo ")
 
 
 def test_more_learning_rates_than_adamw_are_no_win(tmp_path):
@@ -124,6 +138,36 @@ def test_what_it_means_to_the_reader(tmp_path, prm, clean, meaning):
     if clean is not None:
         write_method(tmp_path, "adamw_clean", clean, settings={"noise_rate": 0})
     assert meaning in compare_runs(tmp_path).verdict[1]
+
+
+def test_what_the_best_tuned_adamw_gives_back_is_said(tmp_path):
+    write_grid(tmp_path, seeds=MANY, prm_gain=0.06)
+    write_method(tmp_path, "adamw_eps:10", 0.02)
+    write_method(tmp_path, "adamw_clean", 0.1)
+    assert "gives back 6.0 of the 10.0 points" in compare_runs(tmp_path).verdict[1]
+    assert compare_runs(tmp_path).verdict[1].endswith("AdamW, and AdamW eps 10 2.0.")
+
+
+def test_the_next_command(tmp_path):
+    write_grid(tmp_path, seeds=range(5), prm_gain=0.1, prm=("prm_rows_eps:10",))
+    configuration = compare_runs(tmp_path).verdict[2]
+    assert configuration.startswith("Next, in your own training: PRMDPOConfig(prm_reduction='per_row', ")
+    assert "relative_eps=10.0, learning_rate=0.01)" in configuration
+
+
+def test_the_command_of_own_data(tmp_path):
+    own = {"dataset": "my pairs.jsonl", "model": "tiny"}
+    settings = {"num_train_epochs": 2, "max_steps": -1, "beta": 0.1, "model_use_peft": True, "effective_batch_size": 8}
+    for seed in MANY:
+        for lr, kl, accuracy in ((1e-4, 0.1, 0.70), (1e-3, 0.4, 0.75), (1e-2, 1.6, 0.65)):
+            write_run(tmp_path, "adamw", lr, seed, accuracy, kl, settings=settings, **own)
+            write_run(tmp_path, "prm_debiased", lr, seed, accuracy, kl, settings=settings, **own)
+    _, _, command = compare_runs(tmp_path).verdict[2].partition(": ")
+    words = shlex.split(command)
+    assert words[:2] == ["prm-hf", "dpo"] and words[words.index("--dataset_name") + 1] == "my pairs.jsonl"
+    expected = {"--num_train_epochs": "2", "--beta": "0.1", "--per_device_train_batch_size": "8"}
+    assert {key: words[words.index(key) + 1] for key in expected} == expected
+    assert "--use_peft" in words and "--max_steps" not in words and "--learning_rates 1e-4 1e-3 1e-2 --prm" in command
 
 
 def test_the_ceiling_is_no_opponent(tmp_path):

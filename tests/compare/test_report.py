@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from prm_hf.compare import compare_runs, format_comparison, plots, write_report
+from prm_hf.compare import chart, compare_runs, format_comparison, plots, write_report
 
 from .compared_runs import ACCURACY, KL, write_grid, write_run
 
@@ -66,11 +66,40 @@ def test_report_is_self_contained(tmp_path):
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["statements"] == comparison.statements
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
-    assert "http" not in page and "<script" not in page and "<link" not in page and "src=" in page
-    assert set(re.findall(r'(?:src|href)="([^,"]*)', page)) == {"data:image/png;base64"}
-    assert "prefers-color-scheme: dark" in page and page.count("<svg") == sum(
-        1 for c in comparison.contrasts if c.interval
+    body = page.split("<script>")[0]  # without Vega's own scripts
+    assert "http" not in body and body.count("<script") == 1 and "&lt;script&gt;" in body
+    assert set(re.findall(r'(?:src|href)="([^",]*)', body)) == {"data:", "data:image/png;base64"}
+    assert "prefers-color-scheme: dark" in page
+    assert body.count("<svg") == sum(1 for c in comparison.contrasts if c.interval)
+
+
+def test_the_chart_has_the_numbers(tmp_path):
+    write_grid(tmp_path, seeds=(0, 1), constant=0.74)
+    write_run(tmp_path, "</script><b>", 1e-3, 0, 0.7, 0.4, name="odd")
+    comparison = compare_runs(tmp_path)
+    text = re.search(
+        r'<script type="application/json" id="frontier0">(.*?)</script>', format_comparison(comparison, "html")
     )
+    spec = json.loads(text[1])
+    points = max(spec["datasets"].values(), key=len) if "datasets" in spec else spec["layer"][0]["data"]["values"]
+    assert len(points) == len(comparison.runs)
+    (one,) = [x for x in points if (x["method"], x["rate"], x["seed"]) == ("PRM per_tensor", "1e-2", "1")]
+    assert (one["accuracy"], one["kl"], one["noise"], one["q"]) == (0.75, 0.4, "0.4", "0.05")
+    tooltips = [entry["title"] for entry in spec["layer"][0]["encoding"]["tooltip"]]
+    assert tooltips[:5] == ["method", "learning rate", "seed", "held-out accuracy", "KL, nats a token"]
+    assert len(spec["usermeta"]["light"]) == len(spec["usermeta"]["dark"]) == len(comparison.methods())
+
+
+def luminance(colour):
+    """Of `#rrggbb`, as the guidelines for web content define it."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    return sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_colours_are_seen_on_a_dark_page():
+    for colour in plots._COLOURS:
+        assert (luminance(chart.on_dark(colour)) + 0.05) / (luminance("#15171a") + 0.05) >= 3
 
 
 def test_pictures_of_one_run_and_of_missing_numbers(tmp_path):

@@ -1,0 +1,82 @@
+"""The cells of the tables of a comparison, and what is said beside them, for every format."""
+
+from __future__ import annotations
+
+import math
+
+from ..runs.schema import CLEAN_FIT, KL
+from .comparison import Comparison
+from .contrasts import Contrast
+from .findings import LOST
+from .rows import Row, format_rate
+from .statistics import finite
+
+
+CONTRAST_HEADER = ["accuracy of", "minus that of", "difference [95 % interval]", "p (Holm)", "so the first is"]
+
+
+def row_header(comparison: Comparison) -> list[str]:
+    names = comparison.measures
+    fits = [names.noise_label, "clean fit"]
+    return ["method", "lr", "seeds", "accuracy", *fits, "drift/kl", names.extra_label, "mean q", "wall s"]
+
+
+def share(value: float) -> str:
+    return f"{value:.3f}" if finite(value) else "-"
+
+
+def number(value: float) -> str:
+    """Three significant digits, for what spans orders of magnitude; `-` if it was not measured."""
+    if not finite(value):
+        return "-"
+    if value == 0 or abs(value) >= 1000:
+        return f"{value:.0f}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def row_cells(row: Row) -> list[str]:
+    names, (error, over) = row.measures, row.accuracy_error()
+    shares = [share(row.mean(name)[0]) for name in (names.accuracy, names.noise_fit, CLEAN_FIT)]
+    if over:
+        shares[0] += f" ± {error:.3f}" + ("*" if over == "examples" else "")
+    numbers = [number(row.mean(name)[0]) for name in (KL, names.extra, "mean_q", "wall_seconds")]
+    seeds = f"{len(row.runs)}, {len(row.diverged)} diverged" if row.diverged else str(len(row.runs))
+    return [row.name, format_rate(row.learning_rate), seeds, *shares, *numbers]
+
+
+def contrast_cells(contrast: Contrast) -> list[str]:
+    p = "<0.001" if contrast.p_holm < 0.001 else share(contrast.p_holm)
+    return [contrast.judged, contrast.against, contrast.text, p, contrast.verdict]
+
+
+def footnote(comparison: Comparison) -> str:
+    """What the columns mean, and what the ± of the accuracies is."""
+    over, names = {row.accuracy_error()[1] for row in comparison.rows}, comparison.measures
+    notes = ["±: standard error over seeds"] if "seeds" in over else []
+    notes += [f"±…*: one seed, standard error over {names.examples}"] if "examples" in over else []
+    fits = names.noise_label.removesuffix(" fit")
+    extra = "" if names.extra == names.extra_label else f" {names.extra_label}: {names.extra};"
+    words = (
+        f"Means over seeds. accuracy: {names.accuracy}, {names.examples}; {fits}, clean fit: memorization/*; "
+        f"drift/kl: nats a token;{extra} mean q: mean of the mask over the run; -: not measured."
+    )
+    return f"{words} {'; '.join(notes)}." if notes else words
+
+
+def told_apart(comparisons: list[Comparison], i: int) -> tuple[str, str]:
+    """Of several experiments the title of one, and in what its settings differ from those of the first."""
+    if len(comparisons) == 1:
+        return "", ""
+    folders = dict.fromkeys(str(run.path.parent) for run in comparisons[i].runs)
+    differences = comparisons[i].apart
+    more = f"; and in {len(differences) - 5} more settings" if len(differences) > 5 else ""
+    words = "; ".join(map(str, differences[:5]))
+    text = f"It has a table of its own, as its settings differ from those of the first: {words}{more}." if i else ""
+    return f"Experiment {i + 1} of {len(comparisons)}: {', '.join(folders)}", text
+
+
+def lost_and_caveats(comparison: Comparison) -> tuple[list[str], list[str]]:
+    """What is said of runs without numbers, and the caveats that apply."""
+    keys = {case.key for case in LOST}
+    lost = [text for key, text in comparison.findings.items() if key in keys]
+    return lost, [text for key, text in comparison.findings.items() if key not in keys]

@@ -1,0 +1,210 @@
+"""`report.html` in a browser: on a desk and on a phone, light and dark, offline, by keyboard and without scripts."""
+
+import os
+import shutil
+
+import pytest
+
+from prm_hf.compare import compare_experiments, compare_runs, write_report
+from prm_hf.compare.report import as_html
+
+from .compared_runs import write_run
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SIZES = {"desk": (1400, 900), "phone": (390, 800)}
+if BROWSER is None and not os.environ.get("CI"):
+    pytest.skip("no chromium and no google-chrome here", allow_module_level=True)
+
+# Elements that reach out of the page, or whose content reaches out of them.
+OVERFLOWING = """() => [...document.querySelectorAll("main, main *")].filter((e) => {
+  const box = e.getBoundingClientRect();
+  if (!box.width || getComputedStyle(e).clipPath !== "none" || e.closest("code, svg, thead")) return false;
+  const cut = e.matches("td, p, li, pre") && e.scrollWidth > e.clientWidth + 1;
+  return cut || box.right > innerWidth + 1 || box.left < -1;
+}).map((e) => `${e.tagName} ${e.className} ${e.textContent.slice(0, 60)}`)"""
+
+
+def write_runs(root):
+    """Four methods at four rates, three seeds, names as long as they get, and a run that diverged."""
+    for seed in (0, 1, 2):
+        for lr, kl, accuracy in ((3e-4, 0.05, 0.66), (1e-3, 0.1, 0.70), (3e-3, 0.4, 0.75), (1e-2, 1.6, 0.65)):
+            write_run(root, "adamw", lr, seed, accuracy, kl)
+            write_run(root, "adamw_eps:10", lr, seed, accuracy + 0.02, kl)
+            write_run(root, "adamw_clean", lr, seed, accuracy + 0.12, kl)
+            name = write_run(root, "prm_debiased_per_param", 10 * lr, seed, accuracy + 0.08, 0.8 * kl, mean_q=0.1)
+        write_run(root, "constant_q", 1e-3, seed, 0.7, 0.3, settings={"constant_q": {"of": name, "mean_q": 0.1}})
+    name = write_run(root, "a_method_of_someone_with_a_name_that_is_much_too_long", 1e-3, 0, 0.7, 0.2)
+    lost = write_run(root, "adamw", 1e-1, 0, 0.0, 0.0)
+    (root / lost / "metrics.json").write_text('{"diverged": true, "diverged_at_step": 12}')
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    root = tmp_path_factory.mktemp("report")
+    write_runs(root / "runs")
+    write_report(compare_runs(root / "runs"), root)
+    return root / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens a page, offline; gives it and what it printed and asked the network for."""
+    contexts = []
+
+    def visit(file, size="desk", scheme="light", **settings):
+        width, height = SIZES[size]
+        context = browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme=scheme, offline=True, **settings
+        )
+        contexts.append(context)
+        page, said = context.new_page(), []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: request.url.startswith("http") and said.append(request.url))
+        page.goto(file.as_uri())
+        if settings.get("java_script_enabled", True):
+            page.wait_for_selector(".chart svg.marks")
+        return page, said
+
+    yield visit
+    for context in contexts:
+        context.close()
+
+
+def bottom(page, selector):
+    box = page.locator(selector).first.bounding_box()
+    return box["y"] + box["height"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_first_screen_and_nothing_overflows(visit, report, size, scheme):
+    page, said = visit(report, size, scheme)
+    width, height = SIZES[size]
+    assert bottom(page, ".verdict") < height / 2
+    assert bottom(page, ".chart") < height
+    assert page.locator("table.compact tbody tr").nth(1).bounding_box()["y"] < height  # the table has begun
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.evaluate(OVERFLOWING) == []
+    page.evaluate("document.querySelectorAll('details').forEach((e) => { e.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.evaluate(OVERFLOWING) == []
+    assert said == []
+
+
+def test_the_verdict_and_what_was_lost_are_said(visit, report):
+    page, _ = visit(report)
+    text = page.locator(".verdict").inner_text()
+    assert text.startswith("Yes.") and "gives back" in text and "Next, more seeds" in text
+    assert "Diverged" in page.locator(".lost").first.inner_text()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_is_readable_in_both_schemes(visit, report, scheme):
+    """The contrast of text on the page is at least 4.5, and that of the chart's words too."""
+    page, _ = visit(report, scheme=scheme)
+    contrast = page.evaluate(
+        """() => {
+      const light = (colour) => { const [r, g, b] = colour.match(/[\\d.]+/g).map((x) => x / 255)
+        .map((x) => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4); return 0.2126*r + 0.7152*g + 0.0722*b; };
+      const page = light(getComputedStyle(document.body).backgroundColor);
+      return [...document.querySelectorAll("p, td, th, summary, svg.marks text")].map((e) => {
+        const style = getComputedStyle(e), text = light(e.matches("text") ? style.fill : style.color);
+        return (Math.max(text, page) + 0.05) / (Math.min(text, page) + 0.05); }); }"""
+    )
+    assert len(contrast) > 50 and min(contrast) >= 4.5
+
+
+def test_a_point_says_its_numbers(visit, report):
+    page, _ = visit(report)
+    points = page.locator("svg.marks .mark-symbol.role-mark path")
+    points.last.hover(force=True)
+    page.wait_for_selector("#vg-tooltip-element.visible")
+    text = page.locator("#vg-tooltip-element").inner_text()
+    for name in (
+        "method",
+        "learning rate",
+        "held-out accuracy",
+        "KL, nats a token",
+        "flipped fit",
+        "mean of the mask",
+    ):
+        assert name in text
+    assert page.locator("svg.marks").count() == 1
+    assert "Held-out accuracy against drift" in page.locator("svg.marks").text_content()
+    assert "nats a token" in page.locator("svg.marks").text_content()
+
+
+def test_keyboard_copies_a_command(visit, report):
+    page, _ = visit(report, permissions=["clipboard-read", "clipboard-write"])
+    for _ in range(5):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.matches('[data-copy]')"):
+            break
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.activeElement.textContent === 'Copied'")
+    command = page.locator(".verdict code").inner_text()
+    assert page.evaluate("navigator.clipboard.readText()") == command and command.startswith("prm-hf dpo ")
+    # Each fold opens with a key.
+    page.locator("summary").first.focus()
+    page.keyboard.press("Enter")
+    assert page.locator("details").first.get_attribute("open") is not None
+
+
+def test_a_run_has_the_command_that_repeats_it(visit, report):
+    page, _ = visit(report)
+    commands = page.eval_on_selector_all("details [data-copy]", "(all) => all.map((e) => e.dataset.copy)")
+    assert any(
+        "--methods adamw_eps:10 --learning_rates 3e-3 --prm_learning_rates 3e-3 --seeds 2" in c for c in commands
+    )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_tables_are_tables_to_a_screen_reader(visit, report, size):
+    page, _ = visit(report, size)
+    page.evaluate("document.querySelectorAll('details').forEach((e) => { e.open = true; })")
+    assert page.get_by_role("table").count() == 4
+    assert page.get_by_role("table", name="Paired differences in held-out accuracy").get_by_role("row").count() > 5
+    assert page.evaluate("[...document.images].every((e) => e.alt)")
+    assert page.locator("h1").count() == 1 and page.locator("html").get_attribute("lang") == "en"
+    assert page.locator(".chart").get_attribute("aria-label").startswith("Held-out accuracy against drift")
+
+
+def test_without_scripts_there_is_a_picture(visit, report):
+    page, _ = visit(report, java_script_enabled=False)
+    assert page.locator("noscript img, .screen img").first.bounding_box()["width"] > 300
+    assert page.locator(".verdict").inner_text().startswith("Yes.")
+
+
+def test_the_chart_follows_the_screen(visit, report):
+    page, said = visit(report)
+    before = page.locator("svg.marks").bounding_box()["width"]
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function("document.querySelector('svg.marks').getBoundingClientRect().width < 380")
+    assert page.locator("svg.marks").bounding_box()["width"] < before and page.evaluate(OVERFLOWING) == []
+    assert said == []
+
+
+def test_several_experiments_have_a_chart_each(visit, tmp_path):
+    for epochs in (1, 2):
+        for method in ("adamw", "prm_per_tensor"):
+            for lr in (1e-3, 1e-2):
+                settings = {"num_train_epochs": epochs}
+                write_run(tmp_path / f"e{epochs}", method, lr, 0, 0.7, 100 * lr, settings=settings)
+    file = tmp_path / "both.html"
+    file.write_text(as_html(compare_experiments(tmp_path)), encoding="utf-8")
+    page, said = visit(file, "phone")
+    page.wait_for_function("document.querySelectorAll('svg.marks').length === 2")
+    assert page.locator(".verdict").count() == 2 and page.evaluate(OVERFLOWING) == [] and said == []
