@@ -9,7 +9,7 @@ from trl import DPOTrainer
 
 from prm_hf.experiments import dpo, runner, sft
 from prm_hf.experiments.checks import check_experiment, folder_of_data, folder_of_rate
-from prm_hf.experiments.dpo import DIVERGENCES, LOSS_TYPES, DPOExperiment
+from prm_hf.experiments.dpo import DIVERGENCES, DPOExperiment
 from prm_hf.experiments.sft import SFTExperiment
 
 from .comparisons import ON_CPU, ROOT
@@ -156,9 +156,8 @@ def test_the_recipes_have_no_arguments_without_effect(path):
     check_experiment(experiment.parse(["--config", str(path), "--dataset_name", "a", *ON_CPU]))
 
 
-def test_names_of_losses_are_those_of_trl():
+def test_names_of_divergences_are_those_of_trl():
     source = inspect.getsource(sys.modules[DPOTrainer.__module__])
-    assert set(re.findall(r'loss_type == "(\w+)"', source)) == set(LOSS_TYPES)
     assert set(re.findall(r'f_divergence_type == "(\w+)"', source)) == set(DIVERGENCES)
 
 
