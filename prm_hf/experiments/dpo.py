@@ -81,8 +81,7 @@ class DPOExperiment(Experiment):
     built_in: ClassVar[dict[str, Any]] = {
         **BUILT_IN,
         "beta": 0.1,
-        "learning_rates": [1e-4, 3e-4, 1e-3, 3e-3],
-        "prm_learning_rates": [3e-4, 1e-3, 3e-3, 1e-2],
+        "learning_rate": 1e-3,
         "workers": 2,
     }
 

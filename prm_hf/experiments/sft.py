@@ -166,8 +166,8 @@ class SFTExperiment(Experiment):
     built_in_rows = staticmethod(completion_rows)
     built_in: ClassVar[dict[str, Any]] = {
         **BUILT_IN,
-        "learning_rates": [3e-4, 1e-3, 3e-3, 1e-2],
-        "prm_learning_rates": [3e-3, 1e-2, 3e-2, 1e-1],
+        "learning_rate": 3e-3,
+        "workers": 2,
         "seeds": [0, 1, 2],  # with one seed the same method has an accuracy of .4 or .8
     }
 
