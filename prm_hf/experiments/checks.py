@@ -69,7 +69,8 @@ def _check_unused(experiment: Experiment) -> None:
         value = getattr(config, name)
         if value not in (None, of_config[name]):
             raise ValueError(f"`{name}` is {value!r}, which a comparison does not use: {reason}. Leave it out.")
-    if config.learning_rate not in (of_config["learning_rate"], *args.learning_rates, *args.prm_learning_rates):
+    unset = {of_config["learning_rate"], experiment.built_in["learning_rate"]}
+    if config.learning_rate not in {*unset, *args.learning_rates, *args.prm_learning_rates}:
         raise ValueError(
             f"`learning_rate` is {config.learning_rate!r}, and `learning_rates` are {args.learning_rates}: leave one "
             "of them out."
