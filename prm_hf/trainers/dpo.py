@@ -282,7 +282,7 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
     def _batch_weights(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         chosen, rejected = (mask.sum() for mask in inputs["completion_mask"][:, 1:].chunk(2))
         return {
-            "": torch.tensor(len(inputs["input_ids"]) // 2, device=chosen.device),
+            "": torch.full_like(chosen, len(inputs["input_ids"]) // 2),  # the host need not wait for it
             "entropy": chosen + rejected,
             "logits/chosen": chosen,
             "logits/rejected": rejected,
