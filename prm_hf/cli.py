@@ -60,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: of an experiment its own, otherwise 0; 2 if the input is wrong, 130 if the user interrupts.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if not sys.stderr.isatty():  # a log file has a line for each run, and no bars
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     # Each experiment has a parser of its own, which is slow to load
     command, run = argv[0] if argv else "", partial(_run_experiment, argv)
     if command not in EXPERIMENTS:

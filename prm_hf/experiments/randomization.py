@@ -37,10 +37,11 @@ from ..trainers import MemorizationCallback
 from . import interruptible
 from .arguments import check_lists, check_ranges
 from .command_line import CommandLine
+from .console import silenced
 from .data import BUILT_IN_WAIT
 from .grid import Grid, Made
 from .randomization_report import FITTED, report
-from .runner import Runner, silenced, workers_beside
+from .runner import Runner, workers_beside
 
 
 CLASSES = 10

@@ -5,7 +5,6 @@ folder that `prm-hf compare` reads, and has the grid report on them.
 """
 
 import contextlib
-import os
 import shutil
 import signal
 import time
@@ -26,6 +25,7 @@ from ..runs.read import checkpoints
 from ..runs.write import RunSpec, fail_run, failure_of, find_folder, finished_metrics
 from . import OUT_OF_TIME
 from .checks import check_data, check_experiment, folder_of_data, folder_of_rate
+from .console import messages_shown, silenced
 from .data import load_data
 from .experiment import Experiment
 from .grid import ComparisonGrid, Grid, Made, MadeRuns
@@ -46,14 +46,15 @@ def run_comparisons(task: type[Experiment], arguments: list[str]) -> int:
     Returns:
         The exit code: `OUT_OF_TIME` if runs are left, otherwise `FAILED` if an error ended one.
     """
-    experiment = task.parse(arguments)
-    check_experiment(experiment)
-    args = experiment.script_args
-    deadline = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
-    if args.workers > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // args.workers))
-    with workers_beside(args.workers - 1, _compare_beside, task, arguments, deadline, torch.get_num_threads()):
-        return _compare(experiment, deadline)
+    with messages_shown():
+        experiment = task.parse(arguments)
+        check_experiment(experiment)
+        args = experiment.script_args
+        deadline = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
+        if args.workers > 1:
+            torch.set_num_threads(max(1, torch.get_num_threads() // args.workers))
+        with workers_beside(args.workers - 1, _compare_beside, task, arguments, deadline, torch.get_num_threads()):
+            return _compare(experiment, deadline)
 
 
 @contextlib.contextmanager
@@ -67,17 +68,6 @@ def workers_beside(n: int, work: Callable[..., Any], *arguments: Any) -> Iterato
     yield  # an error here ends the workers with this process, as they are daemons
     for worker in workers:
         worker.join()
-
-
-@contextlib.contextmanager
-def silenced() -> Iterator[None]:
-    """Keeps a process quiet that works beside the one that reports. What it raises is still seen."""
-    with (
-        open(os.devnull, "w", encoding="utf-8") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
-        yield
 
 
 def _compare_beside(task: type[Experiment], arguments: list[str], deadline: float | None, threads: int) -> None:
