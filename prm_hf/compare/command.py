@@ -29,10 +29,14 @@ _UNSET = (None, False, -1, -1.0)
 def command(comparison: Comparison, **changes: list[Any]) -> str:
     """The command that makes these runs, on one device; empty if the runs are not all `prm-hf`'s, of one program.
 
+    It is that of the latest run. Runs of version 0.1 did not record it, and it is made of their settings.
+
     Args:
         changes: other values of `methods`, `learning_rates`, `prm_learning_rates` or `seeds`.
     """
     runs = comparison.runs
+    if recorded := max(runs, key=lambda run: run.info.get("started", "")).info.get("command"):
+        return _changed(shlex.split(recorded), changes)
     task = runs[0].info.get("task", "preferences")
     if task not in _PROGRAMS or any(run.source != "prm_hf" for run in runs):
         return ""
@@ -57,6 +61,17 @@ def command(comparison: Comparison, **changes: list[Any]) -> str:
     return " ".join(
         [words[0], *(shlex.quote(f"{word:g}" if isinstance(word, float) else str(word)) for word in words[1:])]
     )
+
+
+def _changed(words: list[str], changes: dict[str, list[Any]]) -> str:
+    """A command with other values of some options."""
+    for name, values in changes.items():
+        kept, is_old = [], False
+        for word in words:
+            is_old = word.split("=")[0] == f"--{name}" if word.startswith("--") else is_old
+            kept += [] if is_old else [word]
+        words = [*kept, f"--{name}", *map(str, values)]
+    return shlex.join(words)
 
 
 def _lists(comparison: Comparison) -> dict[str, list[Any]]:

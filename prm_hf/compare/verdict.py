@@ -43,9 +43,9 @@ class Facts:
         self.against = {rows[0].kind.label: self._deciding(rows) for rows in opponents if rows}
         adamws = {rows[0].kind.label for rows in baselines.values()}
         areas = {n: c for n, c in self.against.items() if n in adamws and c and c.kind == FRONTIER and c.known}
-        # The AdamW that leaves the smallest gain.
-        self.best_tuned = min(areas, key=lambda name: areas[name].interval.mean, default="")
-        self.decides = areas.get(self.best_tuned)
+        # The AdamW that PRM is least known to be ahead of.
+        self.nearest = min(areas, key=lambda name: areas[name].interval.low, default="")
+        self.decides = areas.get(self.nearest)
         # The AdamWs that PRM is not known to be ahead of.
         self.unbeaten = [name for name in self.against if name in adamws and not _is_ahead(self.against[name])]
         self.tries = {rows[0].kind.label: len(rows) for rows in self.methods.values()}
@@ -79,7 +79,7 @@ class Facts:
     @property
     def number(self) -> str:
         """The number that decides, for people."""
-        return f"{self.decides.text} beside {self.best_tuned} at equal KL"
+        return f"{self.decides.text} beside {self.nearest} at equal KL"
 
     def gain(self, row: Row) -> float:
         """Of 100 held-out examples, how many more a row has right than AdamW at its best rate."""
@@ -88,7 +88,7 @@ class Facts:
     @property
     def unequal(self) -> str:
         """Where PRM had more learning rates than the AdamW that it is ahead of, how many each had."""
-        mine, theirs = self.tries[self.lead.name], self.tries.get(self.best_tuned, 0)
+        mine, theirs = self.tries[self.lead.name], self.tries.get(self.nearest, 0)
         return f"{mine} learning rates against {theirs}" if mine > theirs else ""
 
 
@@ -231,7 +231,9 @@ def _lacks_rates(f: Facts) -> bool:
 
 
 def _wider(f: Facts) -> dict[str, list[str]]:
-    """The grids of both with a rate more at each end, and as many for both."""
+    """More extensions of the grids; of runs of version 0.1, or without a curve, a rate more at each end of both."""
+    if f.decides is not None and "command" in f.runs[0].info:
+        return {"max_extensions": ["6"]}
     grids = {False: set(), True: set()}
     for row in f.rows:
         if row.learning_rate and row.source is None:

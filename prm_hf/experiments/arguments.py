@@ -96,8 +96,8 @@ class ComparisonArguments:
             Learning rates of the PRM methods, if they are others; of the same number, so that every method gets a grid
             of one size. Default: `learning_rates`, or where these are not given either, half a decade above them.
         max_extensions (`int`):
-            How often the grid of a method of two rates or more is extended, half a decade at a time, while its most
-            accurate learning rate is the smallest or the largest.
+            How often the grids of two learning rates or more are extended by half a decade, all methods alike, while
+            the most accurate rate of a method is its smallest or its largest.
         workers (`int`):
             Processes of this machine that train a run each, at the same time. They share its cores. For GPUs there is
             `prm-hf sweep`.

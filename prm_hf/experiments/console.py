@@ -1,4 +1,4 @@
-"""What a command shows beside its runs: each message of this package once, and nothing that others say of themselves."""
+"""What a command shows beside its runs: each message of this package once, and not what others say of themselves."""
 
 import contextlib
 import logging

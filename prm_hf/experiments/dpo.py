@@ -81,7 +81,7 @@ class DPOExperiment(Experiment):
     built_in: ClassVar[dict[str, Any]] = {
         **BUILT_IN,
         "beta": 0.1,
-        "learning_rate": 1e-3,
+        "learning_rate": 3.2e-4,
         "workers": 2,
     }
 

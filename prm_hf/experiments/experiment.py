@@ -1,6 +1,7 @@
 """What a comparison has to know of its task: arguments, rows, trainer, and what a trained run gives."""
 
 import os
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from typing import Any, ClassVar
@@ -40,6 +41,9 @@ class Experiment(ABC):
     """A task on which methods are compared.
 
     A task is a subclass. It says in its class what its arguments are, and in its methods how a run is made.
+
+    Attributes:
+        command_line: what makes the same runs again.
     """
 
     command: ClassVar[str]  # of `prm-hf`
@@ -54,6 +58,7 @@ class Experiment(ABC):
         self, script_args: ComparisonArguments, training_args: TrainingArguments, model_args: ModelConfig
     ) -> None:
         self.script_args, self.training_args, self.model_args = script_args, training_args, model_args
+        self.command_line = ""
 
     @classmethod
     def parse(cls, arguments: list[str]) -> "Experiment":
@@ -88,7 +93,9 @@ class Experiment(ABC):
             "dtype": model_args.dtype,
             **(training_args.model_init_kwargs or {}),
         }
-        return cls(script_args, training_args, model_args)
+        experiment = cls(script_args, training_args, model_args)
+        experiment.command_line = shlex.join(["prm-hf", cls.command, *arguments])
+        return experiment
 
     @classmethod
     def _built_in_settings(cls) -> dict[str, Any]:

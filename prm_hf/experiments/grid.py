@@ -88,8 +88,7 @@ class ComparisonGrid(Grid):
     """The runs on one dataset with one noise rate of the training rows.
 
     Attributes:
-        methods, left_out: those of the comparison that the noise rate has, and those that it does not have.
-        controls, ceilings: those that are bound to other runs, and those trained on clean labels at AdamW's best rate.
+        methods, controls, left_out: those of the comparison that the noise rate has, and those that it does not have.
         rates: by the name of a method its learning rates.
         info: what `run.json` says of every run.
     """
@@ -101,13 +100,12 @@ class ComparisonGrid(Grid):
         methods = [method for method in args.compared if method.changes(noise_rate) is not None]
         self.left_out = [method.name for method in args.compared if method not in methods]
         self.controls = [method for method in methods if method.group == CONTROL]
-        self.ceilings = [method for method in methods if method.clean_labels]
-        self.methods = [method for method in methods if method not in (*self.controls, *self.ceilings)]
+        self.methods = [method for method in methods if method.group != CONTROL]
         grids = {True: args.prm_learning_rates, False: args.learning_rates}
         self.rates = {method.name: sorted(grids[method.has_mask]) for method in self.methods}
-        self.extensions = dict.fromkeys(self.rates, 0)
+        self.extensions = 0
         of_data = {"noise_rate": noise_rate, "model": data.model_name, "dataset": data.dataset_name}
-        self.info = {**experiment.info(), **of_data}
+        self.info = {**experiment.info(), **of_data, "command": experiment.command_line}
         self.settings = {
             **of_data,
             **data.source,
@@ -124,7 +122,7 @@ class ComparisonGrid(Grid):
         }
 
     def __len__(self) -> int:
-        return super().__len__() + (len(self.controls) + len(self.ceilings)) * len(self.seeds)
+        return super().__len__() + len(self.controls) * len(self.seeds)
 
     def specify_runs(self) -> list[RunSpec]:
         """All runs but the controls, seed by seed, so that what is there when time is up can be compared."""
@@ -132,31 +130,31 @@ class ComparisonGrid(Grid):
         return [self._specify(*row, seed) for seed in self.seeds for row in rows]
 
     def extend(self, made: MadeRuns) -> list[RunSpec]:
-        """One more learning rate for each method whose most accurate one is the smallest or the largest it has."""
+        """One more learning rate for every method, if the most accurate one of any is the smallest or largest it has.
+
+        All methods get one, so that their grids stay as large: at the end that is nearer to the best rate.
+        """
+        places = {name: rates.index(self._best(made, [name])[1]) for name, rates in self.rates.items()}
+        at_end = any(place in (0, len(self.rates[name]) - 1) for name, place in places.items())
+        has_grid = all(len(rates) > 1 for rates in self.rates.values())
+        if not (at_end and has_grid) or self.extensions == self.experiment.script_args.max_extensions:
+            return []
+        self.extensions += 1
         added = []
-        for method, rates in self.rates.items():
-            place = rates.index(self._best(made, [method])[1])
-            if len(rates) < 2 or 0 < place < len(rates) - 1:
-                continue
-            if self.extensions[method] == self.experiment.script_args.max_extensions:
-                continue
-            self.extensions[method] += 1
-            added.append((method, half_decades(rates[place], 1 if place else -1)))
-        for method, rate in added:
-            self.rates[method] = sorted([*self.rates[method], rate])
+        for name, place in places.items():
+            rates = self.rates[name]
+            end, step = (-1, 1) if 2 * place >= len(rates) - 1 else (0, -1)
+            added.append((name, half_decades(rates[end], step)))
+            self.rates[name] = sorted([*rates, added[-1][1]])
         return [self._specify(*row, seed) for seed in self.seeds for row in added]
 
     def specify_controls(self, made: MadeRuns) -> tuple[list[RunSpec], list[str]]:
-        """The controls of the most accurate PRM row, and AdamW on clean labels at the best rate of the baselines."""
+        """The controls of the most accurate PRM row."""
         found = []
         for control in self.controls:
             able = [m.name for m in self.methods if m.has_controls and (m.tensor_masks or not control.tensor_masks)]
             row = self._best(made, able)
             found += [self._control(control.name, row, seed, made) for seed in self.seeds]
-        for ceiling in self.ceilings:
-            adamw = "adamw" if "adamw" in self.rates else next(iter(self.rates))
-            rate = self._best(made, [adamw])[1]
-            found += [self._specify(ceiling.name, rate, seed) for seed in self.seeds]
         return [x for x in found if isinstance(x, RunSpec)], [x for x in found if isinstance(x, str)]
 
     def _best(self, made: MadeRuns, methods: list[str]) -> tuple[str, float]:
