@@ -1,8 +1,8 @@
 """What a comparison shows: a verdict of at most three lines, each from a table of cases.
 
-The number that decides is the frontier area of the PRM method at equal KL, minus that of the AdamW with the best area:
-no learning rate is picked for it. No method is called better where the 95 % interval of the difference holds 0, or
-where there is no interval.
+The number that decides is the frontier area of the PRM method at equal KL, minus that of the AdamW that PRM is least
+known to be ahead of: no learning rate is picked for it. No method is called better where the 95 % interval of the
+difference holds 0, or where there is no interval.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ class ComparisonArguments:
         self.compared = [parse_method(name, known) for name in self.methods]
         check_methods(self.compared, self.seeds, max_grad_norm)
         for method in self.compared:
-            if all(method.changes(rate) is None for rate in self.noise_rate):
+            if not method.clean_labels and all(method.changes(rate) is None for rate in self.noise_rate):
                 raise ValueError(
                     f"`{method.name}` needs a noise rate between 0 and 0.5, got `noise_rate` {self.noise_rate}: leave "
                     "it out of `methods`."
