@@ -1,13 +1,16 @@
 """The mask search: each variant against PRM or a definition of its own, and the table against known curves."""
 
 import json
+from multiprocessing import get_context
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 from prm_hf import PRM
 from prm_hf.compare import compare_runs
+from prm_hf.runs.methods import METHODS
 from research import mask_search
 from research.searched_prm import SearchedPRM
 from tests.compare.compared_runs import write_grid, write_run
@@ -15,6 +18,13 @@ from tests.compare.compared_runs import write_grid, write_run
 
 SETTINGS = {"lr": 0.05, "weight_decay": 0.1, "eps": 1e-3}
 DEBIASED = {"estimator": "debiased", "reduction": "per_tensor"}
+
+
+@pytest.fixture(autouse=True)
+def table_of_methods():
+    """The variants that a test registers are no methods of other tests."""
+    with mock.patch.dict(METHODS):
+        yield
 
 
 def tensors():
@@ -228,6 +238,7 @@ def metrics_of(folder, name):
 @pytest.mark.slow
 def test_variants_run_and_are_compared(tmp_path, capsys):
     short = ["--max_steps", "3", "--logging_steps", "1", "--eval_steps", "3", "--warmup_steps", "1"]
+    short += ["--max_extensions", "0"]
     shuffled = "search_prm_rows_signal0.98_eps10_shuffled"
     names = ["adamw", "adamw_eps:10", "prm_rows_eps:10", shuffled, "search_prm_within", "search_selection"]
     rates = ["--learning_rates", "1e-3", "1e-2", "--prm_learning_rates", "3e-3", "3e-2", "--seeds", "0", "1"]
@@ -259,7 +270,8 @@ def test_variants_run_and_are_compared(tmp_path, capsys):
 
 def test_variants_of_modules_and_of_the_embedding(tmp_path):
     short = ["--max_steps", "2", "--logging_steps", "1", "--eval_strategy", "no", "--warmup_steps", "1"]
-    short += ["--learning_rates", "1e-3", "--prm_learning_rates", "3e-2", "--output_dir", str(tmp_path)]
+    short += ["--seeds", "0", "--learning_rates", "1e-3", "--prm_learning_rates", "3e-2"]
+    short += ["--output_dir", str(tmp_path)]
     embedding, modules = "search_embedding3_eps10", "search_prm_modules_eps10"
     with pytest.raises(ValueError, match="use_peft"):
         mask_search.main(["--methods", modules, *short])
@@ -299,6 +311,16 @@ def test_the_table_has_known_areas(tmp_path):
 def test_wrong_methods_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         mask_search.main(arguments)
+
+
+def parsed_methods(arguments):
+    return [method.name for method in mask_search.DPOSearch.parse(arguments).script_args.compared]
+
+
+def test_a_worker_knows_the_variants_and_an_import_adds_none():
+    assert not METHODS.keys() & mask_search.VARIANTS.keys()
+    with get_context("spawn").Pool(1) as pool:  # as the workers of a comparison start
+        assert pool.apply(parsed_methods, (["--methods", *mask_search.VARIANTS],)) == [*mask_search.VARIANTS]
 
 
 def test_fixed_masks_are_those_of_another_run():
