@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     # Each experiment has a parser of its own, which is slow to load
-    command, run = argv[0] if argv else "", partial(_run_experiment, argv)
+    command = argv[0] if argv else ""
+    run: Callable[[], int | None] = partial(_run_experiment, argv)
     if command not in EXPERIMENTS:
         arguments = _make_parser().parse_args(argv)
         command, run = arguments.command, partial(_compare, arguments)
