@@ -8,12 +8,11 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from . import __version__
-from .runs.text import printable
 
 
 EXPERIMENTS = {
@@ -64,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     # Each experiment has a parser of its own, which is slow to load
-    command, run = argv[0] if argv else "", partial(_run_experiment, argv)
+    command = argv[0] if argv else ""
+    run: Callable[[], int | None] = partial(_run_experiment, argv)
     if command not in EXPERIMENTS:
         arguments = _make_parser().parse_args(argv)
         command, run = arguments.command, partial(_compare, arguments)
@@ -73,9 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _say(command, "interrupted. The same command goes on from here.", code=130)
     except Exception as error:
-        if not _is_about_input(error):
+        is_ours = _is_raised_here(error)
+        if not is_ours and not isinstance(error, OSError):
             raise
-        return _say(command, f"error: {printable(' '.join(str(error).split()))}", code=2)
+        from .runs.text import one_line, printable
+
+        # In our own messages a line break is part of a name.
+        return _say(command, f"error: {printable(error if is_ours else one_line(error))}", code=2)
 
 
 def _run_experiment(argv: list[str]) -> int | None:
@@ -97,11 +101,11 @@ def _compare(arguments: argparse.Namespace) -> None:
         output.write_text(text, encoding="utf-8")
 
 
-def _is_about_input(error: Exception) -> bool:
-    """Whether this package raised an error on purpose, or a file was the matter. All others show their traceback."""
+def _is_raised_here(error: Exception) -> bool:
+    """Whether this package raised an error on purpose. All others but OSErrors show their traceback."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     is_ours = Path(place.filename).is_relative_to(Path(__file__).parent) and (place.line or "").startswith("raise ")
-    return isinstance(error, OSError) or (is_ours and isinstance(error, ValueError | TypeError | ImportError))
+    return is_ours and isinstance(error, OSError | ValueError | TypeError | ImportError)
 
 
 def _say(command: str, message: str, code: int) -> int:

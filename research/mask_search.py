@@ -26,6 +26,7 @@ from prm_hf.compare.statistics import holm
 from prm_hf.experiments.controls import is_sharded, scale_embedding
 from prm_hf.experiments.data import Data
 from prm_hf.experiments.dpo import DPOExperiment
+from prm_hf.experiments.experiment import Experiment
 from prm_hf.experiments.runner import run_comparisons
 from prm_hf.experiments.sft import SFTExperiment
 from prm_hf.optim.hyperparameters import Hyperparameters
@@ -66,13 +67,17 @@ FIXED, FIXED_FROM = "search_prm_rows_fixed_eps10", "prm_rows_eps:10"
 VARIANTS[FIXED] = {"rows": True, "eps": 10}
 # For LoRA alone: one mask for A and B of a layer. Not among `METHODS` either.
 VARIANTS |= {"search_prm_modules": {"modules": True}, "search_prm_modules_eps10": {"modules": True, "eps": 10}}
-for _name, _options in VARIANTS.items():
-    _masked = not {"keep_mean", "embedding"} & set(_options)
-    _group = PRM if _masked and _name != FIXED and "shuffle" not in _options else OTHER
-    _settings = find_method("adamw").settings | {"relative_eps": _options.get("eps")}
-    register(Method(_name, _name, _group, _settings, has_mask=_masked))
 ROW_MASKS = "row_masks.pt"
 MICRO_BATCHES = 4  # a step's, for noise that is measured within it
+
+
+def register_variants() -> None:
+    """Adds the variants to the table of methods, of this process."""
+    for name, options in VARIANTS.items():
+        masked = not {"keep_mean", "embedding"} & set(options)
+        group = PRM if masked and name != FIXED and "shuffle" not in options else OTHER
+        settings = find_method("adamw").settings | {"relative_eps": options.get("eps")}
+        register(Method(name, name, group, settings, has_mask=masked))
 
 
 class RowMaskRecorder(TrainerCallback):
@@ -132,6 +137,11 @@ class Search:
     """Mixin for an experiment, which then knows the variants too."""
 
     output_dir = "runs/mask_search"
+
+    @classmethod
+    def parse(cls, arguments: list[str]) -> Experiment:
+        register_variants()  # here, as each worker process parses the arguments again
+        return super().parse(arguments)
 
     def check_method(self, method: Method, config: Any) -> None:
         super().check_method(method, config)
@@ -233,9 +243,8 @@ def main(arguments: list[str]) -> int:
         search = RECIPES[name]
     if "--methods" not in arguments:
         arguments = [*arguments, "--methods", *METHODS]
-    experiment = search.parse(arguments)
-    code = run_comparisons(experiment)
-    output_dir = Path(experiment.training_args.output_dir)
+    code = run_comparisons(search, arguments)
+    output_dir = Path(search.parse(arguments).training_args.output_dir)
     for folder in sorted({path.parent.parent for path in output_dir.rglob("metrics.json")}):
         for comparison in compare_experiments(folder):
             if "adamw" in comparison.methods():

@@ -10,7 +10,10 @@ from prm_hf.optim.reductions import row_mean_squares
 
 
 def row_masks(p: Tensor, state: dict[str, Tensor], h: Hyperparameters) -> Tensor:
-    """The mask of each row of a tensor, from its state after a step with `reduction="per_row"`, `(rows,)`."""
+    """The mask of each row of a tensor, from its state after a step with `reduction="per_row"`, `(rows,)`.
+
+    It is the one that was stepped with, also of a tensor of fewer than `mask_min_elements` elements.
+    """
     return _masks([(p, state)], h, rows=True)
 
 
@@ -18,15 +21,17 @@ def _masks(pool: list[tuple[Tensor, dict[str, Tensor]]], h: Hyperparameters, row
     """q of each row of a tensor; or the one of all tensors of a pool, `(1,)`."""
     key = "exp_avg" if h.signal_beta is None else "exp_avg_signal"
     means = [torch.stack([*row_mean_squares([state[key]]), state["grad_var"]]) for _, state in pool]
+    numel = sum(p.numel() for p, _ in pool)
     if not rows:
-        numel = sum(p.numel() for p, _ in pool)
         means = [sum(x.mean(1, keepdim=True) * (p.numel() / numel) for x, (p, _) in zip(means, pool, strict=True))]
     ((mean_sq, var),) = means
-    return masks.compute_mask(mean_sq, var, masks.step_scalars(int(pool[0][1]["step"]), h), h)[0]
+    return masks.compute_mask(mean_sq, var, masks.step_scalars(int(pool[0][1]["step"]), h, numel), h)[0]
 
 
 class SearchedPRM(PRM):
     """PRM with the debiased estimator and one mask a tensor, for whole tensors in one process.
+
+    Tensors of few elements are masked as well (`mask_min_elements=0`), as they were when the variants were measured.
 
     Args:
         params: parameters or groups of them.
@@ -37,7 +42,7 @@ class SearchedPRM(PRM):
         pools: for each of `params` a number; those of the same number have one mask value, from their means together.
         within_step: signal and noise from the gradients of the step's micro-batches, two or more. Of K such gradients,
             each divided by K, Σ|g|² gives the unbiased variance N of their sum; S is the sum's square less N.
-        **settings: as of `PRM`.
+        **settings: as of `PRM`, but for `reduction`, `estimator` and `mask_min_elements`.
 
     Attributes:
         mean_qs: of each step, the mean mask over all parameters, before `keep_mean`.
@@ -66,7 +71,7 @@ class SearchedPRM(PRM):
         if pools is not None and (rows or within_step):
             raise ValueError("`pools` have one mask value for several tensors: leave out `rows` and `within_step`.")
         # Masks of rows, whose state gives those of tensors and pools
-        super().__init__(params, **settings, reduction="per_row", estimator="debiased")
+        super().__init__(params, **settings, reduction="per_row", estimator="debiased", mask_min_elements=0)
         self.rows, self.keep_mean, self.shuffle, self.within_step = rows, keep_mean, shuffle, within_step
         every = [p for group in self.param_groups for p in group["params"]]
         self.fixed = {} if fixed is None else dict(zip(every, fixed, strict=True))

@@ -5,7 +5,7 @@ import functools
 import os
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -135,7 +135,7 @@ def _check_script(script: str, arguments: list[str]) -> None:
         _check_experiment(EXPERIMENTS[script], arguments)
     elif script == mask_search.__name__.replace(".", "/") + ".py":
         recipe = arguments.pop(0) if arguments and arguments[0] in EXPERIMENTS else "dpo"
-        _check_experiment(EXPERIMENTS[recipe], arguments)
+        _check_experiment(EXPERIMENTS[recipe], arguments, mask_search.VARIANTS)
     elif script == "recipes/randomization.py":
         HfArgumentParser(Arguments).parse_args(arguments)
     else:
@@ -144,8 +144,11 @@ def _check_script(script: str, arguments: list[str]) -> None:
             assert f'"{flag}"' in text, flag
 
 
-def _check_experiment(experiment: type[Experiment], arguments: list[str]) -> None:
-    """By the experiment's own parser, but for the files of the user, which nobody has here."""
+def _check_experiment(experiment: type[Experiment], arguments: list[str], more: Collection[str] = ()) -> None:
+    """By the experiment's own parser, but for the files of the user, which nobody has here.
+
+    `more` are methods that it knows beside those of the table.
+    """
     arguments = list(arguments)
     if "--config" in arguments:
         at = arguments.index("--config")
@@ -154,7 +157,7 @@ def _check_experiment(experiment: type[Experiment], arguments: list[str]) -> Non
         del arguments[at : at + 2]
     parser = TrlParser((experiment.arguments_class, experiment.config_class, ModelConfig))
     for method in parser.parse_args(arguments).methods:
-        assert method in mask_search.VARIANTS or parse_method(method)
+        assert method in more or parse_method(method)
 
 
 def _check_file(path: str) -> None:

@@ -124,6 +124,17 @@ def test_a_file_that_cannot_be_used_is_one_line(monkeypatch, capsys):
     assert "prm-hf sweep: error: [Errno " in capsys.readouterr().err
 
 
+def test_lines_of_another_library_become_one(monkeypatch, capsys):
+    """In our own messages a line break is part of a name, and shown: tests/compare/test_odd_files.py."""
+
+    def unknown(arguments):
+        raise OSError("no model\n  of \x1b[1mthis\nname")
+
+    monkeypatch.setattr("prm_hf.experiments.sweep.main", unknown)
+    assert cli.main(["sweep"]) == 2
+    assert capsys.readouterr().err == "prm-hf sweep: error: no model of \\x1b[1mthis name\n"
+
+
 @pytest.mark.parametrize("code", ["None + 1", "int('x')", "{}['x']", "[1][2]", "(1).x", "1 / 0", "zip([1], [], 3)"])
 def test_an_error_of_the_program_keeps_its_traceback(code, monkeypatch):
     monkeypatch.setattr("prm_hf.experiments.sweep.main", lambda arguments: eval(code))

@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from .._names import did_you_mean
+from ..runs.text import one_line
 
 
 _OWN = ("help", "help_all", "config")
@@ -108,7 +109,7 @@ class CommandLine(HfArgumentParser):
                 arguments, return_remaining_strings=True, look_for_args_file=False
             )
         except (ValueError, ImportError) as error:  # of transformers and TRL too
-            raise (ImportError if isinstance(error, ImportError) else ValueError)(str(error)) from error
+            raise (ImportError if isinstance(error, ImportError) else ValueError)(one_line(error)) from error
         if unknown:
             self._refuse(unknown[0].partition("=")[0])
         return tuple(parsed)
@@ -228,7 +229,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 ({error}): save it as UTF-8.") from error
     except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or one_line(error)
         line = "" if mark is None else f", line {mark.line + 1}"
         tab = ": YAML is indented with spaces, not with tabs" if "'\\t'" in str(problem) else ""
         raise ValueError(f"{file}{line} is not YAML: {problem}{tab}.") from error

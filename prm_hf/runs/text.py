@@ -7,6 +7,11 @@ def printable(text: object) -> str:
     return "".join(shown)
 
 
+def one_line(text: object) -> str:
+    """The text of another library, whose line breaks and indentation are layout."""
+    return " ".join(str(text).split())
+
+
 def short(value: object) -> str:
     """A value as Python writes it, cut where it is long."""
     text = repr(value)

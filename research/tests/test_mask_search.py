@@ -1,20 +1,32 @@
 """The mask search: each variant against PRM or a definition of its own, and the table against known curves."""
 
 import json
+from multiprocessing import get_context
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 from prm_hf import PRM
 from prm_hf.compare import compare_runs
+from prm_hf.optim.hyperparameters import Hyperparameters
+from prm_hf.runs.methods import METHODS
 from research import mask_search
-from research.searched_prm import SearchedPRM
+from research.searched_prm import SearchedPRM, row_masks
 from tests.compare.compared_runs import write_grid, write_run
 
 
 SETTINGS = {"lr": 0.05, "weight_decay": 0.1, "eps": 1e-3}
-DEBIASED = {"estimator": "debiased", "reduction": "per_tensor"}
+DEBIASED = {"estimator": "debiased", "reduction": "per_tensor", "mask_min_elements": 0}
+PER_ROW = {**DEBIASED, "reduction": "per_row"}
+
+
+@pytest.fixture(autouse=True)
+def table_of_methods():
+    """The variants that a test registers are no methods of other tests."""
+    with mock.patch.dict(METHODS):
+        yield
 
 
 def tensors():
@@ -69,14 +81,14 @@ def test_rows_are_as_tensors_of_their_own():
 @pytest.mark.parametrize("options", [{}, {"signal_beta": 0.98}, {"signal_beta": 0.98, "softness": 3.0}])
 def test_what_was_found_is_as_prm_does_it(options):
     found = train(lambda params: SearchedPRM(params, **SETTINGS, rows=True, **options))
-    rows = {"estimator": "debiased", "reduction": "per_row", **options}
-    assert torch.allclose(found, train(lambda params: PRM(params, **SETTINGS, **rows)), rtol=1e-6, atol=1e-6)
+    expected = train(lambda params: PRM(params, **SETTINGS, **PER_ROW, **options))
+    assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
     assert (found - start()).abs().max() > 0.1
 
 
 def test_recorded_masks_are_the_means_of_the_steps(tmp_path):
     ours, theirs = tensors(), tensors()
-    prm = PRM(ours, **SETTINGS, reduction="per_row", estimator="debiased", signal_beta=0.98)
+    prm = PRM(ours, **SETTINGS, **PER_ROW, signal_beta=0.98)
     searched = SearchedPRM(theirs, **SETTINGS, rows=True, signal_beta=0.98)
     recorder = mask_search.RowMaskRecorder(SimpleNamespace(find_prm=lambda: prm))
     for step in range(5):
@@ -91,6 +103,23 @@ def test_recorded_masks_are_the_means_of_the_steps(tmp_path):
     mean = sum(q.mean() * p.numel() for q, p in zip(means, ours, strict=True)) / sum(p.numel() for p in ours)
     assert mean.item() == pytest.approx(torch.stack(searched.mean_qs).mean().item(), rel=1e-5)
     assert 0 < mean < 1
+
+
+def test_recorded_masks_of_few_elements_are_open_where_those_of_the_run_are():
+    """Of 12, 5, 12 and 1 elements, of which PRM masks the tensors of 12."""
+    params = tensors()
+    prm = PRM(params, **SETTINGS, reduction="per_row", estimator="debiased", mask_min_elements=12)
+    for step in range(5):
+        for p, g in zip(params, gradients(step), strict=True):
+            p.grad = g
+        prm.step()
+    h = Hyperparameters.of_group(prm.param_groups[0])
+    found = [row_masks(p, prm.state[p], h) for p in params]
+    assert found[1].tolist() == found[3].tolist() == [1.0]
+    assert all((0 <= q).all() and (q < 1).all() for q in (found[0], found[2]))
+    numel = torch.tensor([p.numel() for p in params])
+    mean = (torch.stack([q.double().mean() for q in found]) * numel).sum() / numel.sum()
+    assert mean.item() == pytest.approx(prm.get_mask_stats()["mean_q"], rel=1e-5)
 
 
 def test_shuffled_rows_are_the_same_masks_elsewhere():
@@ -228,6 +257,7 @@ def metrics_of(folder, name):
 @pytest.mark.slow
 def test_variants_run_and_are_compared(tmp_path, capsys):
     short = ["--max_steps", "3", "--logging_steps", "1", "--eval_steps", "3", "--warmup_steps", "1"]
+    short += ["--max_extensions", "0"]
     shuffled = "search_prm_rows_signal0.98_eps10_shuffled"
     names = ["adamw", "adamw_eps:10", "prm_rows_eps:10", shuffled, "search_prm_within", "search_selection"]
     rates = ["--learning_rates", "1e-3", "1e-2", "--prm_learning_rates", "3e-3", "3e-2", "--seeds", "0", "1"]
@@ -259,7 +289,8 @@ def test_variants_run_and_are_compared(tmp_path, capsys):
 
 def test_variants_of_modules_and_of_the_embedding(tmp_path):
     short = ["--max_steps", "2", "--logging_steps", "1", "--eval_strategy", "no", "--warmup_steps", "1"]
-    short += ["--learning_rates", "1e-3", "--prm_learning_rates", "3e-2", "--output_dir", str(tmp_path)]
+    short += ["--seeds", "0", "--learning_rates", "1e-3", "--prm_learning_rates", "3e-2"]
+    short += ["--output_dir", str(tmp_path)]
     embedding, modules = "search_embedding3_eps10", "search_prm_modules_eps10"
     with pytest.raises(ValueError, match="use_peft"):
         mask_search.main(["--methods", modules, *short])
@@ -299,6 +330,16 @@ def test_the_table_has_known_areas(tmp_path):
 def test_wrong_methods_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         mask_search.main(arguments)
+
+
+def parsed_methods(arguments):
+    return [method.name for method in mask_search.DPOSearch.parse(arguments).script_args.compared]
+
+
+def test_a_worker_knows_the_variants_and_an_import_adds_none():
+    assert not METHODS.keys() & mask_search.VARIANTS.keys()
+    with get_context("spawn").Pool(1) as pool:  # as the workers of a comparison start
+        assert pool.apply(parsed_methods, (["--methods", *mask_search.VARIANTS],)) == [*mask_search.VARIANTS]
 
 
 def test_fixed_masks_are_those_of_another_run():

@@ -55,9 +55,7 @@ def test_a_caller_may_know_fewer_methods():
         parse_method("cdpo", known=["adamw", "ipo"])
 
 
-def test_names_for_people_groups_and_baselines(monkeypatch):
-    for name in [name for name in METHODS if name.startswith("search_")]:  # research registers them where it is tested
-        monkeypatch.delitem(METHODS, name)
+def test_names_for_people_groups_and_baselines():
     groups = {
         "adamw": BASELINE,
         "adamw_eps:0.1": BASELINE,
@@ -82,12 +80,11 @@ def test_names_for_people_groups_and_baselines(monkeypatch):
 
 
 def test_the_table_holds_together():
-    own = {key: method for key, method in METHODS.items() if not key.startswith("search_")}  # of research/
-    for key, method in own.items():
+    for key, method in METHODS.items():
         assert isinstance(method, Method) and method.key == key == method.name and method.group in GROUPS
         assert method.has_mask == (method.group == PRM) and method.base in METHODS
         assert method.value_setting is None or method.value_help is not None
-    with_tensor_masks = [key for key, m in own.items() if m.tensor_masks and m.group == PRM]
+    with_tensor_masks = [key for key, m in METHODS.items() if m.tensor_masks and m.group == PRM]
     assert with_tensor_masks == ["prm_per_tensor", "prm_debiased", "prm_debiased_eps"]
-    without_controls = [key for key, m in own.items() if m.group == PRM and not m.has_controls]
+    without_controls = [key for key, m in METHODS.items() if m.group == PRM and not m.has_controls]
     assert without_controls == ["prm_noisy_labels", "prm_stopping"]
