@@ -135,8 +135,11 @@ class ComparisonGrid(Grid):
         """One more learning rate for each method whose most accurate one is the smallest or the largest it has."""
         added = []
         for method, rates in self.rates.items():
-            place = rates.index(self._best(made, [method])[1])
+            best = self._best(made, [method])
+            place = rates.index(best[1])
             if len(rates) < 2 or 0 < place < len(rates) - 1:
+                continue
+            if all(run.metrics is None for run in made[best].values()):  # errors say nothing of the rate
                 continue
             if self.extensions[method] == self.experiment.script_args.max_extensions:
                 continue
@@ -154,8 +157,7 @@ class ComparisonGrid(Grid):
             row = self._best(made, able)
             found += [self._control(control.name, row, seed, made) for seed in self.seeds]
         for ceiling in self.ceilings:
-            adamw = "adamw" if "adamw" in self.rates else next(iter(self.rates))
-            rate = self._best(made, [adamw])[1]
+            rate = self._best(made, [ceiling.base])[1]
             found += [self._specify(ceiling.name, rate, seed) for seed in self.seeds]
         return [x for x in found if isinstance(x, RunSpec)], [x for x in found if isinstance(x, str)]
 
@@ -167,7 +169,7 @@ class ComparisonGrid(Grid):
             values = [run.metrics[accuracy] for run in made[row].values() if run.counts]
             return len(values), sum(values)
 
-        return max((row for row in made if row[0] in methods), key=worth)
+        return max(((method, rate) for method in methods for rate in self.rates[method]), key=worth)
 
     def configure(self, method: str, **overrides: Any) -> TrainingArguments:
         """The training configuration of a method."""
