@@ -76,7 +76,7 @@ def test_a_comparison_writes_what_it_says(tmp_path):
     comparison_json = read(tmp_path / "comparison.json")
     assert len(comparison_json["runs"]) == 4 and comparison_json["statements"]
     report = (tmp_path / "report.html").read_text()
-    body = re.sub(r"<script.*?</script>", "", report, flags=re.S)  # the chart's, which a browser's test looks at
+    body = re.sub(r"<script.*?</script>", "", report, flags=re.DOTALL)  # the chart's, which a browser's test looks at
     assert "data:image/png;base64" in body and "http" not in body.replace("http://www.w3.org", "")
     assert not re.search(r"<(script|link|img|iframe)[^>]*http", report)
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
