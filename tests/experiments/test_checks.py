@@ -122,16 +122,19 @@ def test_whole_tensors_are_not_sharded(nothing_is_loaded, monkeypatch, method):
 
 
 def test_processes_that_share_a_run_have_no_workers(nothing_is_loaded, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(DPOExperiment.config_class, "world_size", 2)
     with pytest.raises(ValueError, match="`workers` is 3, and 2 processes were launched, .*: leave `workers` out, or"):
         runner.run_comparisons(DPOExperiment, ["--workers", "3"])
-    parsed = DPOExperiment.parse([])
-    check_experiment(parsed)
-    assert parsed.script_args.workers == 1 and parsed.training_args.per_device_train_batch_size == 8
-    monkeypatch.undo()
+    check_experiment(DPOExperiment.parse(["--workers", "1"]))
+
+
+def test_workers_that_are_not_given(monkeypatch):
     assert DPOExperiment.parse([]).script_args.workers == SFTExperiment.parse([]).script_args.workers == 2
     assert DPOExperiment.parse([*MODEL, "--dataset_name", "x"]).script_args.workers == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for experiment in (DPOExperiment, SFTExperiment):
+        settings = experiment._built_in_settings()
+        assert settings["workers"] == 1 and settings["per_device_train_batch_size"] == 8
 
 
 def test_an_output_dir_that_is_a_file(tmp_path, nothing_is_loaded):
