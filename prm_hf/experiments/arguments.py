@@ -213,5 +213,9 @@ def check_methods(methods: Sequence[Method], seeds: Sequence[int], max_grad_norm
         if control == "fixed_q" and len(seeds) < 2:
             raise ValueError(f"`{control}` takes the masks of another seed: give two `seeds` or more, got {seeds}.")
     for method in methods:
+        if method.clean_labels and method.base not in names:
+            raise ValueError(
+                f"`{method.name}` is trained at the best learning rate of AdamW: add `{method.base}` to `methods`."
+            )
         if not max_grad_norm and (method.value_setting == "relative_eps" or method.key == "msvag"):
             raise ValueError(f"`{method.key}` is scaled by the clipped gradient: set `max_grad_norm` above 0.")

@@ -47,6 +47,12 @@ def check_experiment(experiment: Experiment) -> None:
             folder_of_data(name)
     if os.path.lexists(experiment.training_args.output_dir) and not Path(experiment.training_args.output_dir).is_dir():
         raise ValueError(f"`output_dir` is {experiment.training_args.output_dir!r}, a file: name a folder.")
+    processes = experiment.training_args.world_size
+    if args.workers > 1 and processes > 1:
+        raise ValueError(
+            f"`workers` is {args.workers}, and {processes} processes were launched, which train each run together: "
+            "leave `workers` out, or start one process."
+        )
     _check_unused(experiment)
     _check_methods(experiment)
 
@@ -69,8 +75,8 @@ def _check_unused(experiment: Experiment) -> None:
         value = getattr(config, name)
         if value not in (None, of_config[name]):
             raise ValueError(f"`{name}` is {value!r}, which a comparison does not use: {reason}. Leave it out.")
-    unset = {of_config["learning_rate"], experiment.built_in["learning_rate"]}
-    if config.learning_rate not in {*unset, *args.learning_rates, *args.prm_learning_rates}:
+    unset = experiment.built_in if args.dataset_name is None else of_config
+    if config.learning_rate not in {unset["learning_rate"], *args.learning_rates, *args.prm_learning_rates}:
         raise ValueError(
             f"`learning_rate` is {config.learning_rate!r}, and `learning_rates` are {args.learning_rates}: leave one "
             "of them out."

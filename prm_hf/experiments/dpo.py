@@ -14,6 +14,7 @@ from ..metrics import PairEvaluation, preference_scores, reward_margins
 from ..runs.methods import Method
 from ..runs.read import read_json
 from ..runs.write import RunSpec, evaluation_metrics, write_json
+from ..trainers.checks import check_losses
 from . import interruptible
 from .data import Data
 from .experiment import BUILT_IN, Experiment
@@ -90,6 +91,7 @@ class DPOExperiment(Experiment):
 
     def check_method(self, method: Method, config: PRMDPOConfig) -> None:
         """What TRL says once the model and the references are there."""
+        check_losses(config.loss_type)
         if "exo_pair" in config.loss_type and not config.label_smoothing:
             raise ValueError("`loss_type` is 'exo_pair', which needs a `label_smoothing` above 0, as 1e-3.")
         for name, known in (("truncation_mode", ("keep_start", "keep_end")), ("f_divergence_type", DIVERGENCES)):

@@ -105,7 +105,8 @@ class Experiment(ABC):
                 f"The built-in task has {BUILT_IN_BATCH} examples a step, which {world_size} processes cannot share "
                 "evenly. Launch 1, 2, 4, 8 or 16."
             )
-        return {**cls.built_in, "per_device_train_batch_size": BUILT_IN_BATCH // world_size}
+        settings = {**cls.built_in, "per_device_train_batch_size": BUILT_IN_BATCH // world_size}
+        return settings if world_size == 1 else {**settings, "workers": 1}
 
     @classmethod
     def known_methods(cls) -> Collection[str]:

@@ -134,8 +134,13 @@ class ComparisonGrid(Grid):
 
         All methods get one, so that their grids stay as large: at the end that is nearer to the best rate.
         """
-        places = {name: rates.index(self._best(made, [name])[1]) for name, rates in self.rates.items()}
-        at_end = any(place in (0, len(self.rates[name]) - 1) for name, place in places.items())
+        best = {name: self._best(made, [name]) for name in self.rates}
+        places = {name: rates.index(best[name][1]) for name, rates in self.rates.items()}
+        # Where all runs ended in errors nothing is known of the rates
+        at_end = any(
+            place in (0, len(self.rates[name]) - 1) and any(run.counts for run in made[best[name]].values())
+            for name, place in places.items()
+        )
         has_grid = all(len(rates) > 1 for rates in self.rates.values())
         if not (at_end and has_grid) or self.extensions == self.experiment.script_args.max_extensions:
             return []
@@ -165,7 +170,7 @@ class ComparisonGrid(Grid):
             values = [run.metrics[accuracy] for run in made[row].values() if run.counts]
             return len(values), sum(values)
 
-        return max((row for row in made if row[0] in methods), key=worth)
+        return max(((method, rate) for method in methods for rate in self.rates[method]), key=worth)
 
     def configure(self, method: str, **overrides: Any) -> TrainingArguments:
         """The training configuration of a method."""

@@ -65,7 +65,12 @@ def workers_beside(n: int, work: Callable[..., Any], *arguments: Any) -> Iterato
     for worker in workers:
         worker.start()
     signal.signal(signal.SIGINT, handler)
-    yield  # an error here ends the workers with this process, as they are daemons
+    try:
+        yield
+    except BaseException:  # what they have begun is taken up when the command is given again
+        for worker in workers:
+            worker.terminate()
+        raise
     for worker in workers:
         worker.join()
 

@@ -10,7 +10,7 @@ from prm_hf.experiments import dpo
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["--max_steps", "3", "--logging_steps", "1", "--eval_steps", "3", "--warmup_steps", "1"]
-SHORT += ["--max_extensions", "0", "--workers", "1"]
+SHORT += ["--max_extensions", "0", "--workers", "1", "--seeds", "0"]
 ON_CPU = ["--use_cpu", "--bf16", "False"]
 ONE_RATE = ["--learning_rates", "1e-3", "--prm_learning_rates", "3e-3"]
 

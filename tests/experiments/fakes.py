@@ -1,13 +1,19 @@
-"""A grid whose trainers do nothing but count steps, for tests of what the runner does with runs."""
+"""Grids whose runs are made up, for tests of what the runner does with runs and of which runs there are."""
 
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
 
-from prm_hf.experiments.grid import Grid
-from prm_hf.runs.write import RunSpec
+from prm_hf.experiments.data import Data
+from prm_hf.experiments.dpo import DPOExperiment
+from prm_hf.experiments.grid import ComparisonGrid, Grid, Made
+from prm_hf.runs.write import RunSpec, find_folder, finish_run, start_run
+
+
+DIVERGED = {"diverged": True, "diverged_at_step": 3}
 
 
 class FakeTrainer:
@@ -73,3 +79,25 @@ class FakeGrid(Grid):
 
     def report(self, made):
         self.reported = {run.folder.name: run.metrics for run in made}
+
+
+RATES = ("--learning_rates", "1e-3", "3e-3", "--prm_learning_rates", "1e-2", "3e-2")
+
+
+def comparison_grid(folder, *methods, seeds=(0,), arguments=RATES, noise_rate=0.3):
+    experiment = DPOExperiment.parse(["--methods", *methods, *arguments, "--seeds", *map(str, seeds)])
+    rows = Dataset.from_list([{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    return ComparisonGrid(experiment, Data("m", "m", "d", rows, rows, {}), noise_rate, folder)
+
+
+def make(grid, ends):
+    """Runs of a grid on the disk with these final metrics, or None, by method, learning rate and seed."""
+    made = {}
+    for spec in grid.specify_runs():
+        folder, _ = find_folder(spec, grid.output_dir)
+        metrics = ends.get((spec.method, spec.learning_rate, spec.seed), {})
+        if metrics is not None:
+            metrics = {"rewards/accuracies": 0.6, "drift/kl": spec.learning_rate, "mask/mean_q": 0.5, **metrics}
+            finish_run(folder, start_run(spec, folder, {}), [], {}, metrics)
+        made.setdefault((spec.method, spec.learning_rate), {})[spec.seed] = Made(folder, metrics)
+    return made

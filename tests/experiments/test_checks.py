@@ -5,6 +5,7 @@ import re
 import sys
 
 import pytest
+import yaml
 from trl import DPOTrainer
 
 from prm_hf.experiments import dpo, runner, sft
@@ -28,7 +29,10 @@ REFUSED = [
     (["--optim_target_modules", "q_proj"], "`optim_target_modules` is 'q_proj'"),
     (["--optimizer_name", "adamw"], "`methods` choose the optimizers, and `optim` is .*: leave it unset"),
     (["--optim", "sgd"], "`methods` choose the optimizers, and `optim` is .*: leave it unset"),
-    (["--learning_rate", "5e-5"], "`learning_rate` is 5e-05, and `learning_rates` are .*: leave one"),
+    (
+        ["--learning_rate", "5e-5", "--learning_rates", "1e-3"],
+        "`learning_rate` is 5e-05, and `learning_rates` are ",
+    ),
     # what belongs to something that is not there
     (["--dataset_config", "x"], "`dataset_config` is 'x', which is for a `dataset_name`, and there is none"),
     (["--dataset_test_split", "dev"], "`dataset_test_split` is 'dev', which is for a `dataset_name`"),
@@ -81,12 +85,16 @@ def test_it_is_said_before_anything_is_loaded(tmp_path, nothing_is_loaded, argum
         ("truncation_mode", "keep", "`truncation_mode` is 'keep': it must be keep_start or keep_end"),
     ],
 )
-def test_values_of_a_file_are_of_their_type(tmp_path, nothing_is_loaded, setting, value, message):
-    """A YAML file gives any type, which argparse does not see."""
+def test_values_are_of_their_type(tmp_path, nothing_is_loaded, setting, value, message):
+    """Python gives any type, and so does a YAML file, which argparse does not see."""
     parsed = DPOExperiment.parse(["--output_dir", str(tmp_path / "runs")])
     setattr(parsed.script_args if hasattr(parsed.script_args, setting) else parsed.training_args, setting, value)
     with pytest.raises(ValueError, match=message):
-        runner.run_comparisons(parsed)
+        check_experiment(parsed)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({setting: value}))
+    with pytest.raises(ValueError, match=f"`{setting}` in {file} must be "):
+        runner.run_comparisons(DPOExperiment, ["--config", str(file), "--output_dir", str(tmp_path / "runs")])
     assert not (tmp_path / "runs").exists()
 
 
@@ -94,7 +102,9 @@ def test_a_loss_of_sft_that_trl_does_not_know(nothing_is_loaded):
     parsed = SFTExperiment.parse([])
     parsed.training_args.loss_type = "dpo"
     with pytest.raises(ValueError, match="`adamw` of `methods`: `loss_type` is 'dpo': TRL knows nll and dft"):
-        runner.run_comparisons(parsed)
+        check_experiment(parsed)
+    with pytest.raises(ValueError, match="`--loss_type` has no choice 'dpo'"):
+        runner.run_comparisons(SFTExperiment, ["--loss_type", "dpo"])
 
 
 @pytest.mark.parametrize("method", ["cautious", "msvag"])
@@ -106,10 +116,25 @@ def test_a_missing_package_is_named_first(nothing_is_loaded, monkeypatch, method
 
 @pytest.mark.parametrize("method", ["adamw_embedding:3", "cautious", "msvag"])
 def test_whole_tensors_are_not_sharded(nothing_is_loaded, monkeypatch, method):
-    parsed = DPOExperiment.parse(["--methods", method])
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=f"`{method}` runs on whole tensors"):
-        runner.run_comparisons(parsed)
+        runner.run_comparisons(DPOExperiment, ["--methods", method])
+
+
+def test_processes_that_share_a_run_have_no_workers(nothing_is_loaded, monkeypatch):
+    monkeypatch.setattr(DPOExperiment.config_class, "world_size", 2)
+    with pytest.raises(ValueError, match="`workers` is 3, and 2 processes were launched, .*: leave `workers` out, or"):
+        runner.run_comparisons(DPOExperiment, ["--workers", "3"])
+    check_experiment(DPOExperiment.parse(["--workers", "1"]))
+
+
+def test_workers_that_are_not_given(monkeypatch):
+    assert DPOExperiment.parse([]).script_args.workers == SFTExperiment.parse([]).script_args.workers == 2
+    assert DPOExperiment.parse([*MODEL, "--dataset_name", "x"]).script_args.workers == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for experiment in (DPOExperiment, SFTExperiment):
+        settings = experiment._built_in_settings()
+        assert settings["workers"] == 1 and settings["per_device_train_batch_size"] == 8
 
 
 def test_an_output_dir_that_is_a_file(tmp_path, nothing_is_loaded):

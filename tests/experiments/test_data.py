@@ -193,7 +193,7 @@ def test_rows_are_checked_before_a_model_is_loaded(tmp_path, monkeypatch, rows, 
     monkeypatch.setattr(DPOExperiment, "prepare", lambda *args: pytest.fail("a model was loaded"))
     file = write(tmp_path / "pairs.jsonl", rows)
     with pytest.raises(ValueError, match=message):
-        runner.run_comparisons(DPOExperiment.parse(["--model_name_or_path", "m", "--dataset_name", file, *ON_CPU]))
+        runner.run_comparisons(DPOExperiment, ["--model_name_or_path", "m", "--dataset_name", file, *ON_CPU])
 
 
 def test_all_datasets_are_checked_before_the_first_is_trained_on(pairs, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -39,10 +40,11 @@ def parse(*arguments):
 def test_a_comparison_writes_what_it_says(tmp_path):
     run_dpo(tmp_path)
     runs = sorted(path.parent.name for path in tmp_path.glob("*/run.json"))
-    assert plain(name for name in runs if not name.startswith("constant_q")) == {
+    assert plain(runs) == {
+        "adamw_clean_lr0.001_seed0",
+        "adamw_eps10_lr0.001_seed0",
         "adamw_lr0.001_seed0",
-        "prm_debiased_lr0.003_seed0",
-        "prm_per_tensor_lr0.003_seed0",
+        "prm_noisy_labels_lr0.003_seed0",
     }
     assert len(runs) == 4
     for name in runs:
@@ -52,7 +54,9 @@ def test_a_comparison_writes_what_it_says(tmp_path):
         assert metrics["steps"] == 3 and metrics["wall_seconds"] > 0
         names = {"rewards/accuracies", "memorization/flipped_fit", "memorization/clean_fit", "drift/kl"}
         names |= {"drift/reward_abs", "drift/logratio_abs", "drift/params_rel"}
-        assert names <= set(metrics)
+        is_clean = name.startswith("adamw_clean")
+        assert names - set(metrics) == ({"memorization/flipped_fit"} if is_clean else set())
+        assert info["settings"]["noise_rate"] == (0.0 if is_clean else 0.3)
         assert ("mask/mean_q" in metrics) == name.startswith("prm_")
         history = read_lines(tmp_path / name / "history.jsonl")
         assert [row["step"] for row in history if "train/loss" in row] == [1, 2, 3]
@@ -61,19 +65,20 @@ def test_a_comparison_writes_what_it_says(tmp_path):
         accuracy = np.mean(np.array(margins["heldout"]) > 0)
         assert accuracy == pytest.approx(metrics["rewards/accuracies"], abs=2 / 512)
         flipped = np.array(margins["train_flipped"])
-        assert len(flipped) == 256 and 0.2 < flipped.mean() < 0.4
+        assert len(flipped) == 256
+        if is_clean:
+            assert not flipped.any()
+            continue
+        assert 0.2 < flipped.mean() < 0.4
         assert np.mean(np.array(margins["train"])[flipped] > 0) == pytest.approx(
             metrics["memorization/flipped_fit"], abs=0.02
         )
-    (control,) = (name for name in runs if name.startswith("constant_q"))
-    info = read(tmp_path / control / "run.json")
-    source = info["settings"]["constant_q"]
-    rate = read(tmp_path / source["of"] / "run.json")["learning_rate"]
-    assert info["learning_rate"] == pytest.approx(rate * source["mean_q"])
     comparison_json = read(tmp_path / "comparison.json")
     assert len(comparison_json["runs"]) == 4 and comparison_json["statements"]
     report = (tmp_path / "report.html").read_text()
-    assert "data:image/png;base64" in report and "http" not in report.replace("http://www.w3.org", "")
+    body = re.sub(r"<script.*?</script>", "", report, flags=re.DOTALL)  # the chart's, which a browser's test looks at
+    assert "data:image/png;base64" in body and "http" not in body.replace("http://www.w3.org", "")
+    assert not re.search(r"<(script|link|img|iframe)[^>]*http", report)
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 

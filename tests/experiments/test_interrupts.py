@@ -1,9 +1,14 @@
 """Ctrl-C, as a terminal sends it: to all processes of a command, in each phase."""
 
+import fcntl
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 
@@ -12,6 +17,7 @@ from .comparisons import ONE_RATE, ROOT, SHORT, stamps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
+TRAINING = r" (1|2|3)\d%\|"  # of two runs
 LINE = "Interrupted. The same command goes on from here."
 COMMAND = [*SHORT, *ONE_RATE, "--methods", "adamw", "prm_debiased", "--max_steps", "30", "--eval_steps", "30"]
 ONE = [sys.executable, "-m", "prm_hf", "dpo"]
@@ -31,30 +37,44 @@ RANDOMIZATION = [sys.executable, "-m", "prm_hf", "randomization", "--models", "r
 
 
 def interrupt_at(text, command, output_dir):
-    """The exit code and the output of a command that is interrupted once it has written `text`."""
+    """The exit code and the output of a command in a terminal, interrupted once it has written the pattern `text`."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
     environment |= {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+    terminal, its_side = pty.openpty()  # a bar is shown there alone
+    fcntl.ioctl(its_side, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
     process = subprocess.Popen(
         [*command, "--output_dir", str(output_dir)],
         env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stdout=its_side,
+        stderr=its_side,
         cwd=output_dir.parent,
         start_new_session=True,  # so that the signal does not reach the tests
     )
+    os.close(its_side)
     output = b""
-    while text.encode() not in output:
-        piece = os.read(process.stdout.fileno(), 4096)
-        assert piece, output.decode()[-3000:]
+    while piece := read_some(terminal):
         output += piece
-    os.killpg(process.pid, signal.SIGINT)
-    output += process.communicate(timeout=120)[0]
-    return process.returncode, output.decode()
+        if text is not None and re.search(text.encode(), output):
+            os.killpg(process.pid, signal.SIGINT)
+            text = None
+    os.close(terminal)
+    code = process.wait(timeout=120)
+    output = output.decode(errors="replace").replace("\r\n", "\n")
+    assert text is None, output[-3000:]
+    return code, output
+
+
+def read_some(terminal):
+    """What is written next, and nothing once all processes have ended."""
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # as Linux says so
+        return b""
 
 
 @pytest.mark.parametrize(
     "text",
-    ["Built-in task", "adamw_lr0.001_seed0:   0%", "adamw_lr0.001_seed0:  50%", "adamw_lr0.001_seed0: 100%", "mean q"],
+    ["Built-in task", r"  0%\|", TRAINING, r" 50%\|", "mean q"],
     ids=["loading", "start", "training", "evaluating", "reporting"],
 )
 def test_one_process(tmp_path, text):
@@ -65,16 +85,16 @@ def test_one_process(tmp_path, text):
 
 def test_two_processes(tmp_path):
     """What the launcher says is its own."""
-    code, output = interrupt_at("adamw_lr0.001_seed0:  50%", [*TWO, *COMMAND], tmp_path / "runs")
+    code, output = interrupt_at(TRAINING, [*TWO, *COMMAND], tmp_path / "runs")
     assert code != 0 and output.count(LINE) == 1 and f'File "{ROOT}' not in output, output[-3000:]
     assert not list(tmp_path.glob("runs/*/failed.json")) and not stamps(tmp_path / "runs")
 
 
 def test_a_sweep(tmp_path):
-    code, output = interrupt_at("adamw_lr0.001_seed0:  50%", [*SWEEP, *COMMAND], tmp_path / "runs")
+    code, output = interrupt_at(TRAINING, [*SWEEP, *COMMAND], tmp_path / "runs")
     assert code == 130 and output.count(LINE) == 1 and "Traceback" not in output, output[-3000:]
 
 
 def test_the_workers_of_randomization(tmp_path):
-    code, output = interrupt_at("runs:   0%", [*RANDOMIZATION, "--workers", "2"], tmp_path / "runs")
+    code, output = interrupt_at(r"  0%\|", [*RANDOMIZATION, "--workers", "2"], tmp_path / "runs")
     assert code == 130 and output.count(LINE) == 1 and "Traceback" not in output, output[-3000:]

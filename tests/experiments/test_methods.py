@@ -83,6 +83,9 @@ def test_controls_take_from_their_run(finished):
         detail = info["settings"][method]
         source = found[detail["of"]]
         assert source["seed"] == seed and source["method"] == "prm_debiased"
+        if method == "constant_q":
+            assert 0 < detail["mean_q"] < 1
+            assert info["learning_rate"] == pytest.approx(source["learning_rate"] * detail["mean_q"])
         if method == "adamw_matched":
             kl = read(finished / detail["of"] / "metrics.json")["drift/kl"]
             assert detail["kl"] == kl and 1e-5 < info["learning_rate"] < 1e-2
@@ -203,7 +206,14 @@ def test_interrupted_runs_go_on(pairs, finished, tmp_path):
         (["adamw_embedding:-1"], "needs a positive number .* got 'adamw_embedding:-1'"),
         (["adamw", "shuffled_q"], "`shuffled_q` takes something from a PRM run"),
         (["adamw", "prm_per_param", "fixed_q"], "`fixed_q` is about the masks of tensors"),
-        (["prm_debiased", "fixed_q"], r"takes the masks of another seed: give two `seeds` or more, got \[0\]"),
+        (
+            ["prm_debiased", "fixed_q", "--seeds", "0"],
+            r"masks of another seed: give two `seeds` or more, got \[0\]",
+        ),
+        (
+            ["adamw_eps:10", "adamw_clean"],
+            "is trained at the best learning rate of AdamW: add `adamw` to `methods`",
+        ),
         (["prm_stopping", "constant_q"], "`constant_q` takes something from a PRM run"),
         (["prm_debiased", "adamw_matched"], "lies between runs of AdamW with the same eps: add `adamw` to"),
         (["adamw", "prm_debiased_eps:3", "adamw_matched"], "of `prm_debiased_eps:3` lies .* add `adamw_eps:3` to"),

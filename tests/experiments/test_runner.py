@@ -9,19 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from datasets import Dataset
 from filelock import FileLock
 
 from prm_hf.experiments import INTERRUPTED, interruptible
-from prm_hf.experiments.data import Data
-from prm_hf.experiments.dpo import DPOExperiment
-from prm_hf.experiments.grid import ComparisonGrid, Made
 from prm_hf.experiments.runner import OutOfTime, Runner
 from prm_hf.runs.read import load_runs
-from prm_hf.runs.write import find_folder, finish_run, start_run
+from prm_hf.runs.write import find_folder
 
 from .comparisons import read
-from .fakes import FakeGrid, FakeTrainer
+from .fakes import DIVERGED, FakeGrid, FakeTrainer, comparison_grid, make
 
 
 def raising(error):
@@ -163,29 +159,6 @@ def test_several_batches_a_step_are_all_looked_at(tmp_path):
 
 
 # ---- Controls of runs that do not count ----
-
-
-def comparison_grid(folder, *methods, seeds=(0,)):
-    rates = ["--learning_rates", "1e-3", "3e-3", "--prm_learning_rates", "1e-2", "3e-2"]
-    experiment = DPOExperiment.parse(["--methods", *methods, *rates, "--seeds", *map(str, seeds)])
-    rows = Dataset.from_list([{"prompt": "p", "chosen": "a", "rejected": "b"}])
-    return ComparisonGrid(experiment, Data("m", "m", "d", rows, rows, {}), 0.3, folder)
-
-
-def make(grid, ends):
-    """Runs of a grid on the disk with these final metrics, or None, by method, learning rate and seed."""
-    made = {}
-    for spec in grid.specify_runs():
-        folder, _ = find_folder(spec, grid.output_dir)
-        metrics = ends.get((spec.method, spec.learning_rate, spec.seed), {})
-        if metrics is not None:
-            metrics = {"rewards/accuracies": 0.6, "drift/kl": spec.learning_rate, "mask/mean_q": 0.5, **metrics}
-            finish_run(folder, start_run(spec, folder, {}), [], {}, metrics)
-        made.setdefault((spec.method, spec.learning_rate), {})[spec.seed] = Made(folder, metrics)
-    return made
-
-
-DIVERGED = {"diverged": True, "diverged_at_step": 3}
 
 
 @pytest.mark.parametrize("end", [None, DIVERGED, {"drift/kl": float("nan")}], ids=["failed", "diverged", "old"])

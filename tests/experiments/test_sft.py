@@ -42,14 +42,16 @@ def test_the_built_in_rows_are_the_best_completions():
 
 def test_a_comparison_writes_what_it_says(finished):
     runs = sorted(path.parent.name for path in finished.glob("*/metrics.json"))
-    assert [name.split("_lr")[0] for name in runs] == ["adamw", "constant_q", "prm_debiased", "prm_per_tensor"]
+    assert [name.split("_lr")[0] for name in runs] == ["adamw_clean", "adamw_eps10", "adamw", "prm_noisy_labels"]
     for name in runs:
         info, metrics = read(finished / name / "run.json"), read(finished / name / "metrics.json")
         assert info["task"] == "sft" and info["noise_rate"] == 0.3 and "accuracy" not in info
         assert metrics["steps"] == 3 and info["settings"]["effective_batch_size"] == 16
         names = {"exact_match", "token_accuracy", "loss", "memorization/corrupted_fit", "memorization/clean_fit"}
         names |= {"memorization/heldout_fit", "memorization/gap", "drift/kl", "drift/logratio_abs", "drift/params_rel"}
-        assert names <= set(metrics)
+        is_clean = name.startswith("adamw_clean")
+        assert names - set(metrics) == ({"memorization/corrupted_fit"} if is_clean else set())
+        assert info["settings"]["noise_rate"] == (0.0 if is_clean else 0.3)
         assert ("mask/mean_q" in metrics) == name.startswith("prm_")
         heldout = np.array(read(finished / name / "margins.json")["heldout"])
         assert heldout.shape == (512,) and np.mean(heldout > 0) == pytest.approx(metrics["exact_match"])
@@ -57,7 +59,7 @@ def test_a_comparison_writes_what_it_says(finished):
         history = read_lines(finished / name / "history.jsonl")
         assert [row["step"] for row in history if "train/loss" in row] == [1, 2, 3]
         assert any("exact_match" in row for row in history)
-        assert any("memorization/corrupted_fit" in row for row in history)
+        assert any("memorization/corrupted_fit" in row for row in history) == (not is_clean)
 
 
 def test_the_report_has_the_names_of_sft(finished):

@@ -96,6 +96,6 @@ def test_the_same_command_finds_them_finished(tmp_path, capsys):
     steps = ["--max_steps", "3", "--logging_steps", "1", "--eval_steps", "3", "--warmup_steps", "1"]
     rates = ["--learning_rates", "1e-3", "--prm_learning_rates", "3e-3"]
     methods = ["--methods", "adamw", "prm_debiased", "prm_rows_eps:10", "constant_q"]
-    dpo.main(["--output_dir", str(tmp_path), *steps, *rates, *methods])
+    dpo.main(["--output_dir", str(tmp_path), *steps, *rates, *methods, "--seeds", "0"])
     assert capsys.readouterr().out.count("finished before") == len(NAMES)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*_seed*/*.json")} == before
