@@ -138,7 +138,8 @@ class ComparisonGrid(Grid):
         places = {name: rates.index(best[name][1]) for name, rates in self.rates.items()}
         # Where all runs ended in errors nothing is known of the rates
         at_end = any(
-            place in (0, len(self.rates[name]) - 1) and any(run.counts for run in made[best[name]].values())
+            place in (0, len(self.rates[name]) - 1)
+            and any(run.metrics is not None for run in made[best[name]].values())
             for name, place in places.items()
         )
         has_grid = all(len(rates) > 1 for rates in self.rates.values())

@@ -8,7 +8,7 @@ from prm_hf.experiments.runner import Runner
 from prm_hf.experiments.sft import SFTExperiment
 from prm_hf.runs.methods import METHODS
 
-from .comparisons import ON_CPU, infos
+from .comparisons import ON_CPU
 from .fakes import DIVERGED, FakeTrainer, comparison_grid
 
 
@@ -18,11 +18,11 @@ from .fakes import DIVERGED, FakeTrainer, comparison_grid
 @pytest.mark.parametrize(
     ("experiment", "arguments", "rates", "prm_rates"),
     [
-        (DPOExperiment, [], [1e-4, 3.2e-4, 1e-3, 3.2e-3], [3.2e-4, 1e-3, 3.2e-3, 1e-2]),
+        (DPOExperiment, [], [3.2e-5, 1e-4, 3.2e-4, 1e-3], [1e-4, 3.2e-4, 1e-3, 3.2e-3]),
         (SFTExperiment, [], [3e-4, 9.5e-4, 3e-3, 9.5e-3], [9.5e-4, 3e-3, 9.5e-3, 3e-2]),
         (DPOExperiment, ["--learning_rate", "5e-5"], [5e-6, 1.6e-5, 5e-5, 1.6e-4], [1.6e-5, 5e-5, 1.6e-4, 5e-4]),
         (DPOExperiment, ["--learning_rates", "1e-3", "2e-3"], [1e-3, 2e-3], [1e-3, 2e-3]),
-        (DPOExperiment, ["--prm_learning_rates", *"1234"], [1e-4, 3.2e-4, 1e-3, 3.2e-3], [1, 2, 3, 4]),
+        (DPOExperiment, ["--prm_learning_rates", *"1234"], [3.2e-5, 1e-4, 3.2e-4, 1e-3], [1, 2, 3, 4]),
         (DPOExperiment, ["--learning_rates", "1", "2", "--prm_learning_rates", "3", "4"], [1, 2], [3, 4]),
         (
             DPOExperiment,
@@ -43,10 +43,10 @@ def test_the_default_comparison(tmp_path):
     assert args.methods == ["adamw", "adamw_eps:10", "prm_noisy_labels", "adamw_clean"]
     assert args.seeds == [0, 1, 2] and args.max_extensions == 3 and args.noise_rate == [0.3]
     grid = comparison_grid(tmp_path, *args.methods, seeds=args.seeds, arguments=())
-    lower, higher = [1e-4, 3.2e-4, 1e-3, 3.2e-3], [3.2e-4, 1e-3, 3.2e-3, 1e-2]
-    assert grid.rates == {"adamw": lower, "adamw_eps:10": lower, "prm_noisy_labels": higher}
-    assert len(grid.specify_runs()) == 3 * 4 * 3 and len(grid) == 3 * 4 * 3 + 3
-    assert [spec.seed for spec in grid.specify_runs()] == [*[0] * 12, *[1] * 12, *[2] * 12]
+    lower, higher = [3.2e-5, 1e-4, 3.2e-4, 1e-3], [1e-4, 3.2e-4, 1e-3, 3.2e-3]
+    assert grid.rates == {"adamw": lower, "adamw_eps:10": lower, "prm_noisy_labels": higher, "adamw_clean": lower}
+    assert len(grid.specify_runs()) == len(grid) == 4 * 4 * 3
+    assert [spec.seed for spec in grid.specify_runs()] == [*[0] * 16, *[1] * 16, *[2] * 16]
 
 
 # ---- Grids whose best learning rate is at an end ----
@@ -123,56 +123,51 @@ def test_the_limit_is_not_negative():
         DPOExperiment.parse(["--max_extensions", "-1"])
 
 
-def test_all_methods_are_extended_by_one_rule(tmp_path):
-    """Also those whose runs are of another optimizer or loss; not controls and ceilings, which have no grid."""
-    known = [method for method in METHODS.values() if method.group not in ("control", "ceiling")]
+def test_all_methods_have_grids_of_one_size(tmp_path):
+    """Also those whose runs are of another optimizer or loss, and the ceiling; not controls, which have no grid."""
+    known = [method for method in METHODS.values() if method.group != "control"]
     names = [method.name + (":2" if method.value_help else "") for method in known]
     for at, added in ((1.0, UP), (0.0, DOWN)):
-        grid = comparison_grid(tmp_path, *names, "constant_q", "adamw_clean", arguments=THREE)
+        grid = comparison_grid(tmp_path, *names, "constant_q", arguments=THREE)
         assert extended(grid, peak(at)) == dict.fromkeys(names, added)
 
 
-def test_each_method_is_extended_by_its_own_runs(tmp_path):
+def test_all_methods_are_extended_where_one_is(tmp_path):
+    """Each at the end that is nearer to its best rate."""
     grid = comparison_grid(tmp_path, "adamw", "adamw_eps:10", "prm_debiased", arguments=THREE)
     peaks = {"adamw": 3e-3, "adamw_eps:10": 1.0, "prm_debiased": 1e-3}
     added = extended(grid, lambda spec: peak(peaks[spec.method])(spec))
-    assert added == {"adamw_eps:10": UP, "prm_debiased": DOWN[:1]}
+    assert added == {
+        "adamw": [3.2e-2, 3.2e-4, 1e-1],
+        "adamw_eps:10": UP,
+        "prm_debiased": [3.2e-4, 1e-4, 3.2e-2],
+    }
 
 
 # ---- The ceiling ----
 
 
-def test_the_ceiling_is_one_run_a_seed_at_the_best_rate_of_adamw(tmp_path):
-    methods = ("adamw_eps:10", "prm_debiased", "adamw_clean", "adamw")
-    grid = comparison_grid(tmp_path, *methods, seeds=(0, 1), arguments=(*THREE, "--max_extensions", "1"))
-    peaks = {"adamw": 1.0, "adamw_eps:10": 1e-3, "prm_debiased": 1e-3}
-    made, specs = {}, grid.specify_runs()
-    assert "adamw_clean" not in {spec.method for spec in specs} and len(grid) == len(specs) + 2
-    while specs:
-        end(made, specs, lambda spec: peak(peaks[spec.method])(spec))
-        specs = grid.extend(made)
-    specs, problems = grid.specify_controls(made)
-    assert problems == [] and [(s.method, s.learning_rate, s.seed) for s in specs] == [
-        *(("adamw_clean", UP[0], 0), ("adamw_clean", UP[0], 1))  # the rate that was added
-    ]
-    adamw = next(spec for spec in grid.specify_runs() if spec.method == "adamw")
-    for spec in specs:
-        differences = {key for key, value in spec.settings.items() if adamw.settings[key] != value}
-        assert differences == {"noise_rate"} and spec.settings["noise_rate"] == 0
-        assert adamw.settings["noise_rate"] == grid.info_of(spec)["noise_rate"] == 0.3
+def test_the_ceiling_has_a_grid_and_no_noise(tmp_path):
+    grid = comparison_grid(tmp_path, "adamw", "adamw_clean", seeds=(0, 1), arguments=THREE)
+    adamw, clean = ([spec for spec in grid.specify_runs() if spec.method == name] for name in grid.rates)
+    assert len(adamw) == len(clean) == 6
+    for one, other in zip(adamw, clean, strict=True):
+        differences = {key for key, value in other.settings.items() if one.settings[key] != value}
+        assert differences == {"noise_rate"} and other.settings["noise_rate"] == 0
+        assert one.settings["noise_rate"] == grid.info_of(other)["noise_rate"] == 0.3
 
 
 def test_without_noise_there_is_no_ceiling(tmp_path):
     grid = comparison_grid(tmp_path, "adamw", "adamw_clean", noise_rate=0.0)
-    assert grid.left_out == ["adamw_clean"] and len(grid) == len(grid.specify_runs()) == 2
+    assert grid.left_out == ["adamw_clean"] and {spec.method for spec in grid.specify_runs()} == {"adamw"}
 
 
-def test_the_runner_makes_what_is_added_and_then_the_ceiling(tmp_path, monkeypatch, capsys):
+def test_the_runner_makes_what_is_added(tmp_path, monkeypatch, capsys):
     arguments = ("--learning_rates", "1e-3", "1e-2", "--max_extensions", "2")
     trained, reported = [], []
 
     def comparison():
-        grid = comparison_grid(tmp_path, "adamw", "adamw_clean", seeds=(0, 1), arguments=arguments)
+        grid = comparison_grid(tmp_path, "adamw", seeds=(0, 1), arguments=arguments)
 
         def make_trainer(spec, folder):
             trained.append((spec.method, spec.learning_rate, spec.seed))
@@ -186,13 +181,11 @@ def test_the_runner_makes_what_is_added_and_then_the_ceiling(tmp_path, monkeypat
     grid = comparison()
     runner = Runner(grid)
     assert runner.run() == 0
-    steps = [[("adamw", 1e-3), ("adamw", 1e-2)], [("adamw", 3.2e-2)], [("adamw", 1e-1)], [("adamw_clean", 3.2e-2)]]
+    steps = [[("adamw", 1e-3), ("adamw", 1e-2)], [("adamw", 3.2e-2)], [("adamw", 1e-1)]]
     assert trained == [(*row, seed) for rows in steps for seed in (0, 1) for row in rows]
-    assert len(grid) == len(trained) == len(reported[0]) == runner.bar.total == 10
-    assert len(capsys.readouterr().out.splitlines()) == 10  # a line for each run, and nothing else
-    found = infos(tmp_path).values()
-    assert {info["settings"]["noise_rate"] for info in found if info["method"] == "adamw_clean"} == {0.0}
+    assert len(grid) == len(trained) == len(reported[0]) == runner.bar.total == 8
+    assert len(capsys.readouterr().out.splitlines()) == 8  # a line for each run, and nothing else
 
     trained.clear()
     assert Runner(comparison()).run() == 0  # the same runs, as it finds them finished
-    assert trained == [] and len(reported[1]) == 10
+    assert trained == [] and len(reported[1]) == 8
