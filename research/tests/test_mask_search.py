@@ -287,6 +287,7 @@ def test_variants_run_and_are_compared(tmp_path, capsys):
         assert 0 < metrics["mask/mean_q"] < 1
 
 
+@pytest.mark.slow
 def test_variants_of_modules_and_of_the_embedding(tmp_path):
     short = ["--max_steps", "2", "--logging_steps", "1", "--eval_strategy", "no", "--warmup_steps", "1"]
     short += ["--seeds", "0", "--learning_rates", "1e-3", "--prm_learning_rates", "3e-2"]
@@ -366,6 +367,7 @@ def test_fixed_masks_are_those_of_another_run():
     assert torch.allclose(found[closed], start()[closed] * (1 - 0.05 * 0.1) ** 12, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_fixed_rows_need_the_run_of_another_seed(tmp_path):
     arguments = ["--methods", mask_search.FIXED, "--seeds", "0", "1", "--max_steps", "1"]
     arguments += ["--learning_rates", "1e-3", "--prm_learning_rates", "1e-2", "--output_dir", str(tmp_path)]

@@ -360,6 +360,7 @@ def test_cache_folder(quick_training, tmp_path, monkeypatch):
         build_demo(cache_dir=tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_one_of_several_processes_trains(tmp_path):
     code = (
         "import os, sys, prm_hf.demo.build as build\n"

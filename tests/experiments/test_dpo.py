@@ -321,6 +321,7 @@ def launch(flags, output_dir, *arguments, program=SCRIPT):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_accelerate_launch(tmp_path):
     out = launch(["--num_processes", "1"], tmp_path, "--methods", "prm_per_tensor")
     assert "PRM per_tensor" in out and "Report:" in out

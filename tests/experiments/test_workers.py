@@ -85,6 +85,7 @@ def test_two_processes_share_the_runs(pairs, tmp_path, capfd, no_pictures):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_leaves_its_run(pairs, tmp_path, capfd, no_pictures):
     assert compare(DyingExperiment, pairs, tmp_path) == 0
     found = begun(tmp_path)
@@ -95,6 +96,7 @@ def test_a_worker_that_dies_leaves_its_run(pairs, tmp_path, capfd, no_pictures):
     assert len(read(tmp_path / "comparison.json")["runs"]) == 4
 
 
+@pytest.mark.slow
 def test_what_fails_in_a_worker_is_reported(pairs, tmp_path, capfd, no_pictures):
     assert compare(FailingExperiment, pairs, tmp_path) == 1
     failed = sorted(name for name, process in begun(tmp_path) if int(process) != os.getpid())
