@@ -1,6 +1,7 @@
 """Whether a file is whole, judged by its own bytes, and setting aside one that is not. Needs no torch."""
 
 import json
+import os
 import struct
 import zipfile
 from pathlib import Path
@@ -32,7 +33,7 @@ def problems_in(folder: Path) -> list[str]:
 def set_aside(path: Path) -> Path:
     """Renames a file or folder that cannot be used to `<name>.corrupt`, or the first `.corrupt<n>` that is free."""
     number = 1
-    while (aside := path.with_name(f"{path.name}.corrupt{number if number > 1 else ''}")).exists():
+    while os.path.lexists(aside := path.with_name(f"{path.name}.corrupt{number if number > 1 else ''}")):
         number += 1
     return path.rename(aside)
 

@@ -12,6 +12,7 @@ The optimizer is in `searched_prm.py`. What was worth keeping is in `prm_hf.PRM`
 parts of it and its controls are variants here.
 """
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,7 +142,10 @@ class Search:
     @classmethod
     def parse(cls, arguments: list[str]) -> Experiment:
         register_variants()  # here, as each worker process parses the arguments again
-        return super().parse(arguments)
+        experiment = super().parse(arguments)
+        recipe = next(name for name, search in RECIPES.items() if search is cls)
+        experiment.command_line = shlex.join(["python", "research/mask_search.py", recipe, *arguments])
+        return experiment
 
     def check_method(self, method: Method, config: Any) -> None:
         super().check_method(method, config)

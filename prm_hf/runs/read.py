@@ -119,7 +119,7 @@ def _expand(path: Path) -> list[Path]:
 
 def _find_runs(folder: Path, depth: int) -> Iterator[Run]:
     """The runs in a folder: it is one itself, or they lie up to `depth` levels below it."""
-    if folder.name.endswith(".corrupt"):
+    if re.search(r"\.corrupt\d*$", folder.name):
         yield _unread(folder, "prm_hf", f"{folder} was set aside when it could not be read.")
     elif any(os.path.lexists(folder / name) for name in (RUN_FILE, METRICS_FILE, HISTORY_FILE, FAILED_FILE)):
         yield _read(folder, "prm_hf", lambda: _read_run(folder))

@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from .._files import set_aside
 from .read import read_json
 from .schema import (
     FAILED_FILE,
@@ -138,7 +139,7 @@ def _info_of(folder: Path) -> dict[str, Any] | None:
 def _new_folder(spec: RunSpec, parent: Path, tell: Callable[[str], None]) -> Path:
     folder = parent / spec.folder_name
     if (folder / RUN_FILE).is_file() and _info_of(folder) is None:
-        tell(f"{folder / RUN_FILE} cannot be read. {_set_aside(folder)} has what there is, and the run is made again.")
+        tell(f"{folder / RUN_FILE} cannot be read. {set_aside(folder)} has what there is, and the run is made again.")
     # A run that ended before its run.json was whole has left at most a part of it.
     is_free = not os.path.lexists(folder) or (folder.is_dir() and {x.name for x in folder.iterdir()} <= {"run.part"})
     if not is_free and spec.changes_from(_info_of(folder) or {}):  # another process may have begun this run just now
@@ -157,16 +158,9 @@ def finished_metrics(folder: Path, tell: Callable[[str], None] = print) -> dict[
     except ValueError:
         metrics = None
     if metrics is None and file.is_file() or not isinstance(metrics, dict | None):
-        tell(f"{file} cannot be read. It is set aside as {_set_aside(file).name}, and the run is made again.")
+        tell(f"{file} cannot be read. It is set aside as {set_aside(file).name}, and the run is made again.")
         return None
     return metrics
-
-
-def _set_aside(path: Path) -> Path:
-    number = 1
-    while os.path.lexists(aside := path.with_name(f"{path.name}.corrupt{number if number > 1 else ''}")):
-        number += 1
-    return path.rename(aside)
 
 
 def failure_of(folder: Path) -> tuple[str, float] | None:
