@@ -93,7 +93,7 @@ def test_the_control_trains_exactly_as_the_parent(tmp_path):
     parent = DPOTrainer(
         make_model(),
         make_model(),
-        DPOConfig(**settings(tmp_path)),
+        DPOConfig(**settings(tmp_path), optim="adamw_torch_fused"),
         train_dataset=TRAIN,
         processing_class=make_tokenizer(),
     )
