@@ -21,7 +21,7 @@ WRITES = 12  # files that the first process writes for two checkpoints, at least
 # whether it needs scheduler.pt is told by its configuration.)
 NEEDLESS = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "training_args.bin"}
 NEEDLESS_TO = {"single": NEEDLESS, "ddp": NEEDLESS}
-NEEDLESS_TO["zero2"] = NEEDLESS | {"model.safetensors", "scheduler.pt", "zero_to_fp32.py"}
+NEEDLESS_TO["zero2"] = NEEDLESS | {"model.safetensors", "scheduler.pt", "zero_to_fp32.py", "zero_to_torch.py"}
 
 
 def draw_kill(rng: random.Random, world_size: int) -> dict:
