@@ -16,6 +16,7 @@ from latex2mathml.converter import convert
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
+from prm_hf.demo import build_demo
 from prm_hf.noise.corrupt import KINDS
 from prm_hf.optim.hyperparameters import Hyperparameters
 from prm_hf.runs.methods import METHODS
@@ -242,7 +243,9 @@ def test_the_first_commands_of_the_readme_run(tmp_path):
 @pytest.mark.timeout(1800)
 def test_a_file_of_pairs_leads_to_a_report(stand_ins, tmp_path):
     """The commands of docs/getting_started.md, in their order, on a CPU and with the tiny stand-ins."""
-    preference_dataset(40, flipped=False).to_json("pairs.jsonl")
+    demo = build_demo()  # whose tokenizer is read from a folder as it was
+    demo.train.select(range(40)).to_json("pairs.jsonl")
+    shutil.copytree(demo.model_path, "Qwen/Qwen2.5-0.5B-Instruct", dirs_exist_ok=True)
     shutil.copytree(ROOT / "recipes", "recipes")
     page = (ROOT / "docs" / "getting_started.md").read_text(encoding="utf-8")
     split, *_ = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)

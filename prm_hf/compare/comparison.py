@@ -26,7 +26,8 @@ class Comparison:
         runs: the finished ones, whose numbers count.
         lost: those that diverged, failed, are unfinished or cannot be read.
         apart: where several experiments were given, in what the runs of this one differ from those of the first.
-        answer, verdict: the key of the answer among `verdict.ANSWERS`, and its lines, at most three.
+        answer: the key of the answer among `verdict.ANSWERS`.
+        verdict: its lines, at most three.
         findings: lost runs and caveats, as sentences by the keys of their cases in `findings.py`.
     """
 

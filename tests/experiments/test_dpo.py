@@ -374,7 +374,7 @@ def test_a_sweep_spreads_the_runs_over_processes(tmp_path, program):
     assert sum(trained) == 6 and min(trained) > 0
     assert "Report:" in result.stdout and "Report:" in other
     failed = start("--seeds", "0", "0")
-    assert failed.returncode == 1 and "none twice" in failed.stderr
+    assert failed.returncode == 2 and "none twice" in failed.stderr
 
 
 def test_a_rate_at_which_training_diverges(pairs, tmp_path, capsys, no_pictures):
