@@ -244,7 +244,9 @@ def test_the_first_commands_of_the_readme_run(tmp_path):
 def test_a_file_of_pairs_leads_to_a_report(stand_ins, tmp_path):
     """The commands of docs/getting_started.md, in their order, on a CPU and with the tiny stand-ins."""
     demo = build_demo()  # whose tokenizer is read from a folder as it was
-    demo.train.select(range(40)).to_json("pairs.jsonl")
+    sides = ("prompt", "chosen", "rejected")
+    texts = [{side: row[side][-1]["content"] for side in sides} for row in demo.train.select(range(40))]
+    datasets.Dataset.from_list(texts).to_json("pairs.jsonl")
     shutil.copytree(demo.model_path, "Qwen/Qwen2.5-0.5B-Instruct", dirs_exist_ok=True)
     shutil.copytree(ROOT / "recipes", "recipes")
     page = (ROOT / "docs" / "getting_started.md").read_text(encoding="utf-8")
