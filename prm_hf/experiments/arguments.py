@@ -215,7 +215,7 @@ def check_methods(methods: Sequence[Method], seeds: Sequence[int], max_grad_norm
     for method in methods:
         if method.clean_labels and method.base not in names:
             raise ValueError(
-                f"`{method.name}` is trained at the best learning rate of AdamW: add `{method.base}` to `methods`."
+                f"`{method.name}` says what wrong labels cost `{method.base}`: add `{method.base}` to `methods`."
             )
         if not max_grad_norm and (method.value_setting == "relative_eps" or method.key == "msvag"):
             raise ValueError(f"`{method.key}` is scaled by the clipped gradient: set `max_grad_norm` above 0.")

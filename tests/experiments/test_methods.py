@@ -212,7 +212,7 @@ def test_interrupted_runs_go_on(pairs, finished, tmp_path):
         ),
         (
             ["adamw_eps:10", "adamw_clean"],
-            "is trained at the best learning rate of AdamW: add `adamw` to `methods`",
+            "says what wrong labels cost `adamw`: add `adamw` to `methods`",
         ),
         (["prm_stopping", "constant_q"], "`constant_q` takes something from a PRM run"),
         (["prm_debiased", "adamw_matched"], "lies between runs of AdamW with the same eps: add `adamw` to"),
