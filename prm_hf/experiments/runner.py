@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..runs.read import checkpoints
+from ..runs.schema import METRICS_FILE
 from ..runs.write import RunSpec, fail_run, failure_of, find_folder, finished_metrics
 from . import OUT_OF_TIME
 from .checks import check_data, check_experiment, folder_of_data, folder_of_rate
@@ -189,15 +190,23 @@ class Runner:
                 raise OutOfTime
             if what == "later":
                 return None
-            note = "finished before"
             if what == "make":
                 made = self._try(spec, made.folder, resume)
-                note = f"{made.metrics['wall_seconds']:.0f} s" if made.metrics else "now"
         self.made[made.folder] = made
         self.bar.n = len(self.made)
         self.bar.refresh()
-        self.tell(self._line(spec, made, note))
+        if self.state.is_main_process:
+            self.tell(self._line(spec, made, self._when(made, what == "make")))
         return made
+
+    def _when(self, made: Made, is_mine: bool) -> str:
+        """How long a run took if it was made since this process began, here or in another process."""
+        file = made.folder / METRICS_FILE
+        if made.metrics is None:
+            return "now"
+        if not is_mine and file.stat().st_mtime < self.started:
+            return "finished before"
+        return f"{made.metrics['wall_seconds']:.0f} s{'' if is_mine else ', in another process'}"
 
     def _decide(self, spec: RunSpec, wait: bool, held: contextlib.ExitStack) -> tuple[str, Made, bool]:
         """`"make"`, `"made"`, `"later"` or `"late"`; the run so far; and whether it has a checkpoint."""

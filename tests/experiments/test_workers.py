@@ -81,7 +81,7 @@ def test_two_processes_share_the_runs(pairs, tmp_path, capfd, no_pictures):
     assert out.count("a print of a run") == len(mine)
     lines = [line for line in out.splitlines() if line.startswith(tuple(RUNS))]
     assert sorted(line.split()[0] for line in lines) == RUNS
-    assert sorted(line.split()[0] for line in lines if "(finished before)" not in line) == sorted(mine)
+    assert sorted(line.split()[0] for line in lines if "in another process)" not in line) == sorted(mine)
     assert multiprocessing.active_children() == []
 
 
