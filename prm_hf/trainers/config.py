@@ -103,6 +103,9 @@ class PRMArguments:
             the mask on the small gradients of language models.
         prm_mask_warmup_steps (`int`, *optional*, defaults to `0`):
             Number of first steps that are plain AdamW while the running variance forms.
+        prm_mask_min_elements (`int`, *optional*, defaults to `32`):
+            Tensors of fewer elements are updated as by AdamW, with the debiased estimator and one mask a row or a
+            tensor; 0 masks all tensors.
         prm_state_dtype (`str`, *optional*, defaults to `"float32"`):
             How the moments are kept: `"float32"`; `"bf16"` for the first moment in bfloat16 (not under DeepSpeed ZeRO
             and FSDP1); or `"8bit"` for both in 8 bits (on one process and under DDP; needs torchao).
@@ -128,6 +131,7 @@ class PRMArguments:
     prm_alpha: float | None = None
     prm_mask_eps: float | None = None
     prm_mask_warmup_steps: int = 0
+    prm_mask_min_elements: int = 32
     prm_state_dtype: Literal["float32", "bf16", "8bit"] = "float32"
     # The flag may have no value
     drift_metrics: bool | None = field(default=None, metadata={"nargs": "?", "const": True})

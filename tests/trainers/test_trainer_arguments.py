@@ -149,6 +149,7 @@ def test_drift_is_measured_by_default_with_prm_alone(tmp_path):
         ({"prm_state_dtype": "fp8"}, "prm_state_dtype='fp8': it must be one of 'float32', 'bf16', '8bit'"),
         ({"prm_mask_warmup_steps": -3}, "prm_mask_warmup_steps=-3"),
         ({"prm_mask_warmup_steps": 0.5}, "prm_mask_warmup_steps=0.5"),
+        ({"prm_mask_min_elements": -1}, "prm_mask_min_elements=-1"),
         ({"prm_variance_beta": 1.0}, r"prm_variance_beta=1.0: it must be in \[0, 1\)"),
         ({"adam_beta1": 1.5}, "adam_beta1=1.5"),
         ({"learning_rate": -1e-3}, "learning_rate=-0.001"),

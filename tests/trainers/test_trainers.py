@@ -60,6 +60,7 @@ def test_prm_is_built_from_the_arguments_with_decay_groups(tmp_path):
         prm_alpha=0.5,
         prm_mask_eps=1e-9,
         prm_mask_warmup_steps=2,
+        prm_mask_min_elements=4,
         prm_state_dtype="bf16",
     )
     optimizer = trainer.create_optimizer()
@@ -82,6 +83,7 @@ def test_prm_is_built_from_the_arguments_with_decay_groups(tmp_path):
         "alpha": 0.5,
         "mask_eps": 1e-9,
         "mask_warmup_steps": 2,
+        "mask_min_elements": 4,
         "state_dtype": "bf16",
     }
     for group in optimizer.param_groups:
