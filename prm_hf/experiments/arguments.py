@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runs.methods import CONTROL, GROUPS, METHODS, Method, parse_method
+from ..runs.write import check_seed
 from ..trainers.config import with_help
 
 
@@ -162,13 +163,12 @@ class ComparisonArguments:
             self,
             ("learning_rates", is_rate, "positive numbers"),
             ("prm_learning_rates", is_rate, "positive numbers"),
-            ("noise_rate", lambda x: 0 <= x < 1, "in [0, 1)"),
-            ("seeds", lambda x: isinstance(x, int) and 0 <= x < 2**32, "integers in [0, 2**32)"),
             ("max_minutes", lambda x: x > 0, "above 0"),
             ("max_minutes", math.isfinite, "finite, or left out for no limit"),
             ("max_extensions", lambda x: x >= 0, "at least 0"),
             ("workers", lambda x: x >= 1, "at least 1"),
         )
+        check_names_of_folders(self)
         self._check_datasets()
         self.compared = [parse_method(name, known) for name in self.methods]
         check_methods(self.compared, self.seeds, max_grad_norm)
@@ -192,6 +192,15 @@ class ComparisonArguments:
             )
         if len({Path(name or "").stem for name in names}) != len(names):
             raise ValueError(f"`dataset_name` has two datasets of one name, {names}: their runs would share a folder.")
+
+
+def check_names_of_folders(args: ComparisonArguments) -> None:
+    """Raises ValueError for seeds and noise rates, of which folders are named, that are none."""
+    for seed in args.seeds:
+        check_seed(seed)
+    for rate in args.noise_rate:
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+            raise ValueError(f"`noise_rate` must be in [0, 1), got {rate!r}.")
 
 
 def check_methods(methods: Sequence[Method], seeds: Sequence[int], max_grad_norm: float) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 from .._extras import require
 from ..runs.methods import CONTROL
-from ..runs.write import check_name, check_seed
+from ..runs.write import check_name
 from ..trainers.config import check_deepspeed_config, check_optimizer
-from .arguments import ComparisonArguments
+from .arguments import ComparisonArguments, check_names_of_folders
 from .controls import THIRD_PARTY, WHOLE_TENSORS
 from .data import Data
 from .experiment import Experiment
@@ -35,13 +35,9 @@ _LOOKS = ("eval_strategy", "eval_steps", "logging_steps")
 def check_experiment(experiment: Experiment) -> None:
     """Raises ValueError or ImportError for what is known to fail, or would have no effect, before it has cost time."""
     args = experiment.script_args
-    for seed in args.seeds:
-        check_seed(seed)
+    check_names_of_folders(args)
     for method in args.compared:
         check_name(method.name, "methods")
-    for rate in args.noise_rate:
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
-            raise ValueError(f"`noise_rate` must be in [0, 1), got {rate!r}.")
     if len(args.dataset_name or ()) > 1:
         for name in args.dataset_name:
             folder_of_data(name)
