@@ -142,13 +142,14 @@ def text_columns(args: TrainingArguments, names: list[str]) -> tuple[str, ...]:
 
 
 def _first_row(dataset: Any, where: str) -> dict[str, Any]:
-    """The first row as its transform makes it; an error for what is no dataset, or has no rows."""
+    """The first row as its transform makes it; an error, of TRL's type, for what is no dataset, or has no rows."""
+    if dataset is None and where == "train":
+        raise ValueError("`train_dataset` is required: pass a `Dataset`. Rows become one with `Dataset.from_list`.")
     if not isinstance(dataset, Dataset | IterableDataset):
+        name = "`train_dataset`" if where == "train" else f"The dataset {where!r}"
         found = "None" if dataset is None else f"a {type(dataset).__name__}"
         way_out = f"pass one of {list(dataset)}" if isinstance(dataset, dict) else "rows become one with `from_list`"
-        raise TypeError(
-            f"The dataset {where!r} must be a `datasets.Dataset` or `IterableDataset`, got {found}: {way_out}."
-        )
+        raise TypeError(f"{name} must be a `Dataset` or `IterableDataset`, got {found}: {way_out}.")
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"The dataset {where!r} has no rows: pass one with at least one row.")

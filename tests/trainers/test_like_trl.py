@@ -6,7 +6,7 @@ and norms have a few elements, whose masks would be 0 by chance for a whole run 
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 from transformers import TrainerCallback, TrainingArguments
 
@@ -204,9 +204,22 @@ def test_sft_with_plain_arguments(tmp_path):
     trained(PRMSFTTrainer(tiny_model(), args, train_dataset=COMPLETIONS, processing_class=tokenizer()))
 
 
-@pytest.mark.parametrize("trainer_class, config, data", [
+BOTH = pytest.mark.parametrize("trainer_class, config, data", [
     (PRMDPOTrainer, PRMDPOConfig, PAIRS), (PRMSFTTrainer, PRMSFTConfig, COMPLETIONS)
 ], ids=["dpo", "sft"])  # fmt: skip
+
+
+@BOTH
+def test_no_dataset(trainer_class, config, data, tmp_path):
+    """Errors of TRL's types that begin with TRL's words, so that programs that expect them go on."""
+    made = {"args": config(**arguments(tmp_path)), "processing_class": tokenizer()}
+    with pytest.raises(ValueError, match="`train_dataset` is required"):
+        trainer_class(tiny_model(), **made)
+    with pytest.raises(TypeError, match="`train_dataset` must be a `Dataset` or `IterableDataset`, got a DatasetDict"):
+        trainer_class(tiny_model(), **made, train_dataset=DatasetDict({"train": data}))
+
+
+@BOTH
 @pytest.mark.parametrize("seed", range(3))
 def test_every_seed(trainer_class, config, data, seed, tmp_path):
     """Six steps, and no seed that leaves a bias or a norm where it was."""
