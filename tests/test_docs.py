@@ -61,9 +61,11 @@ def test_pages_are_short(page):
 
 
 RESULTS = sorted({*(ROOT / "results").rglob("*.md")} - {ROOT / "results" / "README.md"})
+APPENDICES = [page for page in RESULTS if page.name.endswith("tables.md")]
+ANSWERS = [page for page in RESULTS if page not in APPENDICES]
 
 
-@pytest.mark.parametrize("page", RESULTS, ids=name_of)
+@pytest.mark.parametrize("page", ANSWERS, ids=name_of)
 def test_results_answer_a_question(page):
     """Each page has a question, a short answer in bold, its protocol and limits, and its commands in a script."""
     title, answer = page.read_text(encoding="utf-8").split("\n\n")[:2]
@@ -73,6 +75,15 @@ def test_results_answer_a_question(page):
     assert "imits" in text and ("rotocol" in text or "Settings" in text)
     assert "![" in text or "no figure" in text
     assert re.search(r"\]\([\w-]+\.sh\)", text)
+
+
+@pytest.mark.parametrize("page", APPENDICES, ids=name_of)
+def test_appendices_are_linked(page):
+    """A page that answers a question leads to its long tables, and each of them names the page that it belongs to."""
+    links = [link for answer in ANSWERS for link in re.findall(r"\]\(([^)\s#]+)", answer.read_text(encoding="utf-8"))]
+    assert page.name in links
+    for section in page.read_text(encoding="utf-8").split("\n## ")[1:]:
+        assert re.search(r"\]\([\w.-]+\.md", section), section
 
 
 def table_rows(page: Path) -> list[list[str]]:
