@@ -19,7 +19,6 @@ from .inputs import check_ids, check_inputs
 from .presets import preset_note, with_preset
 
 
-
 _DESCRIPTION = (
     "This model was trained with PRM (Population Risk Minimization, `prm-hf`): AdamW, each of whose updates is "
     "multiplied by a mask between 0 and 1 that compares the gradient's signal with its minibatch noise "
@@ -60,9 +59,9 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
             self.trains_with_prm = self.optimizer_cls_and_kwargs[0] is PRM
         self._is_peft = is_peft_model(self.model)
         # Raises where arguments contradict each other
-        if self._settings() is not self.args and self.args.prm_preset is not None:
-            if self.is_world_process_zero():
-                notes.warning(preset_note(self.args, self._is_peft))
+        has_preset = self._settings() is not self.args and self.args.prm_preset is not None
+        if has_preset and self.is_world_process_zero():
+            notes.warning(preset_note(self.args, self._is_peft))
         # Count before the model is sharded, since FSDP1 hides the sizes of the tensors
         self._trained_numel = sum(
             getattr(p, "ds_numel", p.numel()) for p in self.model.parameters() if p.requires_grad
