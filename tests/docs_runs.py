@@ -5,6 +5,7 @@ library is imported.
 """
 
 import os
+import re
 import socket
 import sys
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ NOT_HERE = {
 
 DPO = {"dpo", "recipes/dpo_noisy.py"}
 SFT = {"sft", "recipes/sft_noisy.py"}
-ON_A_CPU = ["--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false"]
+ON_A_CPU = re.search(r"Without a GPU add `([^`]+)`", (ROOT / "docs" / "getting_started.md").read_text())[1].split()
 ONE_RATE = ["--learning_rates", "1e-3", "--prm_learning_rates", "1e-3", "--seeds", "0", "--max_extensions", "0"]
 STEPS = ["--max_steps", "2", "--max_length", "64", *ON_A_CPU, *ONE_RATE]
 # A configuration of recipes/ has up to 22 methods, and slices of more rows than the stand-ins have.
@@ -45,14 +46,8 @@ OF_CONFIGURATION = ["--methods", "adamw", "prm_debiased", "--noise_rate", "0.3"]
 ROWS = {"recipes/dpo_noisy.py": ["--dataset_train_split", "train"], "dpo": ["--dataset_train_split", "train"]}
 ROWS["recipes/sft_noisy.py"] = ["--dataset_train_split", "train[:30]", "--dataset_test_split", "train[30:]"]
 RANDOMIZATION = ["--models", "vit", "--kinds", "true_labels", "--methods", "adamw", "--max_steps", "2"]
-QUICK_TESTS = [
-    "--collect-only",
-    "-q",
-    "-p",
-    "no:cacheprovider",
-    "tests/optim/test_fused.py",
-    "tests/optim/test_optim.py",
-]
+FILES = ["tests/optim/test_fused.py", "tests/optim/test_gpu.py"]
+QUICK_TESTS = ["--collect-only", "-qq", "-p", "no:cacheprovider", *FILES]
 
 
 def shortened(program: str, arguments: Sequence[str]) -> list[str]:

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from prm_hf.demo import build_demo
+from prm_hf.experiments.data import BUILT_IN_WAIT
 
 from .docs_commands import calls_of, check_call
 from .docs_runs import NOT_HERE, PROGRAMS, shortened
-from .test_docs import PAGES, ROOT, inline_code, name_of
+from .test_docs import PAGES, ROOT, blocks_of, inline_code, name_of
 
 
 MODELS = ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-Coder-0.5B-Instruct", "models/qwen")
@@ -33,13 +34,12 @@ PathFinder.find_spec = classmethod(
 """
 
 
-def blocks_of(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+RUN = re.compile(r"\w+_lr[\d.e-]+_seed\d +accuracy \S+ .*\(\d+ s(, in another process)?\)")
 
 
 def commands_in(page: Path) -> set[str]:
     """The commands within the sentences of a page: no names of programs, and nothing with a part left out."""
-    whole = re.compile(r"(accelerate launch|python -?\w|pip install|pytest -|prm-hf \w+ -)(?!.*…)")
+    whole = re.compile(r"(accelerate launch .|python -?\w|pip install|pytest -|prm-hf \w+ -)(?!.*…)")
     return {code for text in inline_code(page) if whole.match(code := " ".join(text.split()))} - {"python -m prm_hf"}
 
 
@@ -95,7 +95,7 @@ def clone(stand_ins, tmp_path) -> Path:
         path.parent.mkdir(exist_ok=True)
         path.unlink(missing_ok=True)
         path.write_text(
-            STAND_IN.format(python=sys.executable, script=ROOT / "tests" / "docs_runs.py", program=program)
+            STAND_IN.format(python=sys.executable, script=clone / "tests" / "docs_runs.py", program=program)
         )
         path.chmod(0o755)
     return clone
@@ -134,7 +134,34 @@ def test_the_commands_of_a_page_run(page, clone, monkeypatch):
         if "to_json" in snippet:
             exec(snippet, {})  # noqa: S102 - our own page
     for block in blocks_of(page, "bash"):
-        run(block, clone)
+        text = run(block, clone)
+    if page.name == "getting_started.md":
+        assert "AdamW" in text and Path("report.html").is_file() and list(Path("runs/mine").rglob("report.html"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_commands_of_the_readme_run_in_full(clone):
+    """As someone types them who has just cloned the repository.
+
+    The log of the comparison has a line before the runs, one for each run, and what `prm-hf compare` shows again.
+    """
+    quiet = clone.parent / "quiet"
+    quiet.mkdir()
+    (quiet / "sitecustomize.py").write_text(HIDDEN)
+    install, try_it = blocks_of(README, "bash")
+    assert "not run" in run(install, clone)
+    log, comparison = (
+        run(command, clone, IN_FULL="1", PYTHONPATH=f"{clone}{os.pathsep}{quiet}") for command in try_it.splitlines()
+    )
+    folder = Path("runs") / "dpo_noisy"
+    report = f"Report: {folder / 'report.html'}\n"
+    runs, _, end = log.partition("\n\n")
+    plan, *lines = runs.splitlines()
+    assert plan == BUILT_IN_WAIT and all(RUN.fullmatch(line) for line in lines), runs
+    assert len(lines) == len(list((clone / folder).glob("*/metrics.json")))
+    assert "AdamW" in comparison and (clone / folder / "report.html").is_file()
+    assert end.removesuffix(report).strip() == comparison.strip() and end.endswith(report)
 
 
 @pytest.mark.slow
