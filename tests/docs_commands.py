@@ -22,10 +22,10 @@ from prm_hf.experiments.sft import SFTExperiment
 from prm_hf.runs.methods import parse_method
 from research import mask_search
 
+from .docs_runs import PROGRAMS, ROOT
 
-ROOT = Path(__file__).parents[1]
-PROGRAMS = ("accelerate", "mkdocs", "pip", "prm-hf", "pytest", "python", "ruff", ".ci/run")
-STAND_IN = '#!/bin/bash\nprintf "%s\\0" "${0##*/}" "$@" >>"$CALLS"; printf "\\n" >>"$CALLS"\n'
+
+STAND_IN = '#!/bin/bash\nprintf "%s\\0" "{program}" "$@" >>"$CALLS"; printf "\\n" >>"$CALLS"\n'
 EXPERIMENTS = {
     "dpo": DPOExperiment,
     "recipes/dpo_noisy.py": DPOExperiment,
@@ -44,7 +44,7 @@ def calls_of(script: str, folder: Path, *arguments: str) -> list[list[str]]:
     for program in PROGRAMS:
         path = (work if "/" in program else bin_folder) / program
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(STAND_IN)
+        path.write_text(STAND_IN.format(program=program))
         path.chmod(0o755)
     calls.write_text("")
     environment = {"PATH": f"{bin_folder}{os.pathsep}/usr/bin{os.pathsep}/bin", "CALLS": str(calls)}
@@ -149,7 +149,7 @@ def _check_experiment(experiment: type[Experiment], arguments: list[str], more: 
 
     `more` are methods that it knows beside those of the table.
     """
-    arguments = list(arguments)
+    arguments = [argument for argument in arguments if argument != "--help"]
     if "--config" in arguments:
         at = arguments.index("--config")
         if (file := arguments[at + 1]).startswith("recipes/"):

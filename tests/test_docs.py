@@ -1,9 +1,9 @@
 """The pages: links lead somewhere, pages are short, and every snippet and every command runs."""
 
 import dataclasses
+import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +16,6 @@ from latex2mathml.converter import convert
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
-from prm_hf.demo import build_demo
 from prm_hf.noise.corrupt import KINDS
 from prm_hf.optim.hyperparameters import Hyperparameters
 from prm_hf.runs.methods import METHODS
@@ -54,6 +53,11 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors_of(target), link
 
 
+def linked_from(page: Path) -> set[Path]:
+    links = re.findall(r"\]\(([\w./-]+)", page.read_text(encoding="utf-8"))
+    return {(page.parent / link).resolve() for link in links}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_pages_are_short(page):
     length = len(page.read_text(encoding="utf-8").splitlines())
@@ -61,9 +65,11 @@ def test_pages_are_short(page):
 
 
 RESULTS = sorted({*(ROOT / "results").rglob("*.md")} - {ROOT / "results" / "README.md"})
+APPENDICES = [page for page in RESULTS if page.name.endswith("tables.md")]
+ANSWERS = [page for page in RESULTS if page not in APPENDICES]
 
 
-@pytest.mark.parametrize("page", RESULTS, ids=name_of)
+@pytest.mark.parametrize("page", ANSWERS, ids=name_of)
 def test_results_answer_a_question(page):
     """Each page has a question, a short answer in bold, its protocol and limits, and its commands in a script."""
     title, answer = page.read_text(encoding="utf-8").split("\n\n")[:2]
@@ -73,6 +79,20 @@ def test_results_answer_a_question(page):
     assert "imits" in text and ("rotocol" in text or "Settings" in text)
     assert "![" in text or "no figure" in text
     assert re.search(r"\]\([\w-]+\.sh\)", text)
+
+
+@pytest.mark.parametrize("page", ANSWERS, ids=name_of)
+def test_tables_of_results_are_short(page):
+    """What is longer stands in an appendix."""
+    tables = re.findall(r"(?:^\|.*\n)+", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert max((len(table.splitlines()) - 2 for table in tables), default=0) <= 12
+
+
+@pytest.mark.parametrize("page", APPENDICES, ids=name_of)
+def test_appendices_are_linked(page):
+    """From the pages whose tables they have, and back."""
+    of = {answer.name for answer in ANSWERS if answer.parent == page.parent and page in linked_from(answer)}
+    assert of and of <= {target.name for target in linked_from(page)}
 
 
 def table_rows(page: Path) -> list[list[str]]:
@@ -105,8 +125,21 @@ def test_formulas_are_set(page):
         assert "\\" not in mathml and "<mi>&</mi>" not in mathml, formula
 
 
+def blocks_of(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
 def of_language(language: str) -> list[Path]:
-    return [page for page in PAGES if f"```{language}\n" in page.read_text(encoding="utf-8")]
+    return [page for page in PAGES if blocks_of(page, language)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_block_is_tested(page):
+    """Of Python by running it, of bash in `test_docs_commands.py`, of formulas above, and of data here."""
+    fences = re.findall(r"^[ >]*```+ *(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(fences[::2]) <= {"python", "bash", "math", "json"} and set(fences[1::2]) <= {""}
+    for block in blocks_of(page, "json"):
+        assert all({"prompt", "chosen", "rejected"} <= set(json.loads(line)) for line in block.splitlines())
 
 
 @pytest.fixture
@@ -223,42 +256,6 @@ def run(command: list[str], folder: Path, environment: dict[str, str]) -> subpro
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_the_first_commands_of_the_readme_run(tmp_path):
-    """As someone types them who has just cloned the repository: in it, and with the output in `runs/`."""
-    block = re.search(r"## Try it\n\n```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    clone = tmp_path / "clone"
-    for folder in ("prm_hf", "recipes"):
-        shutil.copytree(ROOT / folder, clone / folder)
-    environment = {**os.environ, "PYTHONPATH": str(clone), "TQDM_DISABLE": "1"}
-    done = run(["bash", "-e", "-c", block[1]], clone, environment)
-    assert (clone / "runs" / "dpo_noisy" / "report.html").is_file()
-    assert "adamw" in done.stdout.lower()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_a_file_of_pairs_leads_to_a_report(stand_ins, tmp_path):
-    """The commands of docs/getting_started.md, in their order, on a CPU and with the tiny stand-ins."""
-    demo = build_demo()  # whose tokenizer is read from a folder as it was
-    sides = ("prompt", "chosen", "rejected")
-    texts = [{side: row[side][-1]["content"] for side in sides} for row in demo.train.select(range(40))]
-    datasets.Dataset.from_list(texts).to_json("pairs.jsonl")
-    shutil.copytree(demo.model_path, "Qwen/Qwen2.5-0.5B-Instruct", dirs_exist_ok=True)
-    shutil.copytree(ROOT / "recipes", "recipes")
-    page = (ROOT / "docs" / "getting_started.md").read_text(encoding="utf-8")
-    split, *_ = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    exec(split, {})  # noqa: S102 - our own page
-    _, comparison, reports = re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    on_a_cpu = re.search(r"Without a GPU add `([^`]+)`", page)[1]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
-    run(["bash", "-e", "-c", f"{comparison.strip()} {on_a_cpu}"], tmp_path, environment)
-    assert list(Path("runs/mine").rglob("report.html"))
-    done = run(["bash", "-e", "-c", reports], tmp_path, environment)
-    assert "AdamW" in done.stdout and Path("report.html").is_file()
 
 
 @pytest.mark.slow

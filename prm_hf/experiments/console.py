@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from tqdm.auto import tqdm
 
 
+NOTES = logging.getLogger("prm_hf.notes")
+
+
 class Messages(logging.Handler):
     """Writes each message once, above the bar: every run would repeat what its trainer says."""
 
@@ -26,15 +29,26 @@ class Messages(logging.Handler):
 
 @contextlib.contextmanager
 def messages_shown() -> Iterator[None]:
-    """Shows the messages of this package by [`Messages`], and no warnings of what transformers will rename."""
+    """Shows the messages of this package by [`Messages`], and no warnings of what transformers will rename.
+
+    What optimizer a trainer has is left out, until [`show_notes`]: `run.json` says it of each run.
+    """
     logger, messages = logging.getLogger("prm_hf"), Messages()
     logger.addHandler(messages)
+    NOTES.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)
             yield
     finally:
+        NOTES.setLevel(logging.NOTSET)
         logger.removeHandler(messages)
+
+
+def show_notes(log_level: str) -> None:
+    """Shows what optimizer a trainer has too, with `--log_level info` or `debug`."""
+    if log_level in ("debug", "info"):
+        NOTES.setLevel(logging.NOTSET)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from ..runs.schema import METRICS_FILE
 from ..runs.write import RunSpec, fail_run, failure_of, find_folder, finished_metrics
 from . import OUT_OF_TIME
 from .checks import check_data, check_experiment, folder_of_data, folder_of_rate
-from .console import messages_shown, silenced
+from .console import messages_shown, show_notes, silenced
 from .data import load_data
 from .experiment import Experiment
 from .grid import ComparisonGrid, Grid, Made, MadeRuns
@@ -49,6 +49,7 @@ def run_comparisons(task: type[Experiment], arguments: list[str]) -> int:
     """
     with messages_shown():
         experiment = task.parse(arguments)
+        show_notes(experiment.training_args.log_level)
         check_experiment(experiment)
         args = experiment.script_args
         deadline = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes

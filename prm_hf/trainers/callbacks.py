@@ -17,6 +17,7 @@ from .digests import start_digest
 
 
 logger = logging.getLogger(__name__)
+notes = logging.getLogger("prm_hf.notes")  # what PRM is set to: at a level that is shown by default
 
 
 def innermost_optimizer(optimizer: Optimizer | None) -> Optimizer | None:
@@ -64,7 +65,7 @@ class PRMCallback(TrainerCallback):
             self._has_told = True
             if state.is_world_process_zero:
                 processes = "1 process" if args.world_size == 1 else f"{args.world_size} processes"
-                logger.warning("PRM trains %s on %s.", path, processes)  # a level that is shown by default
+                notes.warning("PRM trains %s on %s.", path, processes)
 
 
 class PopulationRiskStoppingCallback(TrainerCallback):

@@ -3,7 +3,6 @@
 import os
 from typing import Any
 
-from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch.optim import Optimizer
@@ -12,15 +11,13 @@ from transformers.trainer_utils import TrainOutput, has_length
 
 from ..optim import PRM
 from ..sharding import ShardingPath, deepspeed, fsdp
-from .callbacks import PopulationRiskStoppingCallback, PRMCallback
+from .callbacks import PopulationRiskStoppingCallback, PRMCallback, notes
 from .checkpoints import CheckpointMixin
 from .config import PRMArguments, check_relative_eps, check_sharding, prm_kwargs, scaled_by_relative_eps
 from .evaluation import EvaluationMixin
 from .inputs import check_ids, check_inputs
 from .presets import preset_note, with_preset
 
-
-logger = get_logger(__name__)
 
 _DESCRIPTION = (
     "This model was trained with PRM (Population Risk Minimization, `prm-hf`): AdamW, each of whose updates is "
@@ -62,8 +59,9 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
             self.trains_with_prm = self.optimizer_cls_and_kwargs[0] is PRM
         self._is_peft = is_peft_model(self.model)
         # Raises where arguments contradict each other
-        if self._settings() is not self.args and self.args.prm_preset is not None:
-            logger.warning(preset_note(self.args, self._is_peft))
+        has_preset = self._settings() is not self.args and self.args.prm_preset is not None
+        if has_preset and self.is_world_process_zero():
+            notes.warning(preset_note(self.args, self._is_peft))
         # Count before the model is sharded, since FSDP1 hides the sizes of the tensors
         self._trained_numel = sum(
             getattr(p, "ds_numel", p.numel()) for p in self.model.parameters() if p.requires_grad

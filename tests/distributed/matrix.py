@@ -1,4 +1,4 @@
-"""Prints the table of results/sharding.md, measured anew: `python -m tests.distributed.matrix`."""
+"""Prints the table of results/sharding_tables.md, measured anew: `python -m tests.distributed.matrix`."""
 
 import tempfile
 from pathlib import Path

@@ -46,7 +46,7 @@ def launch(
     log = folder.with_suffix(".log")
     more = ["--padding_free", "true"] if recipe == "dpo" and path in PACKED else []
     module = ["tests.distributed.recipe", recipe, "--output_dir", str(folder), *SHORT, *RATE]
-    module += ["--methods", adamw, *masked, *more]
+    module += ["--methods", adamw, *masked, *more, "--log_level", "info"]
     accelerate_launch(path, module, log, PATHS[path], timeout=600)
     # one run after the other in the same processes
     assert len(list(folder.glob("*/metrics.json"))) == 1 + len(masked)

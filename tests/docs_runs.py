@@ -1,0 +1,92 @@
+"""Runs a command of the documentation for real, but as small as it goes; or says why it does not run here.
+
+On the PATH of `tests/test_docs_commands.py` each program is a script that calls this one, so nothing but the standard
+library is imported.
+"""
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = ("accelerate", "mkdocs", "pip", "prm-hf", "pytest", "python", "ruff", ".ci/run")
+
+INDEX = "it downloads from an index; tests/test_installation.py has the metadata, and .ci/run installs the wheel"
+# What is checked against its parser alone.
+NOT_HERE = {
+    "pip install -c constraints.txt -e .": INDEX,
+    "pip install -c constraints.txt -e .[trl,report]": INDEX,
+    "pip install -c constraints.txt -e .[dev]": INDEX,
+    "pip install liger-kernel": INDEX,
+    ".ci/run": "it runs these tests",
+    "python -m tests.distributed.matrix": "it launches all that `pytest -m slow tests/distributed` does",
+    "accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 2 recipes/dpo_noisy.py": (
+        "accelerate has FSDP on GPUs alone; tests/distributed/test_recipes.py runs it, around accelerate's check"
+    ),
+    "accelerate launch --config_file accelerate_configs/fsdp2.yaml benchmarks/sharded.py --output fsdp2.json": (
+        "it measures GPUs; tests/distributed/test_recipes.py has FSDP2"
+    ),
+    "python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state "
+    "--input_folder out/checkpoint-100/global_step100 --output_folder out/universal": (
+        "it needs a checkpoint of DeepSpeed; tests/distributed/test_checkpoints.py converts some"
+    ),
+}
+
+DPO = {"dpo", "recipes/dpo_noisy.py"}
+SFT = {"sft", "recipes/sft_noisy.py"}
+ON_A_CPU = re.search(r"Without a GPU add `([^`]+)`", (ROOT / "docs" / "getting_started.md").read_text())[1].split()
+ONE_RATE = ["--learning_rates", "1e-3", "--prm_learning_rates", "1e-3", "--seeds", "0", "--max_extensions", "0"]
+STEPS = ["--max_steps", "2", "--max_length", "64", *ON_A_CPU, *ONE_RATE]
+# A configuration of recipes/ has up to 22 methods, and slices of more rows than the stand-ins have.
+OF_CONFIGURATION = ["--methods", "adamw", "prm_debiased", "--noise_rate", "0.3"]
+ROWS = {"recipes/dpo_noisy.py": ["--dataset_train_split", "train"], "dpo": ["--dataset_train_split", "train"]}
+ROWS["recipes/sft_noisy.py"] = ["--dataset_train_split", "train[:30]", "--dataset_test_split", "train[30:]"]
+RANDOMIZATION = ["--models", "vit", "--kinds", "true_labels", "--methods", "adamw", "--max_steps", "2"]
+FILES = ["tests/optim/test_fused.py", "tests/optim/test_gpu.py"]
+QUICK_TESTS = ["--collect-only", "-qq", "-p", "no:cacheprovider", *FILES]
+
+
+def shortened(program: str, arguments: Sequence[str]) -> list[str]:
+    """The command with more arguments, after which it takes seconds. All that it had stay, and come first."""
+    command, names = [program, *arguments], set(arguments)
+    if "--help" in names:
+        return command
+    if program == "accelerate" and "--config_file" in names:
+        command[2:2] = ["--main_process_port", str(_free_port())]
+    if experiment := names & (DPO | SFT):
+        command += STEPS
+        if "--config" in names:
+            command += OF_CONFIGURATION + ROWS[experiment.pop()]
+        if names & SFT:
+            command += ["--max_new_tokens", "4"]
+        return command
+    if names & {"recipes/randomization.py", "randomization"}:
+        return command + RANDOMIZATION
+    if "benchmarks/step.py" in names:
+        more = ["--time_limit", "1", "--seconds", "0.1", "--repeats", "1"]
+        return command + more + (["--dpo_steps", "1"] if "--dpo_steps" in names else [])
+    return command + QUICK_TESTS if program == "pytest" else command
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def main() -> None:
+    program, *arguments = sys.argv[1:]
+    if reason := NOT_HERE.get(" ".join([program, *arguments])):
+        print(f"not run: {reason}")
+        return
+    command = [program, *arguments] if os.environ.get("IN_FULL") else shortened(program, arguments)
+    here = Path(sys.executable).parent / program
+    os.execv(here if here.exists() else program, [str(here), *command[1:]])
+
+
+if __name__ == "__main__":
+    main()
