@@ -108,6 +108,11 @@ def build_comparison(runs: list[Run]) -> Comparison:
     if len(groups) > 1:
         raise ValueError(f"The runs differ in {_listed(differences_between(groups)[0])}. {WAY_OUT}")
     _check_unique([*finished, *diverged])
+    # Runs that can be compared have the same held-out examples, and an older one did not record which belong together.
+    groups = next((run.heldout_groups for run in finished if run.heldout_groups is not None), None)
+    for run in finished:
+        if run.heldout is not None:
+            run.heldout_groups = groups
     comparison = Comparison(make_rows(finished, diverged), [], finished, lost)
     comparison.contrasts = [*row_contrasts(comparison), *frontier_contrasts(comparison)]
     adjusted = statistics.holm([c.interval.p_value if c.interval else math.nan for c in comparison.contrasts])

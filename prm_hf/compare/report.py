@@ -217,6 +217,7 @@ def _row_as_dict(row: Row) -> dict[str, Any]:
 def _contrast_as_dict(contrast: Contrast) -> dict[str, Any]:
     interval = contrast.interval or Interval(math.nan, math.nan, math.nan, 0, 0)
     numbers = {"difference": interval.mean, "low": interval.low, "high": interval.high, "seeds": interval.seeds}
+    numbers |= {"examples": interval.examples, "groups": interval.groups}
     numbers |= {"p_value": interval.p_value, "p_holm": contrast.p_holm}
     return {
         "kind": contrast.kind,

@@ -76,9 +76,9 @@ class Row:
         accuracy, error, n = self.mean(self.measures.accuracy)
         if n > 1:
             return error, "seeds"
-        examples = next((len(run.heldout) for run in self.runs if run.heldout is not None), 0)
-        if n and examples and finite(accuracy):
-            return statistics.proportion_standard_error(accuracy, examples), "examples"
+        run = next((run for run in self.runs if run.heldout is not None), None)
+        if n and run is not None and len(run.heldout) > 1 and finite(accuracy):
+            return statistics.group_error(run.outcomes(), run.heldout_groups), "examples"
         return math.nan, ""
 
 
