@@ -146,6 +146,7 @@ class ComparisonGrid(Grid):
         if not (at_end and has_grid) or self.extensions == self.experiment.script_args.max_extensions:
             return []
         self.extensions += 1
+        self.info = {**self.info, "extension": self.extensions}  # in `run.json` of all runs from here on
         added = []
         for name, place in places.items():
             rates = self.rates[name]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .schema import CLEAN_FIT, KL, MEAN_Q, Measures, measures_of
+from .schema import CLEAN_FIT, COST, KL, MEAN_Q, Measures, measures_of
 
 
 # How a run ended. The numbers of a finished run count; of the others the comparison says that they are there.
@@ -88,6 +88,11 @@ class Run:
         if logged.size:
             return float(logged.mean())
         return self.metrics.get(MEAN_Q, self.control.get("mean_q") if self.method == "constant_q" else None)
+
+    @property
+    def cost(self) -> float | None:
+        """Seconds of all training that the run rests on: its own, unless it says otherwise."""
+        return self.metrics.get(COST, self.metrics.get("wall_seconds"))
 
     def outcomes(self) -> np.ndarray | None:
         """`[examples]` float64, 1 where the held-out example is right and ½ at a tie; `[1]`, the accuracy, where they
