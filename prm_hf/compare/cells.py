@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 
-from ..runs.schema import CLEAN_FIT, KL
+from ..runs.schema import CLEAN_FIT, COST, KL
 from .comparison import Comparison
-from .contrasts import Contrast
+from .contrasts import BEST_LR, Contrast
 from .findings import LOST
 from .rows import Row, format_rate
 from .statistics import finite
 
 
+RECOVERY_HEADER = ["recovery of", "best against best [95 % interval]", "at equal KL"]
 CONTRAST_HEADER = ["accuracy of", "minus that of", "difference [95 % interval]", "p (Holm)", "so the first is"]
 
 
@@ -19,6 +20,40 @@ def row_header(comparison: Comparison) -> list[str]:
     names = comparison.measures
     fits = [names.noise_label, "clean fit"]
     return ["method", "lr", "seeds", "accuracy", *fits, "drift/kl", names.extra_label, "mean q", "wall s"]
+
+
+# Columns that there are where a run has the metric, with their heads.
+_MEASURED = {
+    "suspects/auc": "suspects AUC",
+    "suspects/average_precision": "suspects AP",
+    "suspects/share_error": "share error",
+    COST: "cost s",
+}
+
+
+def extra_header(comparison: Comparison) -> list[str]:
+    """The heads of the columns of `extra_cells`."""
+    return [*(["recovery"] if comparison.recoveries else []), *map(_MEASURED.get, _measured(comparison))]
+
+
+def extra_cells(comparison: Comparison, row: Row) -> list[str]:
+    """What a row has besides `row_cells`: the recovery of its method if it is the best row, and what was measured."""
+    of_row = [r for r in comparison.recoveries if r.kind == BEST_LR and r.row is row and r.ratio]
+    cells = [f"{of_row[0].ratio.mean:.2f}" if of_row else "-"] if comparison.recoveries else []
+    return cells + [(number if name == COST else share)(row.mean(name)[0]) for name in _measured(comparison)]
+
+
+def _measured(comparison: Comparison) -> list[str]:
+    return [name for name in _MEASURED if any(name in run.metrics for run in comparison.runs)]
+
+
+def recovery_cells(comparison: Comparison) -> list[list[str]]:
+    """The table of recoveries, a row a method; empty without any."""
+    rows: dict[str, list[str]] = {}
+    for recovery in comparison.recoveries:
+        ends = f", KL {recovery.span[0]:.2g}-{recovery.span[1]:.2g}" if recovery.span and recovery.ratio else ""
+        rows.setdefault(recovery.row.method, [recovery.row.name]).append(f"{recovery.text}{ends}")
+    return [*rows.values()]
 
 
 def share(value: float) -> str:
@@ -60,6 +95,8 @@ def footnote(comparison: Comparison) -> str:
         f"Means over seeds. accuracy: {names.accuracy}, {names.examples}; {fits}, clean fit: memorization/*; "
         f"drift/kl: nats a token;{extra} mean q: mean of the mask over the run; -: not measured."
     )
+    if comparison.recoveries:
+        notes.append("recovery: (method - AdamW) / (AdamW on clean labels - AdamW), in accuracy")
     return f"{words} {'; '.join(notes)}." if notes else words
 
 

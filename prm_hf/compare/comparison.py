@@ -12,6 +12,7 @@ from ..runs.run import DIVERGED, FINISHED, UNFINISHED, Run
 from ..runs.schema import Measures
 from . import statistics
 from .contrasts import RATE_CONTROLS, Contrast, frontier_contrasts, row_contrasts
+from .recovery import Recovery, find_recoveries
 from .rows import Row, format_rate, make_rows, row_key
 
 
@@ -25,6 +26,7 @@ class Comparison:
     Attributes:
         runs: the finished ones, whose numbers count.
         lost: those that diverged, failed, are unfinished or cannot be read.
+        recoveries: what each method gives back of what wrong labels cost AdamW; none without `adamw_clean`.
         apart: where several experiments were given, in what the runs of this one differ from those of the first.
         answer: the key of the answer among `verdict.ANSWERS`.
         verdict: its lines, at most three.
@@ -35,6 +37,7 @@ class Comparison:
     contrasts: list[Contrast]
     runs: list[Run]
     lost: list[Run] = field(default_factory=list)
+    recoveries: list[Recovery] = field(default_factory=list)
     apart: list[Difference] = field(default_factory=list)
     answer: str = ""
     verdict: list[str] = field(default_factory=list)
@@ -90,6 +93,10 @@ class Comparison:
         found = [c for c in self.contrasts if c.kind == kind and c.left is left]
         return next((c for c in found if right is None or c.right.method == right), None)
 
+    def recovery(self, kind: str, row: Row) -> Recovery | None:
+        """That of a row's method, of a kind."""
+        return next((r for r in self.recoveries if r.kind == kind and r.row.method == row.method), None)
+
 
 def build_comparison(runs: list[Run]) -> Comparison:
     """Rows and contrasts of `runs`, all of one experiment; `findings` are still empty.
@@ -108,8 +115,14 @@ def build_comparison(runs: list[Run]) -> Comparison:
     if len(groups) > 1:
         raise ValueError(f"The runs differ in {_listed(differences_between(groups)[0])}. {WAY_OUT}")
     _check_unique([*finished, *diverged])
+    # Runs that can be compared have the same held-out examples, and an older one did not record which belong together.
+    groups = next((run.heldout_groups for run in finished if run.heldout_groups is not None), None)
+    for run in finished:
+        if run.heldout is not None:
+            run.heldout_groups = groups
     comparison = Comparison(make_rows(finished, diverged), [], finished, lost)
     comparison.contrasts = [*row_contrasts(comparison), *frontier_contrasts(comparison)]
+    comparison.recoveries = find_recoveries(comparison)
     adjusted = statistics.holm([c.interval.p_value if c.interval else math.nan for c in comparison.contrasts])
     for contrast, p in zip(comparison.contrasts, adjusted, strict=True):
         contrast.p_holm = p

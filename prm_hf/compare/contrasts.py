@@ -166,23 +166,51 @@ def frontier_difference(
     Returns:
         The interval over seeds and examples, and the range, nats a token; or why there is none.
     """
-    seeds = dict.fromkeys(run.seed for row in mine for run in row.runs)
-    pairs = [[_points(rows, seed, outcomes) for rows in (mine, theirs)] for seed in seeds]
-    pairs = [both for both in pairs if min(map(len, both)) > 1]
-    span = statistics.shared_range([_kls(runs) for both in pairs for runs in both])
+    found = mean_heights([mine, theirs], outcomes)
+    if isinstance(found, str):
+        return found
+    heights, span = found
+    return interval_of(heights[0] - heights[1], mine), span
+
+
+def mean_heights(
+    curves: list[list[Row]], outcomes: Outcomes = Run.outcomes
+) -> tuple[np.ndarray, tuple[float, float]] | str:
+    """Means over log KL of several curves, `[curves, seeds, examples]`, and the range that all cover in every seed.
+
+    Args:
+        curves: the rows of each.
+        outcomes: by default whether each held-out example is right; `[curves, seeds, 1]` where these are not known.
+
+    Returns:
+        The means of the seeds in which each curve has two runs, and the range, nats a token; or why there are none.
+    """
+    seeds = dict.fromkeys(run.seed for row in curves[0] for run in row.runs)
+    found = [[_points(rows, seed, outcomes) for rows in curves] for seed in seeds]
+    found = [points for points in found if min(map(len, points)) > 1]
+    span, all_of_them = statistics.shared_range([_kls(runs) for points in found for runs in points]), len(curves)
+    every = "both" if all_of_them == 2 else f"all {all_of_them}"
     if span is None:
-        return f"no {KL} range that both cover" if pairs else "no seed with two runs of both"
-    differences = []
-    for both in pairs:
-        values = np.split(_stack([outcomes(run) for runs in both for run in runs]), [len(both[0])])
-        areas = [statistics.mean_over_log_kl(_kls(runs), its, *span) for runs, its in zip(both, values, strict=True)]
-        differences.append(np.subtract(*areas))
-    return _interval(_stack(differences)), span
+        return f"no {KL} range that {every} cover" if found else f"no seed with two runs of {every}"
+    heights = []
+    for points in found:
+        ends = np.cumsum(list(map(len, points)))[:-1]
+        values = np.split(stack([outcomes(run) for runs in points for run in runs]), ends)
+        areas = [statistics.mean_over_log_kl(_kls(runs), its, *span) for runs, its in zip(points, values, strict=True)]
+        heights.append(areas)
+    flat = stack([area for areas in heights for area in areas])
+    return flat.reshape(len(heights), len(curves), -1).swapaxes(0, 1), span
 
 
-def _interval(values: np.ndarray) -> Interval:
-    """The interval of a difference of accuracies, `[seeds, examples]`."""
-    return statistics.bootstrap_interval(values, bounds=(-1.0, 1.0))
+def groups_of(rows: list[Row], examples: int) -> np.ndarray | None:
+    """`[examples]`: which held-out examples of these rows' runs belong together; None where that is not known."""
+    found = (run.heldout_groups for row in rows for run in row.runs if run.heldout_groups is not None)
+    return next((groups for groups in found if len(groups) == examples), None)
+
+
+def interval_of(values: np.ndarray, rows: list[Row]) -> Interval:
+    """The interval of a difference of accuracies, `[seeds, examples]`, of the runs of these rows."""
+    return statistics.bootstrap_interval(values, groups_of(rows, values.shape[1]), bounds=(-1.0, 1.0))
 
 
 def _kls(runs: list[Run]) -> np.ndarray:
@@ -195,7 +223,7 @@ def _points(rows: list[Row], seed: int | None, outcomes: Outcomes = Run.outcomes
     return [run for run in runs if finite(run.metrics.get(KL)) and outcomes(run) is not None]
 
 
-def _stack(outcomes: list[np.ndarray]) -> np.ndarray:
+def stack(outcomes: list[np.ndarray]) -> np.ndarray:
     """`[runs, examples]`, or `[runs, 1]` (the accuracies) if the examples of any run are not known."""
     if len({values.size for values in outcomes}) > 1:
         outcomes = [np.array([values.mean()]) for values in outcomes]
@@ -206,7 +234,7 @@ def _between(kind: str, left: Row, right: Row) -> Contrast:
     """Left minus right over the seeds that both have."""
     of_right = {run.seed: run.outcomes() for run in right.runs}
     pairs = [(run.outcomes(), of_right.get(run.seed)) for run in left.runs]
-    differences = [np.subtract(*_stack(pair)) for pair in pairs if not any(values is None for values in pair)]
+    differences = [np.subtract(*stack(pair)) for pair in pairs if not any(values is None for values in pair)]
     against = right.label
     if right.method in RATE_CONTROLS:
         adamw = find_method(left.kind.baseline).label
@@ -217,7 +245,7 @@ def _between(kind: str, left: Row, right: Row) -> Contrast:
         return Contrast(kind, left, right, against, missing="no shared seed")
     partly = len(differences) < max(len(left.runs), len(right.runs))
     note = f"over the {len(differences)} seed(s) that both have" if partly else ""
-    return Contrast(kind, left, right, against, _interval(_stack(differences)), note)
+    return Contrast(kind, left, right, against, interval_of(stack(differences), [left]), note)
 
 
 def _at_equal_kl(kind: str, rows: list[Row], baseline: list[Row]) -> Contrast:
@@ -232,7 +260,7 @@ def _at_equal_kl(kind: str, rows: list[Row], baseline: list[Row]) -> Contrast:
         if not curve or run not in _points(rows, run.seed):
             continue
         kl, kls = run.metrics[KL], _kls(curve)
-        outcomes, *points = _stack([other.outcomes() for other in (run, *curve)])
+        outcomes, *points = stack([other.outcomes() for other in (run, *curve)])
         matched = statistics.interpolate_at_kl(kls, np.stack(points), kl)
         if matched is None:
             lacking.append("larger" if kl > kls.max() else "smaller")
@@ -245,7 +273,8 @@ def _at_equal_kl(kind: str, rows: list[Row], baseline: list[Row]) -> Contrast:
             f"where nothing is extrapolated: {name} lacks {' and '.join(sorted(set(lacking)))} rates"
         )
     if ratios:
-        contrast.interval = _interval(_stack([_stack(values).mean(axis=0) for values in by_seed.values()]))
+        differences = stack([stack(values).mean(axis=0) for values in by_seed.values()])
+        contrast.interval = interval_of(differences, rows)
         notes += [f"interpolated between KLs up to {max(ratios):.0f}-fold apart"] if max(ratios) > 4 else []
     else:
         extent = "much" if set(lacking) == {"larger"} else "little"

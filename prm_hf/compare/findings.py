@@ -117,6 +117,17 @@ CAVEATS = (
         lambda f: any(map(_has_kl, f.rows)) and [row.label for row in f.rows if not _has_kl(row)],
         f"Not on the frontier, for lack of {KL}: {{it}}.",
     ),
+    Case(
+        "extended",
+        lambda f: [text for rows in f.methods.values() if (text := _extended(rows))],
+        "Learning rates were added while a best one was at the end of its grid: {it}.",
+    ),
+    Case(
+        "ungrouped",
+        lambda f: not _independence_known(f),
+        "Which {f.measures.examples} share a prompt is not on record, and each counts as independent: where some do, "
+        "intervals are too narrow and p too small.",
+    ),
 )
 
 
@@ -142,7 +153,26 @@ def edge_of(rows: list[Row]) -> str:
     if top is None or len(rates) < 2 or top.learning_rate not in (min(rates), max(rates)):
         return ""
     side = "smallest" if top.learning_rate == min(rates) else "largest"
-    return f"{top.name} ({side}, {format_rate(top.learning_rate)})"
+    times = max(extension_of(row) for row in rows)
+    after = f", after {times} extension{'s' * (times > 1)}" if times else ""
+    return f"{top.name} ({side}, {format_rate(top.learning_rate)}{after})"
+
+
+def extension_of(row: Row) -> int:
+    """Which extension of its method's grid added a row; 0 for one that was asked for."""
+    found = [run.info.get("extension") for run in (*row.runs, *row.diverged)]
+    return max((n for n in found if isinstance(n, int)), default=0)
+
+
+def _extended(rows: list[Row]) -> str:
+    """The learning rates that were added to a method's grid, in the order in which they were."""
+    added = sorted((row for row in rows if extension_of(row) and row.source is None), key=extension_of)
+    return f"{rows[0].kind.label} by {', '.join(format_rate(row.learning_rate) for row in added)}" if added else ""
+
+
+def _independence_known(f: Any) -> bool:
+    """Whether it is on record which examples belong together, or no number of single examples is used."""
+    return all(run.heldout is None or run.heldout_groups is not None for run in f.runs)
 
 
 def _counts(contrasts: list[Contrast]) -> str:

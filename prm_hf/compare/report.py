@@ -16,9 +16,22 @@ from ..runs.run import DIVERGED, FAILED, UNREADABLE
 from ..runs.schema import VERSION
 from ..runs.text import printable
 from . import plots
-from .cells import CONTRAST_HEADER, contrast_cells, footnote, lost_and_caveats, row_cells, row_header, told_apart
+from .cells import (
+    CONTRAST_HEADER,
+    RECOVERY_HEADER,
+    contrast_cells,
+    extra_cells,
+    extra_header,
+    footnote,
+    lost_and_caveats,
+    recovery_cells,
+    row_cells,
+    row_header,
+    told_apart,
+)
 from .comparison import Comparison, build_comparison, build_comparisons
 from .contrasts import Contrast
+from .recovery import Recovery
 from .rows import Row
 from .sections import as_html
 from .statistics import Interval, finite
@@ -78,7 +91,8 @@ def format_comparison(
         comparison: one, or those of several experiments, which are written one below the other.
         format: `"table"` (plain text of at most 120 columns), `"json"`, `"markdown"` or `"html"` (one self-contained
             page; needs matplotlib).
-        verbose: whether the plain text has the caveats that apply. The other formats have them always.
+        verbose: whether the plain text has the caveats that apply, and the columns that only some runs have. The other
+            formats have them always.
     """
     if format not in FORMATS:
         raise ValueError(f"`format` must be one of {', '.join(FORMATS)}, got {format!r}.")
@@ -110,17 +124,25 @@ def wrap(text: str, first: str = "", rest: str = "") -> str:
     return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
-def _parts(comparison: Comparison, table: Callable[[list[str], list[list[str]], set[int]], str]) -> tuple[str, str]:
-    """The table of rows and that of contrasts, which may be empty, as `table` writes heads, cells and left columns."""
-    contrasts = list(map(contrast_cells, comparison.contrasts))
-    rows = table(row_header(comparison), list(map(row_cells, comparison.rows)), {0})
-    return rows, table(CONTRAST_HEADER, contrasts, {0, 1, 4}) if contrasts else ""
+def _parts(comparison: Comparison, table: Callable[[list[str], list[list[str]], set[int]], str]) -> tuple[str, ...]:
+    """The tables of rows, of what else was measured of them, of contrasts and of recoveries, as `table` writes heads,
+    cells and left columns. All but the first may be empty.
+    """
+    more = [[*row_cells(row)[:2], *extra_cells(comparison, row)] for row in comparison.rows]
+    extra = extra_header(comparison)
+    contrasts, recoveries = list(map(contrast_cells, comparison.contrasts)), recovery_cells(comparison)
+    return (
+        table(row_header(comparison), list(map(row_cells, comparison.rows)), {0}),
+        table(["method", "lr", *extra], more, {0}) if extra else "",
+        table(CONTRAST_HEADER, contrasts, {0, 1, 4}) if contrasts else "",
+        table(RECOVERY_HEADER, recoveries, {0, 1, 2}) if recoveries else "",
+    )
 
 
 def plain_text(comparisons: list[Comparison], verbose: bool = False) -> str:
     texts = []
     for i, comparison in enumerate(comparisons):
-        rows, contrasts = _parts(comparison, align)
+        rows, extra, contrasts, recoveries = _parts(comparison, align)
         lost, caveats = lost_and_caveats(comparison)
         if caveats and not verbose:
             caveats = [f"{len(caveats)} caveats apply: `prm-hf compare --verbose` lists them."]
@@ -128,7 +150,8 @@ def plain_text(comparisons: list[Comparison], verbose: bool = False) -> str:
         # A command is to be copied, and is not wrapped.
         verdict = "\n".join(printable(x) if x.startswith("Next, ") else wrap(x) for x in comparison.verdict)
         remarks = "\n".join(wrap(text, "- ", "  ") for text in (*lost, *caveats))
-        parts = *title, verdict, rows, wrap(footnote(comparison)), contrasts, remarks
+        notes = wrap(footnote(comparison)), extra if verbose else ""
+        parts = *title, verdict, rows, *notes, contrasts, recoveries, remarks
         texts.append("\n\n".join(filter(None, parts)))
     return "\n\n\n".join(texts) + "\n"
 
@@ -141,17 +164,17 @@ def markdown(comparisons: list[Comparison]) -> str:
 
     parts = []
     for i, comparison in enumerate(comparisons):
-        rows, contrasts = _parts(comparison, table)
+        tables = _parts(comparison, table)
         lost, caveats = lost_and_caveats(comparison)
         title, apart = map(_as_typed, told_apart(comparisons, i))
         parts += [
             f"## {title}" if title else "",
             apart,
             *_verdict_in_markdown(comparison),
-            rows,
+            tables[0],
             _as_typed(footnote(comparison)),
         ]
-        parts += [contrasts, "\n".join(f"- {_as_typed(text)}" for text in (*lost, *caveats))]
+        parts += [*tables[1:], "\n".join(f"- {_as_typed(text)}" for text in (*lost, *caveats))]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -181,6 +204,7 @@ def _comparison_as_dict(comparison: Comparison) -> dict[str, Any]:
         **({"differs_from_the_first": apart} if apart else {}),
         "rows": list(map(_row_as_dict, comparison.rows)),
         "contrasts": list(map(_contrast_as_dict, comparison.contrasts)),
+        **({"recoveries": list(map(_recovery_as_dict, comparison.recoveries))} if comparison.recoveries else {}),
         "runs": [
             {key: getattr(run, key) for key in keys} | ({} if run.finished else {"diverged": run.problem})
             for run in (*comparison.runs, *comparison.ended(DIVERGED))
@@ -217,6 +241,7 @@ def _row_as_dict(row: Row) -> dict[str, Any]:
 def _contrast_as_dict(contrast: Contrast) -> dict[str, Any]:
     interval = contrast.interval or Interval(math.nan, math.nan, math.nan, 0, 0)
     numbers = {"difference": interval.mean, "low": interval.low, "high": interval.high, "seeds": interval.seeds}
+    numbers |= {"examples": interval.examples, "groups": interval.groups}
     numbers |= {"p_value": interval.p_value, "p_holm": contrast.p_holm}
     return {
         "kind": contrast.kind,
@@ -226,6 +251,15 @@ def _contrast_as_dict(contrast: Contrast) -> dict[str, Any]:
         "verdict": contrast.verdict,
         "note": contrast.note,
     }
+
+
+def _recovery_as_dict(recovery: Recovery) -> dict[str, Any]:
+    found = {"kind": recovery.kind, "method": recovery.row.method, "name": recovery.row.name}
+    for name in ("ratio", "gain", "cost"):
+        interval = getattr(recovery, name)
+        ends = {key: getattr(interval, key) for key in ("mean", "low", "high", "seeds", "groups")} if interval else {}
+        found[name] = {key: value if finite(value) else None for key, value in ends.items()} or None
+    return {**found, "kl": recovery.span, "missing": recovery.missing}
 
 
 def _strict(value: Any) -> Any:

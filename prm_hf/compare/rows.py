@@ -11,7 +11,7 @@ import numpy as np
 
 from ..runs.methods import GROUPS, METHODS, Method, find_method
 from ..runs.run import Run
-from ..runs.schema import KL, Measures
+from ..runs.schema import COST, KL, Measures
 from . import statistics
 from .statistics import finite
 
@@ -69,6 +69,8 @@ class Row:
     def mean(self, name: str) -> tuple[float, float, int]:
         """Mean and standard error over seeds, and number of runs that have it; `"mean_q"` is the mean over the run."""
         values = [run.mean_q if name == "mean_q" else run.metrics.get(name) for run in self.runs]
+        if name == COST:
+            values = [run.cost for run in self.runs]
         return statistics.mean_and_standard_error([value for value in values if value is not None])
 
     def accuracy_error(self) -> tuple[float, str]:
@@ -76,9 +78,9 @@ class Row:
         accuracy, error, n = self.mean(self.measures.accuracy)
         if n > 1:
             return error, "seeds"
-        examples = next((len(run.heldout) for run in self.runs if run.heldout is not None), 0)
-        if n and examples and finite(accuracy):
-            return statistics.proportion_standard_error(accuracy, examples), "examples"
+        run = next((run for run in self.runs if run.heldout is not None), None)
+        if n and run is not None and len(run.heldout) > 1 and finite(accuracy):
+            return statistics.group_error(run.outcomes(), run.heldout_groups), "examples"
         return math.nan, ""
 
 

@@ -6,11 +6,23 @@ import json
 
 from ..runs.methods import CONTROL
 from . import chart, page, plots
-from .cells import CONTRAST_HEADER, contrast_cells, footnote, lost_and_caveats, row_cells, row_header, told_apart
+from .cells import (
+    CONTRAST_HEADER,
+    RECOVERY_HEADER,
+    contrast_cells,
+    extra_cells,
+    extra_header,
+    footnote,
+    lost_and_caveats,
+    recovery_cells,
+    row_cells,
+    row_header,
+    told_apart,
+)
 from .command import command
 from .comparison import Comparison
 from .contrasts import SAME_LR, Contrast
-from .rows import best, format_rate
+from .rows import Row, best, format_rate
 
 
 def as_html(comparisons: list[Comparison], pictures: dict[str, bytes] | None = None) -> str:
@@ -59,7 +71,11 @@ def _verdict(comparison: Comparison) -> str:
 
 def _best_table(comparison: Comparison) -> str:
     """Each method at its most accurate learning rate."""
-    names = comparison.measures
+    names, has_column = comparison.measures, bool(comparison.recoveries)
+
+    def recovery(row: Row) -> list[str]:
+        return extra_cells(comparison, row)[:has_column]
+
     rows = []
     for method, members in comparison.methods().items():
         top = best(members) or members[0]
@@ -67,10 +83,13 @@ def _best_table(comparison: Comparison) -> str:
         rows.append(
             (
                 "",
-                [_with_chip(comparison, method, name), *map(page.escape, (rate, seeds, accuracy, noise, kl))],
+                [
+                    _with_chip(comparison, method, name),
+                    *map(page.escape, (rate, seeds, accuracy, noise, kl, *recovery(top))),
+                ],
             )
         )
-    heads = ["method", "best lr", "seeds", "accuracy", names.noise_label, "KL"]
+    heads = ["method", "best lr", "seeds", "accuracy", names.noise_label, "KL", *extra_header(comparison)[:has_column]]
     caption = f"Each method at its most accurate learning rate. Accuracy: {names.examples}. KL: nats a token."
     return page.table(heads, {0}, rows, caption=caption, kind="compact")
 
@@ -94,6 +113,7 @@ def _details(comparison: Comparison, pictures: dict[str, bytes]) -> list[str]:
         page.details(f"Caveats that apply ({len(caveats)})", f'<ul class="plain">{listed}</ul>' if caveats else ""),
         page.details("All learning rates", _row_table(comparison)),
         page.details("Paired differences in accuracy", _contrast_table(comparison) if comparison.contrasts else ""),
+        page.details("Recovery of what wrong labels cost", _recovery_table(comparison)),
         page.details("Over the steps of training", figures.get("curves", "")),
         page.details("The mask over the steps", figures.get("mask", "")),
         page.details("Runs, and the command that repeats each", again + _run_table(comparison)),
@@ -106,7 +126,10 @@ def _subtitle(comparison: Comparison) -> str:
     parts = [f"{len(comparison.runs)} runs, {len(comparison.rows)} settings"]
     parts += [f"{key.replace('_', ' ')}: {info[key]}" for key in ("model", "dataset", "noise_rate") if key in info]
     examples = next((len(run.heldout) for run in comparison.runs if run.heldout is not None), None)
-    parts += [f"{examples} {comparison.measures.examples}"] if examples else []
+    groups = next((run.heldout_groups for run in comparison.runs if run.heldout_groups is not None), [])
+    count = len(set(groups))
+    of = f" in {count} groups" if 0 < count < (examples or 0) else ""
+    parts += [f"{examples} {comparison.measures.examples}{of}"] if examples else []
     return " · ".join(parts)
 
 
@@ -115,12 +138,13 @@ def _row_table(comparison: Comparison) -> str:
     for method, members in comparison.methods().items():
         top = best(members)
         for row in members:
-            name, *others = row_cells(row)
+            name, *others = [*row_cells(row), *extra_cells(comparison, row)]
             cells = [_with_chip(comparison, method, name), *map(page.escape, others)]
             kinds = [name for name, holds in (("best", row is top), ("first", row is members[0])) if holds]
             rows.append((" ".join(kinds), cells))
     note = page.quiet(f"{footnote(comparison)} Bold: the most accurate learning rate of each method.")
-    return page.table(row_header(comparison), {0}, rows, caption="Each method at each learning rate") + note
+    heads = [*row_header(comparison), *extra_header(comparison)]
+    return page.table(heads, {0}, rows, caption="Each method at each learning rate") + note
 
 
 def _contrast_table(comparison: Comparison) -> str:
@@ -135,6 +159,13 @@ def _contrast_table(comparison: Comparison) -> str:
     heads = [*CONTRAST_HEADER[:-1], "drawn", CONTRAST_HEADER[-1]]
     table = page.table(heads, {0, 1, 4, 5}, rows, caption="Paired differences in held-out accuracy")
     return table + page.quiet("The line in the middle is a difference of 0; right of it the first is better.")
+
+
+def _recovery_table(comparison: Comparison) -> str:
+    rows = [("", list(map(page.escape, cells))) for cells in recovery_cells(comparison)]
+    note = "(method - AdamW) / (AdamW on clean labels - AdamW), in held-out accuracy: 1 is what clean labels give."
+    caption = "What each method gives back of what wrong labels cost AdamW"
+    return page.table(RECOVERY_HEADER, {0, 1, 2}, rows, caption=caption) + page.quiet(note) if rows else ""
 
 
 def _interval_picture(contrast: Contrast, reach: float) -> str:

@@ -54,6 +54,9 @@ class Facts:
         # What wrong labels cost is told by AdamW as it is, with and without them.
         self.plain = best(self.adamw_curve) or self.adamw
         self.ceiling = best(row for rows in comparison.methods(CEILING).values() for row in rows)
+        # What PRM and the best-tuned AdamW give back of it.
+        leads = (row and comparison.recovery(BEST_LR, row) for row in (self.lead, self.adamw))
+        self.back, self.adamw_back = (found if found and found.gain else None for found in leads)
 
     def _deciding(self, rows: list[Row]) -> Contrast | None:
         """The contrast that says how the lead's method stands beside another: none where they share no seed."""
@@ -81,9 +84,14 @@ class Facts:
         """The number that decides, for people."""
         return f"{self.decides.text} beside {self.nearest} at equal KL"
 
-    def gain(self, row: Row) -> float:
-        """Of 100 held-out examples, how many more a row has right than AdamW at its best rate."""
-        return 100 * (row.accuracy - self.plain.accuracy)
+    @property
+    def points(self) -> tuple[float, float, str]:
+        """Of 100 held-out examples how many more the lead has right than AdamW at its best rate, how many more AdamW
+        would without wrong labels, and in words what the best-tuned AdamW has, where that is another.
+        """
+        other = self.adamw_back
+        words = f", and {self.adamw.name} {100 * other.gain.mean:.1f}" if other else ""
+        return 100 * self.back.gain.mean, 100 * self.back.cost.mean, words
 
     @property
     def unequal(self) -> str:
@@ -124,17 +132,17 @@ MEANINGS = (
     Case("none", lambda f: f.lacks or f.top is None, ""),
     Case(
         "free",
-        lambda f: f.ceiling and f.gain(f.ceiling) <= 0,
+        lambda f: f.back and f.back.cost.mean <= 0,
         "Wrong labels cost AdamW nothing here: {f.plain.accuracy:.3f} with them, {f.ceiling.accuracy:.3f} without.",
     ),
     Case(
         "loses",
-        lambda f: f.ceiling and f.gain(f.lead) < 0 and (-f.gain(f.lead), f.gain(f.ceiling)),
+        lambda f: f.back and f.back.gain.mean < 0 and (-f.points[0], f.points[1]),
         "At its best rate it loses {it[0]:.1f} points more than the {it[1]:.1f} that wrong labels cost AdamW.",
     ),
     Case(
         "gives_back",
-        lambda f: f.ceiling and (f.gain(f.lead), f.gain(f.ceiling), _others_gain(f)),
+        lambda f: f.back and f.points,
         "At its best rate it gives back {it[0]:.1f} of the {it[1]:.1f} points that wrong labels cost AdamW{it[2]}.",
     ),
     Case(
@@ -205,11 +213,6 @@ def judge(comparison: Comparison) -> tuple[Verdict, dict[str, str]]:
 
 def _is_ahead(contrast: Contrast | None) -> bool:
     return contrast is not None and contrast.known and contrast.verdict == MORE
-
-
-def _others_gain(f: Facts) -> str:
-    """What the best-tuned AdamW gives back, where that is another."""
-    return f", and {f.adamw.name} {f.gain(f.adamw):.1f}" if f.adamw.method != f.plain.method else ""
 
 
 def _why_no_area(f: Facts) -> str:

@@ -146,6 +146,7 @@ class ComparisonGrid(Grid):
         if not (at_end and has_grid) or self.extensions == self.experiment.script_args.max_extensions:
             return []
         self.extensions += 1
+        self.info = {**self.info, "extension": self.extensions}  # in `run.json` of all runs from here on
         added = []
         for name, place in places.items():
             rates = self.rates[name]
@@ -195,7 +196,8 @@ class ComparisonGrid(Grid):
         return trainer
 
     def outcomes(self, trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
-        return self.experiment.outcomes(trainer, self.data)
+        metrics, margins = self.experiment.outcomes(trainer, self.data)
+        return metrics, {**margins, "heldout_groups": list(self.data.heldout_groups)}
 
     def describe(self, spec: RunSpec, metrics: dict[str, float]) -> str:
         measures = measures_of(self.info)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .schema import CLEAN_FIT, KL, MEAN_Q, Measures, measures_of
+from .schema import CLEAN_FIT, COST, KL, MEAN_Q, Measures, measures_of
 
 
 # How a run ended. The numbers of a finished run count; of the others the comparison says that they are there.
@@ -37,6 +37,8 @@ class Run:
         history: one dict a logged step, with `step`; values of training batches are prefixed `train/`.
         heldout: `[examples]` float64, one number a held-out example that is positive where the run is right, or None:
             of a pair β·(log-ratio of chosen − of rejected) against the clean label.
+        heldout_groups: `[examples]` int64, equal where held-out examples belong together, as those of one prompt do;
+            None where that is not on record.
         info: `run.json`, or what `trainer_state.json` says about the run.
         notes: remarks that a reader of the comparison must know.
     """
@@ -52,6 +54,7 @@ class Run:
     metrics: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     heldout: np.ndarray | None = None
+    heldout_groups: np.ndarray | None = None
     info: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -85,6 +88,11 @@ class Run:
         if logged.size:
             return float(logged.mean())
         return self.metrics.get(MEAN_Q, self.control.get("mean_q") if self.method == "constant_q" else None)
+
+    @property
+    def cost(self) -> float | None:
+        """Seconds of all training that the run rests on: its own, unless it says otherwise."""
+        return self.metrics.get(COST, self.metrics.get("wall_seconds"))
 
     def outcomes(self) -> np.ndarray | None:
         """`[examples]` float64, 1 where the held-out example is right and ½ at a tie; `[1]`, the accuracy, where they

@@ -1,8 +1,9 @@
 """The schema of a run's folder: its files, the names in them, and what a run of each task is judged by.
 
 A folder holds `run.json` (what was run), `history.jsonl` (one JSON object a logged step), `margins.json` (one number
-an example) and `metrics.json` (the final values, written last: a folder without it is unfinished). A run whose loss
-was not finite has `"diverged": true` and `diverged_at_step` there; one that ended in an error has `failed.json`.
+an example, and as `heldout_groups` which held-out examples belong together) and `metrics.json` (the final values,
+written last: a folder without it is unfinished). A run whose loss was not finite has `"diverged": true` and
+`diverged_at_step` there; one that ended in an error has `failed.json`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ CLEAN_FIT, CORRUPTED_FIT = "memorization/clean_fit", "memorization/corrupted_fit
 TRAIN_FIT, HELDOUT_FIT = "memorization/train_fit", "memorization/heldout_fit"
 KL = "drift/kl"
 MEAN_Q = "mask/mean_q"
+COST = "cost_seconds"  # of all training that a run rests on, where that is more than its own
 
 # What changes no result makes no other run: where a run is written and how it is shown, what is saved and how often,
 # how data are loaded, and how the batch of a step is spread (see `effective_batch_size`). Learning rate and seed are

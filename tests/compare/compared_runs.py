@@ -32,7 +32,8 @@ def write_run(root, method, lr, seed, accuracy, kl, *, settings=None, margins=Tr
         "versions": {"torch": "2"},
         "hardware": {"device": "cpu"},
     }
-    (folder / "run.json").write_text(json.dumps(info | {k: v for k, v in changes.items() if k in info}))
+    known = {*info, "extension"}
+    (folder / "run.json").write_text(json.dumps(info | {k: v for k, v in changes.items() if k in known}))
     history = []
     for step in range(0, 41, 10):
         mask = {"mask/mean_q": mean_q} if mean_q and step else {}

@@ -179,6 +179,22 @@ def test_the_ceiling_is_no_opponent(tmp_path):
     assert "clean labels" not in comparison.verdict[0] and comparison.rows[-1].method == "adamw_clean"
 
 
+def test_how_far_a_grid_was_extended_is_said(tmp_path):
+    """AdamW is best inside its grid after an extension, PRM still at the end of its own after three."""
+    write_grid(tmp_path, seeds=(0, 1))
+    assert "extended" not in compare_runs(tmp_path).findings
+    for n, lr in enumerate((3e-1, 1.0, 3.0), start=1):
+        for seed in (0, 1):
+            write_run(tmp_path, "prm_per_tensor", lr, seed, 0.75 + n / 100, 0.8 + n, extension=n)
+            if n == 1:
+                write_run(tmp_path, "adamw", 3e-2, seed, 0.6, 2.0, extension=1)
+    findings = compare_runs(tmp_path).findings
+    assert findings["extended"].endswith(
+        "while a best one was at the end of its grid: AdamW by 3e-2; PRM per_tensor by 3e-1, 1e0, 3e0."
+    )
+    assert findings["edge"].endswith("may lie outside: PRM per_tensor (largest, 3e0, after 3 extensions).")
+
+
 def test_every_case_has_a_key_of_its_own():
     for tables in ((ANSWERS,), (MEANINGS,), (NEXT,), (LOST, CAVEATS)):
         keys = [case.key for table in tables for case in table]

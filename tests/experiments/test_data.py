@@ -13,7 +13,7 @@ from prm_hf.experiments import runner
 from prm_hf.experiments.checks import check_data
 from prm_hf.experiments.data import digest, load_data, model_digest, split_by_prompt
 from prm_hf.experiments.dpo import DPOExperiment
-from prm_hf.experiments.rows import Columns, overlapping, text_of
+from prm_hf.experiments.rows import Columns, groups_of, overlapping, text_of
 from prm_hf.experiments.sft import SFTExperiment
 
 from .comparisons import ON_CPU, run_dpo_on_files
@@ -241,3 +241,38 @@ def test_digests_are_of_contents(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1] + b"\\0")
     assert model_digest(str(copy)) != model_digest(str(source))
     assert model_digest("nobody/nothing") is None
+
+
+# ---- Held-out rows that belong together ----
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "groups"),
+    [
+        (pairs("abab"), PAIRS, [0, 1, 0, 1]),
+        ([{**row, "group": group} for row, group in zip(pairs("abab"), "xxyy", strict=True)], PAIRS, [0, 0, 1, 1]),
+        ([{**row, "group": group} for row, group in zip(pairs("abab"), [5, 5, 5, 5], strict=True)], PAIRS, [0] * 4),
+        (pairs("aaa"), PAIRS, [0, 1, 2]),  # a prompt that all rows have says nothing
+        ([{"prompt": "p  q", "completion": "1"}, {"prompt": "p q", "completion": "2"}], TEXTS, [0, 1]),
+        ([{"prompt": p, "completion": "1"} for p in ("a", " a", "b")], TEXTS, [0, 0, 1]),
+        ([{"chosen": f"Q{i}? yes", "rejected": f"Q{i}? no"} for i in (1, 2)], PAIRS, [0, 1]),
+        ([{"prompt": [{"role": "user", "content": p}], "completion": "1"} for p in "aba"], TEXTS, [0, 1, 0]),
+    ],
+)
+def test_rows_of_a_group_or_of_one_prompt_belong_together(rows, columns, groups):
+    assert groups_of(Dataset.from_list(rows), columns) == groups
+
+
+def test_the_groups_of_held_out_rows_are_known_before_columns_are_left_out(tmp_path):
+    train = write(tmp_path / "train.jsonl", pairs(range(20)))
+    test = write(tmp_path / "test.jsonl", pairs([30, 31, 31, 30], mark="t"))
+    arguments = ("--dataset_name", train, "--eval_dataset_name", test)
+    found = load(*arguments)
+    assert found.heldout_groups == [0, 1, 1, 0]
+    rows = [{"q": f"p{i}", "a": f"long answer {i} {n}", "group": f"g{n // 3}"} for n, i in enumerate(range(6))]
+    names = ("--prompt_column", "q", "--completion_column", "a", "--dataset_train_split", "train[:2]")
+    held = ("--dataset_test_split", "train[2:]", "--dataset_name", write(tmp_path / "sft.jsonl", rows))
+    found = load(*names, *held, experiment=SFTExperiment)
+    experiment = SFTExperiment.parse(["--model_name_or_path", build_demo().model_path, *ON_CPU, *names, *held])
+    prepared = experiment.prepare(found)
+    assert "group" not in prepared.heldout.column_names and prepared.heldout_groups == [0, 1, 1, 1]

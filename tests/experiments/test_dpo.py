@@ -64,6 +64,7 @@ def test_a_comparison_writes_what_it_says(tmp_path):
         margins = read(tmp_path / name / "margins.json")
         accuracy = np.mean(np.array(margins["heldout"]) > 0)
         assert accuracy == pytest.approx(metrics["rewards/accuracies"], abs=2 / 512)
+        assert margins["heldout_groups"] == list(range(512))  # each pair has a prompt of its own
         flipped = np.array(margins["train_flipped"])
         assert len(flipped) == 256
         if is_clean:

@@ -1,5 +1,7 @@
 """Which runs a comparison has: its grids of learning rates, what extends them, and the ceiling on clean labels."""
 
+import dataclasses
+
 import pytest
 
 from prm_hf.experiments.dpo import DPOExperiment
@@ -7,6 +9,7 @@ from prm_hf.experiments.grid import Made
 from prm_hf.experiments.runner import Runner
 from prm_hf.experiments.sft import SFTExperiment
 from prm_hf.runs.methods import METHODS
+from prm_hf.runs.read import load_runs
 
 from .comparisons import ON_CPU
 from .fakes import DIVERGED, FakeTrainer, comparison_grid
@@ -171,11 +174,13 @@ def test_the_runner_makes_what_is_added(tmp_path, monkeypatch, capsys):
 
         def make_trainer(spec, folder):
             trained.append((spec.method, spec.learning_rate, spec.seed))
-            return FakeTrainer(steps=1, evaluation={"eval_rewards/accuracies": -abs(spec.learning_rate - 3.2e-2)})
+            accuracy = 1 - abs(spec.learning_rate - 3.2e-2)
+            return FakeTrainer(steps=1, evaluation={"eval_rewards/accuracies": accuracy})
 
         monkeypatch.setattr(grid, "make_trainer", make_trainer)
-        monkeypatch.setattr(grid, "outcomes", lambda trainer: ({}, {"heldout": [1.0, -1.0]}))
+        monkeypatch.setattr(grid.experiment, "outcomes", lambda trainer, data: ({}, {"heldout": [1.0, -1.0]}))
         monkeypatch.setattr(grid, "report", reported.append)
+        grid.data = dataclasses.replace(grid.data, heldout_groups=[0, 0])
         return grid
 
     grid = comparison()
@@ -185,6 +190,10 @@ def test_the_runner_makes_what_is_added(tmp_path, monkeypatch, capsys):
     assert trained == [(*row, seed) for rows in steps for seed in (0, 1) for row in rows]
     assert len(grid) == len(trained) == len(reported[0]) == runner.bar.total == 8
     assert len(capsys.readouterr().out.splitlines()) == 8  # a line for each run, and nothing else
+
+    found = {run.learning_rate: run for run in load_runs(tmp_path)}  # any of the two seeds
+    assert [found[rate].info.get("extension") for rate in (1e-3, 1e-2, 3.2e-2, 1e-1)] == [None, None, 1, 2]
+    assert all(run.heldout_groups.tolist() == [0, 0] for run in found.values())
 
     trained.clear()
     assert Runner(comparison()).run() == 0  # the same runs, as it finds them finished

@@ -54,6 +54,7 @@ def test_a_comparison_writes_what_it_says(finished):
         assert info["settings"]["noise_rate"] == (0.0 if is_clean else 0.3)
         assert ("mask/mean_q" in metrics) == name.startswith("prm_")
         heldout = np.array(read(finished / name / "margins.json")["heldout"])
+        assert read(finished / name / "margins.json")["heldout_groups"] == list(range(512))
         assert heldout.shape == (512,) and np.mean(heldout > 0) == pytest.approx(metrics["exact_match"])
         assert metrics["memorization/heldout_fit"] == pytest.approx(metrics["token_accuracy"])
         history = read_lines(finished / name / "history.jsonl")
