@@ -126,7 +126,7 @@ def _change_labels(rows: Rows, to_flip: list[bool], preferred: Sequence[Any] | N
             )
         same = {label: label for label in known}  # as the column has them: 1, and not numpy's
         pairs = zip(to_flip, labels, preferred, strict=True)
-        new = [same[x] if flip and _is_labelled(label) else label for flip, label, x in pairs]
+        new = [same[x] if flip and is_labelled(label) else label for flip, label, x in pairs]
     flipped = [a != b for a, b in zip(labels, new, strict=True)]
     stale = [mark for mark in _MARKS if mark in columns_of(rows)]
     if any(flipped) and stale:
@@ -141,7 +141,7 @@ def _change_labels(rows: Rows, to_flip: list[bool], preferred: Sequence[Any] | N
 def _other_class(rows: Rows, name: str, labels: list[Any]) -> dict[Any, Any]:
     feature = rows.features[name] if isinstance(rows, Dataset) else None
     n = feature.num_classes if isinstance(feature, ClassLabel) else None
-    classes = list(range(n)) if n is not None else list(dict.fromkeys(filter(_is_labelled, labels)))
+    classes = list(range(n)) if n is not None else list(dict.fromkeys(filter(is_labelled, labels)))
     if len(classes) != 2:
         raise ValueError(
             f"The labels of `rows` have {len(classes)} classes, and a flip needs two: use 'drop', or pass the labels "
@@ -150,7 +150,7 @@ def _other_class(rows: Rows, name: str, labels: list[Any]) -> dict[Any, Any]:
     return dict(zip(classes, classes[::-1], strict=True))
 
 
-def _is_labelled(label: Any) -> bool:
+def is_labelled(label: Any) -> bool:
     return label is not None and label != -1 and not (isinstance(label, float) and math.isnan(label))
 
 
