@@ -126,7 +126,7 @@ def _help(card: Card) -> str:
         ("<kbd>U</kbd>", "undo the last change"),
         ("<kbd>E</kbd>", "show all of a long text"),
     ]
-    entries = "".join(f"<dt>{keys}</dt><dd>{meaning}</dd>" for keys, meaning in rows)
+    entries = "".join(f"<div><dt>{keys}</dt><dd>{meaning}</dd></div>" for keys, meaning in rows)
     margin = {
         "preference": "A margin above 0 is a model’s preference for the chosen answer.",
         "completion": "The margin is the gain in log-probability a token over the model before training.",
@@ -135,7 +135,7 @@ def _help(card: Card) -> str:
     series = zip(
         (
             '<span class="unseen">out of fold</span>, of a model that was not trained on the row',
-            '<span class="seen">in sample</span>, of one that was trained on it',
+            '<span class="seen">in sample</span>, of a model that was trained on it',
         ),
         card.typical,
         strict=True,

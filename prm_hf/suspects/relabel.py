@@ -59,12 +59,19 @@ def _pairs(rows: Rows) -> list[list[str]]:
     return side_pairs(features)
 
 
-def check_flip(rows: Rows, kind: Kind, by: str) -> None:
-    """Raises ValueError if rows of this kind have no other label; `by` is what asks for a flip, in words."""
+def check_flip(rows: Rows, kind: Kind, by: str, knows_other: bool = False) -> None:
+    """Raises ValueError if rows of this kind have no other label.
+
+    Args:
+        by: what asks for a flip, in words.
+        knows_other: whether the other class of each row is known, so that there may be more than two.
+    """
     if kind == "completion":
         raise ValueError(f"{by}, and a row of `prompt` and `completion` has no other completion: use 'drop'.")
     if kind == "preference":
         _pairs(rows)
+    if kind == "label" and not knows_other:
+        _other_class(rows, by)
 
 
 def flip_labels(
@@ -107,10 +114,9 @@ def _toggled(value: bool | None) -> bool | None:
 
 
 def _change_labels(rows: Rows, to_flip: list[bool], preferred: Sequence[Any] | None) -> tuple[Rows, list[bool]]:
-    name = next(name for name in LABELS if name in columns_of(rows))
-    labels = _values(rows, name)
+    name, labels = _labels(rows)
     if preferred is None:
-        other = _other_class(rows, name, labels)
+        other = _other_class(rows, "")
         new = [other.get(label, label) if flip else label for flip, label in zip(to_flip, labels, strict=True)]
     else:
         if len(preferred) != len(labels):
@@ -138,14 +144,22 @@ def _change_labels(rows: Rows, to_flip: list[bool], preferred: Sequence[Any] | N
     return _changed(rows, flipped, {name}, lambda columns, _: {name: new}), flipped
 
 
-def _other_class(rows: Rows, name: str, labels: list[Any]) -> dict[Any, Any]:
+def _labels(rows: Rows) -> tuple[str, list[Any]]:
+    """The name of the column of labels, and what it has."""
+    name = next(name for name in LABELS if name in columns_of(rows))
+    return name, _values(rows, name)
+
+
+def _other_class(rows: Rows, by: str) -> dict[Any, Any]:
+    """Of each of two classes the other one."""
+    name, labels = _labels(rows)
     feature = rows.features[name] if isinstance(rows, Dataset) else None
     n = feature.num_classes if isinstance(feature, ClassLabel) else None
     classes = list(range(n)) if n is not None else list(dict.fromkeys(filter(is_labelled, labels)))
     if len(classes) != 2:
         raise ValueError(
-            f"The labels of `rows` have {len(classes)} classes, and a flip needs two: use 'drop', or pass the labels "
-            "that a model prefers as `preferred`."
+            f"{by}, and the labels of `rows` have {len(classes)} classes in place of two: use 'drop', or pass the "
+            "labels that a model prefers as `preferred`."
         )
     return dict(zip(classes, classes[::-1], strict=True))
 

@@ -101,13 +101,13 @@ def repair(
     Raises:
         TypeError, ValueError: an argument is out of its range, or the rows cannot be repaired in this way.
     """
-    kind = check_repair(rows, how, kind)
+    kind = check_repair(rows, how, kind, preferred is not None)
     threshold = _checked_threshold(how, threshold)
     p = _checked_probabilities(probabilities, len(rows))
     decided = check_decisions(decisions, len(rows))
     by_hand = next((row for row, decision in decided.items() if decision == FLIP), None)
     if by_hand is not None:
-        check_flip(rows, kind, f"`decisions` flip row {by_hand}")
+        check_flip(rows, kind, f"`decisions` flip row {by_hand}", preferred is not None)
     is_above = p > threshold
     actions = [decided.get(i, how if above else KEEP) for i, above in enumerate(is_above.tolist())]
     to_flip = [action == FLIP for action in actions]
@@ -190,8 +190,12 @@ def kind_of(columns: Iterable[str]) -> Kind:
     )
 
 
-def check_repair(rows: Rows, how: str, kind: Kind | None = None) -> Kind:
+def check_repair(rows: Rows, how: str, kind: Kind | None = None, knows_other: bool = False) -> Kind:
     """Says, before any probability is known, whether rows can be repaired in this way.
+
+    Args:
+        rows, how, kind: as of [`repair`].
+        knows_other: whether `repair` will be given `preferred`.
 
     Returns:
         The kind of the label of the rows.
@@ -216,7 +220,7 @@ def check_repair(rows: Rows, how: str, kind: Kind | None = None) -> Kind:
     if how == SOFT and PROBABILITY in columns:
         raise ValueError(f"`rows` have a column {PROBABILITY!r} already: remove or rename it.")
     if how == FLIP:
-        check_flip(rows, kind, "`how='flip'` flips labels")
+        check_flip(rows, kind, "`how='flip'` flips labels", knows_other)
     return kind
 
 

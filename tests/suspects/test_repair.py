@@ -177,8 +177,10 @@ def test_classes_of_which_there_are_two_are_flipped():
 
 def test_classes_of_which_there_are_more_become_what_the_model_prefers():
     rows = labelled([0, 1, 2, 0], ["a", "b", "c"])
-    with pytest.raises(ValueError, match="3 classes, and a flip needs two: use 'drop', or pass .* `preferred`"):
-        repair(rows, [0.9, 0, 0, 0], "flip")
+    with pytest.raises(ValueError, match="3 classes in place of two: use 'drop', or pass .* `preferred`"):
+        check_repair(rows, "flip")
+    with pytest.raises(ValueError, match="`decisions` flip row 2, .* 3 classes"):
+        repair(rows, [0, 0, 0, 0], decisions={2: "flip"})
     repaired, summary = repair(rows, [0.9, 0.9, 0.1, 0.9], "flip", preferred=np.array([2, 1, 0, 1]))
     assert repaired["label"][:] == [2, 1, 2, 1] and (summary.flipped, summary.unchanged) == (2, 1)
     listed, _ = repair(rows.to_list(), [0.9, 0.9, 0.1, 0.9], "flip", preferred=np.array([2, 1, 0, 1]))
