@@ -170,8 +170,8 @@ def _histogram(probabilities: Sequence[float]) -> str:
         if math.isfinite(p):
             counts[min(int(20 * p), 19)] += 1
     top = max(counts) or 1
-    width, height, left, bottom = 520, 200, 44, 36
-    step, scale = (width - left - 8) / 20, (height - bottom - 12) / top
+    width, height, left, right, bottom = 520, 200, 44, 26, 36
+    step, scale = (width - left - right) / 20, (height - bottom - 12) / top
     base = height - bottom
     bars = "".join(
         f'<rect x="{left + i * step + 1:.1f}" y="{base - count * scale:.1f}" width="{step - 2:.1f}" '
@@ -189,12 +189,11 @@ def _histogram(probabilities: Sequence[float]) -> str:
     return (
         f'<figure class="histogram"><svg viewBox="0 0 {width} {height}" role="img" aria-label="Rows by the '
         f'probability that their label is wrong. {label}">'
-        f'<line class="axis" x1="{left}" x2="{width - 8}" y1="{base}" y2="{base}"/>{bars}'
+        f'<line class="axis" x1="{left}" x2="{width - right}" y1="{base}" y2="{base}"/>{bars}'
         f'<line class="zero" x1="{middle:.1f}" x2="{middle:.1f}" y1="4" y2="{base}"/>{ticks}'
         f'<text x="{left - 6}" y="18" text-anchor="end">{top:,}</text>'
         f'<text x="{left - 6}" y="{base}" text-anchor="end">0</text>'
-        f'<text x="{(left + width - 8) / 2:.0f}" y="{height - 4}" text-anchor="middle">probability that the label is '
-        f"wrong</text>"
+        f'<text x="{middle:.0f}" y="{height - 4}" text-anchor="middle">probability that the label is wrong</text>'
         f'<text transform="translate(12 {base / 2:.0f}) rotate(-90)" text-anchor="middle">rows</text></svg>'
         f"<figcaption>{label}</figcaption></figure>"
     )

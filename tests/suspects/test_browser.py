@@ -87,6 +87,13 @@ def test_sides_stand_side_by_side_where_there_is_room(visit, file, size, columns
     assert len({box["x"] for box in boxes}) == columns and len({box["y"] for box in boxes}) == 3 - columns
 
 
+@pytest.mark.parametrize("width", [320, 800, 1100])
+def test_nothing_overflows_between_these_widths(visit, file, width):
+    page, _ = visit(file)
+    page.set_viewport_size({"width": width, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") == width and page.evaluate(OVERFLOWING) == []
+
+
 def test_hostile_rows_do_nothing(visit, file):
     page, said = visit(file)
     assert page.locator("main script, main img, main iframe, main textarea").count() == 0
