@@ -1,10 +1,22 @@
-"""Whether a file is whole, judged by its own bytes, and setting aside one that is not. Needs no torch."""
+"""Writing a file whole, whether one is, judged by its own bytes, and setting aside one that is not. Needs no torch."""
 
 import json
 import os
 import struct
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
+
+
+def write_whole(path: Path, texts: Iterable[str]) -> None:
+    """Writes texts, one after the other, as a UTF-8 file: whole or not at all, whatever interrupts it."""
+    part = path.with_suffix(".part")
+    try:
+        with part.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(texts)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def problem_with(file: Path) -> str | None:

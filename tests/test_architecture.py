@@ -20,13 +20,14 @@ ALLOWED = {
     "demo": {"noise"},
     "runs": set(),
     "compare": {"runs"},
+    "suspects": {"noise", "metrics", "runs"},
     "trainers": {"optim", "sharding", "metrics", "noise"},
-    "experiments": {"optim", "sharding", "trainers", "metrics", "noise", "demo", "runs", "compare"},
+    "experiments": {"optim", "sharding", "trainers", "metrics", "noise", "demo", "runs", "compare", "suspects"},
     "cli": {"experiments", "runs", "compare"},
     "__main__": {"cli"},
 }
 # Files beside the rooms, which know nothing of them and which every room may import.
-HELPERS = {"_extras", "_files", "_names"}
+HELPERS = {"_extras", "_files", "_names", "_page"}
 PACKAGE = ROOT / "prm_hf"
 PACKAGE_FILES = sorted(PACKAGE.rglob("*.py"))
 FOLDERS = ("prm_hf", "recipes", "benchmarks", "research", "tests", "examples")

@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .._files import set_aside
+from .._files import set_aside, write_whole
 from .read import read_json
 from .schema import (
     FAILED_FILE,
@@ -204,9 +204,7 @@ def finish_run(
 
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all: an interruption must not leave half a file that looks like a finished run."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, [json.dumps(value, indent=1)])
 
 
 def history_of(log: Iterable[dict[str, float]]) -> list[dict[str, float]]:

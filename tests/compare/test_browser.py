@@ -1,28 +1,15 @@
 """`report.html` in a browser: on a desk and on a phone, light and dark, offline, by keyboard and without scripts."""
 
-import os
-import shutil
-
 import pytest
 
 from prm_hf.compare import compare_experiments, compare_runs, write_report
 from prm_hf.compare.report import as_html
 
+from ..browsers import CONTRAST, OVERFLOWING, SIZES, launched, skip_without_browser, visits
 from .compared_runs import write_run
 
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-SIZES = {"desk": (1400, 900), "phone": (390, 800)}
-if BROWSER is None and not os.environ.get("CI"):
-    pytest.skip("no chromium and no google-chrome here", allow_module_level=True)
-
-# Elements that reach out of the page, or whose content reaches out of them.
-OVERFLOWING = """() => [...document.querySelectorAll("main, main *")].filter((e) => {
-  const box = e.getBoundingClientRect();
-  if (!box.width || getComputedStyle(e).clipPath !== "none" || e.closest("code, svg, thead")) return false;
-  const cut = e.matches("td, p, li, pre") && e.scrollWidth > e.clientWidth + 1;
-  return cut || box.right > innerWidth + 1 || box.left < -1;
-}).map((e) => `${e.tagName} ${e.className} ${e.textContent.slice(0, 60)}`)"""
+skip_without_browser()
 
 
 def write_runs(root):
@@ -49,37 +36,14 @@ def report(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+    with launched() as found:
         yield found
-        found.close()
 
 
 @pytest.fixture
 def visit(browser):
-    """Opens a page, offline; gives it and what it printed and asked the network for."""
-    contexts = []
-
-    def visit(file, size="desk", scheme="light", **settings):
-        width, height = SIZES[size]
-        context = browser.new_context(
-            viewport={"width": width, "height": height}, color_scheme=scheme, offline=True, **settings
-        )
-        contexts.append(context)
-        page, said = context.new_page(), []
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: request.url.startswith("http") and said.append(request.url))
-        page.goto(file.as_uri())
-        if settings.get("java_script_enabled", True):
-            page.wait_for_selector(".chart svg.marks")
-        return page, said
-
-    yield visit
-    for context in contexts:
-        context.close()
+    with visits(browser, ready=".chart svg.marks") as visit:
+        yield visit
 
 
 def bottom(page, selector):
@@ -114,15 +78,7 @@ def test_the_verdict_and_what_was_lost_are_said(visit, report):
 def test_text_is_readable_in_both_schemes(visit, report, scheme):
     """The contrast of text on the page is at least 4.5, and that of the chart's words too."""
     page, _ = visit(report, scheme=scheme)
-    contrast = page.evaluate(
-        """() => {
-      const light = (colour) => { const [r, g, b] = colour.match(/[\\d.]+/g).map((x) => x / 255)
-        .map((x) => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4); return 0.2126*r + 0.7152*g + 0.0722*b; };
-      const page = light(getComputedStyle(document.body).backgroundColor);
-      return [...document.querySelectorAll("p, td, th, summary, svg.marks text")].map((e) => {
-        const style = getComputedStyle(e), text = light(e.matches("text") ? style.fill : style.color);
-        return (Math.max(text, page) + 0.05) / (Math.min(text, page) + 0.05); }); }"""
-    )
+    contrast = page.evaluate(CONTRAST, "p, td, th, summary, svg.marks text")
     assert len(contrast) > 50 and min(contrast) >= 4.5
 
 
