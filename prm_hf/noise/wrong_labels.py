@@ -1,0 +1,230 @@
+"""Which labels are wrong, and how many: probabilities from margins of models, with numpy and scipy alone.
+
+A reward margin s is antisymmetric: with the two sides swapped it changes its sign. A model that did not train on a row
+does not know its label. So if labels are wrong independently of the content, the label that was given has the
+probability
+
+    (1 - ε) σ(z) + ε σ(-z)     with z = k sign(s) |s|^γ                                                       (1)
+
+where s is in the label's direction, σ(z) the probability that this direction is truly the better one, and ε the share
+of wrong labels. k is named by the accuracy that it stands for: the mean of σ(|z|) over the rows. How often the largest
+margins disagree with their labels identifies ε. If the data fit many ε, the interval is wide.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import expit, logit, logsumexp
+from scipy.stats import chi2, rankdata
+
+
+SHARES = np.linspace(0.0, 0.5, 51)  # ε: labels are right more often than wrong
+ACCURACIES = np.linspace(0.51, 0.99, 25)
+EXPONENTS = (0.5, 1.0)  # γ: log-odds grow more slowly than the margins, where larger margins are noisier too
+EM_STEPS = 50
+
+
+@dataclass(frozen=True)
+class WrongLabels:
+    """What [`estimate_wrong_labels`] returns, in the order of the rows.
+
+    Attributes:
+        scores: (n,) float64, larger for a label that is more likely wrong; the logit of the probability.
+        probabilities: (n,) float64, the probability that a label is wrong.
+        share: estimated share of wrong labels.
+        share_low, share_high: its 95 % interval; 0 and .5 if the margins say nothing about the share.
+    """
+
+    scores: np.ndarray
+    probabilities: np.ndarray
+    share: float
+    share_low: float
+    share_high: float
+
+    @property
+    def ranks(self) -> np.ndarray:
+        """(n,) int64: 1 is the most suspect row; of equal scores the first row comes first."""
+        return rankdata(-self.scores, method="ordinal")
+
+
+def estimate_wrong_labels(
+    margins: ArrayLike | None = None,
+    *,
+    in_sample: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    checked: ArrayLike | None = None,
+    antisymmetric: bool = True,
+) -> WrongLabels:
+    """Estimate which labels are wrong from the margins by which models prefer them.
+
+    Args:
+        margins: (n,) or (evaluations, n), by how much a model that did not train on a row prefers its label as given.
+        in_sample: the same of a model that trained on all rows. With `margins` it is a second, weaker witness. Without
+            them it is the only one, and the share is hardly known.
+        groups: (n,), rows that share a group (as a prompt) are not independent of each other.
+        checked: (n,), what is known of a label: 1 wrong, 0 right, NaN not looked at. Which rows were looked at may
+            depend on their margins, as with the first hundred suspects. Needs antisymmetric `margins`.
+        antisymmetric: whether `margins` change their sign with the label, as those of preferences and of two classes
+            do. Otherwise they are taken as a mixture of two Gaussians, as `in_sample` is.
+
+    Raises:
+        ValueError: a margin is not finite, shapes do not fit, there are no rows, no margin differs from another, or
+            `checked` has other values or margins that it cannot be used with.
+    """
+    if margins is None and in_sample is None:
+        raise ValueError("Pass `margins`, `in_sample` or both: there is nothing to estimate from.")
+    outer = None if margins is None else _score(margins, "margins", centred=not antisymmetric)
+    inner = None if in_sample is None else _score(in_sample, "in_sample", centred=True)
+    n = len(inner if outer is None else outer)
+    if outer is not None and inner is not None and len(inner) != n:
+        raise ValueError(f"`margins` are of {n} rows and `in_sample` of {len(inner)}: pass both of the same rows.")
+    codes = _codes(groups, n)
+    known = _known(checked, n)
+    if outer is not None and antisymmetric:
+        log_odds, estimate = _antisymmetric(outer, codes, known)
+    elif checked is not None:
+        raise ValueError("`checked` needs antisymmetric `margins`: leave it out, and keep what was decided by hand.")
+    else:
+        log_odds, estimate = _mixture(inner if outer is None else outer, codes)
+    if outer is not None and inner is not None:
+        log_odds = log_odds + _second_witness(outer, inner, log_odds)
+    log_odds = np.where(np.isnan(known), log_odds, _logit(known))
+    return WrongLabels(log_odds, expit(log_odds), *estimate)
+
+
+def _score(margins: ArrayLike, name: str, centred: bool) -> np.ndarray:
+    """The mean over the evaluations, each in units of its root mean square, (n,)."""
+    values = np.atleast_2d(np.asarray(margins, dtype=np.float64))
+    if values.ndim != 2 or values.shape[1] == 0 or values.shape[0] == 0:
+        raise ValueError(f"`{name}` has shape {np.shape(margins)}: it must be (n,) or (evaluations, n), n at least 1.")
+    if not np.isfinite(values).all():
+        rows = np.flatnonzero(~np.isfinite(values).all(0))
+        raise ValueError(
+            f"`{name}` has {len(rows)} rows that are not finite, as row {rows[0]}: leave them out, or train again "
+            "with a smaller learning rate."
+        )
+    if centred:
+        values = values - values.mean(1, keepdims=True)
+    values = values / np.abs(values).max(1, keepdims=True, initial=np.finfo(float).tiny)
+    size = np.sqrt(np.square(values).mean(1, keepdims=True))
+    score = np.divide(values, size, out=np.zeros_like(values), where=size > 0).mean(0)
+    if not score.any():
+        raise ValueError(f"`{name}` are all {'equal' if centred else '0'}: these margins tell no row from another.")
+    return score / np.sqrt(np.square(score).mean())
+
+
+def _codes(groups: ArrayLike | None, n: int) -> np.ndarray:
+    """The group of each row as a number from 0, (n,)."""
+    if groups is None:
+        return np.arange(n)
+    groups = np.asarray(groups)
+    if groups.shape != (n,):
+        raise ValueError(f"`groups` has shape {groups.shape}: it must be ({n},), a group of each row of the margins.")
+    return np.unique(groups, return_inverse=True)[1]
+
+
+def _known(checked: ArrayLike | None, n: int) -> np.ndarray:
+    """`checked`, or NaN for each row."""
+    known = np.full(n, np.nan) if checked is None else np.asarray(checked, dtype=np.float64)
+    if known.shape != (n,):
+        raise ValueError(f"`checked` has shape {known.shape}: it must be ({n},), a value for each row of the margins.")
+    other = known[~(np.isnan(known) | (known == 0) | (known == 1))]
+    if len(other):
+        raise ValueError(f"`checked` has the value {other[0]}: it must be 1 (wrong), 0 (right) or NaN.")
+    return known
+
+
+def _antisymmetric(
+    s: np.ndarray, codes: np.ndarray, known: np.ndarray
+) -> tuple[np.ndarray, tuple[float, float, float]]:
+    """Log-odds of a wrong label, and the share with its interval: equation (1), flat priors of ε and the accuracy."""
+    log_odds = np.concatenate([_log_odds(np.sign(s) * np.abs(s) ** exponent) for exponent in EXPONENTS])
+    right = expit(log_odds)  # (curves, n), a curve for each exponent and accuracy
+    likelihood = np.stack([_log_likelihood(e, right, known) for e in SHARES])  # (shares, curves)
+    share, curve = np.unravel_index(likelihood.argmax(), likelihood.shape)
+    likelihood = likelihood / _design_effect(SHARES[share], log_odds[curve], codes)
+    weights = np.exp(likelihood - logsumexp(likelihood))
+    wrong = sum(w @ (e * (1 - right) / _given(e, right)) for e, w in zip(SHARES, weights, strict=True))
+    return _logit(wrong), (float(weights.sum(1) @ SHARES), *_interval(likelihood.max(1)))
+
+
+def _log_odds(z: np.ndarray) -> np.ndarray:
+    """k z for each of `ACCURACIES`, (accuracies, n)."""
+    slopes = np.geomspace(1e-3, 1e3, 121)
+    size = np.quantile(np.abs(z), np.linspace(0, 1, 201))  # in place of all rows, of which there may be many
+    accuracy = expit(slopes[:, None] * size).mean(1)
+    return np.interp(ACCURACIES, accuracy, slopes)[:, None] * z
+
+
+def _log_likelihood(share: float, right: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Of the labels as given and of what is known about them, (curves,)."""
+    wrong, fine = np.maximum(share * (1 - right[:, known == 1]), 1e-300), (1 - share) * right[:, known == 0]
+    given = _given(share, right[:, np.isnan(known)])
+    return np.log(given).sum(1) + np.log(wrong).sum(1) + np.log(fine).sum(1)
+
+
+def _given(share: float, right: np.ndarray) -> np.ndarray:
+    """Probability of the labels as given."""
+    return np.maximum(share + (1 - 2 * share) * right, np.finfo(float).tiny)
+
+
+def _design_effect(share: float, log_odds: np.ndarray, codes: np.ndarray) -> float:
+    """By what factor rows of a group that err together widen the variance of the share; 1 without groups."""
+    right = expit(log_odds)
+    by_share = (1 - 2 * right) / _given(share, right)
+    by_slope = (1 - 2 * share) * right * (1 - right) * log_odds / _given(share, right)
+    efficient = by_share - by_slope * (by_share @ by_slope) / max(by_slope @ by_slope, np.finfo(float).tiny)
+    total = efficient @ efficient
+    return max(1.0, float(np.square(np.bincount(codes, efficient)).sum() / total)) if total > 0 else 1.0
+
+
+def _logit(p: np.ndarray) -> np.ndarray:
+    return logit(np.clip(p, 1e-12, 1 - 1e-12))
+
+
+def _interval(profile: np.ndarray) -> tuple[float, float]:
+    """The shares that a likelihood-ratio test at 5 % does not reject."""
+    kept = SHARES[profile >= profile.max() - chi2.ppf(0.95, 1) / 2]
+    return float(kept.min()), float(kept.max())
+
+
+def _mixture(s: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, tuple[float, float, float]]:
+    """As `_antisymmetric`, of two Gaussians with one variance, that of the wrong labels below the other."""
+    fits = [_two_gaussians(s, e) for e in np.clip(SHARES, 1e-6, None)]
+    per_group = len(codes) / (codes.max() + 1)
+    likelihood = np.array([value for value, _ in fits]) / per_group  # rows of a group count as one: the widest
+    weights = np.exp(likelihood - logsumexp(likelihood))
+    wrong = weights @ np.stack([expit(log_odds) for _, log_odds in fits])
+    return _logit(wrong), (float(weights @ SHARES), *_interval(likelihood))
+
+
+def _two_gaussians(s: np.ndarray, share: float) -> tuple[float, np.ndarray]:
+    """Log-likelihood, and log-odds of the lower component, of the best mixture with these shares."""
+    wrong = np.where(s < np.quantile(s, share), 0.9, 0.1)
+    for _ in range(EM_STEPS):
+        low, high = (wrong @ s) / wrong.sum(), ((1 - wrong) @ s) / (1 - wrong).sum()
+        low, high = min(low, high), max(low, high)
+        variance = max((wrong @ (s - low) ** 2 + (1 - wrong) @ (s - high) ** 2) / len(s), 1e-6)
+        log_odds = logit(share) + ((s - high) ** 2 - (s - low) ** 2) / (2 * variance)
+        wrong = np.clip(expit(log_odds), 1e-9, 1 - 1e-9)
+    density = np.logaddexp(
+        np.log1p(-share) - (s - high) ** 2 / 2 / variance, np.log(share) - (s - low) ** 2 / 2 / variance
+    )
+    return float((density - np.log(variance) / 2).sum()), log_odds
+
+
+def _second_witness(outer: np.ndarray, inner: np.ndarray, prior: np.ndarray) -> np.ndarray:
+    """What margins in sample add to the log-odds, (n,): Gaussians about a line in `outer`, with two intercepts."""
+    wrong = expit(prior)
+    for _ in range(EM_STEPS):
+        design = np.stack([outer, 1 - wrong, wrong])
+        gram = design @ design.T
+        gram[1, 1], gram[2, 2], gram[1, 2], gram[2, 1] = (1 - wrong).sum(), wrong.sum(), 0.0, 0.0
+        slope, high, low = np.linalg.lstsq(gram, design @ inner, rcond=None)[0]
+        low = min(low, high)
+        rest = inner - slope * outer
+        variance = max((wrong @ (rest - low) ** 2 + (1 - wrong) @ (rest - high) ** 2) / len(rest), 1e-6)
+        added = ((rest - high) ** 2 - (rest - low) ** 2) / (2 * variance)
+        wrong = expit(prior + added)
+    return added
