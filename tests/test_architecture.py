@@ -20,8 +20,9 @@ ALLOWED = {
     "demo": {"noise"},
     "runs": set(),
     "compare": {"runs"},
+    "suspects": {"noise", "metrics", "runs"},
     "trainers": {"optim", "sharding", "metrics", "noise"},
-    "experiments": {"optim", "sharding", "trainers", "metrics", "noise", "demo", "runs", "compare"},
+    "experiments": {"optim", "sharding", "trainers", "metrics", "noise", "demo", "runs", "compare", "suspects"},
     "cli": {"experiments", "runs", "compare"},
     "__main__": {"cli"},
 }
