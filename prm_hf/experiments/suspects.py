@@ -39,8 +39,8 @@ from .suspects_report import decide_again
 
 DESCRIPTION = (
     "Finds the rows of DATA whose label is probably wrong: models that were not trained on a row say by how much they "
-    "prefer its label. Writes each row with a probability, a page to look through them, and repaired rows. Without DATA "
-    "it is the built-in task, of which some labels are flipped."
+    "prefer its label. Writes each row with a probability, a page to look through them, and repaired rows. Without "
+    "DATA it is the built-in task, of which some labels are flipped."
 )
 USAGE = "prm-hf suspects [DATA] [--model MODEL] [--output FOLDER] [--config FILE.yaml] [--argument VALUE ...]"
 SHORT = {"--model": "--model_name_or_path", "--output": "--output_dir"}

@@ -29,8 +29,8 @@ def main(arguments: list[str]) -> int:
         return 0
     if name not in COMMANDS and not Path(name).is_file():
         raise ValueError(
-            f"The first argument must be one of {', '.join(COMMANDS)}, or the path of a recipe, as recipes/dpo_noisy.py; "
-            f"got {arguments[:1]}."
+            f"The first argument must be one of {', '.join(COMMANDS)}, or the path of a recipe, as "
+            f"recipes/dpo_noisy.py; got {arguments[:1]}."
         )
     command = [sys.executable, *(["-m", "prm_hf"] if name in COMMANDS else []), *arguments]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
