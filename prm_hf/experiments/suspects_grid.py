@@ -223,7 +223,6 @@ class SuspectsGrid(Grid):
             groups=data.groups,
             folds=data.folds.get(args.seeds[0]),
             is_antisymmetric=has_two_labels(data.rows, args.kind),
-            seed=args.seeds[0],
             settings=settings,
         )
 

@@ -119,7 +119,6 @@ def judge_rows(
     groups: Sequence[Any] | None = None,
     folds: np.ndarray | None = None,
     is_antisymmetric: bool = True,
-    seed: int = 0,
     settings: dict[str, Any] | None = None,
 ) -> Suspects:
     """Estimates from margins which labels are wrong.
@@ -134,7 +133,6 @@ def judge_rows(
         groups: one entry a row, the same for rows of a prompt.
         folds: `(n,)` int, the fold that each row was held out in.
         is_antisymmetric: whether the other label has the margin of the opposite sign, as of pairs and of two classes.
-        seed: of the resampling.
         settings: what the margins were made with.
 
     Raises:
@@ -153,7 +151,6 @@ def judge_rows(
         in_sample=None if in_sample is None else in_sample[:, judged],
         groups=codes,
         antisymmetric=is_antisymmetric,
-        seed=seed,
     )
     n, places = len(rows), np.flatnonzero(judged)
     probabilities, scores, ranks = [found.share] * n, [None] * n, [0] * n

@@ -76,7 +76,7 @@ def find_wrong_labels(
         in_sample = _train(make_trainer, dataset, measured)
     rows = dataset.with_format(None).to_list()
     is_antisymmetric = has_two_labels(dataset, kind)
-    return judge_rows(rows, kind, margins, in_sample, groups, fold, is_antisymmetric, seed)
+    return judge_rows(rows, kind, margins, in_sample, groups, fold, is_antisymmetric)
 
 
 def has_two_labels(dataset: Dataset, kind: str) -> bool:
