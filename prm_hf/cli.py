@@ -1,4 +1,4 @@
-"""`prm-hf dpo | sft | randomization | sweep | compare …`; `python -m prm_hf …` is the same."""
+"""`prm-hf dpo | sft | suspects | randomization | sweep | compare …`; `python -m prm_hf …` is the same."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from . import __version__
 EXPERIMENTS = {
     "dpo": "DPO on preferences with flipped labels: PRM against AdamW",
     "sft": "SFT on prompts with wrong completions: PRM against AdamW",
+    "suspects": "which labels of a dataset are wrong?",
     "randomization": "can a model fit pure noise, and what does PRM change?",
-    "sweep": "run `dpo` or `sft` on every GPU of this machine, one process each",
+    "sweep": "run `dpo`, `sft` or `suspects` on every GPU of this machine, one process each",
 }
 WAIT_FOR_LAUNCHER = 10.0  # seconds
 

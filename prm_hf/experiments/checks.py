@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
 from .._extras import require
 from ..runs.methods import CONTROL
 from ..runs.write import check_name
@@ -64,13 +66,19 @@ def folder_of_rate(noise_rate: float) -> str:
     return f"noise{short if float(short) == noise_rate else repr(noise_rate)}"
 
 
+def check_unused_settings(config: TrainingArguments, what: str, unused: Mapping[str, str]) -> None:
+    """Raises ValueError if a setting that `what` does not use is not its default; `unused` has the reasons."""
+    defaults = defaults_of(type(config))
+    for name, reason in unused.items():
+        value = getattr(config, name)
+        if value not in (None, defaults[name]):
+            raise ValueError(f"`{name}` is {value!r}, which {what} does not use: {reason}. Leave it out.")
+
+
 def _check_unused(experiment: Experiment) -> None:
     args, config = experiment.script_args, experiment.training_args
     of_config, of_args = defaults_of(type(config)), defaults_of(type(args))
-    for name, reason in UNUSED.items():
-        value = getattr(config, name)
-        if value not in (None, of_config[name]):
-            raise ValueError(f"`{name}` is {value!r}, which a comparison does not use: {reason}. Leave it out.")
+    check_unused_settings(config, "a comparison", UNUSED)
     unset = experiment.built_in if args.dataset_name is None else of_config
     if config.learning_rate not in {unset["learning_rate"], *args.learning_rates, *args.prm_learning_rates}:
         raise ValueError(

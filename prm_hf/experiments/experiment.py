@@ -37,6 +37,23 @@ BUILT_IN = {
 }
 
 
+def with_built_in_batch(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the built-in task for as many processes as were launched."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if BUILT_IN_BATCH % world_size:
+        raise ValueError(
+            f"The built-in task has {BUILT_IN_BATCH} examples a step, which {world_size} processes cannot share "
+            "evenly. Launch 1, 2, 4, 8 or 16."
+        )
+    settings = {**settings, "per_device_train_batch_size": BUILT_IN_BATCH // world_size}
+    return settings if world_size == 1 else {**settings, "workers": 1}
+
+
+def loading_settings(args: ModelConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that say how a model is loaded."""
+    return {"revision": args.model_revision, "attn_implementation": args.attn_implementation, "dtype": args.dtype}
+
+
 class Experiment(ABC):
     """A task on which methods are compared.
 
@@ -87,26 +104,14 @@ class Experiment(ABC):
             raise ValueError("`--dataset_name` needs a `--model_name_or_path`: the model to train.")
         if model_args.use_peft and any(method.key == "adamw_embedding" for method in script_args.compared):
             raise ValueError("`adamw_embedding` changes the embedding's learning rate, which LoRA does not train.")
-        training_args.model_init_kwargs = {
-            "revision": model_args.model_revision,
-            "attn_implementation": model_args.attn_implementation,
-            "dtype": model_args.dtype,
-            **(training_args.model_init_kwargs or {}),
-        }
+        training_args.model_init_kwargs = {**loading_settings(model_args), **(training_args.model_init_kwargs or {})}
         experiment = cls(script_args, training_args, model_args)
         experiment.command_line = shlex.join(["prm-hf", cls.command, *arguments])
         return experiment
 
     @classmethod
     def _built_in_settings(cls) -> dict[str, Any]:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if BUILT_IN_BATCH % world_size:
-            raise ValueError(
-                f"The built-in task has {BUILT_IN_BATCH} examples a step, which {world_size} processes cannot share "
-                "evenly. Launch 1, 2, 4, 8 or 16."
-            )
-        settings = {**cls.built_in, "per_device_train_batch_size": BUILT_IN_BATCH // world_size}
-        return settings if world_size == 1 else {**settings, "workers": 1}
+        return with_built_in_batch(cls.built_in)
 
     @classmethod
     def known_methods(cls) -> Collection[str]:

@@ -15,7 +15,7 @@ import torch
 from . import INTERRUPTED, OUT_OF_TIME, interruptible
 
 
-COMMANDS = ("dpo", "sft")
+COMMANDS = ("dpo", "sft", "suspects")
 SECONDS_TO_END = 20  # that workers have to end by themselves
 
 
@@ -25,12 +25,12 @@ def main(arguments: list[str]) -> int:
     name = arguments[0] if arguments else ""
     if name in ("-h", "--help"):
         print(f"usage: prm-hf sweep {{{','.join(COMMANDS)}}} [--argument VALUE ...]\n\n{__doc__.splitlines()[0]}\n")
-        print("The arguments are those of the experiment, which `prm-hf dpo --help` lists.")
+        print("The arguments are those of the experiment, which `prm-hf dpo --help`, for instance, lists.")
         return 0
     if name not in COMMANDS and not Path(name).is_file():
         raise ValueError(
-            f"The first argument must be {' or '.join(COMMANDS)}, or the path of a recipe, as recipes/dpo_noisy.py; "
-            f"got {arguments[:1]}."
+            f"The first argument must be one of {', '.join(COMMANDS)}, or the path of a recipe, as "
+            f"recipes/dpo_noisy.py; got {arguments[:1]}."
         )
     command = [sys.executable, *(["-m", "prm_hf"] if name in COMMANDS else []), *arguments]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -84,10 +84,17 @@ def _by_column(function: Callable[..., torch.Tensor], *tables: SequenceEvaluatio
 
 @dataclass(frozen=True)
 class ClassEvaluation:
-    """What a classifier says about `n` rows: `correct` (bool) and cross-entropy `loss` (float64, nats), `(n,)`."""
+    """What a classifier says about `n` rows.
+
+    Attributes:
+        correct: Whether the label has the largest logit. Shape `(n,)`, bool.
+        loss: Cross-entropy, nats. Shape `(n,)`, float64.
+        margin: Logit of the label minus the largest of the other classes. Shape `(n,)`, float64; None if unknown.
+    """
 
     correct: torch.Tensor
     loss: torch.Tensor
+    margin: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.loss.numel()
@@ -153,10 +160,12 @@ def evaluate_classes(
         with torch.no_grad(), accelerator.autocast():
             logits = model(**batch).logits.float()
         loss = nn.functional.cross_entropy(logits, labels, reduction="none")
-        return torch.stack([logits.argmax(-1) == labels, loss], dim=1).cpu().double()
+        own = logits.gather(1, labels[:, None]).squeeze(1)
+        margin = own - logits.scatter(1, labels[:, None], -math.inf).amax(1)
+        return torch.stack([logits.argmax(-1) == labels, loss, margin], dim=1).cpu().double()
 
-    correct, loss = _table([model], dataset, collate, accelerator, batch_size, score).unbind(1)
-    return ClassEvaluation(correct.bool(), loss)
+    correct, loss, margin = _table([model], dataset, collate, accelerator, batch_size, score).unbind(1)
+    return ClassEvaluation(correct.bool(), loss, margin)
 
 
 def _evaluate(

@@ -4,6 +4,9 @@ A bool column says which rows are noisy: `flipped`, of `flip_preferences`, is ab
 `corrupted`, of `corrupt`, about anything in a row.
 """
 
+import importlib
+from typing import Any
+
 from .._extras import require
 
 
@@ -13,4 +16,11 @@ from .corrupt import corrupt
 from .preferences import flip_preferences
 
 
-__all__ = ["corrupt", "flip_preferences"]
+__all__ = ["corrupt", "find_wrong_labels", "flip_preferences"]
+
+
+def __getattr__(name: str) -> Any:
+    """`find_wrong_labels` is loaded when it is first used: it needs trainers, which noise does not."""
+    if name == "find_wrong_labels":
+        return importlib.import_module("..suspects", __name__).find_wrong_labels
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -116,6 +116,7 @@ class Measures:
 TASKS = {
     "preferences": Measures(ACCURACY, "memorization/flipped_fit", "drift/reward_abs", "|reward|", "held-out pairs"),
     "sft": Measures("exact_match", CORRUPTED_FIT, "loss", "loss", "held-out rows"),
+    "labels": Measures("accuracy", CORRUPTED_FIT, "loss", "loss", "held-out rows"),
     "randomization": Measures(HELDOUT_FIT, CORRUPTED_FIT, "steps", "steps", "held-out rows"),
 }
 

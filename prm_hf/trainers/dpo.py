@@ -17,6 +17,7 @@ from trl.models import prepare_deepspeed
 
 from ..metrics import PairEvaluation, drift_metrics, memorization_metrics, preference_scores, reward_metrics
 from ..metrics.forward import evaluation_mode, without_cudnn
+from ..metrics.tables import evaluate_rows
 from .config import PRMDPOConfig, checked_config
 from .memorization import noisy_rows
 from .mixin import PRMTrainerMixin
@@ -33,7 +34,6 @@ from .prepared import (
     reference_fingerprint,
     sample,
 )
-from .tables import evaluate_rows
 
 
 logger = get_logger(__name__)

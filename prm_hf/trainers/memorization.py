@@ -11,8 +11,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from .._names import renamed_arguments
 from ..metrics import fit_metrics, memorization_rows, row_fit
+from ..metrics.tables import evaluate_rows, first_batch
 from .config import greater_is_better
-from .tables import evaluate_rows, first_batch
 
 
 logger = logging.getLogger(__name__)

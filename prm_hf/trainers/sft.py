@@ -11,10 +11,10 @@ from trl import SFTTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 
 from ..metrics import SequenceEvaluation, completion_metrics, drift_metrics
+from ..metrics.tables import evaluate_rows
 from .config import PRMSFTConfig, checked_config
 from .mixin import PRMTrainerMixin
 from .prepared import check_not_empty, warn_of_rows_left_out
-from .tables import evaluate_rows
 
 
 logger = get_logger(__name__)

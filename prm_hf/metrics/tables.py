@@ -7,15 +7,15 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from ..metrics import (
+from .evaluation import (
     ClassEvaluation,
     PairEvaluation,
     SequenceEvaluation,
     evaluate_classes,
     evaluate_pairs,
     evaluate_sequences,
+    rows_of,
 )
-from ..metrics.evaluation import rows_of
 
 
 def first_batch(dataloader: DataLoader) -> dict[str, torch.Tensor]:
@@ -28,7 +28,7 @@ def first_batch(dataloader: DataLoader) -> dict[str, torch.Tensor]:
     labels = batch.get("labels")
     if labels is not None and (labels.is_floating_point() or labels.dim() > 2):
         raise ValueError(
-            "`MemorizationCallback` is for classes, completions and pairs; the `labels` of this trainer are "
+            "What is measured of each row is for classes, completions and pairs; the `labels` of this trainer are "
             f"{labels.dtype} of shape {tuple(labels.shape)}, a batch of one row. Leave it out."
         )
     return batch

@@ -1,0 +1,242 @@
+"""The runs of `prm-hf suspects`: one for each fold that is held out, and one on all rows."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from filelock import FileLock
+from transformers import Trainer, TrainingArguments
+from trl import ModelConfig
+
+from ..metrics import preference_scores
+from ..runs.methods import parse_method
+from ..runs.read import read_json
+from ..runs.schema import MARGINS_FILE, METRICS_FILE, has_diverged
+from ..runs.write import RunSpec, find_folder
+from ..suspects import MarginRecorder, Suspects, judge_rows
+from ..suspects.find import has_two_labels, spread
+from ..suspects.margins import ROW
+from .controls import set_up_optimizer
+from .grid import Grid, Made, MadeRuns, configure, defaults_of, settings_of
+from .suspects_kinds import Kind
+from .suspects_report import report
+
+
+if TYPE_CHECKING:
+    from .suspects import SuspectsArguments
+
+EPOCHS_FILE = "epochs.json"  # in the folder of a run with checkpoints, for going on from one
+
+
+@dataclass
+class SuspectsData:
+    """The rows whose labels are doubted.
+
+    Attributes:
+        name: of the dataset.
+        rows: as they were read, `n`.
+        groups: of each row its prompt, or what else keeps rows together.
+        folds: by seed the fold of each row, `(n,)` int.
+        truth: whether each label is wrong, where a column says so.
+        about: what a run's settings say of the data.
+    """
+
+    kind: Kind
+    name: str
+    rows: Dataset
+    groups: list[str]
+    folds: dict[int, np.ndarray]
+    truth: list[bool] | None
+    about: dict[str, Any]
+
+
+class SuspectsGrid(Grid):
+    """For each learning rate and seed a run for each fold, then a run on all rows at the best rate."""
+
+    def __init__(
+        self,
+        args: "SuspectsArguments",
+        training_args: TrainingArguments,
+        model_args: ModelConfig,
+        data: SuspectsData,
+        command_line: str,
+    ) -> None:
+        self.args, self.training_args, self.data = args, training_args, data
+        self.output_dir, self.command_line = Path(training_args.output_dir), command_line
+        self.prepared = data.rows
+        settings = {**data.about, "rows": len(data.rows), "kind": args.kind}
+        of_model = {f"model_{k}": v for k, v in vars(model_args).items() if k != "model_name_or_path"}
+        self.settings = {**settings, **of_model}
+        self.defaults = {
+            **defaults_of(type(training_args)),
+            **{f"model_{name}": value for name, value in defaults_of(type(model_args)).items()},
+        }
+        self.specs = self._specify_folds() if args.how != "in_sample" else []
+        self.in_sample = [] if self.specs else self._specify_all(args.learning_rates[0])
+
+    def prepare(self) -> None:
+        """What all runs share of the rows, with their numbers. What one process computes, others find in a cache."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        locks = self.output_dir / ".locks"
+        locks.mkdir(exist_ok=True)
+        config = configure(self.training_args, self.args.method, self.args.noise_rate)
+        with FileLock(locks / "prepare.lock"):
+            numbered = self.data.rows.add_column(ROW, list(range(len(self.data.rows))))
+            self.prepared = self.data.kind.prepare(numbered, config)
+
+    # ---- Runs ----
+
+    def __len__(self) -> int:
+        is_due = self.args.how == "both" and not self.in_sample
+        return len(self.specs) + (len(self.args.seeds) if is_due else len(self.in_sample))
+
+    def place(self, spec: RunSpec) -> Path:
+        fold, folds = spec.settings.get("fold"), spec.settings.get("folds")
+        return self.output_dir / "runs" / ("all_rows" if fold is None else f"fold{fold}of{folds}")
+
+    def specify_runs(self) -> list[RunSpec]:
+        """Those of the folds, seed by seed; without them those on all rows."""
+        return self.specs or self.in_sample
+
+    def extend(self, made: MadeRuns) -> list[RunSpec]:
+        """The runs on all rows, at the rate whose models agree most with the labels that they have not seen."""
+        if self.args.how != "both" or self.in_sample:
+            return []
+        best = self.best_rate()
+        self.in_sample = [] if best is None else self._specify_all(best)
+        return self.in_sample
+
+    def _specify_folds(self) -> list[RunSpec]:
+        rates, folds = sorted(self.args.learning_rates), self.args.folds
+        return [
+            self._specify(rate, seed, fold=fold, folds=folds)
+            for seed in self.args.seeds
+            for rate in rates
+            for fold in range(folds)
+        ]
+
+    def _specify_all(self, rate: float) -> list[RunSpec]:
+        return [self._specify(rate, seed) for seed in self.args.seeds]
+
+    def _specify(self, rate: float, seed: int, **fold: int) -> RunSpec:
+        config = configure(self.training_args, self.args.method, self.args.noise_rate)
+        settings = settings_of(config, **self.settings, **fold)
+        return RunSpec(self.args.method, rate, seed, settings, defaults=self.defaults)
+
+    # ---- One run ----
+
+    def info_of(self, spec: RunSpec) -> dict[str, Any]:
+        kind = self.data.kind
+        known = {key: self.data.about[key] for key in ("model", "dataset", "noise_rate") if key in self.data.about}
+        return {"task": kind.task, "accuracy": "agreement", **known, "command": self.command_line}
+
+    def make_trainer(self, spec: RunSpec, folder: Path) -> Trainer:
+        own = {"output_dir": str(folder), "learning_rate": spec.learning_rate, "seed": spec.seed}
+        config = configure(self.training_args, spec.method, self.args.noise_rate, **own)
+        config.run_name = "_".join(filter(None, (config.run_name, folder.parent.name, folder.name)))
+        held_out = self._held_out(spec)
+        train = [place for place, row in enumerate(self.prepared[ROW]) if row not in held_out]
+        train_rows = self.prepared.select(train).remove_columns(ROW)
+        trainer = self.data.kind.make_trainer(config, train_rows, self.prepared)
+        set_up_optimizer(trainer, parse_method(spec.method), spec.seed)
+        trainer.add_callback(MarginRecorder(trainer, folder / EPOCHS_FILE, held_out))
+        return trainer
+
+    def _held_out(self, spec: RunSpec) -> set[int]:
+        """The numbers of the rows that a run is not trained on."""
+        fold = spec.settings.get("fold")
+        return set() if fold is None else set(np.flatnonzero(self.data.folds[spec.seed] == fold).tolist())
+
+    def outcomes(self, trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
+        """The margins of all epochs, those of held-out rows apart, and what the last ones say."""
+        (recorder,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, MarginRecorder))
+        found: dict[str, list] = {}
+        for part in ("heldout", "train"):
+            places = [i for i, row in enumerate(recorder.rows) if (row in recorder.held_out) == (part == "heldout")]
+            found[f"{part}_rows"] = [recorder.rows[i] for i in places]
+            found[f"{part}_epochs"] = [[margins[i] for i in places] for margins in recorder.epochs]
+        judged = "heldout" if found["heldout_rows"] else "train"
+        found["heldout"] = found["heldout_epochs"][-1]
+        last = torch.tensor(found[f"{judged}_epochs"][-1], dtype=torch.float64)
+        loss = torch.nn.functional.softplus(-last).mean().item()
+        return {"agreement": preference_scores(last).mean().item(), "margin": last.mean().item(), "loss": loss}, found
+
+    def describe(self, spec: RunSpec, metrics: dict[str, float]) -> str:
+        fold = spec.settings.get("fold")
+        part = "all rows       " if fold is None else f"without fold {fold + 1}/{self.args.folds}"
+        return f"{part}  agreement {metrics['agreement']:.3f}  margin {metrics['margin']:+.3f}"
+
+    # ---- All runs ----
+
+    def best_rate(self) -> float | None:
+        """The learning rate whose models agree most with the labels, as given, of the rows that they have not seen.
+
+        Of completions, whose margins have no natural zero, the one that makes them likeliest. None where a run of
+        every rate is missing, has failed or has diverged.
+        """
+        is_completion = self.args.kind == "completion"
+
+        def worth(margins: np.ndarray) -> float:
+            last = margins[-1][~np.isnan(margins[-1])]
+            return float(last.mean() if is_completion else preference_scores(torch.tensor(last)).mean())
+
+        found = {rate: self.margins(rate) for rate in sorted(self.args.learning_rates)}
+        known = {rate: worth(margins) for rate, margins in found.items() if margins is not None}
+        return max(known, key=known.get, default=None)
+
+    def margins(self, rate: float) -> np.ndarray | None:
+        """Margins of all rows out of fold, `(epochs, n)`, the mean over the seeds; None where a run is missing."""
+        return self._mean([spec for spec in self.specs if spec.learning_rate == rate], "heldout")
+
+    def in_sample_margins(self) -> np.ndarray | None:
+        return self._mean(self.in_sample, "train")
+
+    def _mean(self, specs: list[RunSpec], part: str) -> np.ndarray | None:
+        """Of each row the mean margin over the runs that have it in this part, epoch by epoch from the last one."""
+        found = [_read_margins(find_folder(spec, self.place(spec), lambda line: None)[0]) for spec in specs]
+        if not found or None in found:
+            return None
+        n, epochs = len(self.data.rows), min(len(one[f"{part}_epochs"]) for one in found)
+        tables = [spread(one[f"{part}_epochs"][-epochs:], one[f"{part}_rows"], n) for one in found]
+        counts = sum(~np.isnan(table) for table in tables)
+        total = sum(np.nan_to_num(table) for table in tables)
+        return np.where(counts > 0, total / np.maximum(counts, 1), np.nan)
+
+    def suspects(self) -> Suspects | None:
+        """What all runs together say; None where runs are missing."""
+        args, data = self.args, self.data
+        rate = args.learning_rates[0] if args.how == "in_sample" else self.best_rate()
+        margins = None if rate is None or args.how == "in_sample" else self.margins(rate)
+        in_sample = self.in_sample_margins()
+        if margins is None and args.how != "in_sample" or in_sample is None and args.how != "out_of_fold":
+            return None
+        settings = {"method": args.method, "learning_rate": rate, "seeds": args.seeds, "folds": args.folds}
+        settings |= {"model": data.about["model"], "dataset": data.name, "command": self.command_line}
+        return judge_rows(
+            data.rows.with_format(None).to_list(),
+            args.kind,
+            margins,
+            in_sample,
+            groups=data.groups,
+            folds=data.folds.get(args.seeds[0]),
+            is_antisymmetric=has_two_labels(data.rows, args.kind),
+            settings=settings,
+        )
+
+    def report(self, made: list[Made]) -> None:
+        suspects = self.suspects()
+        if suspects is None:
+            print("\nNo suspects are written yet: runs are missing, failed or diverged.")
+            return
+        report(suspects, self.output_dir, self.args, self.data.truth, self.data.kind.model)
+
+
+def _read_margins(folder: Path) -> dict[str, list] | None:
+    """The margins of a finished run; None of another one."""
+    metrics = read_json(folder / METRICS_FILE)
+    if metrics is None or has_diverged(metrics):
+        return None
+    return read_json(folder / MARGINS_FILE)

@@ -1,0 +1,116 @@
+"""Which labels are wrong, for any trainer of pairs, completions or classes."""
+
+import gc
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from datasets import Dataset
+from transformers import Trainer
+
+from .files import Suspects, judge_rows
+from .folds import fold_of_rows
+from .margins import ROW, MarginRecorder
+
+
+HOW = ("out_of_fold", "in_sample", "both")
+
+
+def find_wrong_labels(
+    make_trainer: Callable[[Dataset, Dataset], Trainer],
+    dataset: Dataset,
+    *,
+    how: Literal["out_of_fold", "in_sample", "both"] = "both",
+    folds: int = 5,
+    groups: str | Sequence[Hashable] | None = None,
+    seed: int = 0,
+) -> Suspects:
+    """Trains models that have not seen a row, and judges by them whether its label is wrong.
+
+    For the trainers of pairs (DPO), completions (SFT) and classes of a model with `logits`, with any optimizer, TRL's
+    own and transformers' included. Collective over processes.
+
+    Args:
+        make_trainer: makes a new trainer, with a new model, of the rows to train on and of rows that must become its
+            `eval_dataset`: all rows, with a column of their numbers, which are measured after every epoch. It is
+            called once for each fold, and once with all rows as those to train on.
+        dataset: `n` rows with the labels that are doubted.
+        how: `"out_of_fold"` trains on all folds but one, for each fold in turn; `"in_sample"` on all rows; `"both"`
+            does both.
+        folds: number of folds.
+        groups: a column, or one entry a row: rows with the same one are held out together. Default: the column
+            `group` or else `prompt`, if there is one, otherwise each row is by itself.
+        seed: of the folds.
+
+    Returns:
+        The [`Suspects`]: probability, rank and margins of each row, and the estimated share of wrong labels.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be; a trainer has no `eval_dataset`; a model diverged.
+
+    Example:
+
+    ```python
+    >>> def make_trainer(train, rows):
+    ...     return DPOTrainer(model_name, args=args, train_dataset=train, eval_dataset=rows)
+    >>> suspects = find_wrong_labels(make_trainer, dataset)
+    >>> suspects.share, suspects.probabilities
+    ```
+    """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"`dataset` must be a `datasets.Dataset`, got {type(dataset).__name__}.")
+    if how not in HOW:
+        raise ValueError(f"`how` must be one of {', '.join(HOW)}, got {how!r}.")
+    if ROW in dataset.column_names:
+        raise ValueError(f"`dataset` has a column {ROW!r}, which is to hold the numbers of rows: rename it.")
+    kinds = {"preference": "chosen", "completion": "completion"}
+    kind = next((kind for kind, column in kinds.items() if column in dataset.column_names), "label")
+    groups, measured = _groups_of(dataset, groups), dataset.add_column(ROW, list(range(len(dataset))))
+    fold, margins, in_sample = None, None, None
+    if how != "in_sample":
+        fold = fold_of_rows(groups, folds, seed)
+        runs = [_train(make_trainer, dataset.select(np.flatnonzero(fold != k)), measured) for k in range(folds)]
+        epochs = min(map(len, runs))
+        margins = np.select([fold == k for k in range(folds)], [run[-epochs:] for run in runs])
+    if how != "out_of_fold":
+        in_sample = _train(make_trainer, dataset, measured)
+    rows = dataset.with_format(None).to_list()
+    is_antisymmetric = has_two_labels(dataset, kind)
+    return judge_rows(rows, kind, margins, in_sample, groups, fold, is_antisymmetric)
+
+
+def has_two_labels(dataset: Dataset, kind: str) -> bool:
+    """Whether a row's label is one of two, so that the other one has the margin of the opposite sign."""
+    column = next((name for name in ("label", "labels") if name in dataset.column_names), None)
+    return kind == "preference" or (kind == "label" and column is not None and len(set(dataset[column])) == 2)
+
+
+def _groups_of(dataset: Dataset, groups: str | Sequence[Hashable] | None) -> list[str]:
+    if groups is None:
+        groups = next((name for name in ("group", "prompt") if name in dataset.column_names), range(len(dataset)))
+    if isinstance(groups, str):
+        if groups not in dataset.column_names:
+            raise ValueError(f"`groups` is {groups!r}, and the columns of `dataset` are {dataset.column_names}.")
+        groups = dataset.with_format(None)[groups]
+    if len(groups) != len(dataset):
+        raise ValueError(f"`groups` has {len(groups)} entries, and `dataset` {len(dataset)} rows: give one each.")
+    return [str(group) for group in groups]
+
+
+def _train(make_trainer: Callable[[Dataset, Dataset], Trainer], train: Dataset, rows: Dataset) -> np.ndarray:
+    """Margins of a new model after every epoch, `(epochs, n)` float64, NaN for rows that the trainer left out."""
+    trainer: Any = make_trainer(train, rows)
+    recorder = MarginRecorder(trainer)
+    trainer.add_callback(recorder)
+    trainer.train()
+    margins = spread(recorder.epochs, recorder.rows, len(rows))
+    del trainer, recorder
+    gc.collect()  # a trainer holds references to itself, by way of its callbacks
+    return margins
+
+
+def spread(epochs: Sequence[Sequence[float]], rows: Sequence[int], n: int) -> np.ndarray:
+    """Margins of some rows as `(epochs, n)` float64, NaN for the other rows."""
+    margins = np.full((len(epochs), n), np.nan)
+    margins[:, rows] = epochs
+    return margins

@@ -1,0 +1,214 @@
+"""Folds, margins and the files of suspects, with tiny models and any trainer."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from prm_hf import noise
+from prm_hf.metrics import ClassEvaluation, PairEvaluation, SequenceEvaluation, evaluate_classes
+from prm_hf.suspects import MarginRecorder, Suspects, find_wrong_labels, fold_of_rows, judge_rows, row_margins
+from prm_hf.suspects.margins import ROW
+
+from ..tiny import make_model, make_tokenizer, preference_dataset
+
+
+ON_CPU = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+
+
+def test_rows_of_a_group_share_a_fold_and_folds_are_about_as_large():
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 40, 300).tolist()
+    fold = fold_of_rows(groups, 5, seed=1)
+    assert len(fold) == 300 and set(fold.tolist()) == set(range(5))
+    assert all(len({f for f, g in zip(fold, groups, strict=True) if g == group}) == 1 for group in set(groups))
+    sizes = np.bincount(fold)
+    assert sizes.max() - sizes.min() <= max(np.bincount(groups))
+    assert (fold == fold_of_rows(groups, 5, seed=1)).all() and (fold != fold_of_rows(groups, 5, seed=2)).any()
+
+
+@pytest.mark.parametrize(
+    "folds, message",
+    [
+        (1, "`folds` must be an integer of at least 2, got 1."),
+        (True, "`folds` must be an integer of at least 2, got True."),
+        (4, "`folds` is 4, and the 6 rows have 3 different prompts or groups"),
+    ],
+)
+def test_folds_that_cannot_be(folds, message):
+    with pytest.raises(ValueError, match=message):
+        fold_of_rows(["a", "b", "c"] * 2, folds)
+
+
+def test_margins_by_hand():
+    tokens = torch.tensor([2, 4])
+    chosen = SequenceEvaluation(torch.tensor([-2.0, -4.0]).double(), torch.tensor([3.0, 1.0]).double(), tokens, None)
+    rejected = SequenceEvaluation(torch.tensor([-1.0, -1.0]).double(), torch.tensor([1.0, 2.0]).double(), tokens, None)
+    assert row_margins(PairEvaluation(chosen, rejected), beta=0.5).tolist() == [1.0, -0.5]
+    assert row_margins(chosen).tolist() == [-1.0, -1.0]
+    classes = ClassEvaluation(torch.tensor([True]), torch.tensor([0.1]), torch.tensor([2.0]))
+    assert row_margins(classes).tolist() == [2.0]
+
+
+class Logits(torch.nn.Module):
+    """Returns its input as logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.p = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return type("Output", (), {"logits": x + self.p})()
+
+
+def test_the_margin_of_a_class_is_against_the_best_other():
+    from accelerate import Accelerator
+
+    x = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0], [0.0, -1.0, 5.0]])
+    rows = [{"x": x[i], "labels": label} for i, label in enumerate([1, 0, 2])]
+
+    def collate(rows):
+        return {
+            "x": torch.stack([row["x"] for row in rows]),
+            "labels": torch.tensor([row["labels"] for row in rows]),
+        }
+
+    table = evaluate_classes(Logits(), rows, collate, Accelerator(cpu=True), batch_size=2)
+    assert table.margin.tolist() == [1.0, -2.0, 5.0] and table.correct.tolist() == [True, False, True]
+
+
+def suspects_of(margins, **more):
+    rows = [{"chosen": f"{i}", "rejected": "x"} for i in range(margins.shape[1])]
+    return judge_rows(rows, "preference", margins, None, **more)
+
+
+def test_what_is_written_is_what_is_read(tmp_path):
+    rng = np.random.default_rng(0)
+    margins = rng.normal(0.5, 1.0, (3, 40))
+    margins[:, 7] = np.nan
+    found = suspects_of(margins, groups=["a", "b"] * 20, folds=np.arange(40) % 5, settings={"folds": 5})
+    assert found.ranks[7] == 40 and found.scores[7] is None and found.margins[7] == []
+    assert found.probabilities[7] == found.share
+    assert sorted(found.ranks) == list(range(1, 41))
+    found.save(tmp_path)
+    assert Suspects.load(tmp_path) == found
+    lines = [json.loads(line) for line in (tmp_path / "suspects.jsonl").read_text().splitlines()]
+    assert [line["rank"] for line in lines] == list(range(1, 41))
+    assert all(line["data"] == found.rows[line["row"]] for line in lines)
+    judged = [line["probability_wrong"] for line in lines[:-1]]
+    assert judged == sorted(judged, reverse=True)
+    summary = json.loads((tmp_path / "suspects_summary.json").read_text())
+    assert summary["rows"] == 40 and summary["share_low"] <= summary["share_wrong"] <= summary["share_high"]
+    assert summary["kind"] == "preference" and summary["how"] == "out of fold"
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has no suspects.jsonl: name the folder"):
+        Suspects.load(tmp_path)
+    suspects_of(np.random.default_rng(0).normal(0.5, 1.0, (1, 20))).save(tmp_path)
+    lines = (tmp_path / "suspects.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "suspects.jsonl").write_text("".join(lines[1:]))
+    with pytest.raises(ValueError, match="are not whole, or of different runs"):
+        Suspects.load(tmp_path)
+
+
+def test_margins_that_are_not_finite_are_refused():
+    margins = np.ones((2, 4))
+    margins[1, 2] = np.inf
+    with pytest.raises(ValueError, match="A margin is not finite: a model has diverged"):
+        suspects_of(margins)
+
+
+def dpo_trainer(train, rows):
+    args = DPOConfig("out", **ON_CPU, num_train_epochs=2, learning_rate=3e-3, per_device_train_batch_size=4)
+    return DPOTrainer(
+        make_model(),
+        make_model(),
+        args=args,
+        train_dataset=train,
+        eval_dataset=rows,
+        processing_class=make_tokenizer(),
+    )
+
+
+def sft_trainer(train, rows):
+    args = SFTConfig("out", **ON_CPU, num_train_epochs=1, max_length=16, per_device_train_batch_size=4)
+    return SFTTrainer(
+        make_model(), args=args, train_dataset=train, eval_dataset=rows, processing_class=make_tokenizer()
+    )
+
+
+def completions(n):
+    return preference_dataset(n, flipped=False).rename_column("chosen", "completion").remove_columns("rejected")
+
+
+def test_any_dpo_trainer_with_adamw(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = preference_dataset(24)
+    same = rows[3] | {"rejected": rows[3]["chosen"]}
+    rows = Dataset.from_list([same if i == 3 else row for i, row in enumerate(rows)])
+    trained = []
+
+    def make_trainer(train, measured):
+        trained.append(train)
+        assert len(measured) == 24 and ROW in measured.column_names and ROW not in train.column_names
+        return dpo_trainer(train, measured)
+
+    found = noise.find_wrong_labels(make_trainer, rows, folds=3)
+    assert len(trained) == 4 and len(trained[-1]) == 24 and sum(map(len, trained[:3])) == 48
+    for fold, train in enumerate(trained[:3]):
+        held_out = {row["prompt"] for row, of in zip(rows, found.folds, strict=True) if of == fold}
+        assert not held_out & {*train["prompt"]}
+    assert found.kind == "preference" and found.how == "out of fold" and found.rows == rows.to_list()
+    assert {len(margins) for margins in found.margins} == {2} == {len(margins) for margins in found.in_sample_margins}
+    # TRL keeps the pair of two equal sides, whose margin is 0
+    assert found.margins[3] == [0.0, 0.0] and all(0 <= p <= 1 for p in found.probabilities)
+
+
+def test_a_run_in_sample_of_completions(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = find_wrong_labels(sft_trainer, completions(12), how="in_sample")
+    assert found.kind == "completion" and found.how == "in sample" and found.folds is None
+    assert found.margins == [[]] * 12 and {len(margins) for margins in found.in_sample_margins} == {1}
+
+
+def test_classes_of_a_transformers_trainer(tmp_path, monkeypatch):
+    """Two words tell the classes apart, and three labels of forty are wrong: they are the first suspects."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = make_tokenizer()
+    wrong = {4, 17, 30}
+    rows = [{"input_ids": tokenizer(f"w{i % 2} w{2 + i % 7}")["input_ids"], "label": i % 2} for i in range(40)]
+    rows = Dataset.from_list(
+        [{**row, "label": 1 - row["label"] if i in wrong else row["label"]} for i, row in enumerate(rows)]
+    )
+    config = AutoConfig.for_model(
+        **make_model().config.to_dict() | {"num_labels": 2, "tie_word_embeddings": False, "pad_token_id": 0}
+    )
+
+    def make_trainer(train, measured):
+        torch.manual_seed(0)
+        args = TrainingArguments("out", **ON_CPU, num_train_epochs=8, learning_rate=1e-2)
+        return Trainer(
+            AutoModelForSequenceClassification.from_config(config), args, train_dataset=train, eval_dataset=measured
+        )
+
+    found = find_wrong_labels(make_trainer, rows, how="out_of_fold", folds=4)
+    assert found.kind == "label" and {i for i, rank in enumerate(found.ranks) if rank <= 3} == wrong
+
+
+def test_the_recorder_says_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TypeError, match="`eval_dataset` of the trainer must be a `datasets.Dataset`.* it is missing"):
+        MarginRecorder(dpo_trainer(preference_dataset(4), None))
+    with pytest.raises(TypeError, match="`dataset` must be a `datasets.Dataset`, got list"):
+        find_wrong_labels(dpo_trainer, [])
+    with pytest.raises(ValueError, match="`groups` is 'topic', and the columns"):
+        find_wrong_labels(dpo_trainer, preference_dataset(4), groups="topic")
+    with pytest.raises(ValueError, match="`groups` has 2 entries, and `dataset` 4 rows"):
+        find_wrong_labels(dpo_trainer, preference_dataset(4), groups=[1, 2])
+    with pytest.raises(ValueError, match="`how` must be one of out_of_fold, in_sample, both, got 'all'"):
+        find_wrong_labels(dpo_trainer, preference_dataset(4), how="all")
