@@ -18,7 +18,7 @@ from trl import ModelConfig
 from ..demo import build_demo
 from .arguments import ComparisonArguments
 from .files import FILE_FORMATS, checked_source
-from .rows import Columns, check_rows, overlapping, prompts_of
+from .rows import Columns, check_rows, groups_of, overlapping, prompts_of
 
 
 BUILT_IN_WAIT = "Built-in task: the reference policy is trained now, for about 30 s, unless it is cached."
@@ -38,6 +38,7 @@ class Data:
     source: dict[str, Any]  # what else tells this data from other data: splits, and the contents of local files
     processing_class: Any = None  # the model's tokenizer, where it is loaded already
     digests: dict[str, str] = dataclasses.field(default_factory=dict)  # hashes of the rows and of the model
+    heldout_groups: Sequence[int] = ()  # one a held-out row, equal where rows belong together
 
 
 def load_data(
@@ -64,7 +65,8 @@ def load_data(
         demo = build_demo(args.task_seed)
         source = {"task_seed": args.task_seed} if args.task_seed else {}
         train, heldout = built_in_rows(demo.train), built_in_rows(demo.test)
-        yield Data(demo.model_path, "built-in", "built-in", train, heldout, source)
+        groups = groups_of(heldout, columns)
+        yield Data(demo.model_path, "built-in", "built-in", train, heldout, source, heldout_groups=groups)
         return
     model = model_args.model_name_or_path
     of_model = model_digest(model, model_args.model_revision)
@@ -79,6 +81,7 @@ def load_data(
             heldout=heldout,
             source={**splits, "train_file": _digest_of_file(name), "test_file": _digest_of_file(other)},
             digests={**digests, **({"model_digest": of_model} if of_model else {})},
+            heldout_groups=groups_of(heldout, columns),
         )
 
 

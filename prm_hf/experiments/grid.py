@@ -195,7 +195,8 @@ class ComparisonGrid(Grid):
         return trainer
 
     def outcomes(self, trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
-        return self.experiment.outcomes(trainer, self.data)
+        metrics, margins = self.experiment.outcomes(trainer, self.data)
+        return metrics, {**margins, "heldout_groups": list(self.data.heldout_groups)}
 
     def describe(self, spec: RunSpec, metrics: dict[str, float]) -> str:
         measures = measures_of(self.info)

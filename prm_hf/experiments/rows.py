@@ -1,14 +1,18 @@
 """The rows of a dataset as texts: which can be trained on, and which rows of two datasets are the same."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 from trl import extract_prompt
 
+from ..runs.comparable import numbered
+
 
 # Completions of fewer characters may be the answer to many prompts; of more they are the same row.
 _LONG = 100
+GROUP = "group"  # a column that says which rows belong together
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,17 @@ def _texts(rows: Dataset, columns: Columns) -> list[tuple[str, list[str]]]:
 def prompts_of(rows: Dataset, columns: Columns) -> list[str]:
     """The prompts of rows; of rows without any their whole text."""
     return [prompt or " ".join(completions) for prompt, completions in _texts(rows, columns)]
+
+
+def groups_of(rows: Dataset, columns: Columns) -> list[int]:
+    """A number for each row, equal where rows belong together: by a column `group` if there is one, else the prompt.
+
+    Rows of one prompt share texts, so that they are no independent examples. A prompt that all rows have says nothing.
+    """
+    keys = rows[GROUP][:] if GROUP in rows.column_names else prompts_of(rows, columns)
+    groups = numbered(json.dumps(key, sort_keys=True, default=str) for key in keys)
+    is_said = GROUP in rows.column_names or len(set(groups)) > 1
+    return groups if is_said else list(range(len(rows)))
 
 
 def overlapping(train: Dataset, heldout: Dataset, columns: Columns) -> list[int]:

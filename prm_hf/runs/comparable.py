@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
 
 from .methods import find_method
@@ -70,6 +70,8 @@ def shared_settings(run: Run) -> Shared:
         found[f"`{key}`", owner] = settings[key]
     if run.heldout is not None:
         found[f"the number of {run.measures.examples}", ""] = len(run.heldout)
+    if run.heldout_groups is not None:
+        found[f"the groups of {run.measures.examples}", ""] = numbered(run.heldout_groups.tolist())
     return {place: (value, run) for place, value in found.items()}
 
 
@@ -104,6 +106,12 @@ def differences_between(groups: list[list[Run]]) -> list[list[Difference]]:
     """Of each group but the first, what tells it from the first."""
     first, *others = ({k: v for run in reversed(runs) for k, v in shared_settings(run).items()} for runs in groups)
     return [find_differences(first, other) for other in others]
+
+
+def numbered(keys: Iterable[Hashable]) -> list[int]:
+    """Numbers from 0 in the place of keys, by their first appearance: equal where the keys are."""
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
 def _equal(a: Any, b: Any) -> bool:

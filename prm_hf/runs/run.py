@@ -37,6 +37,8 @@ class Run:
         history: one dict a logged step, with `step`; values of training batches are prefixed `train/`.
         heldout: `[examples]` float64, one number a held-out example that is positive where the run is right, or None:
             of a pair β·(log-ratio of chosen − of rejected) against the clean label.
+        heldout_groups: `[examples]` int64, equal where held-out examples belong together, as those of one prompt do;
+            None where that is not on record.
         info: `run.json`, or what `trainer_state.json` says about the run.
         notes: remarks that a reader of the comparison must know.
     """
@@ -52,6 +54,7 @@ class Run:
     metrics: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     heldout: np.ndarray | None = None
+    heldout_groups: np.ndarray | None = None
     info: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 

@@ -1,8 +1,9 @@
 """The schema of a run's folder: its files, the names in them, and what a run of each task is judged by.
 
 A folder holds `run.json` (what was run), `history.jsonl` (one JSON object a logged step), `margins.json` (one number
-an example) and `metrics.json` (the final values, written last: a folder without it is unfinished). A run whose loss
-was not finite has `"diverged": true` and `diverged_at_step` there; one that ended in an error has `failed.json`.
+an example, and as `heldout_groups` which held-out examples belong together) and `metrics.json` (the final values,
+written last: a folder without it is unfinished). A run whose loss was not finite has `"diverged": true` and
+`diverged_at_step` there; one that ended in an error has `failed.json`.
 """
 
 from __future__ import annotations
