@@ -21,7 +21,8 @@ ALLOWED = {
     "runs": set(),
     "compare": {"runs"},
     "trainers": {"optim", "sharding", "metrics", "noise"},
-    "experiments": {"optim", "sharding", "trainers", "metrics", "noise", "demo", "runs", "compare"},
+    "suspects": {"noise", "metrics", "runs"},
+    "experiments": {"suspects", "optim", "sharding", "trainers", "metrics", "noise", "demo", "runs", "compare"},
     "cli": {"experiments", "runs", "compare"},
     "__main__": {"cli"},
 }

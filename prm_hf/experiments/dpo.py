@@ -79,6 +79,7 @@ class DPOExperiment(Experiment):
     task = "preferences"
     output_dir = "runs/dpo_noisy"
     config_class = PRMDPOConfig
+    has_pairs = True
     built_in: ClassVar[dict[str, Any]] = {
         **BUILT_IN,
         "beta": 0.1,
@@ -119,8 +120,11 @@ class DPOExperiment(Experiment):
         shared = {"train": trainer.train_dataset, "heldout": trainer.eval_dataset}
         return dataclasses.replace(data, **shared, processing_class=trainer.processing_class)
 
+    def noisy_rows(self, spec: RunSpec, data: Data) -> Dataset:
+        return flip_preferences(data.train, spec.settings["noise_rate"], seed=spec.seed)
+
     def make_trainer(self, config: PRMDPOConfig, spec: RunSpec, data: Data) -> PRMDPOTrainer:
-        train = flip_preferences(data.train, spec.settings["noise_rate"], seed=spec.seed)
+        train = self.noisy_rows(spec, data) if data.given is None else data.given
         if spec.method not in EARLY_STOPPING:
             return self._trainer(config, data, train)
         kept = range(0, len(train), VALIDATION_EVERY)

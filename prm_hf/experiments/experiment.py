@@ -53,6 +53,7 @@ class Experiment(ABC):
     arguments_class: ClassVar[type[ComparisonArguments]] = ComparisonArguments
     config_class: ClassVar[type[TrainingArguments]]
     built_in: ClassVar[dict[str, Any]] = BUILT_IN  # the settings of the built-in task
+    has_pairs: ClassVar[bool] = False  # whether a row is a pair, whose margin changes its sign with the label
 
     def __init__(
         self, script_args: ComparisonArguments, training_args: TrainingArguments, model_args: ModelConfig
@@ -152,8 +153,12 @@ class Experiment(ABC):
         return data
 
     @abstractmethod
+    def noisy_rows(self, spec: RunSpec, data: Data) -> Dataset:
+        """The training rows with the noise of a run, and a bool column that says which labels are wrong."""
+
+    @abstractmethod
     def make_trainer(self, config: TrainingArguments, spec: RunSpec, data: Data) -> Trainer:
-        """The trainer of one run."""
+        """The trainer of one run, on `data.given` or, without them, on its noisy rows."""
 
     @abstractmethod
     def outcomes(self, trainer: Trainer, data: Data) -> tuple[dict[str, float], dict[str, list]]:

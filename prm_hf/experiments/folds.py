@@ -1,6 +1,5 @@
 """Folds of prompts: which rows a model is not trained on, and by how much it then prefers their labels as given."""
 
-import json
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
@@ -9,14 +8,15 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
-from ..metrics import PairEvaluation, SequenceEvaluation, reward_margins, row_fit
+from ..metrics import PairEvaluation, SequenceEvaluation, preference_scores, reward_margins, row_fit
 from ..runs.read import read_json
 from ..runs.schema import MARGINS_FILE
+from ..runs.write import write_json
 from ..trainers.tables import evaluate_rows
 
 
 ROW = "row_number"  # the column that tells which row of a dataset a row of a trainer was
-EPOCHS_FILE = "epochs.jsonl"  # in the folder of a run: a line an epoch, so that a resumed run has them all
+EPOCHS_FILE = "epochs.json"
 
 
 def assign_folds(groups: Sequence[Hashable], folds: int, seed: int) -> np.ndarray:
@@ -51,48 +51,53 @@ def numbered(rows: Dataset) -> Dataset:
     return rows.add_column(ROW, list(range(len(rows))))
 
 
-def hold_out(trainer: Trainer, folds: np.ndarray | None, fold: int | None, folder: Path) -> "LabelMargins":
+def hold_out(trainer: Trainer, folds: np.ndarray | None, fold: int | None) -> "LabelMargins":
     """Takes a fold out of the training rows of a trainer, and has its margins measured after each epoch.
 
     Args:
         trainer: its training rows are `numbered`. It has not begun to train.
         folds: from `assign_folds`.
         fold: None to train on all rows, and to measure all: in sample.
-        folder: of the run, for what has been measured so far.
     """
     numbers = trainer.train_dataset[ROW][:]
     is_held = [fold is None or folds[number] == fold for number in numbers]
     held = trainer.train_dataset.select([i for i, held in enumerate(is_held) if held])
     if fold is not None:
         trainer.train_dataset = trainer.train_dataset.select([i for i, held in enumerate(is_held) if not held])
-    recorder = LabelMargins(trainer, held, folder)
+    recorder = LabelMargins(trainer, held)
     trainer.add_callback(recorder)
     return recorder
 
 
 class LabelMargins(TrainerCallback):
-    """Measures the `label_margins` of rows at the end of each epoch, and keeps them in the folder of the run."""
+    """Measures the `label_margins` of rows at the end of each epoch.
 
-    def __init__(self, trainer: Trainer, rows: Dataset, folder: Path) -> None:
-        self.trainer, self.file, self.rows = trainer, Path(folder) / EPOCHS_FILE, rows[ROW][:]
-        self._loader = trainer.get_test_dataloader(rows)
+    With checkpoints they are kept in the output folder of the trainer, so that a resumed run has those of all epochs.
+    """
+
+    def __init__(self, trainer: Trainer, rows: Dataset) -> None:
+        self.trainer, self.rows = trainer, rows[ROW][:]
+        self._loader, self._file = trainer.get_test_dataloader(rows), Path(trainer.args.output_dir) / EPOCHS_FILE
+        self._margins: dict[str, list[float]] = {}  # by the step, as JSON has it
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and state.global_step == 0:
-            self.file.unlink(missing_ok=True)
+        if state.global_step > 0:
+            kept = read_json(self._file) or {}
+            self._margins = {step: margins for step, margins in kept.items() if int(step) <= state.global_step}
 
     def on_epoch_end(self, args, state, control, **kwargs):
         margins = label_margins(self.trainer, self._loader).tolist()
-        if state.is_world_process_zero:
-            line = {"step": state.global_step, "margins": [float(f"{x:.6g}") for x in margins]}
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        self._margins[str(state.global_step)] = [float(f"{x:.6g}") for x in margins]  # a small one is no tie
+        if args.save_strategy != "no" and state.is_world_process_zero:
+            write_json(self._file, self._margins)
 
-    def outcomes(self) -> dict[str, list]:
-        """What `margins.json` has: the numbers of the rows, and a list of their margins for each epoch."""
-        lines = map(json.loads, self.file.read_text(encoding="utf-8").splitlines()) if self.file.exists() else ()
-        steps = {line["step"]: line["margins"] for line in lines}  # a resumed run repeats those after its checkpoint
-        return {"rows": self.rows, "label_margins": [steps[step] for step in sorted(steps)]}
+    def outcomes(self) -> tuple[dict[str, float], dict[str, list]]:
+        """Metrics of the last margins, and what `margins.json` has: the rows' numbers, and their margins by epoch."""
+        epochs = [self._margins[step] for step in sorted(self._margins, key=int)]
+        last = torch.tensor(epochs[-1], dtype=torch.float64)
+        loss = torch.nn.functional.softplus(-last).mean().item()
+        metrics = {"agreement": preference_scores(last).mean().item(), "margin": last.mean().item(), "loss": loss}
+        return metrics, {"rows": self.rows, "label_margins": epochs}
 
 
 def label_margins(trainer: Trainer, loader: torch.utils.data.DataLoader) -> torch.Tensor:

@@ -19,6 +19,8 @@ from .arguments import half_decades
 from .controls import MaskRecorder, is_sharded, mean_masks, set_up_optimizer
 from .data import Data
 from .experiment import Experiment
+from .folds import LabelMargins, hold_out, numbered
+from .repair import FOLDS, Repairs
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,10 @@ class ComparisonGrid(Grid):
         self.controls = [method for method in methods if method.group == CONTROL]
         self.methods = [method for method in methods if method.group != CONTROL]
         grids = {True: args.prm_learning_rates, False: args.learning_rates}
-        self.rates = {method.name: sorted(grids[method.has_mask]) for method in self.methods}
+        self.grids = {has_mask: sorted(rates) for has_mask, rates in grids.items()}
+        self.rates = {method.name: list(self.grids[method.has_mask]) for method in self.methods}
         self.extensions = 0
+        self.repairs = Repairs(self, args.repair_folds)
         of_data = {"noise_rate": noise_rate, "model": data.model_name, "dataset": data.dataset_name}
         self.info = {**experiment.info(), **of_data, "command": experiment.command_line}
         self.settings = {
@@ -122,18 +126,36 @@ class ComparisonGrid(Grid):
         }
 
     def __len__(self) -> int:
-        return super().__len__() + len(self.controls) * len(self.seeds)
+        rows = sum(map(len, self.rates.values())) + len(self.controls)
+        return rows * len(self.seeds) + len(self.repairs.specify_folds())
+
+    def place(self, spec: RunSpec) -> Path:
+        return self.output_dir / FOLDS if is_fold(spec) else self.output_dir
+
+    def rates_of(self, method: str) -> list[float]:
+        """The learning rates of a method that need not be compared."""
+        return self.rates.get(method) or self.grids[parse_method(method).has_mask]
 
     def specify_runs(self) -> list[RunSpec]:
-        """All runs but the controls, seed by seed, so that what is there when time is up can be compared."""
-        rows = [(method, rate) for method, rates in self.rates.items() for rate in rates]
-        return [self._specify(*row, seed) for seed in self.seeds for row in rows]
+        """All runs but the controls and those on repaired labels, then the folds that these need.
+
+        Seed by seed, so that what is there when time is up can be compared.
+        """
+        rows = [
+            (method.name, rate) for method in self.methods if not method.repair for rate in self.rates[method.name]
+        ]
+        return [*(self.specify(*row, seed) for seed in self.seeds for row in rows), *self.repairs.specify_folds()]
 
     def extend(self, made: MadeRuns) -> list[RunSpec]:
-        """One more learning rate for every method, if the most accurate one of any is the smallest or largest it has.
+        """The runs on repaired labels, now that what says which labels are wrong has been made; then more rates.
 
-        All methods get one, so that their grids stay as large: at the end that is nearer to the best rate.
+        One more learning rate for every method, if the most accurate one of any is the smallest or largest it has. All
+        methods get one, so that their grids stay as large: at the end that is nearer to the best rate.
         """
+        if self.repairs.methods and self.repairs.made is None:
+            self.repairs.made = made
+            rows = [(method.name, rate) for method in self.repairs.methods for rate in self.rates[method.name]]
+            return [self._specify_row(*row, seed) for seed in self.seeds for row in rows]
         best = {name: self._best(made, [name]) for name in self.rates}
         places = {name: rates.index(best[name][1]) for name, rates in self.rates.items()}
         # Where all runs ended in errors nothing is known of the rates
@@ -152,7 +174,7 @@ class ComparisonGrid(Grid):
             end, step = (-1, 1) if 2 * place >= len(rates) - 1 else (0, -1)
             added.append((name, half_decades(rates[end], step)))
             self.rates[name] = sorted([*rates, added[-1][1]])
-        return [self._specify(*row, seed) for seed in self.seeds for row in added]
+        return [self._specify_row(*row, seed) for seed in self.seeds for row in added]
 
     def specify_controls(self, made: MadeRuns) -> tuple[list[RunSpec], list[str]]:
         """The controls of the most accurate PRM row."""
@@ -178,16 +200,28 @@ class ComparisonGrid(Grid):
         return configure(self.experiment.training_args, method, self.noise_rate, **overrides)
 
     def info_of(self, spec: RunSpec) -> dict[str, Any]:
-        return self.info
+        return {**self.info, "task": "suspects"} if is_fold(spec) else self.info
 
     def make_trainer(self, spec: RunSpec, folder: Path) -> Trainer:
-        method = parse_method(spec.method)
+        method = parse_method(spec.configured_as if is_fold(spec) else spec.method)
         own = {"output_dir": str(folder), "learning_rate": spec.learning_rate, "seed": spec.seed}
+        if is_fold(spec):  # nothing is held out but the fold, and no model is kept
+            own |= {"eval_strategy": "no", "drift_metrics": False, "save_strategy": "no"}
         config = self.configure(spec.configured_as, **own)
         config.run_name = "_".join(filter(None, (config.run_name, folder.name)))
-        trainer = self.experiment.make_trainer(config, spec, self.data)
+        self.running, self.known, rows = spec, {}, self.experiment.noisy_rows(spec, self.data)
+        if method.repair is not None:
+            rows, self.known = self.repairs.repair(spec, rows)
+        is_source = not self.repairs.folds and method.name in self.repairs.sources
+        given = numbered(rows) if is_fold(spec) or is_source else rows
+        trainer = self.experiment.make_trainer(config, spec, dataclasses.replace(self.data, given=given))
         masks_of = spec.settings["fixed_q"]["masks_of"] if method.name == "fixed_q" else None
         set_up_optimizer(trainer, method, spec.seed, masks_of and mean_masks(self.output_dir / masks_of))
+        if is_fold(spec):
+            hold_out(trainer, self.repairs.folds_of(spec.seed), spec.settings["fold"])
+            return trainer
+        if is_source:
+            hold_out(trainer, None, None)
         if method.has_controls and method.tensor_masks and not is_sharded(trainer):
             trainer.add_callback(MaskRecorder(trainer, folder))
         if method.name == "prm_stopping":
@@ -195,17 +229,25 @@ class ComparisonGrid(Grid):
         return trainer
 
     def outcomes(self, trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
+        recorders = [x for x in trainer.callback_handler.callbacks if isinstance(x, LabelMargins)]
+        if is_fold(self.running):
+            return recorders[0].outcomes()
         metrics, margins = self.experiment.outcomes(trainer, self.data)
-        return metrics, {**margins, "heldout_groups": list(self.data.heldout_groups)}
+        for recorder in recorders:
+            margins |= recorder.outcomes()[1]
+        return {**metrics, **self.known}, {**margins, "heldout_groups": list(self.data.heldout_groups)}
 
     def describe(self, spec: RunSpec, metrics: dict[str, float]) -> str:
         measures = measures_of(self.info)
         columns = [("accuracy", measures.accuracy, ".3f"), (measures.noise_label, measures.noise_fit, ".3f")]
-        columns += [("KL", KL, ".4f"), ("mean q", MEAN_Q, ".3f")]
+        columns += [("KL", KL, ".4f"), ("mean q", MEAN_Q, ".3f"), ("agreement", "agreement", ".3f")]
         return "  ".join(f"{label} {metrics[key]:{form}}" for label, key, form in columns if key in metrics)
 
     def report(self, made: list[Made]) -> None:
-        result = compare_runs([run.folder for run in made])
+        folders = [run.folder for run in made if run.folder.parent == self.output_dir]
+        if not folders:
+            return
+        result = compare_runs(folders)
         print("\n" + format_comparison(result))
         try:
             write_report(result, self.output_dir)
@@ -213,12 +255,20 @@ class ComparisonGrid(Grid):
         except ImportError as error:
             print(f"\nNo report was written: {error}")
 
-    def _specify(self, method: str, learning_rate: float, seed: int, source: str | None = None, **extra) -> RunSpec:
-        """One run. A control has a `source`, the method of the run that it is bound to."""
-        configured_as = method
-        if source is not None:
-            configured_as = source if method == "shuffled_q" else parse_method(source).baseline
-        if parse_method(method).clean_labels:
+    def _specify_row(self, method: str, learning_rate: float, seed: int) -> RunSpec:
+        """A run of a method of the comparison; one that repairs labels says by which runs."""
+        parsed = parse_method(method)
+        if parsed.repair is None:
+            return self.specify(method, learning_rate, seed)
+        chosen = self.repairs.choose(parsed.source, seed, learning_rate)
+        return self.specify(method, learning_rate, seed, **{method: chosen})
+
+    def specify(
+        self, method: str, learning_rate: float, seed: int, configured_as: str | None = None, **extra: Any
+    ) -> RunSpec:
+        """One run. A control or a fold is configured as another method; `extra` are settings of its own."""
+        configured_as = configured_as or method
+        if parse_method(configured_as).clean_labels:
             extra["noise_rate"] = 0.0
         described = settings_of(self.configure(configured_as), **{**self.settings, **extra})
         return RunSpec(method, learning_rate, seed, described, configured_as, self.defaults)
@@ -247,7 +297,13 @@ class ComparisonGrid(Grid):
                     f"{control} of {of}: no two neighbouring rates of {adamw} drift less and more than "
                     f"{detail['kl']:.3g}; add learning rates"
                 )
-        return self._specify(control, rate, seed, source=row[0], **{control: {"of": of, **detail}})
+        configured_as = row[0] if control == "shuffled_q" else parse_method(row[0]).baseline
+        return self.specify(control, rate, seed, configured_as, **{control: {"of": of, **detail}})
+
+
+def is_fold(spec: RunSpec) -> bool:
+    """Whether a run belongs to the first stage of methods that repair labels."""
+    return "fold" in spec.settings
 
 
 def _mean_q(made: Made) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,8 @@ from .._names import did_you_mean
 
 
 BASELINE, PRM, CONTROL, LOSS, OTHER, CEILING = GROUPS = ("baseline", "PRM", "control", "loss-side", "other", "ceiling")
+
+REPAIRS = DROP, FLIP, SOFT = ("drop", "flip", "soft")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,10 @@ class Method:
         has_mask: whether a mask shrinks its step. Such methods get the learning rates of PRM.
         has_controls: whether the controls can be bound to its runs.
         clean_labels: whether it is trained without the noise of the comparison. What it gains is what the noise costs.
+        repair: of a method in two stages, what is done with rows whose label is probably wrong: one of `REPAIRS`.
+        source, trained: of such a method, the one whose runs say which labels are wrong, and the one that is trained
+            on what is left. The second gives all other attributes.
+        needs_pairs: whether it is for preferences alone.
         tensor_masks: of a PRM method, whether it has one mask value a tensor; of a control, whether it needs those.
     """
 
@@ -45,6 +52,10 @@ class Method:
     has_controls: bool = False
     tensor_masks: bool = False
     clean_labels: bool = False
+    repair: str | None = None
+    source: str | None = None
+    trained: str | None = None
+    needs_pairs: bool = False
 
     @property
     def key(self) -> str:
@@ -54,11 +65,15 @@ class Method:
     @property
     def label(self) -> str:
         """What people call it, with its value."""
+        if self.trained is not None:
+            return self.title
         return f"{self.title} {self.name.partition(':')[2]}".strip()
 
     @property
     def baseline(self) -> str:
         """The AdamW that the method adds its mask to: `adamw`, of `prm_rows_eps:10` `adamw_eps:10`."""
+        if self.trained is not None:
+            return find_method(self.trained).baseline
         return self.base + self.name.removeprefix(self.key) if METHODS[self.base].value_help else self.base
 
     @property
@@ -98,6 +113,8 @@ def parse_method(name: str, known: Collection[str] | None = None) -> Method:
     if key not in known or key not in METHODS:
         raise ValueError(f"`methods`: {key} unknown. Known are {', '.join(known)}.{did_you_mean(key, known)}")
     method = METHODS[key]
+    if method.repair is not None:
+        return _in_two_stages(method, name, text, known)
     if method.value_help is None:
         if colon:
             raise ValueError(f"`methods`: {key!r} takes no value, got {name!r}.")
@@ -112,9 +129,42 @@ def parse_method(name: str, known: Collection[str] | None = None) -> Method:
 def find_method(name: str) -> Method:
     """The method of a run that may come from elsewhere; of a name that is not known the group is guessed."""
     key, _, text = name.partition(":")
+    if key in METHODS and METHODS[key].repair is not None:
+        with contextlib.suppress(ValueError):
+            return parse_method(name)
     if key in METHODS:
         return replace(METHODS[key], name=name, value=_number(text))
     return Method(name, key, _guess_group(name))
+
+
+def _in_two_stages(repair: Method, name: str, text: str, known: Collection[str]) -> Method:
+    """`filter:adamw_eps:10+prm_rows_eps:10`, of the method of the key `filter` and the text behind the first colon."""
+    parts = re.split(r"\+(?=[a-z])", text)  # 1e+1 is a number
+    if not text or len(parts) > 2:
+        raise ValueError(
+            f"`methods`: {repair.name!r} needs one or two methods behind a colon: {repair.value_help}; got {name!r}."
+        )
+    stages = [parse_method(part, known) for part in parts]
+    for stage in stages:
+        if stage.group not in (BASELINE, PRM) or stage.key in _OF_ITS_OWN:
+            raise ValueError(
+                f"`methods`: {repair.name!r} trains AdamW, AdamW with an eps, or PRM, and {stage.name!r} "
+                f"in {name!r} is none of these."
+            )
+    source, trained = stages[0], stages[-1]
+    then = "" if len(stages) == 1 else f", then {trained.label}"
+    return replace(
+        trained,
+        name=name,
+        title=f"{repair.title} by {source.label}{then}",
+        group=repair.group,
+        has_controls=False,
+        tensor_masks=False,
+        repair=repair.repair,
+        source=source.name,
+        trained=trained.name,
+        needs_pairs=repair.needs_pairs,
+    )
 
 
 def _number(text: str) -> float | None:
@@ -159,6 +209,15 @@ def _prm(name: str, title: str, settings: dict[str, Any], has_controls: bool = T
     return Method(name, title, PRM, settings, has_mask=True, has_controls=has_controls, tensor_masks=tensors, **more)
 
 
+def _repair(name: str, repair: str, title: str) -> Method:
+    """A method in two stages; the names of the two stand behind its own."""
+    text = f"whose margins say which labels are wrong, and which is trained then, as in `{name}:adamw+prm_rows`"
+    return Method(name, title, OTHER, repair=repair, value_help=text, needs_pairs=repair != DROP)
+
+
+# These have an optimizer or an end of their own.
+_OF_ITS_OWN = ("adamw_embedding", "prm_stopping")
+
 # The order is that of the rows of a comparison within a group.
 register(
     _adamw("adamw", "AdamW"),
@@ -195,5 +254,9 @@ register(
     # are trained on, and the same pairs with their clean labels, which shows what better labels would be worth.
     Method("early_stopping", "early stopping", LOSS, _EVALUATIONS),
     Method("early_stopping_clean", "early stopping, clean labels", LOSS, _EVALUATIONS),
+    # Rows whose label is probably wrong are left out, get the other label, or have both by their probabilities.
+    _repair("filter", DROP, "suspects dropped"),
+    _repair("relabel", FLIP, "suspects relabelled"),
+    _repair("soft", SOFT, "soft labels"),
     _adamw("adamw_clean", "AdamW, clean labels", CEILING, clean_labels=True),
 )
