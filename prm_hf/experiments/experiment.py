@@ -88,6 +88,11 @@ class Experiment(ABC):
             raise ValueError("`--dataset_name` needs a `--model_name_or_path`: the model to train.")
         if model_args.use_peft and any(method.key == "adamw_embedding" for method in script_args.compared):
             raise ValueError("`adamw_embedding` changes the embedding's learning rate, which LoRA does not train.")
+        if model_args.use_peft and any(method.key == "interpolate" for method in script_args.compared):
+            raise ValueError(
+                "`interpolate` moves the trained weights back, and the weights of LoRA multiply each other: leave "
+                "it out of `methods`, or train without `use_peft`."
+            )
         training_args.model_init_kwargs = {
             "revision": model_args.model_revision,
             "attn_implementation": model_args.attn_implementation,

@@ -28,7 +28,8 @@ def assign_folds(groups: Sequence[Hashable], folds: int, seed: int) -> np.ndarra
     distinct = list(dict.fromkeys(groups))
     if not 2 <= folds <= len(distinct):
         raise ValueError(
-            f"There must be at least 2 folds, and no more than the {len(distinct)} different prompts; got {folds}."
+            f"There must be at least 2 folds, and no more than the {len(distinct)} different prompts; got {folds}: "
+            "set `repair_folds`."
         )
     rows = {group: [] for group in distinct}
     for row, group in enumerate(groups):

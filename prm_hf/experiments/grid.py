@@ -14,8 +14,9 @@ from .. import PopulationRiskStoppingCallback
 from ..compare import compare_runs, format_comparison, load_runs, rate_at_kl, write_report
 from ..runs.methods import CONTROL, parse_method
 from ..runs.schema import KL, MEAN_Q, NOT_SETTINGS, has_diverged, measures_of
-from ..runs.write import RunSpec
+from ..runs.write import RunSpec, evaluation_metrics
 from .arguments import half_decades
+from .baselines import PAIR_LOSSES, Interpolation
 from .controls import MaskRecorder, is_sharded, mean_masks, set_up_optimizer
 from .data import Data
 from .experiment import Experiment
@@ -144,7 +145,7 @@ class ComparisonGrid(Grid):
         rows = [
             (method.name, rate) for method in self.methods if not method.repair for rate in self.rates[method.name]
         ]
-        return [*(self.specify(*row, seed) for seed in self.seeds for row in rows), *self.repairs.specify_folds()]
+        return [*(self._specify_row(*row, seed) for seed in self.seeds for row in rows), *self.repairs.specify_folds()]
 
     def extend(self, made: MadeRuns) -> list[RunSpec]:
         """The runs on repaired labels, now that what says which labels are wrong has been made; then more rates.
@@ -229,9 +230,13 @@ class ComparisonGrid(Grid):
         return trainer
 
     def outcomes(self, trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
-        recorders = [x for x in trainer.callback_handler.callbacks if isinstance(x, LabelMargins)]
+        callbacks = trainer.callback_handler.callbacks
+        recorders = [x for x in callbacks if isinstance(x, LabelMargins)]
         if is_fold(self.running):
             return recorders[0].outcomes()
+        for interpolation in (x for x in callbacks if isinstance(x, Interpolation)):
+            interpolation.move()
+            self.known |= evaluation_metrics(trainer.evaluate())
         metrics, margins = self.experiment.outcomes(trainer, self.data)
         for recorder in recorders:
             margins |= recorder.outcomes()[1]
@@ -258,6 +263,9 @@ class ComparisonGrid(Grid):
     def _specify_row(self, method: str, learning_rate: float, seed: int) -> RunSpec:
         """A run of a method of the comparison; one that repairs labels says by which runs."""
         parsed = parse_method(method)
+        if parsed.key in PAIR_LOSSES:  # one that looks at the batch of a process
+            pairs = self.experiment.training_args.per_device_train_batch_size
+            return self.specify(method, learning_rate, seed, **{method: {"pairs": pairs}})
         if parsed.repair is None:
             return self.specify(method, learning_rate, seed)
         chosen = self.repairs.choose(parsed.source, seed, learning_rate)

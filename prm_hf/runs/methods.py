@@ -28,6 +28,7 @@ class Method:
         label_smoothing: that setting, by the noise rate. Such a method exists for rates between 0 and 0.5 only.
         value, value_help: the number behind the colon of its name, and what it is; None for a method without a value.
         value_setting: the field of the training configuration that takes the value, if there is one.
+        value_below: what the value is less than, if it is a share.
         base: the method whose step the mask or the control multiplies, without its value, which is this method's.
         has_mask: whether a mask shrinks its step. Such methods get the learning rates of PRM.
         has_controls: whether the controls can be bound to its runs.
@@ -47,6 +48,7 @@ class Method:
     value: float | None = None
     value_help: str | None = None
     value_setting: str | None = None
+    value_below: float = float("inf")
     base: str = "adamw"
     has_mask: bool = False
     has_controls: bool = False
@@ -120,8 +122,9 @@ def parse_method(name: str, known: Collection[str] | None = None) -> Method:
             raise ValueError(f"`methods`: {key!r} takes no value, got {name!r}.")
         return method
     value = _number(text)
-    if value is None:
-        wanted = f"needs a positive number behind a colon: {method.value_help}"
+    if value is None or value >= method.value_below:
+        below = f" below {method.value_below:g}" if method.value_below < float("inf") else ""
+        wanted = f"needs a positive number{below} behind a colon: {method.value_help}"
         raise ValueError(f"`methods`: {key!r} {wanted}; got {name!r}.")
     return replace(method, name=name, value=value)
 
@@ -189,7 +192,7 @@ def _guess_group(name: str) -> str:
 _ADAMW = {"optim": "adamw_torch_fused"}
 _TENSOR, _PARAM = ({"prm_reduction": name, "prm_estimator": "debiased"} for name in ("per_tensor", "per_param"))
 _ROW = {"prm_reduction": "per_row", "prm_estimator": "debiased", "prm_signal_beta": 0.98}
-_ROBUST = {**_ADAMW, "loss_type": ["robust"]}
+_ROBUST, _SIGMOID = ({**_ADAMW, "loss_type": [name]} for name in ("robust", "sigmoid"))
 # Early stopping evaluates ten times a run.
 _EVALUATIONS = {**_ADAMW, "eval_strategy": "steps", "eval_steps": 0.1}
 
@@ -204,9 +207,11 @@ def _adamw(name: str, title: str, group: str = BASELINE, **more: Any) -> Method:
     return Method(name, title, group, _ADAMW, **more)
 
 
-def _prm(name: str, title: str, settings: dict[str, Any], has_controls: bool = True, **more: Any) -> Method:
+def _prm(
+    name: str, title: str, settings: dict[str, Any], has_controls: bool = True, group: str = PRM, **more: Any
+) -> Method:
     tensors = has_controls and settings.get("prm_reduction") == "per_tensor"
-    return Method(name, title, PRM, settings, has_mask=True, has_controls=has_controls, tensor_masks=tensors, **more)
+    return Method(name, title, group, settings, has_mask=True, has_controls=has_controls, tensor_masks=tensors, **more)
 
 
 def _repair(name: str, repair: str, title: str) -> Method:
@@ -225,6 +230,9 @@ register(
     _adamw("adamw_embedding", "AdamW embedding lr ×", value_help="the embedding's factor, as in `adamw_embedding:3`"),
     _adamw("cautious", "Cautious AdamW", OTHER),
     _adamw("msvag", "M-SVAG", OTHER),
+    _adamw("casmo", "CASMO", OTHER),
+    # AdamW's weights at the end, moved back to where they came from, or beyond: a run of another KL for no training.
+    _adamw("interpolate", "AdamW, part of the way", OTHER, value_help="the part, as in `interpolate:0.5`"),
     _prm("prm_per_tensor", "PRM per_tensor", {**_TENSOR, "prm_estimator": "ema"}),
     _prm("prm_per_param", "PRM per_param", {**_PARAM, "prm_estimator": "ema"}),
     _prm("prm_debiased", "PRM debiased", _TENSOR),
@@ -250,6 +258,21 @@ register(
     Method("cdpo", "cDPO", LOSS, _ROBUST, label_smoothing=lambda rate: -rate / (1 - 2 * rate)),
     Method("robust", "rDPO (robust)", LOSS, _ROBUST, label_smoothing=lambda rate: rate),
     Method("ipo", "IPO", LOSS, {**_ADAMW, "loss_type": ["ipo"]}),
+    _adamw("beta", "AdamW β", LOSS, value_setting="beta", value_help="DPO's β, as in `beta:0.3`"),
+    Method(
+        *("trimmed", "trimmed loss", LOSS, _SIGMOID),
+        value_help="the share of a batch's largest losses that is left out, as in `trimmed:0.2`",
+        value_below=1.0,
+    ),
+    Method("drdpo", "Dr. DPO", LOSS, _SIGMOID, value_help="its β', as in `drdpo:1`"),
+    _prm(
+        "prm_robust",
+        "PRM noisy_labels, rDPO",
+        {"prm_preset": "noisy_labels", "loss_type": ["robust"]},
+        False,
+        LOSS,
+        label_smoothing=lambda rate: rate,
+    ),
     # AdamW as it was at the evaluation at which validation pairs had the smallest loss: pairs as noisy as those that
     # are trained on, and the same pairs with their clean labels, which shows what better labels would be worth.
     Method("early_stopping", "early stopping", LOSS, _EVALUATIONS),
@@ -258,5 +281,7 @@ register(
     _repair("filter", DROP, "suspects dropped"),
     _repair("relabel", FLIP, "suspects relabelled"),
     _repair("soft", SOFT, "soft labels"),
+    # Where a prompt has several pairs, these say without any training which labels are wrong.
+    _adamw("vote", "AdamW, labels by vote", OTHER, needs_pairs=True),
     _adamw("adamw_clean", "AdamW, clean labels", CEILING, clean_labels=True),
 )

@@ -102,20 +102,22 @@ def check_probabilities(dataset: Dataset | IterableDataset | None, args: DPOConf
             f"{', '.join(map(str, wrong[:5]))}{', …' if len(wrong) > 5 else ''} (from 0). The first has "
             f"{values[wrong[0]]:g}. Correct them."
         )
-    check_swappable(args, column)
+    check_swappable(args, column, "remove the column")
     return True
 
 
-def check_swappable(args: DPOConfig, what: str) -> None:
-    """Raises ValueError for a configuration whose loss has no meaning with the two labels weighed; `what` needs it."""
+def check_swappable(args: DPOConfig, what: str, way_out: str) -> None:
+    """Raises ValueError where `what`, which looks at the losses of single pairs, does not know these losses."""
     losses = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
     unknown = [name for name in losses if name not in SWAPPABLE]
     if unknown:
         raise ValueError(
-            f"{what} weighs both labels of a pair, which is for the losses {', '.join(SWAPPABLE)}, and "
-            f"`loss_type` has {unknown[0]!r}: use one of them, or remove the column."
+            f"{what} changes the loss of single pairs, which it knows of {', '.join(SWAPPABLE)}, and `loss_type` has "
+            f"{unknown[0]!r}: use one of them, or {way_out}."
         )
     for name, plain in (("label_smoothing", 0.0), ("use_weighting", False), ("f_divergence_type", "reverse_kl")):
         value = getattr(args, name)
         if getattr(value, "value", value) != plain:
-            raise ValueError(f"{what} and `{name}={value!r}` both change the loss of a pair: leave one of them out.")
+            raise ValueError(
+                f"{what} and `{name}={value!r}` both change the loss of a pair: leave `{name}` out, or {way_out}."
+            )

@@ -42,13 +42,16 @@ def test_a_held_out_fold_is_not_trained_on_and_is_measured_each_epoch(tmp_path):
         folder = tmp_path / str(fold)
         folder.mkdir()
         trainer = make_trainer(folder, rows)
-        recorder = hold_out(trainer, folds, fold, folder)
+        recorder = hold_out(trainer, folds, fold)
         assert [folds[row] for row in trainer.train_dataset[ROW]] == [f for f in folds if f != fold]
         trainer.train()
-        found = recorder.outcomes()
+        metrics, found = recorder.outcomes()
         assert found["rows"] == np.flatnonzero(folds == fold).tolist() and len(found["label_margins"]) == 2
         again = reward_margins(trainer.evaluate_pairs(rows.select(found["rows"])), trainer.beta)
         assert found["label_margins"][-1] == pytest.approx(again.tolist(), rel=1e-4, abs=1e-7)
+        last = np.array(found["label_margins"][-1])
+        assert metrics["agreement"] == np.mean(last > 0) and metrics["margin"] == pytest.approx(last.mean())
+        assert metrics["loss"] == pytest.approx(np.log1p(np.exp(-last)).mean())
         (folder / "margins.json").write_text(json.dumps(found))
         folders.append(folder)
     joined = join_margins(folders, 13)
@@ -59,5 +62,5 @@ def test_a_held_out_fold_is_not_trained_on_and_is_measured_each_epoch(tmp_path):
 
 def test_without_a_fold_all_rows_are_trained_on_and_measured(tmp_path):
     trainer = make_trainer(tmp_path, numbered(preference_dataset(8)))
-    recorder = hold_out(trainer, None, None, tmp_path)
+    recorder = hold_out(trainer, None, None)
     assert len(trainer.train_dataset) == len(recorder.rows) == 8
