@@ -14,6 +14,7 @@ from ..metrics import PairEvaluation, preference_scores, reward_margins
 from ..runs.methods import FLIP, SOFT, Method, find_method
 from ..runs.read import read_json
 from ..runs.write import RunSpec, evaluation_metrics, write_json
+from ..suspects.repair import repair
 from ..trainers.checks import check_losses
 from ..trainers.pair_losses import check_swappable
 from . import interruptible
@@ -129,8 +130,6 @@ class DPOExperiment(Experiment):
         train = flip_preferences(data.train, spec.settings["noise_rate"], seed=spec.seed)
         if find_method(spec.method).key != "vote":
             return train
-        from ..suspects.repair import repair
-
         return repair(train, [float(outvoted) for outvoted in votes(train, data.train_groups)], FLIP)[0]
 
     def make_trainer(self, config: PRMDPOConfig, spec: RunSpec, data: Data) -> PRMDPOTrainer:

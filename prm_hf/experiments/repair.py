@@ -13,8 +13,10 @@ import numpy as np
 from datasets import Dataset
 
 from ..metrics import suspect_metrics
+from ..noise.wrong_labels import estimate_wrong_labels
 from ..runs.methods import DROP, FLIP, parse_method
 from ..runs.write import RunSpec
+from ..suspects.repair import repair
 from ..trainers.memorization import NOISE_COLUMNS
 from .folds import assign_folds, fold_method, join_margins
 
@@ -85,9 +87,6 @@ class Repairs:
         Raises:
             ValueError: the first stage has not been finished.
         """
-        from ..noise.wrong_labels import estimate_wrong_labels
-        from ..suspects.repair import repair
-
         method, detail = parse_method(spec.method), spec.settings[spec.method]
         if not detail["margins_of"]:
             what = f"all {self.folds} folds" if self.folds else "the whole training set"

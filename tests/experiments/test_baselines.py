@@ -23,6 +23,8 @@ from prm_hf.experiments.dpo import DPOExperiment
 from prm_hf.experiments.sft import SFTExperiment
 from prm_hf.runs.methods import METHODS, find_method, parse_method
 
+from .comparisons import ON_CPU
+
 
 LOSSES = torch.tensor([0.2, 3.0, 0.7, 0.1, 1.5, 0.9, 0.4, 2.0, 0.3, 0.6], dtype=torch.float64)
 
@@ -99,7 +101,7 @@ def test_a_part_of_the_way():
 def test_lora_has_no_part_of_the_way():
     with pytest.raises(ValueError, match="`interpolate` moves the trained weights back, .* without `use_peft`"):
         DPOExperiment.parse(
-            ["--methods", "interpolate:0.5", "--use_peft", "--dataset_name", "x", "--model_name_or_path", "m"]
+            ["--methods", "interpolate:1", "--use_peft", "--dataset_name", "x", "--model_name_or_path", "m", *ON_CPU]
         )
 
 

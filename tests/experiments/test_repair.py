@@ -139,13 +139,24 @@ def test_without_finished_folds_the_run_says_so(tmp_path):
         grid.repairs.repair(spec, grid.data.train)
 
 
+def test_grids_of_methods_that_repair_labels_are_extended_too(tmp_path):
+    grid = grid_of(tmp_path, "adamw", "relabel:adamw", seeds=(0,))
+    grid.experiment.script_args.max_extensions = 2
+    made = end({}, grid.specify_runs(), agreement)
+    end(made, grid.extend(made), agreement)
+    end(made, added := grid.extend(made), agreement)
+    assert [(spec.method, spec.learning_rate) for spec in added] == [("adamw", 3.2e-4), ("relabel:adamw", 3.2e-4)]
+    assert added[1].settings["relabel:adamw"]["source_learning_rate"] == 1e-2
+    assert len(grid) == 2 * 2 + 2 * 3  # the folds keep their rates
+
+
 def test_in_sample_the_nearest_run_says_which_labels_are_wrong(tmp_path):
     grid = grid_of(tmp_path, "prm_rows", "relabel:prm_rows+adamw", folds=0, seeds=(0,))
     first = grid.specify_runs()
     assert {spec.method for spec in first} == {"prm_rows"}
     repaired = grid.extend(end({}, first, lambda spec: {"rewards/accuracies": 0.5}))
     chosen = {spec.learning_rate: spec.settings[spec.method]["source_learning_rate"] for spec in repaired}
-    assert chosen == {1e-3: 3e-3, 1e-2: 3e-3}
+    assert chosen == {1e-3: 3e-3, 1e-2: 3e-2}
 
 
 def test_what_is_left_of_the_wrong_labels():
