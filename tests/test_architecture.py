@@ -21,8 +21,7 @@ ALLOWED = {
     "runs": set(),
     "compare": {"runs"},
     "trainers": {"optim", "sharding", "metrics", "noise"},
-    "suspects": {"noise", "metrics", "runs"},
-    "experiments": {"suspects", "optim", "sharding", "trainers", "metrics", "noise", "demo", "runs", "compare"},
+    "experiments": {"optim", "sharding", "trainers", "metrics", "noise", "demo", "runs", "compare"},
     "cli": {"experiments", "runs", "compare"},
     "__main__": {"cli"},
 }
