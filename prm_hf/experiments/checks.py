@@ -8,13 +8,13 @@ from typing import Any
 from .._extras import require
 from ..runs.methods import CONTROL, parse_method
 from ..runs.write import check_name, check_seed
+from ..suspects import fold_of_rows
 from ..trainers.config import check_deepspeed_config, check_optimizer
 from .arguments import ComparisonArguments
 from .baselines import votes
 from .controls import THIRD_PARTY, WHOLE_TENSORS
 from .data import Data
 from .experiment import Experiment
-from .folds import assign_folds
 from .grid import configure, defaults_of
 
 
@@ -143,7 +143,7 @@ def check_data(experiment: Experiment, data: Data) -> None:
     if any(method.key == "vote" for method in compared):
         votes(data.train, data.train_groups)
     if any(method.repair is not None for method in compared) and experiment.script_args.repair_folds:
-        assign_folds(data.train_groups, experiment.script_args.repair_folds, 0)
+        fold_of_rows(data.train_groups, experiment.script_args.repair_folds)
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     has_prm = any(method.has_mask for method in compared)
     if has_prm and args.prm_boundary == "empirical" and args.prm_alpha is None and len(data.train) <= per_step:

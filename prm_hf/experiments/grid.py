@@ -15,13 +15,13 @@ from ..compare import compare_runs, format_comparison, load_runs, rate_at_kl, wr
 from ..runs.methods import CONTROL, parse_method
 from ..runs.schema import KL, MEAN_Q, NOT_SETTINGS, has_diverged, measures_of
 from ..runs.write import RunSpec, evaluation_metrics
+from ..suspects import MarginRecorder
 from .arguments import half_decades
 from .baselines import PAIR_LOSSES, Interpolation
 from .controls import MaskRecorder, is_sharded, mean_masks, set_up_optimizer
 from .data import Data
 from .experiment import Experiment
-from .folds import LabelMargins, hold_out, numbered
-from .repair import FOLDS, Repairs
+from .repair import FOLDS, Repairs, numbered, record_in_sample, recorded
 
 
 @dataclass(frozen=True)
@@ -211,18 +211,21 @@ class ComparisonGrid(Grid):
         config = self.configure(spec.configured_as, **own)
         config.run_name = "_".join(filter(None, (config.run_name, folder.name)))
         self.running, self.known, rows = spec, {}, self.experiment.noisy_rows(spec, self.data)
+        if is_fold(spec):
+            data = self.repairs.hold_out(spec, rows)
+            trainer = self.experiment.make_trainer(config, spec, data)
+            set_up_optimizer(trainer, method, spec.seed)
+            trainer.add_callback(MarginRecorder(trainer))
+            return trainer
         if method.repair is not None:
             rows, self.known = self.repairs.repair(spec, rows)
         is_source = not self.repairs.folds and method.name in self.repairs.sources
-        given = numbered(rows) if is_fold(spec) or is_source else rows
-        trainer = self.experiment.make_trainer(config, spec, dataclasses.replace(self.data, given=given))
+        data = dataclasses.replace(self.data, given=numbered(rows) if is_source else rows)
+        trainer = self.experiment.make_trainer(config, spec, data)
         masks_of = spec.settings["fixed_q"]["masks_of"] if method.name == "fixed_q" else None
         set_up_optimizer(trainer, method, spec.seed, masks_of and mean_masks(self.output_dir / masks_of))
-        if is_fold(spec):
-            hold_out(trainer, self.repairs.folds_of(spec.seed), spec.settings["fold"])
-            return trainer
         if is_source:
-            hold_out(trainer, None, None)
+            record_in_sample(trainer, folder)
         if method.has_controls and method.tensor_masks and not is_sharded(trainer):
             trainer.add_callback(MaskRecorder(trainer, folder))
         if method.name == "prm_stopping":
@@ -230,17 +233,16 @@ class ComparisonGrid(Grid):
         return trainer
 
     def outcomes(self, trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
-        callbacks = trainer.callback_handler.callbacks
-        recorders = [x for x in callbacks if isinstance(x, LabelMargins)]
+        known, of_training_rows = recorded(trainer)
         if is_fold(self.running):
-            return recorders[0].outcomes()
-        for interpolation in (x for x in callbacks if isinstance(x, Interpolation)):
-            interpolation.move()
-            self.known |= evaluation_metrics(trainer.evaluate())
+            return known, of_training_rows
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, Interpolation):
+                callback.move()
+                self.known |= evaluation_metrics(trainer.evaluate())
         metrics, margins = self.experiment.outcomes(trainer, self.data)
-        for recorder in recorders:
-            margins |= recorder.outcomes()[1]
-        return {**metrics, **self.known}, {**margins, "heldout_groups": list(self.data.heldout_groups)}
+        margins = {**margins, **of_training_rows, "heldout_groups": list(self.data.heldout_groups)}
+        return {**metrics, **self.known}, margins
 
     def describe(self, spec: RunSpec, metrics: dict[str, float]) -> str:
         measures = measures_of(self.info)

@@ -6,25 +6,35 @@ source. The learning rate is the one whose models agree most with the labels, as
 Without folds the margins are in sample: those of the source's own run at the nearest learning rate.
 """
 
+import dataclasses
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from datasets import Dataset
+from transformers import Trainer
 
-from ..metrics import suspect_metrics
+from ..metrics import preference_scores, suspect_metrics
 from ..noise.wrong_labels import estimate_wrong_labels
 from ..runs.methods import DROP, FLIP, parse_method
+from ..runs.read import read_json
+from ..runs.schema import MARGINS_FILE
 from ..runs.write import RunSpec
+from ..suspects import MarginRecorder, fold_of_rows
+from ..suspects.margins import ROW
 from ..suspects.repair import repair
 from ..trainers.memorization import NOISE_COLUMNS
-from .folds import assign_folds, fold_method, join_margins
+from .data import Data
 
 
 if TYPE_CHECKING:
     from .grid import ComparisonGrid, Made, MadeRuns
 
 FOLDS = ".folds"  # the folder of the runs
+EPOCHS_FILE = "epochs.json"  # in the folder of a run with checkpoints, for going on from one
 
 
 class Repairs:
@@ -45,7 +55,7 @@ class Repairs:
 
     def folds_of(self, seed: int) -> np.ndarray:
         """The fold of each training row, `(n,)` int."""
-        return assign_folds(self.grid.data.train_groups, self.folds, seed)
+        return fold_of_rows(self.grid.data.train_groups, self.folds, seed)
 
     def specify_folds(self) -> list[RunSpec]:
         """The runs of the first stage, seed by seed."""
@@ -56,6 +66,13 @@ class Repairs:
             for rate in self.grid.rates_of(source)
             for fold in range(self.folds)
         ]
+
+    def hold_out(self, spec: RunSpec, rows: Dataset) -> Data:
+        """The data of a run of the first stage: rows without its fold, and the fold in the place of held-out rows."""
+        is_held = self.folds_of(spec.seed) == spec.settings["fold"]
+        held = np.flatnonzero(is_held).tolist()
+        measured = rows.select(held).add_column(ROW, held)
+        return dataclasses.replace(self.grid.data, given=rows.select(np.flatnonzero(~is_held)), heldout=measured)
 
     def choose(self, source: str, seed: int, learning_rate: float) -> dict[str, Any]:
         """Which runs say what labels are wrong: settings of the run of this seed and learning rate.
@@ -121,6 +138,52 @@ class Repairs:
         rates = self.grid.rates_of(source) if self.folds else [detail["source_learning_rate"]]
         runs = [run for rate in rates for run in self._runs(source, rate, seed)]
         return sum(run.metrics["wall_seconds"] for run in runs if run.metrics is not None)
+
+
+def fold_method(method: str, fold: int, folds: int) -> str:
+    """The method in the specification of a run without one fold."""
+    return f"{method}-fold{fold + 1}of{folds}"
+
+
+def numbered(rows: Dataset) -> Dataset:
+    """The rows with the column by which a recorder knows them."""
+    return rows.add_column(ROW, list(range(len(rows))))
+
+
+def record_in_sample(trainer: Trainer, folder: Path) -> None:
+    """Has the margins of a trainer's own rows, which are `numbered`, measured after each epoch."""
+    heldout, trainer.eval_dataset = trainer.eval_dataset, trainer.train_dataset
+    trainer.add_callback(MarginRecorder(trainer, folder / EPOCHS_FILE))
+    trainer.eval_dataset = heldout
+
+
+def recorded(trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
+    """Metrics of the last margins that were recorded, and what `margins.json` has of all; of no recorder nothing."""
+    found = [x for x in trainer.callback_handler.callbacks if isinstance(x, MarginRecorder)]
+    if not found:
+        return {}, {}
+    last = torch.tensor(found[0].epochs[-1], dtype=torch.float64)
+    loss = torch.nn.functional.softplus(-last).mean().item()
+    metrics = {"agreement": preference_scores(last).mean().item(), "margin": last.mean().item(), "loss": loss}
+    return metrics, {"rows": found[0].rows, "label_margins": found[0].epochs}
+
+
+def join_margins(folders: Sequence[Path], n: int) -> np.ndarray:
+    """The margins that runs of all folds have measured, `(epochs, n)`; NaN of a row that no trainer took.
+
+    Where folds have not as many epochs, the last ones that all have.
+
+    Raises:
+        ValueError: a run of before there were such methods has none.
+    """
+    found = [read_json(folder / MARGINS_FILE) or {} for folder in folders]
+    if missing := [folder for folder, run in zip(folders, found, strict=True) if not run.get("label_margins")]:
+        raise ValueError(f"{missing[0]} has no margins of its training rows: remove it to run it again.")
+    epochs = min(len(run["label_margins"]) for run in found)
+    margins = np.full((epochs, n), np.nan)
+    for run in found:
+        margins[:, run["rows"]] = run["label_margins"][-epochs:]
+    return margins
 
 
 def wrong_left(wrong: np.ndarray, probabilities: np.ndarray, how: str) -> float:

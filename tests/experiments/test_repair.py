@@ -87,7 +87,7 @@ def test_wrong_folds(arguments, message):
 
 
 def test_more_folds_than_prompts(tmp_path):
-    with pytest.raises(ValueError, match="no more than the 3 different prompts; got 5"):
+    with pytest.raises(ValueError, match="`folds` is 5, and the 6 rows have 3 different prompts or groups"):
         grid_of(tmp_path, "relabel:adamw", folds=5, groups=[0, 0, 1, 1, 2, 2])
 
 
