@@ -133,10 +133,6 @@ class ComparisonGrid(Grid):
     def place(self, spec: RunSpec) -> Path:
         return self.output_dir / FOLDS if is_fold(spec) else self.output_dir
 
-    def rates_of(self, method: str) -> list[float]:
-        """The learning rates of a method that need not be compared."""
-        return self.rates.get(method) or self.grids[parse_method(method).has_mask]
-
     def specify_runs(self) -> list[RunSpec]:
         """All runs but the controls and those on repaired labels, then the folds that these need.
 

@@ -57,13 +57,18 @@ class Repairs:
         """The fold of each training row, `(n,)` int."""
         return fold_of_rows(self.grid.data.train_groups, self.folds, seed)
 
+    def rates_of(self, source: str) -> list[float]:
+        """The learning rates of the first stage. They are not extended; runs of a comparison are taken as they are."""
+        grid = self.grid
+        return grid.grids[parse_method(source).has_mask] if self.folds else grid.rates[source]
+
     def specify_folds(self) -> list[RunSpec]:
         """The runs of the first stage, seed by seed."""
         return [
             self.grid.specify(fold_method(source, fold, self.folds), rate, seed, source, fold=fold, folds=self.folds)
             for seed in self.grid.seeds
             for source in self.sources
-            for rate in self.grid.rates_of(source)
+            for rate in self.rates_of(source)
             for fold in range(self.folds)
         ]
 
@@ -79,7 +84,7 @@ class Repairs:
 
         Their list is empty where there are none that have finished.
         """
-        runs = {rate: self._runs(source, rate, seed) for rate in self.grid.rates_of(source)}
+        runs = {rate: self._runs(source, rate, seed) for rate in self.rates_of(source)}
         runs = {rate: found for rate, found in runs.items() if found and all(run.counts for run in found)}
         if self.folds:
             # Margins of completions are below 0, and the rate is that at which completions are likeliest
@@ -135,7 +140,7 @@ class Repairs:
 
     def _cost(self, source: str, seed: int, detail: dict[str, Any]) -> float:
         """The seconds of a seed's runs of the first stage, at all learning rates; without folds of the one run."""
-        rates = self.grid.rates_of(source) if self.folds else [detail["source_learning_rate"]]
+        rates = self.rates_of(source) if self.folds else [detail["source_learning_rate"]]
         runs = [run for rate in rates for run in self._runs(source, rate, seed)]
         return sum(run.metrics["wall_seconds"] for run in runs if run.metrics is not None)
 
