@@ -111,6 +111,9 @@ class ComparisonArguments:
         drop_overlap (`bool`):
             Whether held-out rows whose prompt or text is among the training rows are left out. By default they are an
             error.
+        repair_folds (`int`):
+            Folds of prompts of the methods that repair labels: a label is judged by models that were trained on the
+            other folds. With 0 it is judged in sample, by the runs of the method that is named first.
 
     After `check`, `compared` are the methods that `methods` names.
     """
@@ -131,6 +134,7 @@ class ComparisonArguments:
     max_minutes: float | None = None
     overwrite_runs: bool = False
     drop_overlap: bool = False
+    repair_folds: int = 5
     compared: list[Method] = field(init=False, default_factory=list)
 
     def check(self, known: Collection[str], learning_rate: float, max_grad_norm: float) -> None:
@@ -167,11 +171,19 @@ class ComparisonArguments:
             ("max_minutes", math.isfinite, "finite, or left out for no limit"),
             ("max_extensions", lambda x: x >= 0, "at least 0"),
             ("workers", lambda x: x >= 1, "at least 1"),
+            ("repair_folds", lambda x: x == 0 or x >= 2, "at least 2, or 0 for margins in sample"),
         )
         check_names_of_folders(self)
         self._check_datasets()
         self.compared = [parse_method(name, known) for name in self.methods]
         check_methods(self.compared, self.seeds, max_grad_norm)
+        names = [method.name for method in self.compared]
+        for method in self.compared:
+            if method.repair is not None and not self.repair_folds and method.source not in names:
+                raise ValueError(
+                    f"`{method.name}` with `repair_folds` 0 takes the margins of the runs of `{method.source}`: add "
+                    f"`{method.source}` to `methods`."
+                )
         for method in self.compared:
             if not method.clean_labels and all(method.changes(rate) is None for rate in self.noise_rate):
                 raise ValueError(

@@ -8,10 +8,12 @@ from typing import Any
 from transformers import TrainingArguments
 
 from .._extras import require
-from ..runs.methods import CONTROL
+from ..runs.methods import CONTROL, parse_method
 from ..runs.write import check_name
+from ..suspects import fold_of_rows
 from ..trainers.config import check_deepspeed_config, check_optimizer
 from .arguments import ComparisonArguments, check_names_of_folders
+from .baselines import votes
 from .controls import THIRD_PARTY, WHOLE_TENSORS
 from .data import Data
 from .experiment import Experiment
@@ -106,9 +108,10 @@ def _check_methods(experiment: Experiment) -> None:
         raise ValueError("`drift_metrics` is False, and a comparison is of what it measures: leave it on.")
     sharded = given.deepspeed_plugin is not None or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
     configs = {}
-    for method in args.compared:
+    sources = dict.fromkeys(method.source for method in args.compared if method.repair is not None)
+    for method in [*args.compared, *map(parse_method, sources)]:
         if method.key in THIRD_PARTY:
-            require("prm_hf.experiments.controls", "pytorch_optimizer", extra="controls")
+            require("prm_hf.experiments.controls", THIRD_PARTY[method.key], extra="controls")
         if method.key in WHOLE_TENSORS and sharded:
             raise ValueError(
                 f"`{method.name}` runs on whole tensors: launch it on one GPU, or several without sharding."
@@ -140,9 +143,13 @@ def _check_methods(experiment: Experiment) -> None:
 def check_data(experiment: Experiment, data: Data) -> None:
     """Raises ValueError for rows that a run could not be trained or judged on."""
     experiment.check_rows(data)
-    args = experiment.training_args
+    args, compared = experiment.training_args, experiment.script_args.compared
+    if any(method.key == "vote" for method in compared):
+        votes(data.train, data.train_groups)
+    if any(method.repair is not None for method in compared) and experiment.script_args.repair_folds:
+        fold_of_rows(data.train_groups, experiment.script_args.repair_folds)
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    has_prm = any(method.has_mask for method in experiment.script_args.compared)
+    has_prm = any(method.has_mask for method in compared)
     if has_prm and args.prm_boundary == "empirical" and args.prm_alpha is None and len(data.train) <= per_step:
         raise ValueError(
             f"`prm_boundary` is 'empirical', and {data.dataset_name} has {len(data.train)} training rows for "

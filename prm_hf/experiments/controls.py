@@ -1,5 +1,6 @@
 """The optimizers of methods that the configuration alone cannot express: controls, and those of another library."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from .. import PRM
 from ..runs.methods import Method
 from ..runs.schema import MASKS_FILE
+from .baselines import Interpolation
 
 
-WHOLE_TENSORS = ("adamw_embedding", "cautious", "msvag", "shuffled_q", "fixed_q")  # these read or scale whole tensors
-THIRD_PARTY = ("cautious", "msvag")  # of pytorch-optimizer
+# These read, scale or move whole tensors
+WHOLE_TENSORS = ("adamw_embedding", "cautious", "msvag", "casmo", "interpolate", "shuffled_q", "fixed_q")
+THIRD_PARTY = {"cautious": "pytorch_optimizer", "msvag": "pytorch_optimizer", "casmo": "casmo"}
+PACKAGES = {"pytorch_optimizer": "pytorch-optimizer", "casmo": "casmo-optimizer"}
 
 
 class ShuffledPRM(PRM):
@@ -46,12 +50,15 @@ def set_up_optimizer(trainer: Trainer, method: Method, seed: int, multipliers: d
 
     Raises:
         ValueError: the model is sharded, or what the method needs is not there.
-        ImportError: pytorch-optimizer is not installed.
+        ImportError: the library of the optimizer is not installed.
     """
     if method.key not in WHOLE_TENSORS:
         return
     if is_sharded(trainer):
         raise ValueError(f"`{method.name}` runs on whole tensors: launch it on one GPU, or several without sharding.")
+    if method.key == "interpolate":
+        trainer.add_callback(Interpolation(trainer, method.value))
+        return
     optimizer = trainer.create_optimizer()
     if method.key == "adamw_embedding":
         scale_embedding(trainer, method.name, method.value)
@@ -68,17 +75,24 @@ def set_up_optimizer(trainer: Trainer, method: Method, seed: int, multipliers: d
 
 
 def _third_party_optimizer(trainer: Trainer, method: str) -> Optimizer:
-    """`cautious` and `msvag`, with the parameter groups of the trainer's AdamW."""
+    """`cautious`, `msvag` and `casmo`, with the parameter groups of the trainer's AdamW."""
+    name = THIRD_PARTY[method]
     try:
-        import pytorch_optimizer
+        library = importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f'`{method}` needs pytorch-optimizer: pip install "prm-hf[controls]"') from error
+        package = PACKAGES[name]
+        raise ImportError(f'`{method}` needs {package}: pip install "prm-hf[controls]"') from error
     args, groups = trainer.args, trainer.optimizer.param_groups
+    settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if method == "casmo":
+        groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
+        *_, steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+        # Its own rule, but 50 steps at least, without which it raises an error
+        return library.CASMO(groups, **settings, tau_init_steps=max(50, min(500, steps // 5)))
     if method == "cautious":
         groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
         # Without its projection (delta=0) AdamP is AdamW.
-        settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-        return pytorch_optimizer.AdamP(groups, **settings, delta=0.0, cautious=True, foreach=True)
+        return library.AdamP(groups, **settings, delta=0.0, cautious=True, foreach=True)
     if args.weight_decay:
         raise ValueError(f"`msvag` has no weight decay, and `weight_decay` is {args.weight_decay}: set it to 0.")
     # M-SVAG steps in proportion to the gradient. The d trained parameters' clipped gradients have the root mean square
@@ -86,7 +100,7 @@ def _third_party_optimizer(trainer: Trainer, method: str) -> Optimizer:
     d = sum(p.numel() for group in groups for p in group["params"])
     scale = args.max_grad_norm / d**0.5
     groups = [{"params": group["params"], "lr": group["lr"] / scale} for group in groups]
-    return pytorch_optimizer.MSVAG(groups, beta=args.adam_beta1)
+    return library.MSVAG(groups, beta=args.adam_beta1)
 
 
 def scale_embedding(trainer: Trainer, method: str, factor: float) -> None:

@@ -39,6 +39,8 @@ class Data:
     processing_class: Any = None  # the model's tokenizer, where it is loaded already
     digests: dict[str, str] = dataclasses.field(default_factory=dict)  # hashes of the rows and of the model
     heldout_groups: Sequence[int] = ()  # one a held-out row, equal where rows belong together
+    train_groups: Sequence[int] = ()  # the same of the training rows
+    given: Dataset | None = None  # the training rows with the labels that a run is given, if it has its own
 
 
 def load_data(
@@ -66,7 +68,9 @@ def load_data(
         source = {"task_seed": args.task_seed} if args.task_seed else {}
         train, heldout = built_in_rows(demo.train), built_in_rows(demo.test)
         groups = groups_of(heldout, columns)
-        yield Data(demo.model_path, "built-in", "built-in", train, heldout, source, heldout_groups=groups)
+        of_train = groups_of(train, columns)
+        data = Data(demo.model_path, "built-in", "built-in", train, heldout, source, heldout_groups=groups)
+        yield dataclasses.replace(data, train_groups=of_train)
         return
     model = model_args.model_name_or_path
     of_model = model_digest(model, model_args.model_revision)
@@ -82,6 +86,7 @@ def load_data(
             source={**splits, "train_file": _digest_of_file(name), "test_file": _digest_of_file(other)},
             digests={**digests, **({"model_digest": of_model} if of_model else {})},
             heldout_groups=groups_of(heldout, columns),
+            train_groups=groups_of(train, columns),
         )
 
 

@@ -11,11 +11,14 @@ from transformers import TrainerCallback
 
 from .. import PRMDPOConfig, PRMDPOTrainer, flip_preferences
 from ..metrics import PairEvaluation, preference_scores, reward_margins
-from ..runs.methods import Method
+from ..runs.methods import FLIP, SOFT, Method, find_method
 from ..runs.read import read_json
 from ..runs.write import RunSpec, evaluation_metrics, write_json
+from ..suspects.repair import repair
 from ..trainers.checks import check_losses
+from ..trainers.pair_losses import check_swappable
 from . import interruptible
+from .baselines import PAIR_LOSSES, check_pair_loss, set_pair_loss, votes
 from .data import Data
 from .experiment import BUILT_IN, Experiment
 from .rows import Columns
@@ -79,6 +82,7 @@ class DPOExperiment(Experiment):
     task = "preferences"
     output_dir = "runs/dpo_noisy"
     config_class = PRMDPOConfig
+    has_pairs = True
     built_in: ClassVar[dict[str, Any]] = {
         **BUILT_IN,
         "beta": 0.1,
@@ -91,6 +95,9 @@ class DPOExperiment(Experiment):
 
     def check_method(self, method: Method, config: PRMDPOConfig) -> None:
         """What TRL says once the model and the references are there."""
+        check_pair_loss(method, config)
+        if method.key in PAIR_LOSSES or method.repair == SOFT:
+            check_swappable(config, f"`{method.key}`", "leave it out of `methods`")
         check_losses(config.loss_type)
         if "exo_pair" in config.loss_type and not config.label_smoothing:
             raise ValueError("`loss_type` is 'exo_pair', which needs a `label_smoothing` above 0, as 1e-3.")
@@ -119,10 +126,18 @@ class DPOExperiment(Experiment):
         shared = {"train": trainer.train_dataset, "heldout": trainer.eval_dataset}
         return dataclasses.replace(data, **shared, processing_class=trainer.processing_class)
 
-    def make_trainer(self, config: PRMDPOConfig, spec: RunSpec, data: Data) -> PRMDPOTrainer:
+    def noisy_rows(self, spec: RunSpec, data: Data) -> Dataset:
         train = flip_preferences(data.train, spec.settings["noise_rate"], seed=spec.seed)
+        if find_method(spec.method).key != "vote":
+            return train
+        return repair(train, [float(outvoted) for outvoted in votes(train, data.train_groups)], FLIP)[0]
+
+    def make_trainer(self, config: PRMDPOConfig, spec: RunSpec, data: Data) -> PRMDPOTrainer:
+        train = self.noisy_rows(spec, data) if data.given is None else data.given
         if spec.method not in EARLY_STOPPING:
-            return self._trainer(config, data, train)
+            trainer = self._trainer(config, data, train)
+            set_pair_loss(trainer, find_method(spec.method))
+            return trainer
         kept = range(0, len(train), VALIDATION_EVERY)
         validation = (data.train if spec.method == CLEAN else train).select(kept)
         train = train.select([i for i in range(len(train)) if i not in kept])

@@ -70,6 +70,7 @@ class Experiment(ABC):
     arguments_class: ClassVar[type[ComparisonArguments]] = ComparisonArguments
     config_class: ClassVar[type[TrainingArguments]]
     built_in: ClassVar[dict[str, Any]] = BUILT_IN  # the settings of the built-in task
+    has_pairs: ClassVar[bool] = False  # whether a row is a pair, whose margin changes its sign with the label
 
     def __init__(
         self, script_args: ComparisonArguments, training_args: TrainingArguments, model_args: ModelConfig
@@ -104,6 +105,11 @@ class Experiment(ABC):
             raise ValueError("`--dataset_name` needs a `--model_name_or_path`: the model to train.")
         if model_args.use_peft and any(method.key == "adamw_embedding" for method in script_args.compared):
             raise ValueError("`adamw_embedding` changes the embedding's learning rate, which LoRA does not train.")
+        if model_args.use_peft and any(method.key == "interpolate" for method in script_args.compared):
+            raise ValueError(
+                "`interpolate` moves the trained weights back, and the weights of LoRA multiply each other: leave "
+                "it out of `methods`, or train without `use_peft`."
+            )
         training_args.model_init_kwargs = {**loading_settings(model_args), **(training_args.model_init_kwargs or {})}
         experiment = cls(script_args, training_args, model_args)
         experiment.command_line = shlex.join(["prm-hf", cls.command, *arguments])
@@ -157,8 +163,12 @@ class Experiment(ABC):
         return data
 
     @abstractmethod
+    def noisy_rows(self, spec: RunSpec, data: Data) -> Dataset:
+        """The training rows with the noise of a run, and a bool column that says which labels are wrong."""
+
+    @abstractmethod
     def make_trainer(self, config: TrainingArguments, spec: RunSpec, data: Data) -> Trainer:
-        """The trainer of one run."""
+        """The trainer of one run, on `data.given` or, without them, on its noisy rows."""
 
     @abstractmethod
     def outcomes(self, trainer: Trainer, data: Data) -> tuple[dict[str, float], dict[str, list]]:

@@ -14,11 +14,14 @@ from .. import PopulationRiskStoppingCallback
 from ..compare import compare_runs, format_comparison, load_runs, rate_at_kl, write_report
 from ..runs.methods import CONTROL, parse_method
 from ..runs.schema import KL, MEAN_Q, NOT_SETTINGS, has_diverged, measures_of
-from ..runs.write import RunSpec
+from ..runs.write import RunSpec, evaluation_metrics
+from ..suspects import MarginRecorder
 from .arguments import half_decades
+from .baselines import PAIR_LOSSES, Interpolation
 from .controls import MaskRecorder, is_sharded, mean_masks, set_up_optimizer
 from .data import Data
 from .experiment import Experiment
+from .repair import FOLDS, Repairs, numbered, record_in_sample, recorded
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,10 @@ class ComparisonGrid(Grid):
         self.controls = [method for method in methods if method.group == CONTROL]
         self.methods = [method for method in methods if method.group != CONTROL]
         grids = {True: args.prm_learning_rates, False: args.learning_rates}
-        self.rates = {method.name: sorted(grids[method.has_mask]) for method in self.methods}
+        self.grids = {has_mask: sorted(rates) for has_mask, rates in grids.items()}
+        self.rates = {method.name: list(self.grids[method.has_mask]) for method in self.methods}
         self.extensions = 0
+        self.repairs = Repairs(self, args.repair_folds)
         of_data = {"noise_rate": noise_rate, "model": data.model_name, "dataset": data.dataset_name}
         self.info = {**experiment.info(), **of_data, "command": experiment.command_line}
         self.settings = {
@@ -122,18 +127,32 @@ class ComparisonGrid(Grid):
         }
 
     def __len__(self) -> int:
-        return super().__len__() + len(self.controls) * len(self.seeds)
+        rows = sum(map(len, self.rates.values())) + len(self.controls)
+        return rows * len(self.seeds) + len(self.repairs.specify_folds())
+
+    def place(self, spec: RunSpec) -> Path:
+        return self.output_dir / FOLDS if is_fold(spec) else self.output_dir
 
     def specify_runs(self) -> list[RunSpec]:
-        """All runs but the controls, seed by seed, so that what is there when time is up can be compared."""
-        rows = [(method, rate) for method, rates in self.rates.items() for rate in rates]
-        return [self._specify(*row, seed) for seed in self.seeds for row in rows]
+        """All runs but the controls and those on repaired labels, then the folds that these need.
+
+        Seed by seed, so that what is there when time is up can be compared.
+        """
+        rows = [
+            (method.name, rate) for method in self.methods if not method.repair for rate in self.rates[method.name]
+        ]
+        return [*(self._specify_row(*row, seed) for seed in self.seeds for row in rows), *self.repairs.specify_folds()]
 
     def extend(self, made: MadeRuns) -> list[RunSpec]:
-        """One more learning rate for every method, if the most accurate one of any is the smallest or largest it has.
+        """The runs on repaired labels, now that what says which labels are wrong has been made; then more rates.
 
-        All methods get one, so that their grids stay as large: at the end that is nearer to the best rate.
+        One more learning rate for every method, if the most accurate one of any is the smallest or largest it has. All
+        methods get one, so that their grids stay as large: at the end that is nearer to the best rate.
         """
+        if self.repairs.methods and self.repairs.made is None:
+            self.repairs.made = made
+            rows = [(method.name, rate) for method in self.repairs.methods for rate in self.rates[method.name]]
+            return [self._specify_row(*row, seed) for seed in self.seeds for row in rows]
         best = {name: self._best(made, [name]) for name in self.rates}
         places = {name: rates.index(best[name][1]) for name, rates in self.rates.items()}
         # Where all runs ended in errors nothing is known of the rates
@@ -153,7 +172,7 @@ class ComparisonGrid(Grid):
             end, step = (-1, 1) if 2 * place >= len(rates) - 1 else (0, -1)
             added.append((name, half_decades(rates[end], step)))
             self.rates[name] = sorted([*rates, added[-1][1]])
-        return [self._specify(*row, seed) for seed in self.seeds for row in added]
+        return [self._specify_row(*row, seed) for seed in self.seeds for row in added]
 
     def specify_controls(self, made: MadeRuns) -> tuple[list[RunSpec], list[str]]:
         """The controls of the most accurate PRM row."""
@@ -179,16 +198,31 @@ class ComparisonGrid(Grid):
         return configure(self.experiment.training_args, method, self.noise_rate, **overrides)
 
     def info_of(self, spec: RunSpec) -> dict[str, Any]:
-        return self.info
+        return {**self.info, "task": "suspects"} if is_fold(spec) else self.info
 
     def make_trainer(self, spec: RunSpec, folder: Path) -> Trainer:
-        method = parse_method(spec.method)
+        method = parse_method(spec.configured_as if is_fold(spec) else spec.method)
         own = {"output_dir": str(folder), "learning_rate": spec.learning_rate, "seed": spec.seed}
+        if is_fold(spec):  # nothing is held out but the fold, and no model is kept
+            own |= {"eval_strategy": "no", "drift_metrics": False, "save_strategy": "no"}
         config = self.configure(spec.configured_as, **own)
         config.run_name = "_".join(filter(None, (config.run_name, folder.name)))
-        trainer = self.experiment.make_trainer(config, spec, self.data)
+        self.running, self.known, rows = spec, {}, self.experiment.noisy_rows(spec, self.data)
+        if is_fold(spec):
+            data = self.repairs.hold_out(spec, rows)
+            trainer = self.experiment.make_trainer(config, spec, data)
+            set_up_optimizer(trainer, method, spec.seed)
+            trainer.add_callback(MarginRecorder(trainer))
+            return trainer
+        if method.repair is not None:
+            rows, self.known = self.repairs.repair(spec, rows)
+        is_source = not self.repairs.folds and method.name in self.repairs.sources
+        data = dataclasses.replace(self.data, given=numbered(rows) if is_source else rows)
+        trainer = self.experiment.make_trainer(config, spec, data)
         masks_of = spec.settings["fixed_q"]["masks_of"] if method.name == "fixed_q" else None
         set_up_optimizer(trainer, method, spec.seed, masks_of and mean_masks(self.output_dir / masks_of))
+        if is_source:
+            record_in_sample(trainer, folder)
         if method.has_controls and method.tensor_masks and not is_sharded(trainer):
             trainer.add_callback(MaskRecorder(trainer, folder))
         if method.name == "prm_stopping":
@@ -196,17 +230,28 @@ class ComparisonGrid(Grid):
         return trainer
 
     def outcomes(self, trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
+        known, of_training_rows = recorded(trainer)
+        if is_fold(self.running):
+            return known, of_training_rows
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, Interpolation):
+                callback.move()
+                self.known |= evaluation_metrics(trainer.evaluate())
         metrics, margins = self.experiment.outcomes(trainer, self.data)
-        return metrics, {**margins, "heldout_groups": list(self.data.heldout_groups)}
+        margins = {**margins, **of_training_rows, "heldout_groups": list(self.data.heldout_groups)}
+        return {**metrics, **self.known}, margins
 
     def describe(self, spec: RunSpec, metrics: dict[str, float]) -> str:
         measures = measures_of(self.info)
         columns = [("accuracy", measures.accuracy, ".3f"), (measures.noise_label, measures.noise_fit, ".3f")]
-        columns += [("KL", KL, ".4f"), ("mean q", MEAN_Q, ".3f")]
+        columns += [("KL", KL, ".4f"), ("mean q", MEAN_Q, ".3f"), ("agreement", "agreement", ".3f")]
         return "  ".join(f"{label} {metrics[key]:{form}}" for label, key, form in columns if key in metrics)
 
     def report(self, made: list[Made]) -> None:
-        result = compare_runs([run.folder for run in made])
+        folders = [run.folder for run in made if run.folder.parent == self.output_dir]
+        if not folders:
+            return
+        result = compare_runs(folders)
         print("\n" + format_comparison(result))
         try:
             write_report(result, self.output_dir)
@@ -214,12 +259,23 @@ class ComparisonGrid(Grid):
         except ImportError as error:
             print(f"\nNo report was written: {error}")
 
-    def _specify(self, method: str, learning_rate: float, seed: int, source: str | None = None, **extra) -> RunSpec:
-        """One run. A control has a `source`, the method of the run that it is bound to."""
-        configured_as = method
-        if source is not None:
-            configured_as = source if method == "shuffled_q" else parse_method(source).baseline
-        if parse_method(method).clean_labels:
+    def _specify_row(self, method: str, learning_rate: float, seed: int) -> RunSpec:
+        """A run of a method of the comparison; one that repairs labels says by which runs."""
+        parsed = parse_method(method)
+        if parsed.key in PAIR_LOSSES:  # one that looks at the batch of a process
+            pairs = self.experiment.training_args.per_device_train_batch_size
+            return self.specify(method, learning_rate, seed, **{method: {"pairs": pairs}})
+        if parsed.repair is None:
+            return self.specify(method, learning_rate, seed)
+        chosen = self.repairs.choose(parsed.source, seed, learning_rate)
+        return self.specify(method, learning_rate, seed, **{method: chosen})
+
+    def specify(
+        self, method: str, learning_rate: float, seed: int, configured_as: str | None = None, **extra: Any
+    ) -> RunSpec:
+        """One run. A control or a fold is configured as another method; `extra` are settings of its own."""
+        configured_as = configured_as or method
+        if parse_method(configured_as).clean_labels:
             extra["noise_rate"] = 0.0
         described = settings_of(self.configure(configured_as), **{**self.settings, **extra})
         return RunSpec(method, learning_rate, seed, described, configured_as, self.defaults)
@@ -248,7 +304,13 @@ class ComparisonGrid(Grid):
                     f"{control} of {of}: no two neighbouring rates of {adamw} drift less and more than "
                     f"{detail['kl']:.3g}; add learning rates"
                 )
-        return self._specify(control, rate, seed, source=row[0], **{control: {"of": of, **detail}})
+        configured_as = row[0] if control == "shuffled_q" else parse_method(row[0]).baseline
+        return self.specify(control, rate, seed, configured_as, **{control: {"of": of, **detail}})
+
+
+def is_fold(spec: RunSpec) -> bool:
+    """Whether a run belongs to the first stage of methods that repair labels."""
+    return "fold" in spec.settings
 
 
 def _mean_q(made: Made) -> float:

@@ -55,6 +55,8 @@ def make_run(grid: Grid, spec: RunSpec, folder: Path, resume: bool, bar: tqdm) -
     except DivergedError as error:
         metrics, margins = {"diverged": True, "diverged_at_step": error.step, "steps": trainer.state.global_step}, {}
     metrics["wall_seconds"] = round(time.perf_counter() - clock, 3)
+    if "cost_seconds" in metrics:  # so far that of the runs before this one that it needs
+        metrics["cost_seconds"] = round(metrics["cost_seconds"] + metrics["wall_seconds"], 3)
     if state.is_main_process:
         record["optimizer"] = describe_optimizer(innermost_optimizer(trainer.optimizer), trainer.model)
         finish_run(folder, record, history_of(trainer.state.log_history), margins, metrics)

@@ -172,7 +172,7 @@ class SFTExperiment(Experiment):
 
     @classmethod
     def known_methods(cls) -> list[str]:
-        return [name for name, method in METHODS.items() if method.group != LOSS]
+        return [name for name, method in METHODS.items() if method.group != LOSS and not method.needs_pairs]
 
     def info(self) -> dict[str, str]:
         return super().info() | ({} if self.script_args.answer_pattern is None else {"accuracy": "answer_match"})
@@ -204,6 +204,9 @@ class SFTExperiment(Experiment):
         train, heldout = (prepare_rows(rows, self.script_args) for rows in (data.train, data.heldout))
         return dataclasses.replace(data, train=train, heldout=heldout)
 
+    def noisy_rows(self, spec: RunSpec, data: Data) -> Dataset:
+        return corrupt(data.train, "partial_labels", spec.settings["noise_rate"], seed=spec.seed)
+
     def make_trainer(self, config: PRMSFTConfig, spec: RunSpec, data: Data) -> PRMSFTTrainer:
         settings, reference = self.model_settings(), None
         if settings["peft_config"] is None and config.drift_metrics:
@@ -214,7 +217,7 @@ class SFTExperiment(Experiment):
         trainer = PRMSFTTrainer(
             model=data.model,
             args=config,
-            train_dataset=corrupt(data.train, "partial_labels", spec.settings["noise_rate"], seed=spec.seed),
+            train_dataset=self.noisy_rows(spec, data) if data.given is None else data.given,
             eval_dataset=data.heldout,
             ref_model=reference,
             **settings,

@@ -16,6 +16,7 @@ from .evaluation import (
 )
 from .memorization import completion_metrics, fit_metrics, memorization_metrics, memorization_rows, row_fit
 from .rewards import preference_scores, reward_accuracy, reward_margins, reward_metrics
+from .suspects import suspect_metrics
 
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "reward_margins",
     "reward_metrics",
     "row_fit",
+    "suspect_metrics",
 ]

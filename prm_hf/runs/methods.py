@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,8 @@ from .._names import did_you_mean
 
 
 BASELINE, PRM, CONTROL, LOSS, OTHER, CEILING = GROUPS = ("baseline", "PRM", "control", "loss-side", "other", "ceiling")
+
+REPAIRS = DROP, FLIP, SOFT = ("drop", "flip", "soft")
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,15 @@ class Method:
         label_smoothing: that setting, by the noise rate. Such a method exists for rates between 0 and 0.5 only.
         value, value_help: the number behind the colon of its name, and what it is; None for a method without a value.
         value_setting: the field of the training configuration that takes the value, if there is one.
+        value_below: what the value is less than, if it is a share.
         base: the method whose step the mask or the control multiplies, without its value, which is this method's.
         has_mask: whether a mask shrinks its step. Such methods get the learning rates of PRM.
         has_controls: whether the controls can be bound to its runs.
         clean_labels: whether it is trained without the noise of the comparison. What it gains is what the noise costs.
+        repair: of a method in two stages, what is done with rows whose label is probably wrong: one of `REPAIRS`.
+        source, trained: of such a method, the one whose runs say which labels are wrong, and the one that is trained
+            on what is left. The second gives all other attributes.
+        needs_pairs: whether it is for preferences alone.
         tensor_masks: of a PRM method, whether it has one mask value a tensor; of a control, whether it needs those.
     """
 
@@ -40,11 +48,16 @@ class Method:
     value: float | None = None
     value_help: str | None = None
     value_setting: str | None = None
+    value_below: float = float("inf")
     base: str = "adamw"
     has_mask: bool = False
     has_controls: bool = False
     tensor_masks: bool = False
     clean_labels: bool = False
+    repair: str | None = None
+    source: str | None = None
+    trained: str | None = None
+    needs_pairs: bool = False
 
     @property
     def key(self) -> str:
@@ -54,11 +67,15 @@ class Method:
     @property
     def label(self) -> str:
         """What people call it, with its value."""
+        if self.trained is not None:
+            return self.title
         return f"{self.title} {self.name.partition(':')[2]}".strip()
 
     @property
     def baseline(self) -> str:
         """The AdamW that the method adds its mask to: `adamw`, of `prm_rows_eps:10` `adamw_eps:10`."""
+        if self.trained is not None:
+            return find_method(self.trained).baseline
         return self.base + self.name.removeprefix(self.key) if METHODS[self.base].value_help else self.base
 
     @property
@@ -98,13 +115,16 @@ def parse_method(name: str, known: Collection[str] | None = None) -> Method:
     if key not in known or key not in METHODS:
         raise ValueError(f"`methods`: {key} unknown. Known are {', '.join(known)}.{did_you_mean(key, known)}")
     method = METHODS[key]
+    if method.repair is not None:
+        return _in_two_stages(method, name, text, known)
     if method.value_help is None:
         if colon:
             raise ValueError(f"`methods`: {key!r} takes no value, got {name!r}.")
         return method
     value = _number(text)
-    if value is None:
-        wanted = f"needs a positive number behind a colon: {method.value_help}"
+    if value is None or value >= method.value_below:
+        below = f" below {method.value_below:g}" if method.value_below < float("inf") else ""
+        wanted = f"needs a positive number{below} behind a colon: {method.value_help}"
         raise ValueError(f"`methods`: {key!r} {wanted}; got {name!r}.")
     return replace(method, name=name, value=value)
 
@@ -112,9 +132,42 @@ def parse_method(name: str, known: Collection[str] | None = None) -> Method:
 def find_method(name: str) -> Method:
     """The method of a run that may come from elsewhere; of a name that is not known the group is guessed."""
     key, _, text = name.partition(":")
+    if key in METHODS and METHODS[key].repair is not None:
+        with contextlib.suppress(ValueError):
+            return parse_method(name)
     if key in METHODS:
         return replace(METHODS[key], name=name, value=_number(text))
     return Method(name, key, _guess_group(name))
+
+
+def _in_two_stages(repair: Method, name: str, text: str, known: Collection[str]) -> Method:
+    """`filter:adamw_eps:10+prm_rows_eps:10`, of the method of the key `filter` and the text behind the first colon."""
+    parts = re.split(r"\+(?=[a-z])", text)  # 1e+1 is a number
+    if not text or len(parts) > 2:
+        raise ValueError(
+            f"`methods`: {repair.name!r} needs one or two methods behind a colon: {repair.value_help}; got {name!r}."
+        )
+    stages = [parse_method(part, known) for part in parts]
+    for stage in stages:
+        if stage.group not in (BASELINE, PRM) or stage.key in _OF_ITS_OWN:
+            raise ValueError(
+                f"`methods`: {repair.name!r} trains AdamW, AdamW with an eps, or PRM, and {stage.name!r} "
+                f"in {name!r} is none of these."
+            )
+    source, trained = stages[0], stages[-1]
+    then = "" if len(stages) == 1 else f", then {trained.label}"
+    return replace(
+        trained,
+        name=name,
+        title=f"{repair.title} by {source.label}{then}",
+        group=repair.group,
+        has_controls=False,
+        tensor_masks=False,
+        repair=repair.repair,
+        source=source.name,
+        trained=trained.name,
+        needs_pairs=repair.needs_pairs,
+    )
 
 
 def _number(text: str) -> float | None:
@@ -139,7 +192,7 @@ def _guess_group(name: str) -> str:
 _ADAMW = {"optim": "adamw_torch_fused"}
 _TENSOR, _PARAM = ({"prm_reduction": name, "prm_estimator": "debiased"} for name in ("per_tensor", "per_param"))
 _ROW = {"prm_reduction": "per_row", "prm_estimator": "debiased", "prm_signal_beta": 0.98}
-_ROBUST = {**_ADAMW, "loss_type": ["robust"]}
+_ROBUST, _SIGMOID = ({**_ADAMW, "loss_type": [name]} for name in ("robust", "sigmoid"))
 # Early stopping evaluates ten times a run.
 _EVALUATIONS = {**_ADAMW, "eval_strategy": "steps", "eval_steps": 0.1}
 
@@ -154,10 +207,21 @@ def _adamw(name: str, title: str, group: str = BASELINE, **more: Any) -> Method:
     return Method(name, title, group, _ADAMW, **more)
 
 
-def _prm(name: str, title: str, settings: dict[str, Any], has_controls: bool = True, **more: Any) -> Method:
+def _prm(
+    name: str, title: str, settings: dict[str, Any], has_controls: bool = True, group: str = PRM, **more: Any
+) -> Method:
     tensors = has_controls and settings.get("prm_reduction") == "per_tensor"
-    return Method(name, title, PRM, settings, has_mask=True, has_controls=has_controls, tensor_masks=tensors, **more)
+    return Method(name, title, group, settings, has_mask=True, has_controls=has_controls, tensor_masks=tensors, **more)
 
+
+def _repair(name: str, repair: str, title: str) -> Method:
+    """A method in two stages; the names of the two stand behind its own."""
+    text = f"whose margins say which labels are wrong, and which is trained then, as in `{name}:adamw+prm_rows`"
+    return Method(name, title, OTHER, repair=repair, value_help=text, needs_pairs=repair != DROP)
+
+
+# These have an optimizer or an end of their own.
+_OF_ITS_OWN = ("adamw_embedding", "prm_stopping")
 
 # The order is that of the rows of a comparison within a group.
 register(
@@ -166,6 +230,9 @@ register(
     _adamw("adamw_embedding", "AdamW embedding lr ×", value_help="the embedding's factor, as in `adamw_embedding:3`"),
     _adamw("cautious", "Cautious AdamW", OTHER),
     _adamw("msvag", "M-SVAG", OTHER),
+    _adamw("casmo", "CASMO", OTHER),
+    # AdamW's weights at the end, moved back to where they came from, or beyond: a run of another KL for no training.
+    _adamw("interpolate", "AdamW, part of the way", OTHER, value_help="the part, as in `interpolate:0.5`"),
     _prm("prm_per_tensor", "PRM per_tensor", {**_TENSOR, "prm_estimator": "ema"}),
     _prm("prm_per_param", "PRM per_param", {**_PARAM, "prm_estimator": "ema"}),
     _prm("prm_debiased", "PRM debiased", _TENSOR),
@@ -191,9 +258,30 @@ register(
     Method("cdpo", "cDPO", LOSS, _ROBUST, label_smoothing=lambda rate: -rate / (1 - 2 * rate)),
     Method("robust", "rDPO (robust)", LOSS, _ROBUST, label_smoothing=lambda rate: rate),
     Method("ipo", "IPO", LOSS, {**_ADAMW, "loss_type": ["ipo"]}),
+    _adamw("beta", "AdamW β", LOSS, value_setting="beta", value_help="DPO's β, as in `beta:0.3`"),
+    Method(
+        *("trimmed", "trimmed loss", LOSS, _SIGMOID),
+        value_help="the share of a batch's largest losses that is left out, as in `trimmed:0.2`",
+        value_below=1.0,
+    ),
+    Method("drdpo", "Dr. DPO", LOSS, _SIGMOID, value_help="its β', as in `drdpo:1`"),
+    _prm(
+        "prm_robust",
+        "PRM noisy_labels, rDPO",
+        {"prm_preset": "noisy_labels", "loss_type": ["robust"]},
+        False,
+        LOSS,
+        label_smoothing=lambda rate: rate,
+    ),
     # AdamW as it was at the evaluation at which validation pairs had the smallest loss: pairs as noisy as those that
     # are trained on, and the same pairs with their clean labels, which shows what better labels would be worth.
     Method("early_stopping", "early stopping", LOSS, _EVALUATIONS),
     Method("early_stopping_clean", "early stopping, clean labels", LOSS, _EVALUATIONS),
+    # Rows whose label is probably wrong are left out, get the other label, or have both by their probabilities.
+    _repair("filter", DROP, "suspects dropped"),
+    _repair("relabel", FLIP, "suspects relabelled"),
+    _repair("soft", SOFT, "soft labels"),
+    # Where a prompt has several pairs, these say without any training which labels are wrong.
+    _adamw("vote", "AdamW, labels by vote", OTHER, needs_pairs=True),
     _adamw("adamw_clean", "AdamW, clean labels", CEILING, clean_labels=True),
 )

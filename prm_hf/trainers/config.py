@@ -35,7 +35,7 @@ _DEFAULTS = {f.name: f.default for f in fields(TrainingArguments)}
 SMALLER_IS_BETTER = re.compile(
     r"(drift/.*|memorization/(corrupted_fit|flipped_fit|gap)|rewards/(ties|rejected)|logps/rejected|entropy)$"
 )
-LARGER_IS_BETTER = re.compile(r"memorization/corrupted_loss$")
+LARGER_IS_BETTER = re.compile(r"(memorization/corrupted_loss|suspects/.*)$")
 
 
 def _old_name() -> Any:
@@ -221,7 +221,7 @@ class PRMSFTConfig(PRMArguments, SFTConfig):
 
 def greater_is_better(metric: str) -> bool | None:
     """Whether more of a metric is better; None if transformers knows. The name may carry the prefix of its split."""
-    name = re.sub(r"^eval_(?:.*_)?(?=(?:drift|memorization|rewards|logps)/|entropy$)", "", metric)
+    name = re.sub(r"^eval_(?:.*_)?(?=(?:drift|memorization|suspects|rewards|logps)/|entropy$)", "", metric)
     if LARGER_IS_BETTER.match(name):
         return True
     return False if SMALLER_IS_BETTER.match(name) else None

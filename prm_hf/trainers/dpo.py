@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,13 +16,29 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 from trl.models import prepare_deepspeed
 
-from ..metrics import PairEvaluation, drift_metrics, memorization_metrics, preference_scores, reward_metrics
+from ..metrics import (
+    PairEvaluation,
+    drift_metrics,
+    memorization_metrics,
+    preference_scores,
+    reward_margins,
+    reward_metrics,
+    suspect_metrics,
+)
 from ..metrics.forward import evaluation_mode, without_cudnn
 from ..metrics.tables import evaluate_rows
 from .config import PRMDPOConfig, checked_config
 from .memorization import noisy_rows
 from .mixin import PRMTrainerMixin
 from .packing import add_packing, unpack_hidden, with_lengths
+from .pair_losses import (
+    PROBABILITY,
+    check_probabilities,
+    pair_loss_change,
+    rewards_of,
+    smoothing_change,
+    with_probabilities,
+)
 from .prepared import (
     FINGERPRINT,
     IDS,
@@ -50,7 +67,8 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
 
     - `drift/params_rel`;
     - `memorization/flipped_fit` and `memorization/clean_fit`, if `train_dataset` is a [`~datasets.Dataset`] with a
-      bool column `flipped`, on `args.memorization_max_rows` of its rows.
+      bool column `flipped`, on `args.memorization_max_rows` of its rows; and on these the
+      [`~prm_hf.metrics.suspect_metrics`] of minus the reward margin, if some are flipped.
 
     Tokenized rows, as those of another trainer's `train_dataset`, are not tokenized again. If all datasets have the
     columns `ref_chosen_logps` and `ref_rejected_logps` of `precompute_ref_log_probs=True`, training takes the
@@ -60,6 +78,11 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
 
     Pairs that say nothing are left out of all datasets, and a warning counts them: those whose prompt alone fills
     `max_length`, and those whose two sides are equal once they are truncated.
+
+    A float column `probability_wrong` of `train_dataset` says with what probability p the label of a row is wrong. The
+    loss of the row is then (1-p)·L + p·L_swapped, L_swapped with its sides exchanged (cDPO, with a label smoothing for
+    each row). It is for the losses `sigmoid`, `robust`, `hinge`, `ipo` and `sigmoid_norm`, and trains alone:
+    evaluations take labels as they are.
 
     `args.padding_free=True` runs all forward passes of training on packed sequences, with any attention kernel and
     with the losses of padded batches.
@@ -74,6 +97,9 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
             by its prefix (`"eval"` or `"eval_<split>"`), and `"train"` for the rows `memorization_rows`.
         memorization_rows (`list[int]`):
             Rows of `train_dataset` on which memorization is measured; empty if it is not.
+        pair_loss (`Callable`, *optional*):
+            From the sigmoid losses of the pairs of a training batch, `(n,)`, to the loss of the batch, in place of
+            their mean. For comparisons with other losses.
 
     Example:
 
@@ -97,7 +123,12 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
         **kwargs,
     ):
         args = checked_config(args, PRMDPOConfig, model, "DPO")
-        eval_dataset = kwargs.get("eval_dataset", positional[2] if len(positional) > 2 else None)
+        train, eval_dataset = (
+            kwargs.get(name, positional[i] if len(positional) > i else None)
+            for i, name in ((1, "train_dataset"), (2, "eval_dataset"))
+        )
+        self._has_probabilities = check_probabilities(train, args)
+        self.pair_loss: Callable[[torch.Tensor], torch.Tensor] | None = None
         if args.sync_ref_model and args.drift_metrics and eval_dataset is not None:
             raise ValueError(
                 "`sync_ref_model=True` moves the reference, from which drift and memorization would be measured: set "
@@ -171,10 +202,12 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         collate = self.data_collator
+        if self._has_probabilities:
+            self.data_collator = functools.partial(with_probabilities, self.data_collator)
         # accelerate deals the batches of a stream out to the processes, by slicing their tensors
         dealt_out = self.args.accelerator_config.dispatch_batches or isinstance(self.train_dataset, IterableDataset)
         if self.padding_free and not dealt_out:
-            self.data_collator = functools.partial(with_lengths, collate)
+            self.data_collator = functools.partial(with_lengths, self.data_collator)
         try:
             return super().get_train_dataloader()
         finally:
@@ -256,19 +289,33 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
                 self._check_reference(dataset, "evaluate_pairs")
         return evaluate_rows(self, self.get_test_dataloader(dataset))
 
-    def compute_loss(self, *args, **kwargs) -> Any:
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if PROBABILITY not in self._signature_columns:
+            self._signature_columns.append(PROBABILITY)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Any:
         """TRL's loss. Of the metrics that TRL collects, `rewards/accuracies` is that of `preference_scores`."""
-        gather, gathered = self.accelerator.gather, []
+        gather, given, gathered = self.accelerator.gather, [], []
 
         def recorded(values: torch.Tensor) -> torch.Tensor:
+            given.append(values)
             gathered.append(gather(values))
             return gathered[-1]
 
+        inputs = dict(inputs)
+        probabilities = inputs.pop(PROBABILITY, None)
         self.accelerator.gather = recorded
         try:
-            result = super().compute_loss(*args, **kwargs)
+            result = super().compute_loss(model, inputs, *args, **kwargs)
         finally:
             del self.accelerator.gather  # the method is of the class
+        if self.model.training and (probabilities is not None or self.pair_loss is not None):
+            rewards = rewards_of(given, self.beta, inputs["completion_mask"])
+            if probabilities is not None:
+                result = result + smoothing_change(probabilities.view(torch.float32), rewards, self)
+            if self.pair_loss is not None:
+                result = result + pair_loss_change(self.pair_loss, rewards)
         metrics = self._metrics["train" if self.model.training else "eval"]
         # TRL gathers the margins to log their mean, by which they are known; NaN is written as NaN
         mean = str(metrics["rewards/margins"][-1])
@@ -317,4 +364,5 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
             pairs = evaluate_rows(self, self._memorization_loader)
             self.pair_evaluations["train"] = pairs
             metrics |= memorization_metrics(pairs, self._flipped, self.beta)
+            metrics |= suspect_metrics(-reward_margins(pairs, self.beta), self._flipped)
         return metrics

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .._names import renamed_arguments
-from ..metrics import fit_metrics, memorization_rows, row_fit
+from ..metrics import fit_metrics, memorization_rows, row_fit, suspect_metrics
 from ..metrics.tables import evaluate_rows, first_batch
 from .config import greater_is_better
 
@@ -55,7 +55,9 @@ class MemorizationCallback(TrainerCallback):
 
     For the trainers of classifiers (a model with `logits` of a class each row), SFT and DPO, TRL's own ones included.
     The numbers of [`~prm_hf.metrics.fit_metrics`], of the fit by [`~prm_hf.metrics.row_fit`], are logged and added to
-    what `evaluate` returns, as `eval_memorization/…`. All are exact over rows, and collective over processes.
+    what `evaluate` returns, as `eval_memorization/…`; and as `eval_suspects/…` those of
+    [`~prm_hf.metrics.suspect_metrics`], how well their losses tell which rows are corrupted. All are exact over rows,
+    and collective over processes.
 
     Args:
         trainer ([`~transformers.Trainer`]):
@@ -119,7 +121,9 @@ class MemorizationCallback(TrainerCallback):
         """The metrics of the present weights, by their names without a prefix. Collective."""
         beta = getattr(self.trainer, "beta", 1.0)
         fits = {name: row_fit(evaluate_rows(self.trainer, self._loader(name), False), beta) for name in self._datasets}
-        return fit_metrics(fits["train"], self.corrupted, fits.get("heldout"))
+        _, loss = fits["train"]
+        found = suspect_metrics(loss, self.corrupted)
+        return {**fit_metrics(fits["train"], self.corrupted, fits.get("heldout")), **found}
 
     def _loader(self, name: str) -> DataLoader:
         if name not in self._loaders:

@@ -107,14 +107,16 @@ def test_a_loss_of_sft_that_trl_does_not_know(nothing_is_loaded):
         runner.run_comparisons(SFTExperiment, ["--loss_type", "dpo"])
 
 
-@pytest.mark.parametrize("method", ["cautious", "msvag"])
-def test_a_missing_package_is_named_first(nothing_is_loaded, monkeypatch, method):
-    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
-    with pytest.raises(ImportError, match=r'needs pytorch_optimizer: pip install "prm-hf\[controls\]"'):
+@pytest.mark.parametrize(
+    ("method", "package"), [("cautious", "pytorch_optimizer"), ("msvag", "pytorch_optimizer"), ("casmo", "casmo")]
+)
+def test_a_missing_package_is_named_first(nothing_is_loaded, monkeypatch, method, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf'needs {package}: pip install "prm-hf\[controls\]"'):
         dpo.main(["--methods", "adamw", method])
 
 
-@pytest.mark.parametrize("method", ["adamw_embedding:3", "cautious", "msvag"])
+@pytest.mark.parametrize("method", ["adamw_embedding:3", "cautious", "msvag", "casmo", "interpolate:0.5"])
 def test_whole_tensors_are_not_sharded(nothing_is_loaded, monkeypatch, method):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=f"`{method}` runs on whole tensors"):

@@ -18,7 +18,16 @@ from .comparisons import folder_of, infos, read, read_lines, run_dpo_on_files, w
 
 CONTROLS = [name for name, method in METHODS.items() if method.group == "control"]
 ALONE = ["adamw_eps:0.3", "adamw_embedding:3", "cautious", "msvag", "early_stopping", "prm_stopping"]
-ALONE += ["prm_rows", "prm_rows_eps:10"]
+ALONE += [
+    "prm_rows",
+    "prm_rows_eps:10",
+    "prm_robust",
+    "casmo",
+    "interpolate:0.5",
+    "beta:0.3",
+    "trimmed:0.3",
+    "drdpo:1",
+]
 TOGETHER = ["adamw", "prm_debiased", *CONTROLS]
 RATE = ["--learning_rates", "1e-2", "--prm_learning_rates", "3e-3"]
 COMPARED = [
@@ -64,7 +73,7 @@ def test_the_optimizer_in_effect_is_on_record(finished):
     assert (embedding["learning_rate"], embedding["smallest_learning_rate"]) == (pytest.approx(0.03), 0.01)
     assert optimizer["cautious_lr0.01_seed0"]["class"] == "AdamP"
     assert optimizer["msvag_lr0.01_seed0"]["learning_rate"] == pytest.approx(0.01 / scale)
-    assert optimizer["adamw_lr0.01_seed0"]["class"] == "AdamW"
+    assert optimizer["adamw_lr0.01_seed0"]["class"] == "AdamW" and optimizer["casmo_lr0.01_seed0"]["class"] == "CASMO"
     for name, eps in (("prm_rows", None), ("prm_rows_eps10", 10 * scale)):
         info = next(info for key, info in found.items() if key.startswith(f"{name}_lr"))
         settings = {"prm_reduction": "per_row", "prm_estimator": "debiased", "prm_signal_beta": 0.98}
@@ -72,6 +81,16 @@ def test_the_optimizer_in_effect_is_on_record(finished):
         assert info["optimizer"]["eps"] == pytest.approx(eps or 1e-8)
     shuffled = next(info for info in found.values() if info["method"] == "shuffled_q")
     assert shuffled["optimizer"]["class"] == "ShuffledPRM" and shuffled["settings"]["prm_estimator"] == "debiased"
+
+
+def test_a_part_of_the_way_is_nearer_to_the_start(finished):
+    """Of the two runs, which train alike, the history is the same; the metrics are of other weights."""
+    half, adamw = (folder_of(finished, f"{name}_lr0.01_seed0") for name in ("interpolate0.5", "adamw"))
+    ends = [read(folder / "metrics.json")["drift/params_rel"] for folder in (half, adamw)]
+    assert ends[0] == pytest.approx(ends[1] / 2, rel=1e-3)
+    assert read(half / "margins.json")["heldout"] != read(adamw / "margins.json")["heldout"]
+    losses = [[x["train/loss"] for x in read_lines(y / "history.jsonl") if "train/loss" in x] for y in (half, adamw)]
+    assert losses[0] == losses[1]
 
 
 def test_controls_take_from_their_run(finished):

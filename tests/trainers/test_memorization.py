@@ -215,6 +215,8 @@ def test_sft(trainer_class, config, tmp_path):
     flags = np.array([train["corrupted"][i] for i in callback.rows])
     assert measured["memorization/corrupted_fit"] == pytest.approx(np.mean(np.array(fits)[flags]))
     assert measured["memorization/clean_loss"] == pytest.approx(np.mean(np.array(losses)[~flags]), rel=1e-4)
+    pairs = [(a > b) + (a == b) / 2 for a in np.array(losses)[flags] for b in np.array(losses)[~flags]]
+    assert measured["suspects/auc"] == pytest.approx(np.mean(pairs))
     if trainer_class is PRMSFTTrainer:
         metrics = trainer.last_eval_metrics
         assert metrics["eval_memorization/heldout_fit"] == pytest.approx(metrics["eval_token_accuracy"])

@@ -17,6 +17,7 @@ from prm_hf.metrics import (
     memorization_metrics,
     preference_scores,
     reward_margins,
+    suspect_metrics,
 )
 from prm_hf.trainers import PRMDPOConfig
 
@@ -107,6 +108,7 @@ def test_splits_are_kept_apart_by_name(tmp_path):
         assert f"eval_{name}_entropy" in log and f"eval_{name}_loss" in log
         assert_same_pairs(trainer.pair_evaluations[f"eval_{name}"], trainer.evaluate_pairs(name))
     run_keys = {"eval_drift/params_rel", "eval_memorization/flipped_fit", "eval_memorization/clean_fit"}
+    run_keys |= {"eval_suspects/auc", "eval_suspects/average_precision"}
     assert run_keys <= returned.keys() and run_keys <= logs[0].keys() and not run_keys & logs[1].keys()
     # Nothing of a split is named as if it were all of the evaluation
     apart = ("eval_clean_", "eval_other_")
@@ -210,6 +212,9 @@ def test_memorization_is_measured_on_spread_training_rows(tmp_path):
     pairs = trainer.evaluate_pairs(TRAIN.select(rows))
     assert torch.equal(trainer.pair_evaluations["train"].rejected.logratio, pairs.rejected.logratio)
     for key, value in memorization_metrics(pairs, TRAIN.select(rows)["flipped"], trainer.beta).items():
+        assert trainer.last_eval_metrics[f"eval_{key}"] == value
+    flags = TRAIN.select(rows)["flipped"][:]
+    for key, value in suspect_metrics(-reward_margins(pairs, trainer.beta), flags).items():
         assert trainer.last_eval_metrics[f"eval_{key}"] == value
     everything = dpo_trainer(tmp_path, eval_dataset=HELDOUT, memorization_max_rows=None)
     assert everything.memorization_rows == list(range(14))
@@ -321,6 +326,7 @@ def test_a_reference_that_moves_is_not_measured_from(tmp_path):
         ("eval_drift/params_rel", False),
         ("eval_clean_drift/logratio_abs", False),
         ("eval_memorization/flipped_fit", False),
+        ("eval_suspects/auc", True),
         ("memorization/corrupted_fit", False),
         ("eval_memorization/gap", False),
         ("eval_memorization/clean_fit", True),

@@ -1,0 +1,95 @@
+"""Methods that answer label noise without a mask: other losses of pairs, labels by a vote, a part of the way."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ..runs.methods import Method
+from .rows import text_of
+
+
+PAIR_LOSSES = ("trimmed", "drdpo")  # they look at the batch of a process
+
+
+def trimmed_loss(losses: Tensor, share: float) -> Tensor:
+    """The mean without the largest `share` of the losses, `(n,)`, rounded to whole pairs."""
+    kept = len(losses) - min(round(share * len(losses)), len(losses) - 1)
+    return losses.topk(kept, largest=False).values.mean()
+
+
+def drdpo_loss(losses: Tensor, temperature: float) -> Tensor:
+    """Dr. DPO (arXiv 2407.07880): -b log mean exp(-loss / b) over the losses, `(n,)`, with b the `temperature`."""
+    return -temperature * ((-losses / temperature).logsumexp(0) - math.log(len(losses)))
+
+
+def set_pair_loss(trainer: Any, method: Method) -> None:
+    """Gives a DPO trainer the loss of `trimmed`, after the warm-up, or of `drdpo`; no other method changes it."""
+    if method.key == "drdpo":
+        trainer.pair_loss = lambda losses: drdpo_loss(losses, method.value)
+    if method.key == "trimmed":
+
+        def loss(losses: Tensor) -> Tensor:
+            is_warm = trainer.state.global_step >= trainer.args.get_warmup_steps(trainer.state.max_steps)
+            return trimmed_loss(losses, method.value) if is_warm else losses.mean()
+
+        trainer.pair_loss = loss
+
+
+def check_pair_loss(method: Method, args: TrainingArguments) -> None:
+    """Raises ValueError where the batch of a process is too small for the loss of a method to be another one."""
+    n = args.per_device_train_batch_size
+    if method.key == "trimmed" and not round(method.value * n):
+        raise ValueError(f"trims none of the {n} pairs of a batch: raise `per_device_train_batch_size`, or the share.")
+    if method.key == "drdpo" and n == 1:
+        raise ValueError(
+            "weighs the pairs of a batch against each other, and `per_device_train_batch_size` is 1: raise it."
+        )
+
+
+class Interpolation(TrainerCallback):
+    """Moves the weights at the end of training to w₀ + factor·(w - w₀), w₀ those that the trainer was made with."""
+
+    def __init__(self, trainer: Trainer, factor: float) -> None:
+        self.model, self.factor = trainer.model, factor
+        self.start = {name: p.detach().cpu().clone() for name, p in self._trained()}
+
+    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def move(self) -> None:
+        """Moves the weights, in float32 whatever they are kept in."""
+        for name, p in self._trained():
+            start = self.start[name].to(p.device).float()
+            p.copy_(start + self.factor * (p.float() - start))
+
+
+def votes(rows: Dataset, groups: Sequence[int]) -> list[bool]:
+    """Whether the pairs of a prompt vote against each label.
+
+    A completion has a point for each pair that it wins, and loses one for each that it loses. A label is outvoted
+    where its rejected completion has more points than its chosen one.
+
+    Args:
+        groups: one a row, equal where rows have a prompt in common.
+
+    Raises:
+        ValueError: no completion is in two pairs of a prompt.
+    """
+    chosen, rejected = (
+        [(group, text_of(text)) for group, text in zip(groups, rows[side], strict=True)]
+        for side in ("chosen", "rejected")
+    )
+    wins, losses = Counter(chosen), Counter(rejected)
+    if max((wins + losses).values()) < 2:
+        raise ValueError(
+            "`vote` needs prompts with several pairs that share completions, and here every completion is in one "
+            "pair: leave it out of `methods`."
+        )
+    return [wins[won] - losses[won] < wins[lost] - losses[lost] for won, lost in zip(chosen, rejected, strict=True)]

@@ -1,0 +1,198 @@
+"""What answers label noise without a mask, against formulas that are written otherwise."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from prm_hf.experiments.baselines import (
+    Interpolation,
+    check_pair_loss,
+    drdpo_loss,
+    set_pair_loss,
+    trimmed_loss,
+    votes,
+)
+from prm_hf.experiments.checks import check_data, check_experiment
+from prm_hf.experiments.controls import _third_party_optimizer
+from prm_hf.experiments.data import Data
+from prm_hf.experiments.dpo import DPOExperiment
+from prm_hf.experiments.sft import SFTExperiment
+from prm_hf.runs.methods import METHODS, find_method, parse_method
+
+from .comparisons import ON_CPU
+
+
+LOSSES = torch.tensor([0.2, 3.0, 0.7, 0.1, 1.5, 0.9, 0.4, 2.0, 0.3, 0.6], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("share", "left_out"), [(0.1, [3.0]), (0.3, [3.0, 2.0, 1.5]), (0.99, sorted(LOSSES)[1:])])
+def test_the_largest_losses_are_left_out(share, left_out):
+    losses = LOSSES.clone().requires_grad_()
+    loss = trimmed_loss(losses, share)
+    kept = [x for x in LOSSES.tolist() if x not in [float(y) for y in left_out]]
+    assert loss.item() == pytest.approx(np.mean(kept))
+    loss.backward()
+    assert losses.grad.tolist() == pytest.approx([(x in kept) / len(kept) for x in LOSSES.tolist()])
+
+
+@pytest.mark.parametrize("b", [0.5, 1.0, 1e4])
+def test_dr_dpo(b):
+    """Its gradient weighs the pairs by exp(-L/b); with a large b they count alike."""
+    losses = LOSSES.clone().requires_grad_()
+    loss = drdpo_loss(losses, b)
+    assert loss.item() == pytest.approx(-b * math.log(np.mean(np.exp(-LOSSES.numpy() / b))))
+    loss.backward()
+    weights = np.exp(-LOSSES.numpy() / b)
+    assert losses.grad.tolist() == pytest.approx((weights / weights.sum()).tolist())
+    assert (abs(loss.item() - LOSSES.mean().item()) < 1e-3) == (b > 100)
+
+
+def test_losses_are_trimmed_after_the_warm_up():
+    args = SimpleNamespace(get_warmup_steps=lambda steps: steps // 5)
+    trainer = SimpleNamespace(state=SimpleNamespace(global_step=0, max_steps=10), args=args, pair_loss=None)
+    set_pair_loss(trainer, parse_method("trimmed:0.1"))
+    found = []
+    for trainer.state.global_step in (0, 1, 2, 9):
+        found.append(trainer.pair_loss(LOSSES).item())
+    assert found == pytest.approx([LOSSES.mean().item()] * 2 + [trimmed_loss(LOSSES, 0.1).item()] * 2)
+    trainer.pair_loss = None
+    set_pair_loss(trainer, parse_method("adamw"))
+    assert trainer.pair_loss is None
+
+
+@pytest.mark.parametrize(
+    ("method", "n", "message"),
+    [
+        ("trimmed:0.1", 4, "trims none of the 4 pairs of a batch: raise `per_device_train_batch_size`, or the share"),
+        ("drdpo:1", 1, "`per_device_train_batch_size` is 1: raise it"),
+    ],
+)
+def test_batches_that_are_too_small(method, n, message):
+    experiment = DPOExperiment.parse(["--methods", method, "--per_device_train_batch_size", str(n)])
+    with pytest.raises(ValueError, match=f"`{method}` of `methods`: .*{message}"):
+        check_experiment(experiment)
+    check_pair_loss(parse_method(method), SimpleNamespace(per_device_train_batch_size=16))
+
+
+@pytest.mark.parametrize("method", ["trimmed:0.2", "drdpo:1", "soft:adamw"])
+def test_another_divergence_has_no_such_loss(method):
+    arguments = ["--methods", method, "--f_divergence_type", "js_divergence"]
+    with pytest.raises(ValueError, match="`f_divergence_type=.*both change the loss of a pair: .*out of `methods`"):
+        check_experiment(DPOExperiment.parse(arguments))
+
+
+def test_a_part_of_the_way():
+    model = torch.nn.Linear(3, 2).to(torch.bfloat16)
+    model.bias.requires_grad_(False)
+    start = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+    callback = Interpolation(SimpleNamespace(model=model), 0.25)
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    end = model.weight.detach().float().clone()
+    callback.move()
+    expected = (0.75 * start["weight"] + 0.25 * end).to(torch.bfloat16)
+    assert torch.equal(model.weight, expected) and torch.equal(model.bias.float(), start["bias"])
+
+
+def test_lora_has_no_part_of_the_way():
+    with pytest.raises(ValueError, match="`interpolate` moves the trained weights back, .* without `use_peft`"):
+        DPOExperiment.parse(
+            ["--methods", "interpolate:1", "--use_peft", "--dataset_name", "x", "--model_name_or_path", "m", *ON_CPU]
+        )
+
+
+# Of the prompt p a beats b and c, b beats c, and one label says that c beats a; q has nothing to vote on.
+ROWS = [("p", "a", "b"), ("p", "a", "c"), ("p", "b", "c"), ("p", "c", "a"), ("q", "c", "a"), ("p", "b", "a")]
+
+
+def rows_of(triples):
+    return Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in triples])
+
+
+def test_labels_by_vote():
+    """Points: a 2 - 2, b 2 - 1, c 1 - 2 in p."""
+    groups = [0 if row[0] == "p" else 1 for row in ROWS]
+    assert votes(rows_of(ROWS), groups) == [True, False, False, True, False, False]
+
+
+def test_there_is_no_vote_on_pairs_by_themselves():
+    rows = rows_of([("p", "a", "b"), ("p", "c", "d"), ("q", "a", "b")])
+    experiment = DPOExperiment.parse(["--methods", "vote"])
+    data = Data("m", "m", "d", rows, rows, {}, train_groups=[0, 0, 1])
+    with pytest.raises(ValueError, match="`vote` needs prompts with several pairs .*: leave it out of `methods`"):
+        check_data(experiment, data)
+
+
+def test_casmo():
+    """AdamW's step times the share of signal, the mean over a group of m² / v, at least c_min, before calibration."""
+    casmo = pytest.importorskip("casmo")
+    generator = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(30, generator=generator))
+    adamw = torch.optim.AdamW([{"params": [p], "weight_decay": 0.1}], lr=0.01)
+    args = SimpleNamespace(adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8, weight_decay=0.1)
+    trainer = SimpleNamespace(
+        args=args,
+        optimizer=adamw,
+        get_train_dataloader=lambda: None,
+        set_initial_training_values=lambda args, loader: (0, 0, 0, 0, 0, 0, 1000),
+    )
+    optimizer = _third_party_optimizer(trainer, "casmo")
+    assert isinstance(optimizer, casmo.CASMO) and optimizer.param_groups[0]["tau_init_steps"] == 200
+    m = v = torch.zeros(30)
+    for t in range(1, 4):
+        before, p.grad = p.detach().clone(), torch.randn(30, generator=generator) + 1
+        m, v = 0.9 * m + 0.1 * p.grad, 0.999 * v + 0.001 * p.grad**2
+        optimizer.step()
+        small, large = m.abs().mean() * 10, v.mean() * 10
+        signal = m.clamp(-small, small) ** 2
+        share = (signal / (signal + (v.clamp(max=large) - signal).clamp(min=1e-8) + 1e-8)).mean().clamp(0.1, 1)
+        step = m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        torch.testing.assert_close(p.detach(), before * (1 - 0.01 * 0.1) - 0.01 * share * step, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [10, 400, 100_000])
+def test_casmo_is_calibrated_within_a_run(steps):
+    pytest.importorskip("casmo")
+    adamw = torch.optim.AdamW([torch.zeros(2, requires_grad=True)])
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8),
+        optimizer=adamw,
+        get_train_dataloader=lambda: None,
+        set_initial_training_values=lambda args, loader: (0, 0, 0, 0, 0, 0, steps),
+    )
+    found = _third_party_optimizer(trainer, "casmo").param_groups[0]["tau_init_steps"]
+    assert found == {10: 50, 400: 80, 100_000: 500}[steps]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("trimmed:1", r"'trimmed' needs a positive number below 1 behind a colon: the share .* got 'trimmed:1'"),
+        ("beta", "'beta' needs a positive number behind a colon: DPO's β, as in `beta:0.3`; got 'beta'"),
+        ("vote:2", "'vote' takes no value"),
+    ],
+)
+def test_wrong_names(name, message):
+    with pytest.raises(ValueError, match=message):
+        parse_method(name)
+
+
+def test_their_settings():
+    adamw = {"optim": "adamw_torch_fused"}
+    assert parse_method("beta:0.3").changes() == {**adamw, "beta": 0.3}
+    assert parse_method("beta:0.3").own_settings == find_method("beta:0.3").own_settings == {"optim", "beta"}
+    assert (
+        parse_method("trimmed:0.2").changes()
+        == parse_method("drdpo:1").changes()
+        == {**adamw, "loss_type": ["sigmoid"]}
+    )
+    robust = {"prm_preset": "noisy_labels", "loss_type": ["robust"], "label_smoothing": 0.2}
+    assert parse_method("prm_robust").changes(0.2) == robust and parse_method("prm_robust").changes(0.0) is None
+    assert parse_method("prm_robust").has_mask and not parse_method("prm_robust").has_controls
+    of_pairs = {"beta", "trimmed", "drdpo", "prm_robust", "relabel", "soft", "vote"}
+    assert of_pairs <= METHODS.keys() and not of_pairs & {*SFTExperiment.known_methods()}
+    assert {"filter", "interpolate", "casmo"} <= {*SFTExperiment.known_methods()}
