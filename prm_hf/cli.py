@@ -1,4 +1,4 @@
-"""`prm-hf dpo | sft | randomization | sweep | compare …`; `python -m prm_hf …` is the same."""
+"""`prm-hf dpo | sft | randomization | pairs | sweep | compare …`; `python -m prm_hf …` is the same."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ EXPERIMENTS = {
     "dpo": "DPO on preferences with flipped labels: PRM against AdamW",
     "sft": "SFT on prompts with wrong completions: PRM against AdamW",
     "randomization": "can a model fit pure noise, and what does PRM change?",
+    "pairs": "make preference pairs of a model's right and wrong answers",
     "sweep": "run `dpo` or `sft` on every GPU of this machine, one process each",
 }
 WAIT_FOR_LAUNCHER = 10.0  # seconds

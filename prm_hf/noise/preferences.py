@@ -1,7 +1,8 @@
 """Label noise in preference pairs: chosen and rejected swapped in a known share of the rows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
@@ -77,7 +78,7 @@ def flip(
     dataset = pinned(dataset)
     check_new(dataset, "flipped", "flipping")
     features = dataset.features or Features()
-    pairs = _pairs(features)
+    pairs = side_pairs(features)
     changes = side_changes(dataset, [name for name in features if not any(name in pair for pair in pairs)])
     flag = Value("bool")
     copies = originals(features, ("chosen", "rejected")) if keep_original else {}
@@ -105,6 +106,23 @@ def _swap(rows, indices, pairs, changes, seed, threshold, copies, flags) -> dict
     sides = zip(drawn.tolist(), rows["chosen"], rows["rejected"], strict=True)
     flipped = [is_drawn and not same_value(chosen, rejected) for is_drawn, chosen, rejected in sides]
     result = dict.fromkeys(flags, flipped) | {copy: rows[name] for copy, name in copies.items()}
+    return result | swap_sides(rows, flipped, pairs, changes)
+
+
+def swap_sides(
+    rows: Mapping[str, list],
+    flipped: Sequence[bool],
+    pairs: Sequence[Sequence[str]],
+    changes: Mapping[str, Callable[[Any], Any]],
+) -> dict[str, list]:
+    """The columns that depend on which side is `chosen`, with the sides of the rows `flipped` swapped.
+
+    Args:
+        rows: a list of values for each column.
+        pairs: those of [`side_pairs`].
+        changes: those of [`~prm_hf.noise.sides.side_changes`].
+    """
+    result = {}
     for a, b in pairs:
         result[a] = [y if flip else x for flip, x, y in zip(flipped, rows[a], rows[b], strict=True)]
         result[b] = [x if flip else y for flip, x, y in zip(flipped, rows[a], rows[b], strict=True)]
@@ -121,8 +139,8 @@ def _exact_threshold(noise_rate: float, seed: int, n_rows: int) -> float:
     return float(np.sort(row_uniforms(seed, np.arange(n_rows), _STREAM))[n_flips])
 
 
-def _pairs(features: Features) -> list[list[str]]:
-    """The pairs of columns that belong together."""
+def side_pairs(features: Features) -> list[list[str]]:
+    """The pairs of columns that a flip swaps: `chosen` with `rejected`, and those whose names hold the two words."""
     missing = [name for name in ("chosen", "rejected") if name not in features]
     if missing:
         raise ValueError(
