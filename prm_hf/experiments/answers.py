@@ -14,7 +14,7 @@ from .rows import Columns, check_rows
 
 
 _NUMBER = re.compile(
-    r"(?<![\w.])(?P<sign>[-+\u2212]?)[$€£]?\s?(?P<minus>[-\u2212]?)"
+    r"(?<![\d.])(?P<sign>(?<!\w)[-+\u2212])?(?:[$€£]\s?)?(?P<minus>(?<!\w)[-\u2212])?"
     r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?P<power>[eE][-+]?\d{1,2}(?!\d))?"
 )
 _MARK = "####"  # of GSM8K; what follows it is the answer
