@@ -114,6 +114,17 @@ class ComparisonArguments:
         repair_folds (`int`):
             Folds of prompts of the methods that repair labels: a label is judged by models that were trained on the
             other folds. With 0 it is judged in sample, by the runs of the method that is named first.
+        pairs_per_prompt (`int`, *optional*):
+            Rows of each prompt that are kept, the first ones, of training and held-out rows alike. With 1 no two
+            rows share a prompt, so that each is an example of its own. Default: all.
+        heldout_filter_column (`str`, *optional*):
+            Column of true and false. Held-out rows without true are left out, as those on which raters disagree.
+        label_votes_column (`str`, *optional*):
+            Column with a list of the votes of several raters on each training pair: 1 for `chosen`, which is what most
+            prefer, and -1 for `rejected`. With it the training labels are those of one rater, real noise in place of
+            a `noise_rate`; `adamw_clean` trains on those of the majority.
+        label_rater (`int`, *optional*):
+            Place of that rater in the list, from 0.
 
     After `check`, `compared` are the methods that `methods` names.
     """
@@ -135,6 +146,10 @@ class ComparisonArguments:
     overwrite_runs: bool = False
     drop_overlap: bool = False
     repair_folds: int = 5
+    pairs_per_prompt: int | None = None
+    heldout_filter_column: str | None = None
+    label_votes_column: str | None = None
+    label_rater: int | None = None
     compared: list[Method] = field(init=False, default_factory=list)
 
     def check(self, known: Collection[str], learning_rate: float, max_grad_norm: float) -> None:
@@ -172,6 +187,8 @@ class ComparisonArguments:
             ("max_extensions", lambda x: x >= 0, "at least 0"),
             ("workers", lambda x: x >= 1, "at least 1"),
             ("repair_folds", lambda x: x == 0 or x >= 2, "at least 2, or 0 for margins in sample"),
+            ("pairs_per_prompt", lambda x: x >= 1, "at least 1"),
+            ("label_rater", lambda x: x >= 0, "at least 0"),
         )
         check_names_of_folders(self)
         self._check_datasets()
@@ -191,6 +208,11 @@ class ComparisonArguments:
                     "it out of `methods`."
                 )
 
+    def methods_for(self, noise_rate: float) -> list[Method]:
+        """The methods that can be compared at a noise rate."""
+        is_noisy = self.label_rater is not None
+        return [method for method in self.compared if method.exists_for(noise_rate, is_noisy)]
+
     def _check_datasets(self) -> None:
         if self.task_seed < 0 or (self.task_seed and self.dataset_name is not None):
             raise ValueError(
@@ -201,6 +223,16 @@ class ComparisonArguments:
         if others is not None and len(others) != len(names):
             raise ValueError(
                 f"`eval_dataset_name` has {len(others)} values and `dataset_name` {len(names)}: give one for each."
+            )
+        if (self.label_votes_column is None) != (self.label_rater is None):
+            raise ValueError(
+                f"`label_votes_column` is {self.label_votes_column!r} and `label_rater` {self.label_rater!r}: give "
+                "both, or neither."
+            )
+        if self.label_rater is not None and self.noise_rate != [0]:
+            raise ValueError(
+                f"`noise_rate` is {self.noise_rate}, and the labels of a `label_rater` have noise of their own: set "
+                "it to 0."
             )
         if len({Path(name or "").stem for name in names}) != len(names):
             raise ValueError(f"`dataset_name` has two datasets of one name, {names}: their runs would share a folder.")

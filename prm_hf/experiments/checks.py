@@ -18,6 +18,7 @@ from .controls import THIRD_PARTY, WHOLE_TENSORS
 from .data import Data
 from .experiment import Experiment
 from .grid import configure, defaults_of
+from .selection import SETTINGS as SELECTION
 
 
 # Arguments that a Trainer has and a comparison does not use, each with the reason.
@@ -31,7 +32,10 @@ UNUSED = {
     "batch_eval_metrics": "no function `compute_metrics` is called",
     "optim_target_modules": "it is for optimizers that no method has",
 }
-OF_A_DATASET = ("dataset_config", "dataset_train_split", "dataset_test_split", "eval_dataset_name", "drop_overlap")
+OF_A_DATASET = (
+    *("dataset_config", "dataset_train_split", "dataset_test_split", "eval_dataset_name", "drop_overlap"),
+    *SELECTION,
+)
 # How often a run is looked at is the user's, but for the methods that need to look more often.
 _LOOKS = ("eval_strategy", "eval_steps", "logging_steps")
 
@@ -119,7 +123,8 @@ def _check_methods(experiment: Experiment) -> None:
         if method.key == "msvag" and given.weight_decay:
             raise ValueError(f"`msvag` has no weight decay, and `weight_decay` is {given.weight_decay}: set it to 0.")
         for rate in args.noise_rate:
-            if method.changes(rate) is None or method.group == CONTROL:  # which is configured as another method
+            is_control = method.group == CONTROL  # which is configured as another method
+            if is_control or method not in args.methods_for(rate):
                 continue
             configs[method.name, rate] = config = configure(given, method.name, rate)
             try:

@@ -19,6 +19,7 @@ from ..demo import build_demo
 from .arguments import ComparisonArguments
 from .files import FILE_FORMATS, checked_source
 from .rows import Columns, check_rows, groups_of, overlapping, prompts_of
+from .selection import select_rows, selection_settings
 
 
 BUILT_IN_WAIT = "Built-in task: the reference policy is trained now, for about 30 s, unless it is cached."
@@ -42,6 +43,11 @@ class Data:
     train_groups: Sequence[int] = ()  # the same of the training rows
     given: Dataset | None = None  # the training rows with the labels that a run is given, if it has its own
 
+    @property
+    def model_key(self) -> str:
+        """What tells the model from others."""
+        return self.digests.get("model_digest", self.model)
+
 
 def load_data(
     args: ComparisonArguments,
@@ -56,8 +62,8 @@ def load_data(
         columns: those that the task reads.
 
     Raises:
-        ValueError: a dataset, file or split cannot be read, rows lack what the task reads, or held-out rows are among
-            the training rows.
+        ValueError: a dataset, file or split cannot be read, rows lack what the task reads or their selection needs, or
+            held-out rows are among the training rows.
     """
     logging.set_verbosity_error()
     if args.dataset_name is None:
@@ -76,6 +82,10 @@ def load_data(
     of_model = model_digest(model, model_args.model_revision)
     for name, other in zip(args.dataset_name, args.eval_dataset_name or args.dataset_name, strict=True):
         train, heldout, splits = _load_rows(args, name, other, columns)
+        train, heldout, lines = select_rows(args, local_name(name), train, heldout, columns)
+        for line in lines:
+            _tell(line)
+        files = {"train_file": _digest_of_file(name), "test_file": _digest_of_file(other)}
         digests = {f"{key}_digest": digest(rows, columns) for key, rows in (("train", train), ("heldout", heldout))}
         yield Data(
             model=model,
@@ -83,7 +93,7 @@ def load_data(
             dataset_name=local_name(name),
             train=train,
             heldout=heldout,
-            source={**splits, "train_file": _digest_of_file(name), "test_file": _digest_of_file(other)},
+            source={**splits, **files, **selection_settings(args)},
             digests={**digests, **({"model_digest": of_model} if of_model else {})},
             heldout_groups=groups_of(heldout, columns),
             train_groups=groups_of(train, columns),

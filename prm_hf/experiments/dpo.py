@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +24,8 @@ from .data import Data
 from .experiment import BUILT_IN, Experiment
 from .rows import Columns
 from .runner import run_comparisons
+from .selection import mislabelled
+from .solve import SolveArguments, Solving
 
 
 EARLY_STOPPING = ("early_stopping", CLEAN := "early_stopping_clean")
@@ -81,6 +84,7 @@ class DPOExperiment(Experiment):
     )
     task = "preferences"
     output_dir = "runs/dpo_noisy"
+    arguments_class = SolveArguments
     config_class = PRMDPOConfig
     has_pairs = True
     built_in: ClassVar[dict[str, Any]] = {
@@ -90,6 +94,16 @@ class DPOExperiment(Experiment):
         "workers": 2,
     }
 
+    @functools.cached_property
+    def solving(self) -> Solving:
+        return Solving(self.script_args)
+
+    def settings(self) -> dict[str, Any]:
+        return self.solving.settings()
+
+    def unused_arguments(self) -> dict[str, str]:
+        return self.script_args.unused_arguments()
+
     def columns(self) -> Columns:
         return Columns("prompt", ("chosen", "rejected"), needs_prompt=False, advice="Rename yours in the dataset.")
 
@@ -98,6 +112,7 @@ class DPOExperiment(Experiment):
         check_pair_loss(method, config)
         if method.key in PAIR_LOSSES or method.repair == SOFT:
             check_swappable(config, f"`{method.key}`", "leave it out of `methods`")
+        self.script_args.check_method(method, config)
         check_losses(config.loss_type)
         if "exo_pair" in config.loss_type and not config.label_smoothing:
             raise ValueError("`loss_type` is 'exo_pair', which needs a `label_smoothing` above 0, as 1e-3.")
@@ -110,6 +125,7 @@ class DPOExperiment(Experiment):
             flip_preferences(data.train.select([0]), 0.5)
         except ValueError as error:
             raise ValueError(f"The training rows of {data.dataset_name} cannot be flipped. {error}") from error
+        self.solving.check(data.train, self.columns())
 
     def prepare(self, data: Data) -> Data:
         """The tokenizer, and the rows tokenized, with the reference's log-probabilities: the same for all runs.
@@ -127,7 +143,7 @@ class DPOExperiment(Experiment):
         return dataclasses.replace(data, **shared, processing_class=trainer.processing_class)
 
     def noisy_rows(self, spec: RunSpec, data: Data) -> Dataset:
-        train = flip_preferences(data.train, spec.settings["noise_rate"], seed=spec.seed)
+        train = mislabelled(data.train, spec)
         if find_method(spec.method).key != "vote":
             return train
         return repair(train, [float(outvoted) for outvoted in votes(train, data.train_groups)], FLIP)[0]
@@ -137,6 +153,7 @@ class DPOExperiment(Experiment):
         if spec.method not in EARLY_STOPPING:
             trainer = self._trainer(config, data, train)
             set_pair_loss(trainer, find_method(spec.method))
+            self.solving.before(trainer, data.model_key)
             return trainer
         kept = range(0, len(train), VALIDATION_EVERY)
         validation = (data.train if spec.method == CLEAN else train).select(kept)
@@ -158,7 +175,10 @@ class DPOExperiment(Experiment):
     def outcomes(self, trainer: PRMDPOTrainer, data: Data) -> tuple[dict[str, float], dict[str, list]]:
         """The margins of the end, or with early stopping metrics and margins of the evaluation that it chooses."""
         chosen = [c.best for c in trainer.callback_handler.callbacks if isinstance(c, KeepBest)]
-        return (chosen[0]["metrics"], chosen[0]["margins"]) if chosen else ({}, margins_of(trainer))
+        if chosen:
+            return chosen[0]["metrics"], chosen[0]["margins"]
+        solved, by_problem = self.solving.outcomes(trainer, data.model_key)
+        return solved, {**margins_of(trainer), **by_problem}
 
 
 @interruptible

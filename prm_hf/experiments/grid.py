@@ -100,7 +100,7 @@ class ComparisonGrid(Grid):
         self.experiment, self.data, self.noise_rate, self.output_dir = experiment, data, noise_rate, output_dir
         args = experiment.script_args
         self.seeds = args.seeds
-        methods = [method for method in args.compared if method.changes(noise_rate) is not None]
+        methods = args.methods_for(noise_rate)
         self.left_out = [method.name for method in args.compared if method not in methods]
         self.controls = [method for method in methods if method.group == CONTROL]
         self.methods = [method for method in methods if method.group != CONTROL]
@@ -277,6 +277,7 @@ class ComparisonGrid(Grid):
         configured_as = configured_as or method
         if parse_method(configured_as).clean_labels:
             extra["noise_rate"] = 0.0
+            extra |= {"label_rater": None} if "label_rater" in self.settings else {}
         described = settings_of(self.configure(configured_as), **{**self.settings, **extra})
         return RunSpec(method, learning_rate, seed, described, configured_as, self.defaults)
 

@@ -8,11 +8,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
-from trl.models.utils import unwrap_model_for_generation
 
 from .. import PRMSFTConfig, PRMSFTTrainer
 from ..demo import completion_rows
@@ -22,11 +19,13 @@ from ..runs.write import RunSpec
 from ..trainers import MemorizationCallback
 from ..trainers.config import with_help
 from . import interruptible
+from .answers import Checker, expected_answers, find_checker, pattern_checker
 from .arguments import ComparisonArguments, check_ranges
 from .data import Data
 from .experiment import BUILT_IN, Experiment
 from .rows import Columns
 from .runner import run_comparisons
+from .solve import check_whole_weights, solve
 
 
 @with_help
@@ -46,6 +45,9 @@ class SFTArguments(ComparisonArguments):
             Regular expression with one group, the answer in a completion. With it the held-out accuracy at the end of
             a run is `answer_match`: the share of prompts to which greedy decoding gives the answer of the held-out
             completion. Default: `exact_match`, of the whole completion.
+        answer_checker (`str`, *optional*):
+            The same for answers that are not matched but checked: `number` (the last number), `choice` (a letter), or
+            a function of a completion and the held-out one that is true where it is right, as `my_module:is_right`.
         max_new_tokens (`int`):
             Longest completion that is generated for `answer_match`.
         memorization_max_rows (`int`):
@@ -56,6 +58,7 @@ class SFTArguments(ComparisonArguments):
     completion_column: str = "completion"
     as_messages: bool = False
     answer_pattern: str | None = None
+    answer_checker: str | None = None
     max_new_tokens: int = 256
     memorization_max_rows: int = 1024
 
@@ -64,6 +67,10 @@ class SFTArguments(ComparisonArguments):
         check_ranges(
             self, *((name, lambda x: x >= 1, "at least 1") for name in ("max_new_tokens", "memorization_max_rows"))
         )
+        if self.answer_pattern is not None and self.answer_checker is not None:
+            raise ValueError("`answer_pattern` and `answer_checker` both say what an answer is: give one of them.")
+        if self.answer_checker is not None:
+            find_checker(self.answer_checker)
         if self.answer_pattern is None:
             return
         try:
@@ -72,6 +79,13 @@ class SFTArguments(ComparisonArguments):
             raise ValueError(f"`answer_pattern` {self.answer_pattern!r} is no regular expression: {error}.") from error
         if groups != 1:
             raise ValueError(f"`answer_pattern` must have one group, the answer, got {self.answer_pattern!r}.")
+
+    @property
+    def checker(self) -> Checker | None:
+        """How answers are checked; None where whole completions are."""
+        if self.answer_pattern is not None:
+            return pattern_checker(self.answer_pattern)
+        return None if self.answer_checker is None else find_checker(self.answer_checker)
 
 
 def prepare_rows(dataset: Dataset, args: SFTArguments) -> Dataset:
@@ -94,62 +108,9 @@ def prepare_rows(dataset: Dataset, args: SFTArguments) -> Dataset:
     return dataset.map(converse, remove_columns=list(roles), load_from_cache_file=False)
 
 
-def answers(texts: list[str], pattern: str) -> list[str | None]:
-    """The last match of `pattern` in each text, without surrounding space; None where there is none."""
-    found = [re.findall(pattern, text) for text in texts]
-    return [matches[-1].strip() if matches else None for matches in found]
-
-
-def expected_answers(rows: Dataset, pattern: str | None) -> list[str]:
-    """The answer in each row's completion, none without a pattern; a ValueError where a row has no answer."""
-    if pattern is None:
-        return []
-    found = answers([row if isinstance(row, str) else row[-1]["content"] for row in rows["completion"]], pattern)
-    if None in found:
-        row = found.index(None)
-        raise ValueError(f"`answer_pattern` {pattern!r} is not found in the completion of held-out row {row}.")
-    return found
-
-
-@torch.no_grad()
-def matches_answers(trainer: PRMSFTTrainer, rows: Dataset, pattern: str, max_new_tokens: int) -> list[bool]:
-    """Whether greedy decoding gives the answer of each row's completion. Collective."""
-    accelerator, tokenizer = trainer.accelerator, trainer.processing_class
-
-    prompts = [
-        row if isinstance(row, str) else tokenizer.apply_chat_template(row, add_generation_prompt=True, tokenize=False)
-        for row in rows["prompt"]
-    ]
-    expected = expected_answers(rows, pattern)
-    mine = list(range(accelerator.process_index, len(rows), accelerator.num_processes))
-    mine.sort(key=lambda i: len(prompts[i]))
-    found, size = [], trainer.args.per_device_eval_batch_size
-    with unwrap_model_for_generation(trainer.model_wrapped, accelerator) as model:
-        was_training = model.training
-        model.eval()
-        for start in range(0, len(mine), size):
-            batch = mine[start : start + size]
-            inputs = tokenizer(
-                [prompts[i] for i in batch],
-                return_tensors="pt",
-                padding=True,
-                padding_side="left",
-                add_special_tokens=isinstance(rows[0]["prompt"], str),
-            ).to(accelerator.device)
-            with accelerator.autocast():
-                output = model.generate(
-                    **inputs,
-                    do_sample=False,
-                    max_new_tokens=max_new_tokens,
-                    use_cache=True,
-                    pad_token_id=tokenizer.pad_token_id,
-                    eos_token_id=tokenizer.eos_token_id,
-                )
-            completions = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            found += zip(batch, answers(completions, pattern), strict=True)
-        model.train(was_training)
-    generated = dict(gather_object(found)) if accelerator.num_processes > 1 else dict(found)
-    return [generated[i] == answer for i, answer in enumerate(expected)]
+def expected(rows: Dataset, checker: Checker) -> list[str]:
+    """The held-out completions as texts; a ValueError where one has no answer."""
+    return expected_answers(rows["completion"][:], checker, "The held-out completions")
 
 
 class SFTExperiment(Experiment):
@@ -175,7 +136,7 @@ class SFTExperiment(Experiment):
         return [name for name, method in METHODS.items() if method.group != LOSS and not method.needs_pairs]
 
     def info(self) -> dict[str, str]:
-        return super().info() | ({} if self.script_args.answer_pattern is None else {"accuracy": "answer_match"})
+        return super().info() | ({} if self.script_args.checker is None else {"accuracy": "answer_match"})
 
     def columns(self) -> Columns:
         args = self.script_args
@@ -183,18 +144,23 @@ class SFTExperiment(Experiment):
         return Columns(args.prompt_column, (args.completion_column,), needs_prompt=True, advice=advice)
 
     def unused_arguments(self) -> dict[str, str]:
-        if self.script_args.answer_pattern is not None:
-            return {}
-        return {"max_new_tokens": "is for an `answer_pattern`, without which nothing is generated"}
+        unused = dict.fromkeys(("label_votes_column", "label_rater"), "is for preferences, on which raters vote")
+        if self.script_args.checker is None:
+            reason = "is for an `answer_pattern` or `answer_checker`, without which nothing is generated"
+            unused["max_new_tokens"] = reason
+        return unused
 
     def check_method(self, method: Method, config: PRMSFTConfig) -> None:
         if config.loss_type not in ("nll", "dft"):
             raise ValueError(f"`loss_type` is {config.loss_type!r}: TRL knows nll and dft.")
+        if self.script_args.checker is not None:
+            check_whole_weights(config, "answer_checker" if self.script_args.answer_checker else "answer_pattern")
 
     def check_rows(self, data: Data) -> None:
         for rows in (data.train, data.heldout):
             prepare_rows(rows.select([0]), self.script_args)
-        expected_answers(prepare_rows(data.heldout, self.script_args), self.script_args.answer_pattern)
+        if self.script_args.checker is not None:
+            expected(prepare_rows(data.heldout, self.script_args), self.script_args.checker)
 
     def settings(self) -> dict[str, Any]:
         own = [f.name for f in dataclasses.fields(SFTArguments)][len(dataclasses.fields(ComparisonArguments)) :]
@@ -228,12 +194,13 @@ class SFTExperiment(Experiment):
 
     def outcomes(self, trainer: PRMSFTTrainer, data: Data) -> tuple[dict[str, float], dict[str, list]]:
         """Of each held-out row, 1 if it is right and -1 if not."""
-        pattern, more = self.script_args.answer_pattern, {}
-        if pattern is None:
+        checker, more = self.script_args.checker, {}
+        if checker is None:
             table = trainer.sequence_evaluations["eval"]
             right = ((table.correct == table.tokens) & (table.tokens > 0)).tolist()
         else:
-            right = matches_answers(trainer, data.heldout, pattern, self.script_args.max_new_tokens)
+            answers, size = expected(data.heldout, checker), trainer.args.per_device_eval_batch_size
+            right = solve(trainer, data.heldout["prompt"][:], answers, checker, self.script_args.max_new_tokens, size)
             more = {"answer_match": sum(right) / len(right)}
         return more, {"heldout": [1 if x else -1 for x in right]}
 

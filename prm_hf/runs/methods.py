@@ -83,16 +83,18 @@ class Method:
         """The names of what it changes in the training configuration, whatever the noise rate."""
         own = {*self.settings, *([self.value_setting] if self.value_setting else ())}
         own |= {"label_smoothing"} if self.label_smoothing else set()
-        return own | ({"noise_rate", "noise_kind"} if self.clean_labels else set())
+        return own | ({"noise_rate", "noise_kind", "label_rater"} if self.clean_labels else set())
 
     def changes(self, noise_rate: float = 0.3) -> dict[str, Any] | None:
-        """What the method changes in the training configuration; None if it does not exist for that noise rate."""
-        if self.clean_labels and not noise_rate:
-            return None
+        """What the method changes in the training configuration; None if it needs another noise rate."""
         settings = {**self.settings, **({self.value_setting: self.value} if self.value_setting else {})}
         if self.label_smoothing is None:
             return settings
         return {**settings, "label_smoothing": self.label_smoothing(noise_rate)} if 0 < noise_rate < 0.5 else None
+
+    def exists_for(self, noise_rate: float, is_noisy: bool = False) -> bool:
+        """Whether the method can be compared at that noise rate; `is_noisy`: labels are wrong whatever the rate is."""
+        return self.changes(noise_rate) is not None and (is_noisy or noise_rate > 0 or not self.clean_labels)
 
 
 METHODS: dict[str, Method] = {}

@@ -20,8 +20,9 @@ VERSION = 1  # of the schema, `schema` in run.json
 RUN_FILE, HISTORY_FILE, MARGINS_FILE, METRICS_FILE = "run.json", "history.jsonl", "margins.json", "metrics.json"
 FAILED_FILE = "failed.json"  # of a run that ended in an error: its "error" and "message"
 MASKS_FILE = "masks.jsonl"  # the masks of tensors, for the control fixed_q
-# What a report puts beside the run folders; `prm-hf compare runs/dpo_noisy/*` is to work after a first report.
-REPORT_FILES = ("comparison.json", "report.html", "frontier.png")
+# What a comparison puts beside the run folders; `prm-hf compare runs/dpo_noisy/*` is to work after a first report.
+SOLVE_BEFORE_FILE = "solve_before.json"  # what models solve before they are trained
+REPORT_FILES = ("comparison.json", "report.html", "frontier.png", SOLVE_BEFORE_FILE)
 
 ACCURACY = "rewards/accuracies"
 CLEAN_FIT, CORRUPTED_FIT = "memorization/clean_fit", "memorization/corrupted_fit"
