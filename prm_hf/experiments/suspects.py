@@ -355,9 +355,7 @@ def find(command: Command, deadline: float | None, reports: bool = True) -> int:
         runner.tell(f"\nThe {command.args.max_minutes:g} minutes are over. The same command goes on from here.")
         return OUT_OF_TIME
     if grid.margins is None:
-        runner.tell(
-            "\nNo suspects are written, for a run of each learning rate has failed or diverged: lower the rate."
-        )
+        runner.tell("\nNo suspects are written: at every learning rate a run has failed or diverged. Lower it.")
         return FAILED
     return code
 

@@ -204,7 +204,7 @@ class SuspectsGrid(Grid):
 
     @property
     def margins(self) -> tuple[float, np.ndarray | None, np.ndarray | None] | None:
-        """The learning rate, margins out of fold and in sample, as far as `how` asks for; None where one is missing."""
+        """Learning rate, margins out of fold and in sample, as far as `how` asks for; None where one is missing."""
         how = self.args.how
         rate = self.args.learning_rates[0] if how == "in_sample" else self.best_rate()
         if rate is None:
