@@ -42,6 +42,7 @@ TEXTS = Dataset.from_list([{"prompt": "w1 w2", "completion": f" w{i} "} for i in
 CLASSES = Dataset.from_dict(
     {"text": ["a", "b"], "label": [0, 1]}, Features({"text": Value("string"), "label": ClassLabel(names=["x", "y"])})
 )
+THREE_CLASSES = [{"text": text, "label": label} for text, label in ("ax", "by", "cz")]
 MESSAGES = [{"role": "user", "content": "w1"}]
 CHAT = Dataset.from_list([{"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES}] * 2)
 ON_CPU = {"output_dir": "out", "use_cpu": True, "bf16": False, "report_to": "none"}
@@ -104,6 +105,12 @@ def command(*arguments: str) -> None:
 def configured(text: str, *arguments: str) -> None:
     Path("c.yaml").write_text(text, encoding="utf-8")
     command("dpo", "--config", "c.yaml", *arguments)
+
+
+def suspects(rows: list[dict], *arguments: str) -> None:
+    """`prm-hf suspects` on these rows with a model that is not there."""
+    Path("rows.jsonl").write_text(lines(*rows), encoding="utf-8")
+    command("suspects", "rows.jsonl", "--model", "no/model", "--use_cpu", "--bf16", "False", *arguments)
 
 
 def in_file(name: str, content: str | bytes) -> None:

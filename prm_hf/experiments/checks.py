@@ -77,6 +77,7 @@ def check_unused_settings(config: TrainingArguments, what: str, unused: Mapping[
     defaults = defaults_of(type(config))
     for name, reason in unused.items():
         value = getattr(config, name)
+        value = getattr(value, "value", value)  # of an enumeration
         if value not in (None, defaults[name]):
             raise ValueError(f"`{name}` is {value!r}, which {what} does not use: {reason}. Leave it out.")
 

@@ -18,9 +18,11 @@ from transformers.utils import logging
 from trl import ModelConfig
 
 from ..demo import build_demo
-from ..runs.methods import BASELINE, METHODS, OTHER, PRM, Method, parse_method
+from ..runs.methods import BASELINE, METHODS, PRM, Method, parse_method
 from ..runs.write import check_seed
 from ..suspects import fold_of_rows
+from ..suspects.margins import ROW
+from ..suspects.repair import check_repair
 from ..trainers.checks import check_losses
 from ..trainers.config import check_deepspeed_config, check_optimizer, with_help
 from . import OUT_OF_TIME, interruptible
@@ -28,10 +30,10 @@ from .arguments import check_lists, check_ranges, half_decades, help_groups
 from .checks import UNUSED, check_unused_settings
 from .command_line import CommandLine, read_yaml
 from .console import messages_shown, silenced
-from .data import BUILT_IN_WAIT, check_split, digest, load_split, local_name, model_digest
+from .data import BUILT_IN_WAIT, digest, load_split, local_name, model_digest
 from .experiment import BUILT_IN, loading_settings, with_built_in_batch
 from .grid import configure
-from .runner import OutOfTime, Runner, workers_beside
+from .runner import FAILED, OutOfTime, Runner, workers_beside
 from .suspects_grid import SuspectsData, SuspectsGrid
 from .suspects_kinds import KINDS, NOISE_MARKS, Kind
 from .suspects_report import decide_again
@@ -45,9 +47,7 @@ DESCRIPTION = (
 USAGE = "prm-hf suspects [DATA] [--model MODEL] [--output FOLDER] [--config FILE.yaml] [--argument VALUE ...]"
 SHORT = {"--model": "--model_name_or_path", "--output": "--output_dir"}
 # Of the other methods some need a noise rate, other labels or another run, and some end at a time of their own.
-METHODS_THAT_FIND = [
-    name for name, m in METHODS.items() if m.group in (BASELINE, PRM, OTHER) and name != "prm_stopping"
-]
+METHODS_THAT_FIND = [name for name, m in METHODS.items() if m.group in (BASELINE, PRM) and name != "prm_stopping"]
 NOT_USED = {
     **UNUSED,
     "eval_strategy": "the margins of all rows are measured after every epoch",
@@ -260,7 +260,11 @@ def _find_kind(arguments: Sequence[str]) -> str:
 
 
 def _load(name: str, config: str | None, split: str) -> Dataset:
-    check_split(name, split, "dataset_train_split")
+    if Path(name).is_file() and split.split("[")[0] != "train":
+        raise ValueError(
+            f"`dataset_train_split` is {split!r}, and {name} has one split, 'train': leave it out, or name a slice of "
+            "it, as `train[:2000]`."
+        )
     return load_split(name, config, split)
 
 
@@ -321,13 +325,17 @@ def load_data(command: Command) -> SuspectsData:
         if of_model := model_digest(model, model_args.model_revision):
             about["model_digest"] = of_model
     kind.check(rows, f"The rows, {args.dataset_train_split!r} of {name},")
+    if ROW in rows.column_names:
+        raise ValueError(f"{name} has a column {ROW!r}, which is to hold the numbers of rows: rename it.")
+    try:
+        check_repair(rows, args.repair)
+    except ValueError as error:
+        raise ValueError(f"`repair` is {args.repair!r}. {error}") from error
     about["train_digest"] = digest(rows, kind.columns(rows))
     groups = [str(x) for x in rows["group"]] if "group" in rows.column_names else kind.groups(rows)
     # Also in sample, for which they are resampled by
     folds = {} if args.how == "in_sample" else {seed: fold_of_rows(groups, args.folds, seed) for seed in args.seeds}
     truth = next((rows[name][:] for name in NOISE_MARKS if _is_bool(rows, name)), None)
-    if args.repair == "flip" and kind.name == "label" and len(set(rows[kind.columns(rows).completions[0]])) != 2:
-        raise ValueError("`repair` is 'flip', which needs two classes, and the rows have more: use 'drop'.")
     return SuspectsData(kind, name, rows, groups, folds, truth, about)
 
 
@@ -342,10 +350,14 @@ def find(command: Command, deadline: float | None, reports: bool = True) -> int:
     grid.prepare()
     runner = Runner(grid, deadline, command.args.overwrite_runs, command.training_args.disable_tqdm, reports)
     try:
-        return runner.run()
+        code = runner.run()
     except OutOfTime:
         runner.tell(f"\nThe {command.args.max_minutes:g} minutes are over. The same command goes on from here.")
         return OUT_OF_TIME
+    if grid.margins is None:
+        runner.tell("\nNo suspects are written: at every learning rate a run has failed or diverged. Lower it.")
+        return FAILED
+    return code
 
 
 def _find_beside(arguments: list[str], deadline: float | None, threads: int) -> None:
@@ -359,7 +371,7 @@ def main(arguments: list[str]) -> int:
     """Runs the command line.
 
     Returns:
-        The exit code: `OUT_OF_TIME` if runs are left, 1 if an error ended one, otherwise 0.
+        The exit code: `OUT_OF_TIME` if runs are left, `FAILED` if one failed or all suspects are missing, otherwise 0.
     """
     with messages_shown():
         command = parse(arguments)

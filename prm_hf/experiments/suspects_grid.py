@@ -183,16 +183,13 @@ class SuspectsGrid(Grid):
             last = margins[-1][~np.isnan(margins[-1])]
             return float(last.mean() if is_completion else preference_scores(torch.tensor(last)).mean())
 
-        found = {rate: self.margins(rate) for rate in sorted(self.args.learning_rates)}
+        found = {rate: self.out_of_fold(rate) for rate in sorted(self.args.learning_rates)}
         known = {rate: worth(margins) for rate, margins in found.items() if margins is not None}
         return max(known, key=known.get, default=None)
 
-    def margins(self, rate: float) -> np.ndarray | None:
+    def out_of_fold(self, rate: float) -> np.ndarray | None:
         """Margins of all rows out of fold, `(epochs, n)`, the mean over the seeds; None where a run is missing."""
         return self._mean([spec for spec in self.specs if spec.learning_rate == rate], "heldout")
-
-    def in_sample_margins(self) -> np.ndarray | None:
-        return self._mean(self.in_sample, "train")
 
     def _mean(self, specs: list[RunSpec], part: str) -> np.ndarray | None:
         """Of each row the mean margin over the runs that have it in this part, epoch by epoch from the last one."""
@@ -205,33 +202,38 @@ class SuspectsGrid(Grid):
         total = sum(np.nan_to_num(table) for table in tables)
         return np.where(counts > 0, total / np.maximum(counts, 1), np.nan)
 
-    def suspects(self) -> Suspects | None:
-        """What all runs together say; None where runs are missing."""
-        args, data = self.args, self.data
-        rate = args.learning_rates[0] if args.how == "in_sample" else self.best_rate()
-        margins = None if rate is None or args.how == "in_sample" else self.margins(rate)
-        in_sample = self.in_sample_margins()
-        if margins is None and args.how != "in_sample" or in_sample is None and args.how != "out_of_fold":
+    @property
+    def margins(self) -> tuple[float, np.ndarray | None, np.ndarray | None] | None:
+        """Learning rate, margins out of fold and in sample, as far as `how` asks for; None where one is missing."""
+        how = self.args.how
+        rate = self.args.learning_rates[0] if how == "in_sample" else self.best_rate()
+        if rate is None:
             return None
+        out_of_fold = None if how == "in_sample" else self.out_of_fold(rate)
+        in_sample = None if how == "out_of_fold" else self._mean(self.in_sample, "train")
+        is_missing = (out_of_fold is None and how != "in_sample") or (in_sample is None and how != "out_of_fold")
+        return None if is_missing else (rate, out_of_fold, in_sample)
+
+    def report(self, made: list[Made]) -> None:
+        """Writes the suspects, unless a run that they need is missing."""
+        found = self.margins
+        if found is not None:
+            report(self._judge(*found), self.output_dir, self.args, self.data.truth, self.data.kind.model)
+
+    def _judge(self, rate: float, out_of_fold: np.ndarray | None, in_sample: np.ndarray | None) -> Suspects:
+        args, data = self.args, self.data
         settings = {"method": args.method, "learning_rate": rate, "seeds": args.seeds, "folds": args.folds}
         settings |= {"model": data.about["model"], "dataset": data.name, "command": self.command_line}
         return judge_rows(
             data.rows.with_format(None).to_list(),
             args.kind,
-            margins,
+            out_of_fold,
             in_sample,
             groups=data.groups,
             folds=data.folds.get(args.seeds[0]),
             is_antisymmetric=has_two_labels(data.rows, args.kind),
             settings=settings,
         )
-
-    def report(self, made: list[Made]) -> None:
-        suspects = self.suspects()
-        if suspects is None:
-            print("\nNo suspects are written yet: runs are missing, failed or diverged.")
-            return
-        report(suspects, self.output_dir, self.args, self.data.truth, self.data.kind.model)
 
 
 def _read_margins(folder: Path) -> dict[str, list] | None:
