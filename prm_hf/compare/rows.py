@@ -79,9 +79,10 @@ class Row:
         if n > 1:
             return error, "seeds"
         run = next((run for run in self.runs if run.heldout is not None), None)
-        if n and run is not None and len(run.heldout) > 1 and finite(accuracy):
-            return statistics.group_error(run.outcomes(), run.heldout_groups), "examples"
-        return math.nan, ""
+        error = math.nan
+        if n and run is not None and finite(accuracy):
+            error = statistics.group_error(run.outcomes(), run.heldout_groups)
+        return error, "examples" if finite(error) else ""
 
 
 def best(rows: Iterable[Row]) -> Row | None:

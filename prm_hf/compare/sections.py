@@ -22,7 +22,7 @@ from .cells import (
 from .command import command
 from .comparison import Comparison
 from .contrasts import SAME_LR, Contrast
-from .rows import Row, best, format_rate
+from .rows import best, format_rate
 
 
 def as_html(comparisons: list[Comparison], pictures: dict[str, bytes] | None = None) -> str:
@@ -71,11 +71,7 @@ def _verdict(comparison: Comparison) -> str:
 
 def _best_table(comparison: Comparison) -> str:
     """Each method at its most accurate learning rate."""
-    names, has_column = comparison.measures, bool(comparison.recoveries)
-
-    def recovery(row: Row) -> list[str]:
-        return extra_cells(comparison, row)[:has_column]
-
+    names = comparison.measures
     rows = []
     for method, members in comparison.methods().items():
         top = best(members) or members[0]
@@ -83,13 +79,10 @@ def _best_table(comparison: Comparison) -> str:
         rows.append(
             (
                 "",
-                [
-                    _with_chip(comparison, method, name),
-                    *map(page.escape, (rate, seeds, accuracy, noise, kl, *recovery(top))),
-                ],
+                [_with_chip(comparison, method, name), *map(page.escape, (rate, seeds, accuracy, noise, kl))],
             )
         )
-    heads = ["method", "best lr", "seeds", "accuracy", names.noise_label, "KL", *extra_header(comparison)[:has_column]]
+    heads = ["method", "best lr", "seeds", "accuracy", names.noise_label, "KL"]
     caption = f"Each method at its most accurate learning rate. Accuracy: {names.examples}. KL: nats a token."
     return page.table(heads, {0}, rows, caption=caption, kind="compact")
 

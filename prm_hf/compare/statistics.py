@@ -71,9 +71,10 @@ def group_error(values: np.ndarray, groups: np.ndarray | None = None) -> float:
     """Standard error of the mean of `[examples]` values, of which those of one group are not independent.
 
     Args:
-        groups: `[examples]` int, as for `bootstrap_interval`.
+        groups: `[examples]` int, as for `bootstrap_interval`. NaN if they are one.
     """
-    return float(np.sqrt(_two_way_variance(_Grouped(values[None], groups).linear)[0]))
+    variance, df = _two_way_variance(_Grouped(values[None], groups).linear)
+    return math.sqrt(variance) if df else math.nan
 
 
 def bootstrap_interval(
@@ -147,13 +148,16 @@ def ratio_interval(
 
         def towards_zero(r: float) -> float:
             found = left_over(r)
-            return found.low if is_low else found.high
+            return found.mean if not found.known else found.low if is_low else found.high
 
+        def is_beyond(r: float) -> bool:
+            return towards_zero(r) > 0 if is_low else towards_zero(r) < 0
+
+        if is_beyond(ratio) or not towards_zero(ratio):  # no spread: the numerator is a multiple of the denominator
+            return ratio
         near, step = ratio, max(abs(ratio), 0.1)
-        while (towards_zero(ratio + sign * step) > 0) != is_low:
+        while not is_beyond(ratio + sign * step):  # it ends, as the denominator is not 0
             near, step = ratio + sign * step, 2 * step
-            if step > 1e9:
-                return math.nan
         return float(brentq(towards_zero, near, ratio + sign * step, xtol=1e-6))
 
     whole = _interval(top, of_top)

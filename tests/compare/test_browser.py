@@ -130,7 +130,7 @@ def test_a_run_has_the_command_that_repeats_it(visit, report):
 def test_tables_are_tables_to_a_screen_reader(visit, report, size):
     page, _ = visit(report, size)
     page.evaluate("document.querySelectorAll('details').forEach((e) => { e.open = true; })")
-    assert page.get_by_role("table").count() == 4
+    assert page.get_by_role("table").count() == 5
     assert page.get_by_role("table", name="Paired differences in held-out accuracy").get_by_role("row").count() > 5
     assert page.evaluate("[...document.images].every((e) => e.alt)")
     assert page.locator("h1").count() == 1 and page.locator("html").get_attribute("lang") == "en"

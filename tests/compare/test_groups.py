@@ -70,6 +70,15 @@ def test_the_mean_is_that_of_rows_not_of_groups():
     assert statistics.group_error(values[0], groups) == pytest.approx(residuals.std(ddof=1) / np.sqrt(3))
 
 
+def test_one_group_alone_gives_no_interval():
+    values, groups = np.random.default_rng(3).normal(1, 1, (2, 50)), np.zeros(50, int)
+    assert np.isnan(statistics.group_error(values[0], groups))
+    assert not bootstrap_interval(values[:1], groups).known
+    over_seeds = bootstrap_interval(values, groups)  # that of the seeds is left
+    ends = stats.t.interval(0.95, 1, loc=values.mean(), scale=stats.sem(values.mean(axis=1)))
+    assert (over_seeds.low, over_seeds.high) == pytest.approx(ends, rel=1e-5)
+
+
 def test_groups_must_be_one_an_example():
     with pytest.raises(ValueError, match=r"`groups` must be one an example, 3, got \(2,\)"):
         bootstrap_interval(np.ones((1, 3)), np.array([0, 1]))

@@ -53,6 +53,11 @@ def test_a_ratio_of_equal_numbers_and_of_a_multiple():
     assert (half.mean, half.low, half.high) == pytest.approx((0.5, 0.5, 0.5), abs=1e-5)
     turned = ratio_interval(-0.5 * cost, cost)
     assert turned.mean == pytest.approx(-0.5)
+    shifted = ratio_interval(cost + 0.25, cost)  # what is left over at 1 is a constant
+    assert shifted.low < shifted.mean == pytest.approx(1 + 0.25 / cost.mean()) and np.isfinite(shifted.high)
+    pairs = np.array([[1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0]])
+    whole = ratio_interval(pairs, pairs)
+    assert (whole.low, whole.mean, whole.high) == (1, 1, 1)
 
 
 def test_there_is_no_ratio_to_what_may_be_nothing():
