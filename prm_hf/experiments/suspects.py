@@ -265,6 +265,7 @@ def _load(name: str, config: str | None, split: str) -> Dataset:
             f"`dataset_train_split` is {split!r}, and {name} has one split, 'train': leave it out, or name a slice of "
             "it, as `train[:2000]`."
         )
+    disable_progress_bars()  # many short ones, also of the runs
     return load_split(name, config, split)
 
 
@@ -308,8 +309,9 @@ def load_data(command: Command) -> SuspectsData:
     """
     args, model_args = command.args, command.model_args
     logging.set_verbosity_error()
-    disable_progress_bars()
     if args.dataset_name is None:
+        disable_progress_bars()
+        logging.disable_progress_bar()
         if PartialState().is_main_process:
             print(BUILT_IN_WAIT, flush=True)
         demo = build_demo(args.task_seed)

@@ -138,7 +138,7 @@ class SuspectsGrid(Grid):
         config = configure(self.training_args, spec.method, self.args.noise_rate, **own)
         config.run_name = "_".join(filter(None, (config.run_name, folder.parent.name, folder.name)))
         held_out = self._held_out(spec)
-        train = [place for place, row in enumerate(self.prepared[ROW]) if row not in held_out]
+        train = [place for place, row in enumerate(self.prepared[ROW]) if row >= 0 and row not in held_out]
         train_rows = self.prepared.select(train).remove_columns(ROW)
         trainer = self.data.kind.make_trainer(config, train_rows, self.prepared)
         set_up_optimizer(trainer, parse_method(spec.method), spec.seed)
@@ -174,7 +174,7 @@ class SuspectsGrid(Grid):
     def best_rate(self) -> float | None:
         """The learning rate whose models agree most with the labels, as given, of the rows that they have not seen.
 
-        Of completions, whose margins have no natural zero, the one that makes them likeliest. None where a run of
+        Of completions, nearly all of whose margins are above 0, by the mean margin. None where a run of
         every rate is missing, has failed or has diverged.
         """
         is_completion = self.args.kind == "completion"

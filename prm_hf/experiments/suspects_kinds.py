@@ -18,6 +18,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from .. import PRM, PRMDPOConfig, PRMDPOTrainer, PRMSFTConfig, PRMSFTTrainer, flip_preferences
 from ..demo import completion_rows
 from ..noise import corrupt
+from ..suspects.margins import with_other_prompts
 from ..trainers.config import PRMArguments, prm_kwargs, scaled_by_relative_eps, with_help
 from ..trainers.presets import with_preset
 from .experiment import loading_settings
@@ -75,7 +76,7 @@ class Kind(ABC):
         return prompts_of(rows, self.columns(rows))
 
     def prepare(self, rows: Dataset, config: TrainingArguments) -> Dataset:
-        """What all runs can share of the rows; columns that are not known stay. Collective."""
+        """What all runs can share of the rows, whose column `ROW` stays. Collective."""
         return rows
 
     @abstractmethod
@@ -147,6 +148,9 @@ class Completions(Kind):
     @staticmethod
     def columns(rows: Dataset) -> Columns:
         return Columns("prompt", ("completion",), needs_prompt=True, advice="Rename yours in the dataset.")
+
+    def prepare(self, rows: Dataset, config: PRMSFTConfig) -> Dataset:
+        return with_other_prompts(rows)
 
     def make_trainer(self, config: PRMSFTConfig, train: Dataset, rows: Dataset) -> PRMSFTTrainer:
         return PRMSFTTrainer(

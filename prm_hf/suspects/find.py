@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from .files import Suspects, judge_rows
 from .folds import fold_of_rows
-from .margins import ROW, MarginRecorder
+from .margins import ROW, MarginRecorder, with_other_prompts
 
 
 HOW = ("out_of_fold", "in_sample", "both")
@@ -32,8 +32,9 @@ def find_wrong_labels(
 
     Args:
         make_trainer: makes a new trainer, with a new model, of the rows to train on and of rows that must become its
-            `eval_dataset`: all rows, with a column of their numbers, which are measured after every epoch. It is
-            called once for each fold, and once with all rows as those to train on.
+            `eval_dataset`: all rows, with a column of their numbers, which are measured after every epoch; of
+            completions also a copy of each with another prompt. It is called once for each fold, and once with all
+            rows as those to train on.
         dataset: `n` rows with the labels that are doubted.
         how: `"out_of_fold"` trains on all folds but one, for each fold in turn; `"in_sample"` on all rows; `"both"`
             does both.
@@ -66,14 +67,17 @@ def find_wrong_labels(
     kinds = {"preference": "chosen", "completion": "completion"}
     kind = next((kind for kind, column in kinds.items() if column in dataset.column_names), "label")
     groups, measured = _groups_of(dataset, groups), dataset.add_column(ROW, list(range(len(dataset))))
+    if kind == "completion" and "prompt" in dataset.column_names:
+        measured = with_other_prompts(measured)
     fold, margins, in_sample = None, None, None
     if how != "in_sample":
         fold = fold_of_rows(groups, folds, seed)
-        runs = [_train(make_trainer, dataset.select(np.flatnonzero(fold != k)), measured) for k in range(folds)]
+        parts = (dataset.select(np.flatnonzero(fold != k)) for k in range(folds))
+        runs = [_train(make_trainer, part, measured, len(dataset)) for part in parts]
         epochs = min(map(len, runs))
         margins = np.select([fold == k for k in range(folds)], [run[-epochs:] for run in runs])
     if how != "out_of_fold":
-        in_sample = _train(make_trainer, dataset, measured)
+        in_sample = _train(make_trainer, dataset, measured, len(dataset))
     rows = dataset.with_format(None).to_list()
     is_antisymmetric = has_two_labels(dataset, kind)
     return judge_rows(rows, kind, margins, in_sample, groups, fold, is_antisymmetric)
@@ -97,13 +101,15 @@ def _groups_of(dataset: Dataset, groups: str | Sequence[Hashable] | None) -> lis
     return [str(group) for group in groups]
 
 
-def _train(make_trainer: Callable[[Dataset, Dataset], Trainer], train: Dataset, rows: Dataset) -> np.ndarray:
+def _train(
+    make_trainer: Callable[[Dataset, Dataset], Trainer], train: Dataset, rows: Dataset, n_rows: int
+) -> np.ndarray:
     """Margins of a new model after every epoch, `(epochs, n)` float64, NaN for rows that the trainer left out."""
     trainer: Any = make_trainer(train, rows)
     recorder = MarginRecorder(trainer)
     trainer.add_callback(recorder)
     trainer.train()
-    margins = spread(recorder.epochs, recorder.rows, len(rows))
+    margins = spread(recorder.epochs, recorder.rows, n_rows)
     del trainer, recorder
     gc.collect()  # a trainer holds references to itself, by way of its callbacks
     return margins

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..metrics import ClassEvaluation, PairEvaluation, SequenceEvaluation, reward_margins
@@ -18,29 +18,47 @@ from ..runs.write import write_json
 ROW = "row_of_dataset"
 
 
-def row_margins(
-    table: ClassEvaluation | SequenceEvaluation | PairEvaluation,
-    beta: float = 1.0,
-    before: SequenceEvaluation | None = None,
-) -> torch.Tensor:
+def with_other_prompts(rows: Dataset) -> Dataset:
+    """Rows of completions, and after them a copy of each with the prompt of another row.
+
+    What a completion says after its own prompt is compared with what it says after another one, so that margins do not
+    depend on how long or how unusual a completion is.
+
+    Args:
+        rows: `n` rows with the columns `prompt`, `completion` and [`ROW`], the numbers 0 to n - 1.
+
+    Returns:
+        The rows, and copies whose numbers are -1, -2, …, of the rows 0, 1, …; none where all prompts are equal.
+    """
+    columns, n = rows.with_format(None).to_dict(), len(rows)
+    prompts = columns["prompt"]
+    # From the middle of the dataset on, since neighbours may be of one document
+    shifts = [*range(n // 2, n), *range(1, n // 2)]
+    others = [
+        next(((i + k) % n for k in shifts if prompts[(i + k) % n] != prompt), i) for i, prompt in enumerate(prompts)
+    ]
+    kept = [i for i, other in enumerate(others) if other != i]
+    copies = {name: [values[i] for i in kept] for name, values in columns.items()}
+    copies |= {"prompt": [prompts[others[i]] for i in kept], ROW: [-1 - columns[ROW][i] for i in kept]}
+    return concatenate_datasets([rows, Dataset.from_dict(copies, features=rows.features)]) if kept else rows
+
+
+def row_margins(table: ClassEvaluation | SequenceEvaluation | PairEvaluation, beta: float = 1.0) -> torch.Tensor:
     """By how much a model prefers each row's label as it is given. Shape `(n,)`, float64.
 
     Of pairs, the reward margin. Of classes, the logit of the label minus the largest other one. Of completions, the
-    gain in mean log-probability a token over the model `before` training, which takes out how long and how unusual a
-    completion is; without it the mean log-probability itself.
+    mean log-probability of a token.
     """
     if isinstance(table, PairEvaluation):
         return reward_margins(table, beta)
-    if isinstance(table, ClassEvaluation):
-        return table.margin
-    gained = table.logps if before is None else table.logps - before.logps
-    return gained / table.tokens.clamp(min=1)
+    return table.margin if isinstance(table, ClassEvaluation) else table.logps / table.tokens.clamp(min=1)
 
 
 class MarginRecorder(TrainerCallback):
     """Measures the [`row_margins`] of all rows of the trainer's `eval_dataset` after every epoch.
 
-    Collective over processes. For the trainers of pairs (DPO), completions (SFT) and classes, TRL's own included.
+    Collective over processes. For the trainers of pairs (DPO), completions (SFT) and classes, TRL's own included. From
+    the margin of a completion that of its copy [`with_other_prompts`] is subtracted, if there are copies.
 
     Args:
         trainer: The trainer that it is added to. Its `eval_dataset` may have the column [`ROW`].
@@ -63,9 +81,13 @@ class MarginRecorder(TrainerCallback):
             raise ValueError("`packing` puts several rows into one, whose margins can't be told apart: unset it.")
         self.trainer, self.file, self.held_out = trainer, file, frozenset(held_out)
         has_numbers = ROW in rows.column_names
-        self.rows: list[int] = list(rows.with_format(None)[ROW]) if has_numbers else list(range(len(rows)))
+        numbers = list(rows.with_format(None)[ROW]) if has_numbers else list(range(len(rows)))
+        place = {row: i for i, row in enumerate(numbers)}
+        has_copies = any(row < 0 for row in numbers)
+        self.rows: list[int] = [row for row in numbers if row >= 0 and (not has_copies or -1 - row in place)]
+        self._places = [place[row] for row in self.rows]
+        self._copies = [place[-1 - row] for row in self.rows] if has_copies else None
         self._loader = trainer.get_test_dataloader(rows.remove_columns(ROW) if has_numbers else rows)
-        self._before: SequenceEvaluation | None = None
         self._steps: list[int] = []
         self.epochs: list[list[float]] = []
 
@@ -76,14 +98,7 @@ class MarginRecorder(TrainerCallback):
         done = [i for i, step in enumerate(kept.get("steps", [])) if step <= state.global_step]
         self._steps = [kept["steps"][i] for i in done]
         self.epochs = [kept["margins"][i] for i in done]
-        batch = first_batch(self._loader)  # raises errors before a step is taken
-        if "labels" not in batch or batch["labels"].dim() == 1:
-            return
-        if "before" in kept:
-            logps, tokens = (torch.tensor(values) for values in kept["before"])
-            self._before = SequenceEvaluation(logps.double(), None, tokens.long(), None)
-        else:
-            self._before = evaluate_rows(self.trainer, self._loader, needs_drift=False)
+        first_batch(self._loader)  # raises errors before a step is taken
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -91,12 +106,10 @@ class MarginRecorder(TrainerCallback):
         if self._steps and self._steps[-1] == state.global_step:  # a checkpoint at the end of an epoch
             return
         table = evaluate_rows(self.trainer, self._loader, needs_drift=False)
-        margins = row_margins(table, getattr(self.trainer, "beta", 1.0), self._before)
+        found = row_margins(table, getattr(self.trainer, "beta", 1.0))
+        margins = found[self._places] if self._copies is None else found[self._places] - found[self._copies]
         # Six digits, whatever the size: a small margin must not become a tie
         self.epochs.append([float(f"{x:.6g}") for x in margins.tolist()])
         self._steps.append(state.global_step)
         if self.file is not None and args.save_strategy != "no" and state.is_world_process_zero:
-            kept = {"steps": self._steps, "margins": self.epochs}
-            if self._before is not None:
-                kept["before"] = [self._before.logps.tolist(), self._before.tokens.tolist()]
-            write_json(self.file, kept)
+            write_json(self.file, {"steps": self._steps, "margins": self.epochs})

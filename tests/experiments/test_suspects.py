@@ -155,10 +155,8 @@ def test_classes_of_texts_and_of_tables(columns, tmp_path):
 def test_a_run_that_diverges_leaves_no_suspects(flipped, tmp_path, capsys):
     assert run(flipped, tmp_path, "--learning_rates", "1e30", "--how", "out_of_fold") == FAILED
     out = capsys.readouterr().out
-    assert (
-        "diverged at step" in out and "No suspects are written" in out
+    assert "diverged at step" in out and "No suspects are written" in out
     assert not (tmp_path / "suspects.jsonl").exists()
-    )
 
 
 def test_time_that_is_over(flipped, tmp_path, capsys):

@@ -12,7 +12,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from prm_hf import noise
 from prm_hf.metrics import ClassEvaluation, PairEvaluation, SequenceEvaluation, evaluate_classes
 from prm_hf.suspects import MarginRecorder, Suspects, find_wrong_labels, fold_of_rows, judge_rows, row_margins
-from prm_hf.suspects.margins import ROW
+from prm_hf.suspects.margins import ROW, with_other_prompts
 
 from ..tiny import make_model, make_tokenizer, preference_dataset
 
@@ -52,6 +52,33 @@ def test_margins_by_hand():
     assert row_margins(chosen).tolist() == [-1.0, -1.0]
     classes = ClassEvaluation(torch.tensor([True]), torch.tensor([0.1]), torch.tensor([2.0]))
     assert row_margins(classes).tolist() == [2.0]
+
+
+def test_a_completion_is_compared_with_that_of_another_prompt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = completions(6)
+    rows = rows.add_column(ROW, list(range(6)))
+    both = with_other_prompts(rows)
+    assert both.select(range(6)).to_list() == rows.to_list() and len(both) == 12
+    for copy in both.select(range(6, 12)):
+        row = rows[-1 - copy[ROW]]
+        assert copy["completion"] == row["completion"] and copy["prompt"] != row["prompt"]
+        assert copy["prompt"] in rows["prompt"][:]
+    same = Dataset.from_list([{**row, "prompt": "w1"} for row in rows])
+    assert with_other_prompts(same).to_list() == same.to_list()
+
+    trainer = sft_trainer(rows.remove_columns(ROW), both.select([11, 3, 8, 5, 2, 1]))  # the copies of rows 5 and 2
+    recorder = MarginRecorder(trainer)
+    trainer.add_callback(recorder)
+    trainer.train()
+    assert recorder.rows == [5, 2]
+    alone = MarginRecorder(sft_trainer(rows, both.select([5, 2]).remove_columns(ROW)))
+    other = MarginRecorder(sft_trainer(rows, both.select([11, 8]).remove_columns(ROW)))
+    for one in (alone, other):
+        one.trainer = trainer
+        one.on_epoch_end(trainer.args, trainer.state, None)
+    expected = np.subtract(alone.epochs[0], other.epochs[0])
+    assert recorder.epochs[0] == pytest.approx(expected.tolist(), abs=5e-5)  # each is rounded to six digits
 
 
 class Logits(torch.nn.Module):
