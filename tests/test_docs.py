@@ -205,7 +205,7 @@ def test_flags_in_the_text_exist(page):
 EVERYTHING = {
     "optimizer.md": [f.name for f in dataclasses.fields(Hyperparameters)],
     "trainers.md": [f.name for f in dataclasses.fields(PRMArguments) if f.name not in RENAMED],
-    "comparing.md": list(METHODS),
+    "methods.md": list(METHODS),
     "noise.md": list(KINDS),
 }
 

@@ -125,7 +125,7 @@ class Repairs:
             if self.folds
             else {"in_sample": margins}
         )
-        found = estimate_wrong_labels(**known, groups=groups, seed=spec.seed)
+        found = estimate_wrong_labels(**known, groups=groups)
         probabilities = np.zeros(len(rows))
         probabilities[judged] = found.probabilities
         repaired, _ = repair(rows, probabilities, method.repair)

@@ -83,7 +83,7 @@ def check_probabilities(dataset: Dataset | IterableDataset | None, args: DPOConf
     Raises:
         ValueError: the column holds what is no probability, or the loss has no swapped labels, or has them already.
     """
-    if dataset is None or PROBABILITY not in (dataset.column_names or ()):
+    if PROBABILITY not in (getattr(dataset, "column_names", None) or ()):  # what is no dataset is said elsewhere
         return False
     column = f"The column {PROBABILITY!r} of `train_dataset`"
     if not isinstance(dataset, Dataset) or args.accelerator_config.dispatch_batches:
