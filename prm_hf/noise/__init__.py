@@ -11,6 +11,7 @@ require("prm_hf.noise", "datasets")
 
 from .corrupt import corrupt
 from .preferences import flip_preferences
+from .raters import label_by_rater
 
 
-__all__ = ["corrupt", "flip_preferences"]
+__all__ = ["corrupt", "flip_preferences", "label_by_rater"]
