@@ -17,6 +17,7 @@ from trl import ModelConfig, TrlParser
 from prm_hf import cli
 from prm_hf.experiments.dpo import DPOExperiment
 from prm_hf.experiments.experiment import Experiment
+from prm_hf.experiments.pairs import PairsArguments
 from prm_hf.experiments.randomization import Arguments
 from prm_hf.experiments.sft import SFTExperiment
 from prm_hf.runs.methods import parse_method
@@ -63,7 +64,7 @@ def check_call(call: list[str]) -> None:
 def known_flags() -> set[str]:
     """The flags of all commands that the documentation speaks of."""
     classes = {cls for e in EXPERIMENTS.values() for cls in (e.arguments_class, e.config_class)}
-    parsers = [HfArgumentParser(cls) for cls in (*classes, ModelConfig, Arguments)]
+    parsers = [HfArgumentParser(cls) for cls in (*classes, ModelConfig, Arguments, PairsArguments)]
     parsers += [launch_command_parser(), *_subparsers(cli._make_parser())]
     flags = {flag for parser in parsers for flag in parser._option_string_actions} | {"--config"}
     scripts = [script.read_text(encoding="utf-8") for script in (ROOT / "benchmarks").glob("*.py")]
@@ -122,6 +123,8 @@ def _check_prm_hf(arguments: list[str]) -> None:
         _check_script("recipes/sweep.py", arguments[1:])
     elif arguments[0] in EXPERIMENTS:
         _check_experiment(EXPERIMENTS[arguments[0]], arguments[1:])
+    elif arguments[0] == "pairs":
+        _check_script("recipes/pairs.py", arguments[1:])
     else:
         cli._make_parser().parse_args(arguments)
 
@@ -136,6 +139,8 @@ def _check_script(script: str, arguments: list[str]) -> None:
     elif script == mask_search.__name__.replace(".", "/") + ".py":
         recipe = arguments.pop(0) if arguments and arguments[0] in EXPERIMENTS else "dpo"
         _check_experiment(EXPERIMENTS[recipe], arguments, mask_search.VARIANTS)
+    elif script == "recipes/pairs.py":
+        HfArgumentParser(PairsArguments).parse_args(arguments[1:])
     elif script == "recipes/randomization.py":
         HfArgumentParser(Arguments).parse_args(arguments)
     else:

@@ -131,7 +131,8 @@ def make_pairs(args: PairsArguments) -> None:
         ValueError: an argument, a column or an answer is wrong; there is output of other settings; no prompt has both
             a right and a wrong completion.
     """
-    checker, output, state = args.check(), Path(args.output), PartialState()
+    checker, output = args.check(), Path(args.output)
+    state = PartialState(cpu=not torch.accelerator.is_available())
     rows, prompts, answers = _load_rows(args, checker)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     if tokenizer.pad_token_id is None:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from datasets import Dataset
 
-from ..noise import flip_preferences
-from ..noise.raters import check_votes, label_by_rater
+from ..noise import flip_preferences, label_by_rater
+from ..noise.raters import check_votes
 from ..runs.write import RunSpec
 from .arguments import ComparisonArguments
 from .rows import Columns, prompts_of

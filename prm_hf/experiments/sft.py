@@ -46,8 +46,9 @@ class SFTArguments(ComparisonArguments):
             a run is `answer_match`: the share of prompts to which greedy decoding gives the answer of the held-out
             completion. Default: `exact_match`, of the whole completion.
         answer_checker (`str`, *optional*):
-            The same for answers that are not matched but checked: `number` (the last number), `choice` (a letter), or
-            a function of a completion and the held-out one that is true where it is right, as `my_module:is_right`.
+            The same for answers that are not matched but checked: `number` (the last number), `choice` (a letter),
+            `exact` (the whole text), or a function of a completion and the held-out one that is true where it is
+            right, as `my_module:is_right`.
         max_new_tokens (`int`):
             Longest completion that is generated for `answer_match`.
         memorization_max_rows (`int`):

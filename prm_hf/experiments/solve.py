@@ -221,7 +221,7 @@ class Solving:
         shares = {"solve/accuracy": after, "solve/accuracy_before": before}
         first: dict[str, int] = {}
         groups = [first.setdefault(text_of(prompt), i) for i, prompt in enumerate(self.problems.prompts)]
-        margins = {"solve": after, "solve_before": before, "solve_group": groups}
+        margins = {"solve": after, "solve_before": before, "solve_groups": groups}
         return {key: sum(values) / len(values) for key, values in shares.items()}, margins
 
     def _solve(self, trainer: Trainer) -> list[int]:

@@ -14,9 +14,10 @@ require("prm_hf.noise", "datasets")
 
 from .corrupt import corrupt
 from .preferences import flip_preferences
+from .raters import label_by_rater
 
 
-__all__ = ["corrupt", "find_wrong_labels", "flip_preferences"]
+__all__ = ["corrupt", "find_wrong_labels", "flip_preferences", "label_by_rater"]
 
 
 def __getattr__(name: str) -> Any:

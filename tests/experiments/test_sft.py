@@ -8,8 +8,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prm_hf.compare import compare_runs, format_comparison
 from prm_hf.demo import best_completion, build_demo, completion_rows, utility
 from prm_hf.experiments import sft
+from prm_hf.experiments.answers import pattern_checker
 from prm_hf.experiments.rows import check_rows
 from prm_hf.experiments.sft import SFTExperiment
+from prm_hf.experiments.solve import solve
 
 from .comparisons import ON_CPU, ROOT, SHORT, on_files, read, read_lines, stamps
 
@@ -118,22 +120,20 @@ def test_answers_are_those_of_decoding_one_prompt_at_a_time(tmp_path):
     """Left padding, batches sorted by length, and the last match: against plain decoding."""
     model_path = build_demo().model_path
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_path), AutoTokenizer.from_pretrained(model_path)
-    pattern = r"answer ([0-9 ]*\d)"
+    checker = pattern_checker(r"answer ([0-9 ]*\d)")
     rows = completion_rows(build_demo().test).select(range(12))
     expected = []
     for row in rows:
         inputs = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_tensors="pt")
         ids = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        answer, right = sft.answers([tokenizer.decode(ids), row["completion"][0]["content"]], pattern)
-        expected.append(answer == right)
+        expected.append(checker.is_right(tokenizer.decode(ids), row["completion"][0]["content"]))
     assert sum(expected) >= 9  # 98 % of the reference's digits are right
 
     config = sft.PRMSFTConfig(str(tmp_path), use_cpu=True, bf16=False, per_device_eval_batch_size=5)
     trainer = sft.PRMSFTTrainer(model_path, args=config, train_dataset=rows)
-    assert sft.matches_answers(trainer, rows, pattern, 16) == expected
-    assert sft.answers(["a #### 3\n#### 4 ", "none"], "#### (.+)") == ["4", None]
-    with pytest.raises(ValueError, match="is not found in the completion of held-out row 0"):
-        sft.matches_answers(trainer, rows, "#### (.+)", 4)
+    assert solve(trainer, rows["prompt"][:], sft.expected(rows, checker), checker, 16, 5) == expected
+    with pytest.raises(ValueError, match=r"'#### \(.\+\)' in 12 of 12 rows: 0, 1, "):
+        sft.expected(rows, pattern_checker("#### (.+)"))
 
 
 def test_the_real_setting_parses():
@@ -141,7 +141,7 @@ def test_the_real_setting_parses():
     parsed = SFTExperiment.parse(["--config", str(path), *ON_CPU])
     script_args = parsed.script_args
     assert script_args.noise_rate == [0.3] and script_args.seeds == [0, 1, 2] and script_args.as_messages
-    assert sft.answers(["so it is 5.\n#### 5"], script_args.answer_pattern) == ["5"]
+    assert script_args.checker.read("so it is 5.\n#### 5") == "5"
     assert len(script_args.learning_rates) == len(script_args.prm_learning_rates)
     assert parsed.model_args.model_name_or_path == "Qwen/Qwen2.5-0.5B-Instruct"
     assert parsed.training_args.max_length == 512
@@ -152,6 +152,8 @@ def test_the_real_setting_parses():
     [
         (["--methods", "cdpo"], "`methods`: cdpo unknown. Known are adamw, adamw_eps, adamw_embedding"),
         (["--answer_pattern", "####"], "`answer_pattern` must have one group"),
+        (["--answer_pattern", "(a)", "--answer_checker", "number"], "`answer_pattern` and `answer_checker` both say"),
+        (["--answer_checker", "numbers"], "`answer_checker` is 'numbers': .* Did you mean 'number'"),
         (["--max_new_tokens", "0"], "`max_new_tokens` must be at least 1"),
         (["--memorization_max_rows", "0"], "`memorization_max_rows` must be at least 1"),
         (["--model_name_or_path", "somewhere"], "needs a `--dataset_name`"),

@@ -66,7 +66,7 @@ def test_problems_are_solved_as_one_after_another(pairs, place, monkeypatch, no_
         margins, metrics = read(folder / "margins.json"), read(folder / "metrics.json")
         after = solved_one_by_one(AutoModelForCausalLM.from_pretrained(folder))
         assert margins["solve_before"] == before and margins["solve"] == after != before
-        assert margins["solve_group"] == [*range(12), 0]
+        assert margins["solve_groups"] == [*range(12), 0]
         assert metrics["solve/accuracy"] == sum(after) / 13 and metrics["solve/accuracy_before"] == sum(before) / 13
     assert len(compare_runs(sorted((place / "runs").glob("[!.]*"))).rows) == 2  # as a shell names them
 
