@@ -132,9 +132,8 @@ def _conversation(data: dict[str, Any]) -> tuple[list[Part], list[Part], list[Pa
 
 
 def _probability(p: float) -> str:
-    percent = shown_percent(p)
     return (
-        f'<p class="probability"><strong>{percent}</strong> <span class="quiet">likely wrong</span>'
+        f'<p class="probability"><strong>{shown(shown_percent(p))}</strong> <span class="quiet">likely wrong</span>'
         f'<svg viewBox="0 0 100 4" preserveAspectRatio="none" aria-hidden="true">'
         f'<rect class="all" width="100" height="4"/>'
         f'<rect class="part" width="{100 * min(max(p, 0.0), 1.0):.1f}" height="4"/></svg></p>'
@@ -211,4 +210,5 @@ def _sparkline(unseen: list[float], seen: list[float]) -> str:
 
 
 def _signed(x: float) -> str:
-    return f"{x:+.2f}".replace("-", "\u2212")
+    text = f"{x:+.2f}" if abs(x) >= 0.1 or x == 0 else f"{x:+.1g}"
+    return text.replace("-", "\u2212")

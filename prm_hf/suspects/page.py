@@ -101,8 +101,8 @@ def _digest(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def _verdict(summary: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
-    share, low, high = (summary.get(name) for name in ("share_wrong", "share_low", "share_high"))
-    said = f"Of {len(lines):,} labels about {shown_percent(share)} are wrong"
+    low, high = summary.get("share_low"), summary.get("share_high")
+    said = f"Of {len(lines):,} labels about {shown_percent(summary['share_wrong'])} are wrong"
     if low is not None and high is not None:
         said += f", with 95\xa0% confidence between {shown_percent(low)} and {shown_percent(high)}"
     models = {

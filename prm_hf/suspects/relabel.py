@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 from datasets import ClassLabel, Dataset
@@ -20,8 +20,8 @@ from ..runs.text import short
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["preference", "completion", "label"]
-Rows = Sequence[Mapping[str, Any]] | Dataset
+Kind: TypeAlias = Literal["preference", "completion", "label"]
+Rows: TypeAlias = Sequence[Mapping[str, Any]] | Dataset
 LABELS = ("label", "labels")
 _MARKS = ("flipped", "corrupted")  # columns of prm_hf.noise that say which labels are wrong
 

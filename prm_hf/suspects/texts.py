@@ -90,7 +90,8 @@ def _differing(a: str, b: str) -> tuple[list[tuple[int, int]], list[tuple[int, i
     words = [list(_WORD.finditer(text)) for text in (a, b)]
     if max(map(len, words)) > _MOST_WORDS:
         return [], []
-    matcher = difflib.SequenceMatcher(None, *([word[0] for word in found] for found in words), autojunk=False)
+    left, right = ([word[0] for word in found] for found in words)
+    matcher = difflib.SequenceMatcher(None, left, right, autojunk=False)
     if matcher.ratio() < _LEAST_ALIKE:
         return [], []
     changed = [codes[1:] for codes in matcher.get_opcodes() if codes[0] != "equal"]

@@ -155,6 +155,15 @@ def test_the_estimate_and_the_histogram():
     assert "95 to 100 %: 1 rows" in text and "The 3 most suspect rows are below" in text
 
 
+def test_numbers_are_not_rounded_to_what_they_are_not():
+    data = {"prompt": "", "chosen": "a", "rejected": "b"}
+    lines = [line(0, 0.9999, data, [-0.0034], None), line(1, 0.001, data, [-12.345], [0.0]), line(2, 0.0, data)]
+    text = Reader(page_html(ranked(lines), summary())).text.replace("\xa0", " ")
+    for shown_number in ("> 99 % likely", "< 1 % likely", "0 % likely", "fold −0.003", "fold −12.35", "sample +0.00"):
+        assert shown_number in text
+    assert ">>" not in page_html(ranked(lines), summary()).replace("&gt;", "")
+
+
 def classes(labels):
     return ranked([line(i, 0.9, {"text": f"t{i}", "label": label}) for i, label in enumerate(labels)])
 
