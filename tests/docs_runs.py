@@ -41,28 +41,27 @@ SFT = {"sft", "recipes/sft_noisy.py"}
 ON_A_CPU = re.search(r"Without a GPU add `([^`]+)`", (ROOT / "docs" / "getting_started.md").read_text())[1].split()
 ONE_RATE = ["--learning_rates", "1e-3", "--prm_learning_rates", "1e-3", "--seeds", "0", "--max_extensions", "0"]
 STEPS = ["--max_steps", "2", "--max_length", "64", *ON_A_CPU, *ONE_RATE]
-# A configuration of recipes/ has up to 22 methods, and slices of more rows than the stand-ins have.
-OF_CONFIGURATION = ["--methods", "adamw", "prm_debiased", "--noise_rate", "0.3"]
-ROWS = {"recipes/dpo_noisy.py": ["--dataset_train_split", "train"], "dpo": ["--dataset_train_split", "train"]}
-ROWS["recipes/sft_noisy.py"] = ["--dataset_train_split", "train[:30]", "--dataset_test_split", "train[30:]"]
+METHODS = ["--methods", "adamw", "prm_noisy_labels"]  # a configuration of recipes/ has up to 22
+# A configuration of recipes/ also has several rates, and slices of more rows than the stand-ins have.
+DPO_CONFIGURATION = ["--noise_rate", "0.3", "--dataset_train_split", "train"]
+SFT_CONFIGURATION = ["--noise_rate", "0.3", "--dataset_train_split", "train[:30]"]
+SFT_CONFIGURATION += ["--dataset_test_split", "train[30:]", "--max_new_tokens", "4"]
 RANDOMIZATION = ["--models", "vit", "--kinds", "true_labels", "--methods", "adamw", "--max_steps", "2"]
 FILES = ["tests/optim/test_fused.py", "tests/optim/test_gpu.py"]
 QUICK_TESTS = ["--collect-only", "-qq", "-p", "no:cacheprovider", *FILES]
 
 
 def shortened(program: str, arguments: Sequence[str]) -> list[str]:
-    """The command with more arguments, after which it takes seconds. All that it had stay, and come first."""
+    """The command with more arguments, after which it takes seconds. It keeps all that it had, in its order."""
     command, names = [program, *arguments], set(arguments)
     if "--help" in names:
         return command
     if program == "accelerate" and "--config_file" in names:
         command[2:2] = ["--main_process_port", str(_free_port())]
-    if experiment := names & (DPO | SFT):
-        command += STEPS
+    if names & (DPO | SFT):
+        command += STEPS + ([] if "--methods" in names else METHODS)
         if "--config" in names:
-            command += OF_CONFIGURATION + ROWS[experiment.pop()]
-        if names & SFT:
-            command += ["--max_new_tokens", "4"]
+            command += SFT_CONFIGURATION if names & SFT else DPO_CONFIGURATION
         return command
     if names & {"recipes/randomization.py", "randomization"}:
         return command + RANDOMIZATION
