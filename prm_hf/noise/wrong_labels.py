@@ -55,18 +55,21 @@ def estimate_wrong_labels(
     groups: ArrayLike | None = None,
     checked: ArrayLike | None = None,
     antisymmetric: bool = True,
+    seed: int = 0,
 ) -> WrongLabels:
     """Estimate which labels are wrong from the margins by which models prefer them.
 
     Args:
         margins: (n,) or (evaluations, n), by how much a model that did not train on a row prefers its label as given.
-        in_sample: the same of a model that trained on all rows. With `margins` it is a second, weaker witness. Without
-            them it is the only one, and the share is hardly known.
+        in_sample: the same of models that trained on the row, as the other folds' models or one of all rows. Beside
+            `margins` it helps to rank the rows, and the share is that of `margins`. Alone it ranks them, and the share
+            is hardly known.
         groups: (n,), rows that share a group (as a prompt) are not independent of each other.
         checked: (n,), what is known of a label: 1 wrong, 0 right, NaN not looked at. Which rows were looked at may
             depend on their margins, as with the first hundred suspects. Needs antisymmetric `margins`.
         antisymmetric: whether `margins` change their sign with the label, as those of preferences and of two classes
             do. Otherwise they are taken as a mixture of two Gaussians, as `in_sample` is.
+        seed: has no effect, because nothing here is random.
 
     Raises:
         ValueError: a margin is not finite, shapes do not fit, there are no rows, no margin differs from another, or
@@ -88,7 +91,7 @@ def estimate_wrong_labels(
     else:
         log_odds, estimate = _mixture(inner if outer is None else outer, codes)
     if outer is not None and inner is not None:
-        log_odds = log_odds + _second_witness(outer, inner, log_odds)
+        log_odds = _with_second_witness(log_odds, outer, inner)
     log_odds = np.where(np.isnan(known), log_odds, _logit(known))
     return WrongLabels(log_odds, expit(log_odds), *estimate)
 
@@ -214,17 +217,14 @@ def _two_gaussians(s: np.ndarray, share: float) -> tuple[float, np.ndarray]:
     return float((density - np.log(variance) / 2).sum()), log_odds
 
 
-def _second_witness(outer: np.ndarray, inner: np.ndarray, prior: np.ndarray) -> np.ndarray:
-    """What margins in sample add to the log-odds, (n,): Gaussians about a line in `outer`, with two intercepts."""
-    wrong = expit(prior)
-    for _ in range(EM_STEPS):
-        design = np.stack([outer, 1 - wrong, wrong])
-        gram = design @ design.T
-        gram[1, 1], gram[2, 2], gram[1, 2], gram[2, 1] = (1 - wrong).sum(), wrong.sum(), 0.0, 0.0
-        slope, high, low = np.linalg.lstsq(gram, design @ inner, rcond=None)[0]
-        low = min(low, high)
-        rest = inner - slope * outer
-        variance = max((wrong @ (rest - low) ** 2 + (1 - wrong) @ (rest - high) ** 2) / len(rest), 1e-6)
-        added = ((rest - high) ** 2 - (rest - low) ** 2) / (2 * variance)
-        wrong = expit(prior + added)
-    return added
+def _with_second_witness(log_odds: np.ndarray, outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
+    """The same log-odds in the order of a weighted sum of both margins, (n,).
+
+    A model that trained on a row knows its label, so margins in sample can't be read as probabilities. They rank, with
+    half of their correlation with `outer` as the weight: where every label is learnt by heart they say nothing.
+    """
+    correlation = max(0.0, float(np.corrcoef(outer, inner)[0, 1])) if outer.std() > 0 else 0.0
+    order = np.lexsort((log_odds, -(outer + correlation / 2 * inner)))
+    ordered = np.empty_like(log_odds)
+    ordered[order] = np.sort(log_odds)
+    return ordered

@@ -57,6 +57,18 @@ sft() { # sft.md
         --prm_learning_rates 3e-3 1e-2 3e-2 1e-1 --methods adamw prm_per_tensor prm_debiased constant_q
 }
 
+wrong_labels() { # wrong_labels.md
+    folder=runs/wrong_labels_margins
+    python research/wrong_labels.py $folder --schemes full folds5 folds2
+    for task in 0 1 2; do
+        python research/wrong_labels.py $folder --tasks $task --seeds 0 1 2 --schemes full folds5
+    done
+    python research/wrong_labels.py $folder --schemes folds5 --methods adamw_eps:10 --learning_rates 1e-3
+    python research/wrong_labels.py $folder --schemes full --methods adamw_eps:10 --learning_rates 1e-3
+    python research/wrong_labels.py $folder --schemes folds5 --methods prm_rows_eps:10 --learning_rates 3e-3
+    python research/wrong_labels_table.py $folder results/built_in/wrong_labels.json
+}
+
 randomization() { # randomization.md
     python recipes/randomization.py
     python recipes/randomization.py --kinds true_labels partial_labels random_labels --seeds 0 2 3

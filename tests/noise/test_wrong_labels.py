@@ -26,8 +26,8 @@ def auc(scores, wrong):
 @pytest.mark.parametrize("share", [0.05, 0.3])
 @pytest.mark.parametrize("accuracy", [0.75, 0.9])
 def test_interval_covers_the_share(share, accuracy):
-    results = [estimate_wrong_labels(draw(400, share, accuracy, seed)[0]) for seed in range(60)]
-    assert np.mean([x.share_low <= share <= x.share_high for x in results]) >= 0.88  # .95 less 2.5 standard errors
+    results = [estimate_wrong_labels(draw(400, share, accuracy, seed)[0]) for seed in range(40)]
+    assert np.mean([x.share_low <= share <= x.share_high for x in results]) >= 0.86  # .95 less 2.5 standard errors
     assert all(0 <= x.share_low <= x.share_high <= 0.5 for x in results)
 
 
@@ -65,7 +65,7 @@ def test_a_group_counts_as_one_where_its_rows_are_the_same():
 
 
 def test_grouped_interval_covers():
-    draws = [draw(600, 0.2, 0.85, seed, copies=3)[0] for seed in range(50)]
+    draws = [draw(600, 0.2, 0.85, seed, copies=3)[0] for seed in range(40)]
     groups = np.repeat(np.arange(200), 3)
     results = [estimate_wrong_labels(margins, groups=groups) for margins in draws]
     assert np.mean([x.share_low <= 0.2 <= x.share_high for x in results]) >= 0.86
@@ -129,15 +129,16 @@ def test_margins_in_sample_that_say_nothing_change_little():
     alone = estimate_wrong_labels(margins)
     both = estimate_wrong_labels(margins, in_sample=np.random.default_rng(0).normal(size=3000))
     assert auc(both.scores, wrong) > auc(alone.scores, wrong) - 0.005
+    np.testing.assert_allclose(np.sort(both.probabilities), np.sort(alone.probabilities))
 
 
-@pytest.mark.parametrize("arguments", [{"antisymmetric": False}, {"margins": None}])
-def test_two_components_that_are_apart(arguments):
+@pytest.mark.parametrize("is_in_sample", [False, True])
+def test_two_components_that_are_apart(is_in_sample):
     rng = np.random.default_rng(8)
     wrong = rng.random(2000) < 0.2
     margins = rng.normal(np.where(wrong, -7.0, -2.0), 1)
-    inner = {"in_sample": margins} if "margins" in arguments else {}
-    result = estimate_wrong_labels(**{"margins": margins, **arguments, **inner})
+    given = {"in_sample": margins} if is_in_sample else {"margins": margins, "antisymmetric": False}
+    result = estimate_wrong_labels(**given)
     assert result.share_low <= wrong.mean() <= result.share_high and result.share_high - result.share_low < 0.06
     assert auc(result.scores, wrong) > 0.99
 
