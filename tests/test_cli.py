@@ -96,14 +96,16 @@ def test_runs_as_a_module(tmp_path, capsys, monkeypatch):
     assert stopped.value.code == 0 and len(json.loads(capsys.readouterr().out)["rows"]) == 6
 
 
-@pytest.mark.parametrize(("name", "code"), [("dpo", 75), ("sft", 0), ("randomization", None), ("sweep", 1)])
+@pytest.mark.parametrize(
+    ("name", "code"), [("dpo", 75), ("sft", 0), ("randomization", None), ("sweep", 1), ("suspects", 1)]
+)
 def test_experiments_get_their_arguments(name, code, monkeypatch):
     experiment = importlib.import_module(f"prm_hf.experiments.{name}")
     given = []
     monkeypatch.setattr(experiment, "main", lambda arguments: given.append(arguments) or code)
     assert cli.main([name, "--methods", "adamw", "--help"]) == (code or 0)
     assert given == [["--methods", "adamw", "--help"]]
-    assert set(cli.EXPERIMENTS) == {"dpo", "sft", "randomization", "sweep"}
+    assert set(cli.EXPERIMENTS) == {"dpo", "sft", "suspects", "randomization", "sweep"}
 
 
 def test_an_error_on_purpose_is_one_line(capsys):
