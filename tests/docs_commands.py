@@ -20,6 +20,7 @@ from prm_hf.experiments.experiment import Experiment
 from prm_hf.experiments.pairs import PairsArguments
 from prm_hf.experiments.randomization import Arguments
 from prm_hf.experiments.sft import SFTExperiment
+from prm_hf.experiments.suspects import SHORT, SuspectsArguments, in_full
 from prm_hf.runs.methods import parse_method
 from research import mask_search
 
@@ -64,9 +65,9 @@ def check_call(call: list[str]) -> None:
 def known_flags() -> set[str]:
     """The flags of all commands that the documentation speaks of."""
     classes = {cls for e in EXPERIMENTS.values() for cls in (e.arguments_class, e.config_class)}
-    parsers = [HfArgumentParser(cls) for cls in (*classes, ModelConfig, Arguments, PairsArguments)]
+    parsers = [HfArgumentParser(cls) for cls in (*classes, ModelConfig, Arguments, PairsArguments, SuspectsArguments)]
     parsers += [launch_command_parser(), *_subparsers(cli._make_parser())]
-    flags = {flag for parser in parsers for flag in parser._option_string_actions} | {"--config"}
+    flags = {flag for parser in parsers for flag in parser._option_string_actions} | {"--config", *SHORT}
     scripts = [script.read_text(encoding="utf-8") for script in (ROOT / "benchmarks").glob("*.py")]
     return flags | {flag for text in scripts for flag in re.findall(r'"(--\w+)"', text)}
 
@@ -125,6 +126,8 @@ def _check_prm_hf(arguments: list[str]) -> None:
         _check_experiment(EXPERIMENTS[arguments[0]], arguments[1:])
     elif arguments[0] == "pairs":
         _check_script("recipes/pairs.py", arguments[1:])
+    elif arguments[0] == "suspects":
+        _check_suspects(arguments[1:])
     else:
         cli._make_parser().parse_args(arguments)
 
@@ -133,7 +136,10 @@ def _check_script(script: str, arguments: list[str]) -> None:
     _check_file(script)
     if script == "recipes/sweep.py":
         name, *rest = arguments
-        _check_experiment(EXPERIMENTS[name], rest) if name in EXPERIMENTS else _check_script(name, rest)
+        if name in (*EXPERIMENTS, "suspects"):
+            _check_prm_hf(arguments)
+        else:
+            _check_script(name, rest)
     elif script in EXPERIMENTS:
         _check_experiment(EXPERIMENTS[script], arguments)
     elif script == mask_search.__name__.replace(".", "/") + ".py":
@@ -163,6 +169,11 @@ def _check_experiment(experiment: type[Experiment], arguments: list[str], more: 
     parser = TrlParser((experiment.arguments_class, experiment.config_class, ModelConfig))
     for method in parser.parse_args(arguments).methods:
         assert method in more or parse_method(method)
+
+
+def _check_suspects(arguments: list[str]) -> None:
+    parser = TrlParser((SuspectsArguments, DPOExperiment.config_class, ModelConfig))
+    parse_method(parser.parse_args(in_full(arguments)).method)
 
 
 def _check_file(path: str) -> None:

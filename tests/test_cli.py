@@ -97,7 +97,8 @@ def test_runs_as_a_module(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "code"), [("dpo", 75), ("sft", 0), ("randomization", None), ("pairs", 0), ("sweep", 1)]
+    ("name", "code"),
+    [("dpo", 75), ("sft", 0), ("suspects", 1), ("randomization", None), ("pairs", 0), ("sweep", 1)],
 )
 def test_experiments_get_their_arguments(name, code, monkeypatch):
     experiment = importlib.import_module(f"prm_hf.experiments.{name}")
@@ -105,7 +106,7 @@ def test_experiments_get_their_arguments(name, code, monkeypatch):
     monkeypatch.setattr(experiment, "main", lambda arguments: given.append(arguments) or code)
     assert cli.main([name, "--methods", "adamw", "--help"]) == (code or 0)
     assert given == [["--methods", "adamw", "--help"]]
-    assert set(cli.EXPERIMENTS) == {"dpo", "sft", "randomization", "pairs", "sweep"}
+    assert set(cli.EXPERIMENTS) == {"dpo", "sft", "suspects", "pairs", "randomization", "sweep"}
 
 
 def test_an_error_on_purpose_is_one_line(capsys):

@@ -153,7 +153,8 @@ class DPOExperiment(Experiment):
         if spec.method not in EARLY_STOPPING:
             trainer = self._trainer(config, data, train)
             set_pair_loss(trainer, find_method(spec.method))
-            self.solving.before(trainer, data.model_key)
+            if "fold" not in spec.settings:
+                self.solving.before(trainer, data.model_key)
             return trainer
         kept = range(0, len(train), VALIDATION_EVERY)
         validation = (data.train if spec.method == CLEAN else train).select(kept)

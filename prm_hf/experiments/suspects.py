@@ -183,7 +183,7 @@ def parse(arguments: Sequence[str]) -> Command:
         ValueError, TypeError, ImportError: for what is known to fail, or would have no effect.
     """
     line = shlex.join(["prm-hf", "suspects", *arguments])
-    arguments = _in_full(arguments)
+    arguments = in_full(arguments)
     kind = KINDS[_find_kind(arguments)]
 
     def defaults(given: set[str]) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def parse(arguments: Sequence[str]) -> Command:
     return command
 
 
-def _in_full(arguments: Sequence[str]) -> list[str]:
+def in_full(arguments: Sequence[str]) -> list[str]:
     """DATA and the short flags as flags of their full names."""
     words = list(arguments)
     if words and not words[0].startswith("-"):
