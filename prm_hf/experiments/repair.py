@@ -24,7 +24,7 @@ from ..runs.read import read_json
 from ..runs.schema import MARGINS_FILE
 from ..runs.write import RunSpec
 from ..suspects import MarginRecorder, fold_of_rows
-from ..suspects.margins import ROW
+from ..suspects.margins import ROW, with_other_prompts
 from ..suspects.repair import repair
 from ..trainers.memorization import NOISE_COLUMNS
 from .data import Data
@@ -77,6 +77,8 @@ class Repairs:
         is_held = self.folds_of(spec.seed) == spec.settings["fold"]
         held = np.flatnonzero(is_held).tolist()
         measured = rows.select(held).add_column(ROW, held)
+        if not self.grid.experiment.has_pairs:
+            measured = with_other_prompts(measured)
         return dataclasses.replace(self.grid.data, given=rows.select(np.flatnonzero(~is_held)), heldout=measured)
 
     def choose(self, source: str, seed: int, learning_rate: float) -> dict[str, Any]:
@@ -87,7 +89,7 @@ class Repairs:
         runs = {rate: self._runs(source, rate, seed) for rate in self.rates_of(source)}
         runs = {rate: found for rate, found in runs.items() if found and all(run.counts for run in found)}
         if self.folds:
-            # Margins of completions are below 0, and the rate is that at which completions are likeliest
+            # Margins of completions have no sign that says which are wrong: the rate is that of the largest ones
             measure = "agreement" if self.grid.experiment.has_pairs else "margin"
             rate = max(runs, key=lambda rate: sum(run.metrics[measure] for run in runs[rate]), default=None)
         else:
