@@ -139,7 +139,7 @@ def _exact_threshold(noise_rate: float, seed: int, n_rows: int) -> float:
     return float(np.sort(row_uniforms(seed, np.arange(n_rows), _STREAM))[n_flips])
 
 
-def side_pairs(features: Features) -> list[list[str]]:
+def side_pairs(features: Mapping[str, Any]) -> list[list[str]]:
     """The pairs of columns that a flip swaps: `chosen` with `rejected`, and those whose names hold the two words."""
     missing = [name for name in ("chosen", "rejected") if name not in features]
     if missing:
