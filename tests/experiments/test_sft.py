@@ -9,6 +9,7 @@ from prm_hf.compare import compare_runs, format_comparison
 from prm_hf.demo import best_completion, build_demo, completion_rows, utility
 from prm_hf.experiments import sft
 from prm_hf.experiments.answers import pattern_checker
+from prm_hf.experiments.checks import check_experiment
 from prm_hf.experiments.rows import check_rows
 from prm_hf.experiments.sft import SFTExperiment
 from prm_hf.experiments.solve import solve
@@ -162,6 +163,14 @@ def test_the_real_setting_parses():
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         SFTExperiment.parse(arguments)
+
+
+def test_answers_need_whole_weights(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for flag in (["--answer_checker", "exact"], ["--answer_pattern", "(a)"]):
+        with pytest.raises(ValueError, match=f"`{flag[0][2:]}` needs whole weights .*: launch it on one GPU"):
+            check_experiment(SFTExperiment.parse(["--methods", "adamw", *flag]))
+    check_experiment(SFTExperiment.parse(["--methods", "adamw"]))
 
 
 def test_wrong_rows_are_named():
