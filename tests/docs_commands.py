@@ -173,6 +173,7 @@ def _check_experiment(experiment: type[Experiment], arguments: list[str], more: 
 
 def _check_suspects(arguments: list[str]) -> None:
     parser = TrlParser((SuspectsArguments, DPOExperiment.config_class, ModelConfig))
+    arguments = [argument for argument in arguments if argument != "--help"]
     parse_method(parser.parse_args(in_full(arguments)).method)
 
 

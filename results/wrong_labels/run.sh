@@ -56,7 +56,7 @@ pairs() { # eight answers to each of the 3,000 training problems; checked exactl
 }
 
 sft() { # solutions of which 30 % belong to another problem; measured by the held-out problems that are solved
-    python recipes/sweep.py recipes/sft_noisy.py --config recipes/qwen2.5-0.5b/wrong_completions.yaml $minutes $more \
+    python recipes/sweep.py recipes/sft_noisy.py --config recipes/qwen2.5-0.5b/sft_wrong_completions.yaml $minutes $more \
         --model_name_or_path "$model" --dataset_name "$data/gsm8k_sft.train.jsonl" \
         --eval_dataset_name "$data/gsm8k_sft.test.jsonl" --output_dir "$out/sft" \
         --methods $main filter:adamw_eps:10 filter:prm_rows_eps:10

@@ -26,6 +26,7 @@ class FakeTrainer:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         self.accelerator = SimpleNamespace(reduce=lambda tensor, how: tensor)
         self.callbacks: list[TrainerCallback] = []
+        self.callback_handler = self  # whose `callbacks` they are
         self.losses, self.evaluation, self.before_step = losses or {}, evaluation or {}, before_step
         self.resumed = None
 

@@ -229,7 +229,7 @@ def test_data_and_model_are_needed(place, arguments):
 def test_pairs_that_cannot_be_made(place):
     (place / "rows.jsonl").write_text('{"prompt": "formal sort up : 1 2 3 4", "completion": "answer x"}\n')
     with pytest.raises(
-        ValueError, match=r"No prompt of 1 has both .*\(0 are right, 4 wrong, 0 cut off\): raise `samples`"
+        ValueError, match=r"No prompt of 1 has both .*\(0 are right, \d wrong, \d cut off\): raise `samples`"
     ):
         make("pairs.jsonl")
     assert not (place / "pairs.jsonl").exists()
