@@ -109,6 +109,8 @@ class ComparisonGrid(Grid):
         self.rates = {method.name: list(self.grids[method.has_mask]) for method in self.methods}
         self.extensions = 0
         self.repairs = Repairs(self, args.repair_folds)
+        self.running: RunSpec | None = None  # the run that is made
+        self.known: dict[str, float] = {}  # what is known of it before it is trained
         of_data = {"noise_rate": noise_rate, "model": data.model_name, "dataset": data.dataset_name}
         self.info = {**experiment.info(), **of_data, "command": experiment.command_line}
         self.settings = {
@@ -231,7 +233,7 @@ class ComparisonGrid(Grid):
 
     def outcomes(self, trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
         known, of_training_rows = recorded(trainer)
-        if is_fold(self.running):
+        if self.running is not None and is_fold(self.running):
             return known, of_training_rows
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, Interpolation):
