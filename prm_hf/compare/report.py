@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import json
 import math
 import os
@@ -108,39 +110,31 @@ def format_comparison(
 
 
 def align(heads: list[str], rows: list[list[str]], left: set[int]) -> str:
-    """Lines of at most `WIDTH` columns; where they would be longer, the widest left-aligned column is cut with `…`."""
+    """Lines of at most `WIDTH` columns; where they would be longer, the widest left-aligned column is narrowed."""
     table = [[printable(cell) for cell in cells] for cells in (heads, *rows)]
     widths = [max(len(cells[i]) for cells in table) for i in range(len(heads))]
     while sum(widths) + 2 * (len(widths) - 1) > WIDTH:
         widest = max(left, key=lambda i: widths[i])
         widths[widest] -= 1
-    columns = [shorten((cells[i] for cells in table), width) for i, width in enumerate(widths)]
+    columns = [fit([cells[i] for cells in table], width) for i, width in enumerate(widths)]
     lines = []
-    for cells in table:
-        cut = [column[cell] for column, cell in zip(columns, cells, strict=True)]
-        padded = [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cut, widths, strict=True))]
-        lines.append("  ".join(padded).rstrip())
+    for cells in zip(*columns, strict=True):
+        for parts in itertools.zip_longest(*cells, fillvalue=""):
+            padded = [
+                p.ljust(w) if i in left else p.rjust(w) for i, (p, w) in enumerate(zip(parts, widths, strict=True))
+            ]
+            lines.append("  ".join(padded).rstrip())
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def shorten(texts: Iterable[str], width: int) -> dict[str, str]:
-    """Each of these texts in at most `width` characters, cut with `…`, so that different texts stay different.
-
-    Of texts that would look alike a part of what they have in common is left out, in place of their ends.
-    """
-    found = {text: text if len(text) <= width else text[: width - 1] + "…" for text in texts}
-    for _ in range(len(found)):  # each time those that still look alike have more in common
-        alike = [[text for text in found if found[text] == short] for short in set(found.values())]
-        if max(map(len, alike), default=1) == 1:
-            break
-        for group in (group for group in alike if len(group) > 1):
-            common = len(os.path.commonprefix(group))
-            starts = [i for i in range(max(common - width // 3, 1), common) if group[0][i - 1] == " "]  # of words
-            for text in group:
-                tail = "…" + text[min([*starts, common]) :]
-                whole = text[: max(width // 3, width - len(tail))] + tail
-                found[text] = whole if len(whole) <= width else whole[: width - 1] + "…"
-    return found
+def fit(cells: list[str], width: int) -> list[list[str]]:
+    """The lines of each cell of a column: one, cut with `…`, or as many as it takes where others would look alike."""
+    short = {cell: cell if len(cell) <= width else cell[: width - 1] + "…" for cell in cells}
+    looks = collections.Counter(short.values())
+    return [
+        [short[cell]] if looks[short[cell]] == 1 or len(cell) <= width else textwrap.wrap(cell, width)
+        for cell in cells
+    ]
 
 
 def wrap(text: str, first: str = "", rest: str = "") -> str:

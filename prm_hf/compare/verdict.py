@@ -144,8 +144,8 @@ ANSWERS = (
     ),
     Case(
         "unbeaten",
-        lambda f: f.decides.verdict == MORE and f.unbeaten,
-        "Not at this size: {f.lead.name} is {f.decision}.",
+        lambda f: f.decides.verdict == MORE and f.unbeaten and _counted(f.unbeaten, "AdamWs"),
+        "Not at this size: {f.lead.name} is {f.decision}. No frontier beside {it}.",
     ),
     Case(
         "unequal",
@@ -263,6 +263,11 @@ def _in_short(ranked: list[tuple[str, str]]) -> str:
     if words == "ahead of":
         return f"{words} {name} and {len(others)} others"
     return f"{words} {name}, ahead of {ahead or 'none'} of {len(others)} others"
+
+
+def _counted(names: list[str], many: str) -> str:
+    """One name, or how many there are."""
+    return names[0] if len(names) == 1 else f"{len(names)} {many}"
 
 
 def _given_back(found: Recovery) -> str:
