@@ -73,22 +73,18 @@ def _verdict(comparison: Comparison) -> str:
 
 
 def _best_table(comparison: Comparison) -> str:
-    """Each method at its most accurate learning rate."""
+    """Each method at its most accurate learning rate. A phone has room for six columns."""
     names, has_problems = comparison.measures, bool(problems(comparison))
     rows = []
     for method, members in comparison.methods().items():
         top = best(members) or members[0]
         name, rate, seeds, accuracy, noise, _, kl, *_ = row_cells(top)
-        solved = [share(top.mean(SOLVED)[0])] if has_problems else []
-        rows.append(
-            (
-                "",
-                [_with_chip(comparison, method, name), *map(page.escape, (rate, seeds, accuracy, noise, kl, *solved))],
-            )
-        )
-    heads = ["method", "best lr", "seeds", "accuracy", names.noise_label, "KL", *(["solved"] if has_problems else [])]
+        numbers = [accuracy, share(top.mean(SOLVED)[0])] if has_problems else [seeds, accuracy]
+        cells = [_with_chip(comparison, method, name), *map(page.escape, (rate, *numbers, noise, kl))]
+        rows.append(("", cells))
+    heads = ["method", "best lr", *(["accuracy", "solved"] if has_problems else ["seeds", "accuracy"])]
     caption = f"Each method at its most accurate learning rate. Accuracy: {names.examples}. KL: nats a token."
-    return page.table(heads, {0}, rows, caption=caption, kind="compact")
+    return page.table([*heads, names.noise_label, "KL"], {0}, rows, caption=caption, kind="compact")
 
 
 def _with_chip(comparison: Comparison, method: str, name: str) -> str:

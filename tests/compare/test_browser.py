@@ -8,6 +8,7 @@ from prm_hf.runs.methods import find_method
 
 from ..browsers import CONTRAST, OVERFLOWING, SIZES, launched, skip_without_browser, visits
 from .compared_runs import write_run
+from .test_solved import write_problems
 
 
 skip_without_browser()
@@ -86,7 +87,7 @@ def test_names_in_the_legend_are_whole(visit, report, size):
     names = page.locator("svg.marks .role-legend-label text").all_text_contents()
     for method in TWO_STAGES:
         assert find_method(method).label in names
-    assert len(set(names)) == len(names) == 8
+    assert len(set(names)) == len(names) == 9
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -156,6 +157,19 @@ def test_without_scripts_there_is_a_picture(visit, report):
     page, _ = visit(report, java_script_enabled=False)
     assert page.locator("noscript img, .screen img").first.bounding_box()["width"] > 300
     assert page.locator(".verdict").inner_text().startswith("Yes.")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_problems_solved_fit_on_the_screen(visit, tmp_path, size):
+    write_problems(tmp_path / "runs")
+    write_report(compare_runs(tmp_path / "runs"), tmp_path)
+    page, said = visit(tmp_path / "report.html", size)
+    assert bottom(page, ".verdict") < SIZES[size][1] / 2
+    assert "solved" in page.locator("table.compact th").all_inner_texts()
+    page.evaluate("document.querySelectorAll('details').forEach((e) => { e.open = true; })")
+    assert page.get_by_role("table", name="Problems solved").get_by_role("row").count() == 9
+    assert page.evaluate("document.documentElement.scrollWidth") == SIZES[size][0]
+    assert page.evaluate(OVERFLOWING) == [] and said == []
 
 
 def test_the_chart_follows_the_screen(visit, report):
