@@ -9,10 +9,14 @@ from .comparison import Comparison
 from .contrasts import BEST_LR, Contrast
 from .findings import LOST
 from .rows import Row, format_rate
-from .statistics import finite
+from .solved import best_solvers, problems, share_solved
+from .statistics import Interval, finite
 
 
 RECOVERY_HEADER = ["recovery of", "best against best [95 % interval]", "at equal KL"]
+SOLVED_HEADER = [
+    *("problems solved by", "share [95 % interval]", "minus that of", "difference [95 % interval]", "p (Holm)"),
+]
 CONTRAST_HEADER = ["accuracy of", "minus that of", "difference [95 % interval]", "p (Holm)", "so the first is"]
 
 
@@ -33,13 +37,16 @@ _MEASURED = {
 
 def extra_header(comparison: Comparison) -> list[str]:
     """The heads of the columns of `extra_cells`."""
-    return [*(["recovery"] if comparison.recoveries else []), *map(_MEASURED.get, _measured(comparison))]
+    solved = ["solved [95 % interval]"] if problems(comparison) else []
+    return [*(["recovery"] if comparison.recoveries else []), *solved, *map(_MEASURED.get, _measured(comparison))]
 
 
 def extra_cells(comparison: Comparison, row: Row) -> list[str]:
     """What a row has besides `row_cells`: the recovery of its method if it is the best row, and what was measured."""
-    of_row = [r for r in comparison.recoveries if r.kind == BEST_LR and r.row is row and r.ratio]
+    recoveries = [r for r in comparison.recoveries if r.kind == BEST_LR and not r.in_solved]
+    of_row = [r for r in recoveries if r.row is row and r.ratio]
     cells = [f"{of_row[0].ratio.mean:.2f}" if of_row else "-"] if comparison.recoveries else []
+    cells += [interval_text(share_solved(row))] if problems(comparison) else []
     return cells + [(number if name == COST else share)(row.mean(name)[0]) for name in _measured(comparison)]
 
 
@@ -49,11 +56,28 @@ def _measured(comparison: Comparison) -> list[str]:
 
 def recovery_cells(comparison: Comparison) -> list[list[str]]:
     """The table of recoveries, a row a method; empty without any."""
-    rows: dict[str, list[str]] = {}
+    rows: dict[tuple, list[str]] = {}
     for recovery in comparison.recoveries:
         ends = f", KL {recovery.span[0]:.2g}-{recovery.span[1]:.2g}" if recovery.span and recovery.ratio else ""
-        rows.setdefault(recovery.row.method, [recovery.row.name]).append(f"{recovery.text}{ends}")
+        name = f"{recovery.row.name}{', in problems solved' if recovery.in_solved else ''}"
+        rows.setdefault((recovery.row.method, recovery.in_solved), [name]).append(f"{recovery.text}{ends}")
     return [*rows.values()]
+
+
+def solved_cells(comparison: Comparison) -> list[list[str]]:
+    """The table of problems solved, a row a difference, and one of each method without any; empty without problems."""
+    rows = []
+    for row in best_solvers(comparison):
+        of_row = [contrast_cells(contrast)[1:4] for contrast in comparison.solved if contrast.left is row]
+        rows += [[row.label, interval_text(share_solved(row)), *cells] for cells in of_row or [["", "", ""]]]
+    return rows
+
+
+def interval_text(interval: Interval | None) -> str:
+    """`0.512 [0.470, 0.554]`, or the share alone."""
+    if interval is None:
+        return "-"
+    return share(interval.mean) + (f" [{interval.low:.3f}, {interval.high:.3f}]" if interval.known else "")
 
 
 def share(value: float) -> str:
@@ -97,6 +121,7 @@ def footnote(comparison: Comparison) -> str:
     )
     if comparison.recoveries:
         notes.append("recovery: (method - AdamW) / (AdamW on clean labels - AdamW), in accuracy")
+    notes += [f"solved: {of_problems}"] if (of_problems := problems(comparison)) else []
     return f"{words} {'; '.join(notes)}." if notes else words
 
 
@@ -117,3 +142,10 @@ def lost_and_caveats(comparison: Comparison) -> tuple[list[str], list[str]]:
     keys = {case.key for case in LOST}
     lost = [text for key, text in comparison.findings.items() if key in keys]
     return lost, [text for key, text in comparison.findings.items() if key not in keys]
+
+
+def apart_from_command(comparison: Comparison) -> tuple[list[str], str]:
+    """The lines of the verdict, and the command of the last one, which stands alone to be copied; empty without."""
+    *others, last = comparison.verdict
+    words, colon, code = last.partition(": ")
+    return ([*others, f"{words}:"], code) if last.startswith("Next, ") and colon else (comparison.verdict, "")

@@ -21,6 +21,7 @@ _SHAPES = dict(zip("osD^hdpPXv<>*", ("circle", "square", "diamond", "triangle-up
 # Draws each chart for the width and the colours of the screen, again when these change, and copies commands.
 _SCRIPT = """
 const narrow = matchMedia("(max-width: 760px)"), dark = matchMedia("(prefers-color-scheme: dark)");
+const pen = document.createElement("canvas").getContext("2d");
 const charts = [...document.querySelectorAll("[data-chart]")];
 function draw() {
   const ink = dark.matches ? "#e6e8eb" : "#1c1e21", line = dark.matches ? "#33383f" : "#dfe2e6";
@@ -28,14 +29,19 @@ function draw() {
     const spec = JSON.parse(document.getElementById(place.dataset.chart).textContent);
     const colours = dark.matches ? spec.usermeta.dark : spec.usermeta.light;
     if (narrow.matches) spec.title = {text: spec.title, fontSize: 12};
-    spec.height = narrow.matches ? 250 : 380;
+    // As many names of methods a row as are seen whole, and the chart is higher where they take many rows.
+    pen.font = "12px system-ui, sans-serif";
+    const names = spec.usermeta.names, width = place.clientWidth;
+    const longest = 40 + Math.max(...names.map((name) => pen.measureText(name).width));
+    const columns = Math.max(1, Math.min(narrow.matches ? 2 : 4, Math.floor(width / longest)));
+    spec.height = (narrow.matches ? 250 : 380) + 18 * Math.max(0, Math.ceil(names.length / columns) - 3);
     spec.config = {
       background: "transparent", font: "system-ui, sans-serif", view: {stroke: null},
       range: {category: colours, symbol: spec.usermeta.shapes},
       title: {color: ink, fontSize: 14, anchor: "start"},
       axis: {labelColor: ink, titleColor: ink, gridColor: line, domainColor: line, tickColor: line, labelFontSize: 12,
         titleFontSize: 12, titleFontWeight: "normal"},
-      legend: {labelColor: ink, labelFontSize: 12, orient: "bottom", columns: narrow.matches ? 2 : 4, labelLimit: 170,
+      legend: {labelColor: ink, labelFontSize: 12, orient: "bottom", columns, labelLimit: width - 40,
         symbolOpacity: 1},
     };
     const tooltip = {theme: dark.matches ? "dark" : "light"};
@@ -124,6 +130,7 @@ def frontier_spec(comparison: Comparison) -> dict[str, Any] | None:
     spec["usermeta"] = {
         "light": [styles[method][0] for method in methods],
         "dark": [on_dark(styles[method][0]) for method in methods],
+        "names": names,
         "shapes": [_SHAPES[styles[method][1]] for method in methods],
     }
     return spec

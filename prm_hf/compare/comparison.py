@@ -14,6 +14,7 @@ from . import statistics
 from .contrasts import RATE_CONTROLS, Contrast, frontier_contrasts, row_contrasts
 from .recovery import Recovery, find_recoveries
 from .rows import Row, format_rate, make_rows, row_key
+from .solved import solved_contrasts
 
 
 WAY_OUT = "Give the folders of one experiment at a time, or train the runs with the same settings."
@@ -27,6 +28,7 @@ class Comparison:
         runs: the finished ones, whose numbers count.
         lost: those that diverged, failed, are unfinished or cannot be read.
         recoveries: what each method gives back of what wrong labels cost AdamW; none without `adamw_clean`.
+        solved: differences in problems solved, where runs have them.
         apart: where several experiments were given, in what the runs of this one differ from those of the first.
         answer: the key of the answer among `verdict.ANSWERS`.
         verdict: its lines, at most three.
@@ -38,6 +40,7 @@ class Comparison:
     runs: list[Run]
     lost: list[Run] = field(default_factory=list)
     recoveries: list[Recovery] = field(default_factory=list)
+    solved: list[Contrast] = field(default_factory=list)
     apart: list[Difference] = field(default_factory=list)
     answer: str = ""
     verdict: list[str] = field(default_factory=list)
@@ -78,7 +81,7 @@ class Comparison:
 
     @property
     def rivals(self) -> dict[str, list[Row]]:
-        """Rows by method of all that is neither PRM nor AdamW nor a control of one run."""
+        """Rows by method of all but PRM, AdamW, controls of one run, and those with repaired or clean labels."""
         others = self.methods(BASELINE, LOSS, OTHER)
         return {method: rows for method, rows in others.items() if rows != self.baseline}
 
@@ -94,8 +97,9 @@ class Comparison:
         return next((c for c in found if right is None or c.right.method == right), None)
 
     def recovery(self, kind: str, row: Row) -> Recovery | None:
-        """That of a row's method, of a kind."""
-        return next((r for r in self.recoveries if r.kind == kind and r.row.method == row.method), None)
+        """That of a row's method, of a kind, in accuracy."""
+        found = (r for r in self.recoveries if r.kind == kind and not r.in_solved)
+        return next((r for r in found if r.row.method == row.method), None)
 
 
 def build_comparison(runs: list[Run]) -> Comparison:
@@ -122,7 +126,7 @@ def build_comparison(runs: list[Run]) -> Comparison:
             run.heldout_groups = groups
     comparison = Comparison(make_rows(finished, diverged), [], finished, lost)
     comparison.contrasts = [*row_contrasts(comparison), *frontier_contrasts(comparison)]
-    comparison.recoveries = find_recoveries(comparison)
+    comparison.recoveries, comparison.solved = find_recoveries(comparison), solved_contrasts(comparison)
     adjusted = statistics.holm([c.interval.p_value if c.interval else math.nan for c in comparison.contrasts])
     for contrast, p in zip(comparison.contrasts, adjusted, strict=True):
         contrast.p_holm = p

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..runs.methods import BASELINE, PRM, find_method
+from ..runs.methods import BASELINE, PRM, REPAIRED, find_method
 from ..runs.run import Run
 from ..runs.schema import KL
 from . import statistics
@@ -35,6 +35,7 @@ EQUAL_KL = "equal KL"
 EQUAL_KL_MEAN = "equal KL, mean over learning rates"
 FRONTIER = "frontier area"
 CONTROLLED = "control"
+SOLVED_BEST = "problems solved, best learning rates"
 LEAST_RANGE = 2.0  # of the KLs that an area is taken over, the largest by the smallest
 MORE, LESS, LEVEL = "more accurate", "less accurate", "within noise"
 
@@ -92,7 +93,8 @@ class Contrast:
 
 def row_contrasts(comparison: Comparison) -> Iterator[Contrast]:
     """The contrasts of single rows."""
-    baseline, curve, rivals = comparison.baseline, comparison.curve, comparison.rivals
+    baseline, curve = comparison.baseline, comparison.curve
+    rivals = {**comparison.rivals, **comparison.methods(REPAIRED)}
     baseline_best, prm = best(baseline), comparison.methods(PRM)
     # Without PRM among the runs, the other methods are what AdamW is compared with.
     for rows in (prm or rivals).values() if baseline else ():
@@ -100,9 +102,9 @@ def row_contrasts(comparison: Comparison) -> Iterator[Contrast]:
         if lead is None:
             continue
         same = [row for row in baseline if format_rate(row.learning_rate) == format_rate(lead.learning_rate)]
-        yield from (_between(SAME_LR, lead, row) for row in same)
+        yield from (between(SAME_LR, lead, row) for row in same)
         if baseline_best is not None:
-            yield _between(BEST_LR, lead, baseline_best)
+            yield between(BEST_LR, lead, baseline_best)
         at_kl = [
             _at_equal_kl(EQUAL_KL, [row], curve) for row in (lead, *(r for r in rows if r is not lead and r.runs))
         ]
@@ -110,7 +112,7 @@ def row_contrasts(comparison: Comparison) -> Iterator[Contrast]:
         covered = [contrast.left for contrast in at_kl if contrast.interval]
         if len(covered) > 1:
             yield _at_equal_kl(EQUAL_KL_MEAN, covered, curve)
-    yield from (_between(CONTROLLED, row.source, row) for row in comparison.rows if row.source is not None)
+    yield from (between(CONTROLLED, row.source, row) for row in comparison.rows if row.source is not None)
     lead = best(row for rows in prm.values() for row in rows)
     if lead is None and not baseline:
         lead = best(comparison.rows)
@@ -118,23 +120,25 @@ def row_contrasts(comparison: Comparison) -> Iterator[Contrast]:
         for method, rows in rivals.items():
             rival = best(rows)
             if rival is not None and method != lead.method:
-                yield _between(BEST_LR, lead, rival)
+                yield between(BEST_LR, lead, rival)
 
 
 def frontier_contrasts(comparison: Comparison) -> list[Contrast]:
     """The area of each method's curve against AdamW's, and of each PRM method's against the best of the rivals'.
 
-    Where that is no AdamW, the AdamW with the best area is a rival too.
+    Where that is no AdamW, the AdamW with the best area is a rival too; and the best method with repaired labels is.
     """
     if not comparison.baseline:
         return []
-    rivals, prm = comparison.rivals, comparison.methods(PRM)
+    prm, repaired = comparison.methods(PRM), comparison.methods(REPAIRED)
+    rivals = {**comparison.rivals, **repaired}
     contrasts = [_areas(rows, comparison.curve) for rows in (*prm.values(), *rivals.values()) if len(rows) > 1]
     means = {c.left.method: c.interval.mean for c in contrasts if c.interval and not c.missing}
     ranked = sorted(means.keys() & rivals, key=lambda method: (-means[method], method))
     # An AdamW that does worse than AdamW itself is no rival.
     adamw = [method for method in ranked if rivals[method][0].group == BASELINE and means[method] > 0]
-    for rival in dict.fromkeys([*ranked[:1], *adamw[:1]]):
+    others, mended = ([m for m in ranked if (m in repaired) == is_mended] for is_mended in (False, True))
+    for rival in dict.fromkeys([*others[:1], *adamw[:1], *mended[:1]]):
         contrasts += [_areas(rows, rivals[rival], best(rivals[rival])) for rows in prm.values() if len(rows) > 1]
     return contrasts
 
@@ -170,7 +174,7 @@ def frontier_difference(
     if isinstance(found, str):
         return found
     heights, span = found
-    return interval_of(heights[0] - heights[1], mine), span
+    return interval_of(heights[0] - heights[1], mine, outcomes), span
 
 
 def mean_heights(
@@ -202,15 +206,21 @@ def mean_heights(
     return flat.reshape(len(heights), len(curves), -1).swapaxes(0, 1), span
 
 
-def groups_of(rows: list[Row], examples: int) -> np.ndarray | None:
-    """`[examples]`: which held-out examples of these rows' runs belong together; None where that is not known."""
-    found = (run.heldout_groups for row in rows for run in row.runs if run.heldout_groups is not None)
-    return next((groups for groups in found if len(groups) == examples), None)
+def groups_of(rows: list[Row], examples: int, outcomes: Outcomes = Run.outcomes) -> np.ndarray | None:
+    """`[examples]`: which examples of these rows' runs belong together; None where that is not known.
+
+    They are held-out examples, or the problems where the outcomes are `Run.solutions`.
+    """
+    name = "solved_groups" if outcomes is Run.solutions else "heldout_groups"
+    found = (getattr(run, name) for row in rows for run in row.runs)
+    return next((groups for groups in found if groups is not None and len(groups) == examples), None)
 
 
-def interval_of(values: np.ndarray, rows: list[Row]) -> Interval:
-    """The interval of a difference of accuracies, `[seeds, examples]`, of the runs of these rows."""
-    return statistics.bootstrap_interval(values, groups_of(rows, values.shape[1]), bounds=(-1.0, 1.0))
+def interval_of(
+    values: np.ndarray, rows: list[Row], outcomes: Outcomes = Run.outcomes, least: float = -1.0
+) -> Interval:
+    """The interval of a difference of shares, `[seeds, examples]`, of the runs of these rows; of a share from 0 on."""
+    return statistics.bootstrap_interval(values, groups_of(rows, values.shape[1], outcomes), bounds=(least, 1.0))
 
 
 def _kls(runs: list[Run]) -> np.ndarray:
@@ -230,22 +240,23 @@ def stack(outcomes: list[np.ndarray]) -> np.ndarray:
     return np.stack(outcomes)
 
 
-def _between(kind: str, left: Row, right: Row) -> Contrast:
+def between(kind: str, left: Row, right: Row, outcomes: Outcomes = Run.outcomes) -> Contrast:
     """Left minus right over the seeds that both have."""
-    of_right = {run.seed: run.outcomes() for run in right.runs}
-    pairs = [(run.outcomes(), of_right.get(run.seed)) for run in left.runs]
+    of_right = {run.seed: outcomes(run) for run in right.runs}
+    pairs = [(outcomes(run), of_right.get(run.seed)) for run in left.runs]
     differences = [np.subtract(*stack(pair)) for pair in pairs if not any(values is None for values in pair)]
     against = right.label
     if right.method in RATE_CONTROLS:
         adamw = find_method(left.kind.baseline).label
         against = f"{right.kind.label} ({adamw} at {format_rate(right.learning_rate)})"
     else:
-        against += {SAME_LR: " (same rate: a larger step)", BEST_LR: " (its best)"}.get(kind, "")
+        words = {SAME_LR: "same rate: a larger step", BEST_LR: "its best", SOLVED_BEST: "its best"}
+        against += f" ({words[kind]})" if kind in words else ""
     if not differences:
         return Contrast(kind, left, right, against, missing="no shared seed")
     partly = len(differences) < max(len(left.runs), len(right.runs))
     note = f"over the {len(differences)} seed(s) that both have" if partly else ""
-    return Contrast(kind, left, right, against, interval_of(stack(differences), [left]), note)
+    return Contrast(kind, left, right, against, interval_of(stack(differences), [left], outcomes), note)
 
 
 def _at_equal_kl(kind: str, rows: list[Row], baseline: list[Row]) -> Contrast:

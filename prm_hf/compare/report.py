@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import json
 import math
 import os
@@ -13,12 +15,14 @@ from typing import Any
 
 from ..runs.read import load_runs
 from ..runs.run import DIVERGED, FAILED, UNREADABLE
-from ..runs.schema import VERSION
+from ..runs.schema import SOLVED_BEFORE, VERSION
 from ..runs.text import printable
 from . import plots
 from .cells import (
     CONTRAST_HEADER,
     RECOVERY_HEADER,
+    SOLVED_HEADER,
+    apart_from_command,
     contrast_cells,
     extra_cells,
     extra_header,
@@ -27,6 +31,7 @@ from .cells import (
     recovery_cells,
     row_cells,
     row_header,
+    solved_cells,
     told_apart,
 )
 from .comparison import Comparison, build_comparison, build_comparisons
@@ -34,6 +39,7 @@ from .contrasts import Contrast
 from .recovery import Recovery
 from .rows import Row
 from .sections import as_html
+from .solved import best_solvers, share_solved
 from .statistics import Interval, finite
 from .verdict import judge
 
@@ -104,18 +110,31 @@ def format_comparison(
 
 
 def align(heads: list[str], rows: list[list[str]], left: set[int]) -> str:
-    """Lines of at most `WIDTH` columns; where they would be longer, the widest left-aligned column is cut with `…`."""
+    """Lines of at most `WIDTH` columns; where they would be longer, the widest left-aligned column is narrowed."""
     table = [[printable(cell) for cell in cells] for cells in (heads, *rows)]
     widths = [max(len(cells[i]) for cells in table) for i in range(len(heads))]
     while sum(widths) + 2 * (len(widths) - 1) > WIDTH:
         widest = max(left, key=lambda i: widths[i])
         widths[widest] -= 1
+    columns = [fit([cells[i] for cells in table], width) for i, width in enumerate(widths)]
     lines = []
-    for cells in table:
-        cut = [c if len(c) <= w else c[: w - 1] + "…" for c, w in zip(cells, widths, strict=True)]
-        padded = [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cut, widths, strict=True))]
-        lines.append("  ".join(padded).rstrip())
+    for cells in zip(*columns, strict=True):
+        for parts in itertools.zip_longest(*cells, fillvalue=""):
+            padded = [
+                p.ljust(w) if i in left else p.rjust(w) for i, (p, w) in enumerate(zip(parts, widths, strict=True))
+            ]
+            lines.append("  ".join(padded).rstrip())
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def fit(cells: list[str], width: int) -> list[list[str]]:
+    """The lines of each cell of a column: one, cut with `…`, or as many as it takes where others would look alike."""
+    short = {cell: cell if len(cell) <= width else cell[: width - 1] + "…" for cell in cells}
+    looks = collections.Counter(short.values())
+    return [
+        [short[cell]] if looks[short[cell]] == 1 or len(cell) <= width else textwrap.wrap(cell, width)
+        for cell in cells
+    ]
 
 
 def wrap(text: str, first: str = "", rest: str = "") -> str:
@@ -125,33 +144,35 @@ def wrap(text: str, first: str = "", rest: str = "") -> str:
 
 
 def _parts(comparison: Comparison, table: Callable[[list[str], list[list[str]], set[int]], str]) -> tuple[str, ...]:
-    """The tables of rows, of what else was measured of them, of contrasts and of recoveries, as `table` writes heads,
-    cells and left columns. All but the first may be empty.
+    """The tables of rows, of what else was measured of them, of contrasts, of recoveries and of problems solved, as
+    `table` writes heads, cells and left columns. All but the first may be empty.
     """
     more = [[*row_cells(row)[:2], *extra_cells(comparison, row)] for row in comparison.rows]
     extra = extra_header(comparison)
     contrasts, recoveries = list(map(contrast_cells, comparison.contrasts)), recovery_cells(comparison)
+    solved = solved_cells(comparison)
     return (
         table(row_header(comparison), list(map(row_cells, comparison.rows)), {0}),
         table(["method", "lr", *extra], more, {0}) if extra else "",
         table(CONTRAST_HEADER, contrasts, {0, 1, 4}) if contrasts else "",
         table(RECOVERY_HEADER, recoveries, {0, 1, 2}) if recoveries else "",
+        table(SOLVED_HEADER, solved, {0, 2}) if solved else "",
     )
 
 
 def plain_text(comparisons: list[Comparison], verbose: bool = False) -> str:
     texts = []
     for i, comparison in enumerate(comparisons):
-        rows, extra, contrasts, recoveries = _parts(comparison, align)
+        rows, extra, *others = _parts(comparison, align)
         lost, caveats = lost_and_caveats(comparison)
         if caveats and not verbose:
             caveats = [f"{len(caveats)} caveats apply: `prm-hf compare --verbose` lists them."]
         title = map(wrap, filter(None, told_apart(comparisons, i)))
-        # A command is to be copied, and is not wrapped.
-        verdict = "\n".join(printable(x) if x.startswith("Next, ") else wrap(x) for x in comparison.verdict)
+        lines, command = apart_from_command(comparison)
+        verdict = "\n".join(map(wrap, lines)), printable(command)  # which is to be copied, and is not wrapped
         remarks = "\n".join(wrap(text, "- ", "  ") for text in (*lost, *caveats))
         notes = wrap(footnote(comparison)), extra if verbose else ""
-        parts = *title, verdict, rows, *notes, contrasts, recoveries, remarks
+        parts = *title, *verdict, rows, *notes, *others, remarks
         texts.append("\n\n".join(filter(None, parts)))
     return "\n\n\n".join(texts) + "\n"
 
@@ -179,8 +200,9 @@ def markdown(comparisons: list[Comparison]) -> str:
 
 
 def _verdict_in_markdown(comparison: Comparison) -> list[str]:
-    answer, *others = map(_as_typed, comparison.verdict)
-    return [f"**{answer}**", *others]
+    lines, command = apart_from_command(comparison)
+    answer, *others = map(_as_typed, lines)
+    return [f"**{answer}**", *others, f"    {printable(command)}" if command else ""]
 
 
 def _as_typed(text: str) -> str:
@@ -205,6 +227,8 @@ def _comparison_as_dict(comparison: Comparison) -> dict[str, Any]:
         "rows": list(map(_row_as_dict, comparison.rows)),
         "contrasts": list(map(_contrast_as_dict, comparison.contrasts)),
         **({"recoveries": list(map(_recovery_as_dict, comparison.recoveries))} if comparison.recoveries else {}),
+        **({"solved": list(map(_solved_as_dict, best_solvers(comparison)))} if best_solvers(comparison) else {}),
+        **({"solved_contrasts": list(map(_contrast_as_dict, comparison.solved))} if comparison.solved else {}),
         "runs": [
             {key: getattr(run, key) for key in keys} | ({} if run.finished else {"diverged": run.problem})
             for run in (*comparison.runs, *comparison.ended(DIVERGED))
@@ -254,12 +278,24 @@ def _contrast_as_dict(contrast: Contrast) -> dict[str, Any]:
 
 
 def _recovery_as_dict(recovery: Recovery) -> dict[str, Any]:
-    found = {"kind": recovery.kind, "method": recovery.row.method, "name": recovery.row.name}
-    for name in ("ratio", "gain", "cost"):
-        interval = getattr(recovery, name)
-        ends = {key: getattr(interval, key) for key in ("mean", "low", "high", "seeds", "groups")} if interval else {}
-        found[name] = {key: value if finite(value) else None for key, value in ends.items()} or None
+    measure = "problems solved" if recovery.in_solved else "accuracy"
+    found = {"kind": recovery.kind, "measure": measure, "method": recovery.row.method, "name": recovery.row.name}
+    found |= {name: _interval_as_dict(getattr(recovery, name)) for name in ("ratio", "gain", "cost")}
     return {**found, "kl": recovery.span, "missing": recovery.missing}
+
+
+def _solved_as_dict(row: Row) -> dict[str, Any]:
+    """A method at the learning rate at which it solves the most problems."""
+    found = {"method": row.method, "name": row.label, "learning_rate": row.learning_rate}
+    before = row.mean(SOLVED_BEFORE)[0]
+    return {**found, "share": _interval_as_dict(share_solved(row)), "before": before if finite(before) else None}
+
+
+def _interval_as_dict(interval: Interval | None) -> dict[str, Any] | None:
+    if interval is None:
+        return None
+    ends = {key: getattr(interval, key) for key in ("mean", "low", "high", "seeds", "groups")}
+    return {key: value if finite(value) else None for key, value in ends.items()}
 
 
 def _strict(value: Any) -> Any:

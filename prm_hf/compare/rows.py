@@ -85,10 +85,15 @@ class Row:
         return error, "examples" if finite(error) else ""
 
 
-def best(rows: Iterable[Row]) -> Row | None:
-    """The row with the highest accuracy, of equal ones that with the smaller KL; None if no accuracy is known."""
-    rows = [row for row in rows if finite(row.accuracy)]
-    return max(rows, key=lambda row: (row.accuracy, -row.mean(KL)[0]), default=None)
+def best(rows: Iterable[Row], name: str = "") -> Row | None:
+    """The row with the highest accuracy, of equal ones that with the smaller KL; None if no accuracy is known.
+
+    Args:
+        name: a metric that counts in place of the accuracy.
+    """
+    heights = [(row.mean(name or row.measures.accuracy)[0], row) for row in rows]
+    known = [(height, -row.mean(KL)[0], row) for height, row in heights if finite(height)]
+    return max(known, key=lambda entry: entry[:2], default=(None,))[-1]
 
 
 def row_key(run: Run) -> tuple[str, str]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 
 from ..runs.methods import CONTROL
+from ..runs.schema import SOLVED
 from . import chart, page, plots
 from .cells import (
     CONTRAST_HEADER,
     RECOVERY_HEADER,
+    SOLVED_HEADER,
+    apart_from_command,
     contrast_cells,
     extra_cells,
     extra_header,
@@ -17,12 +20,15 @@ from .cells import (
     recovery_cells,
     row_cells,
     row_header,
+    share,
+    solved_cells,
     told_apart,
 )
 from .command import command
 from .comparison import Comparison
 from .contrasts import SAME_LR, Contrast
 from .rows import best, format_rate
+from .solved import problems
 
 
 def as_html(comparisons: list[Comparison], pictures: dict[str, bytes] | None = None) -> str:
@@ -59,32 +65,26 @@ def _first_screen(comparison: Comparison, title: str, apart: str, pictures: dict
 
 
 def _verdict(comparison: Comparison) -> str:
-    answer, *others = comparison.verdict
+    (answer, *others), code = apart_from_command(comparison)
     word, _, rest = answer.partition(": ")
     lines = [f"<p><strong>{page.escape(word)}.</strong> {page.escape(rest)}</p>" if rest else page.tag("p", answer)]
-    for line in others:
-        before, colon, code = line.partition(": ")
-        is_command = line.startswith("Next, ") and colon
-        lines.append(f"<p>{page.escape(before)}:</p>{page.command(code)}" if is_command else page.tag("p", line))
+    lines += [*(page.tag("p", line) for line in others), page.command(code) if code else ""]
     return f'<div class="verdict {page.escape(comparison.answer)}" role="status">{"".join(lines)}</div>'
 
 
 def _best_table(comparison: Comparison) -> str:
-    """Each method at its most accurate learning rate."""
-    names = comparison.measures
+    """Each method at its most accurate learning rate. A phone has room for six columns."""
+    names, has_problems = comparison.measures, bool(problems(comparison))
     rows = []
     for method, members in comparison.methods().items():
         top = best(members) or members[0]
         name, rate, seeds, accuracy, noise, _, kl, *_ = row_cells(top)
-        rows.append(
-            (
-                "",
-                [_with_chip(comparison, method, name), *map(page.escape, (rate, seeds, accuracy, noise, kl))],
-            )
-        )
-    heads = ["method", "best lr", "seeds", "accuracy", names.noise_label, "KL"]
+        numbers = [accuracy, share(top.mean(SOLVED)[0])] if has_problems else [seeds, accuracy]
+        cells = [_with_chip(comparison, method, name), *map(page.escape, (rate, *numbers, noise, kl))]
+        rows.append(("", cells))
+    heads = ["method", "best lr", *(["accuracy", "solved"] if has_problems else ["seeds", "accuracy"])]
     caption = f"Each method at its most accurate learning rate. Accuracy: {names.examples}. KL: nats a token."
-    return page.table(heads, {0}, rows, caption=caption, kind="compact")
+    return page.table([*heads, names.noise_label, "KL"], {0}, rows, caption=caption, kind="compact")
 
 
 def _with_chip(comparison: Comparison, method: str, name: str) -> str:
@@ -107,6 +107,7 @@ def _details(comparison: Comparison, pictures: dict[str, bytes]) -> list[str]:
         page.details("All learning rates", _row_table(comparison)),
         page.details("Paired differences in accuracy", _contrast_table(comparison) if comparison.contrasts else ""),
         page.details("Recovery of what wrong labels cost", _recovery_table(comparison)),
+        page.details("Problems solved", _solved_table(comparison)),
         page.details("Over the steps of training", figures.get("curves", "")),
         page.details("The mask over the steps", figures.get("mask", "")),
         page.details("Runs, and the command that repeats each", again + _run_table(comparison)),
@@ -156,9 +157,19 @@ def _contrast_table(comparison: Comparison) -> str:
 
 def _recovery_table(comparison: Comparison) -> str:
     rows = [("", list(map(page.escape, cells))) for cells in recovery_cells(comparison)]
-    note = "(method - AdamW) / (AdamW on clean labels - AdamW), in held-out accuracy: 1 is what clean labels give."
+    note = (
+        "(method - AdamW) / (AdamW on clean labels - AdamW), in held-out accuracy where nothing else is said: "
+        "1 is what clean labels give."
+    )
     caption = "What each method gives back of what wrong labels cost AdamW"
     return page.table(RECOVERY_HEADER, {0, 1, 2}, rows, caption=caption) + page.quiet(note) if rows else ""
+
+
+def _solved_table(comparison: Comparison) -> str:
+    rows = [("", list(map(page.escape, cells))) for cells in solved_cells(comparison)]
+    note = page.quiet(f"Share: {problems(comparison)}. Intervals are over seeds and problems.")
+    caption = "Problems solved, each method at the learning rate at which it solves the most"
+    return page.table(SOLVED_HEADER, {0, 2}, rows, caption=caption) + note if rows else ""
 
 
 def _interval_picture(contrast: Contrast, reach: float) -> str:

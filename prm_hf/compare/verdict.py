@@ -1,21 +1,26 @@
-"""What a comparison shows: a verdict of at most three lines, each from a table of cases.
+"""What a comparison shows: a verdict of at most three short lines, each from a table of cases.
 
 The number that decides is the frontier area of the PRM method at equal KL, minus that of the AdamW that PRM is least
 known to be ahead of: no learning rate is picked for it. No method is called better where the 95 % interval of the
 difference holds 0, or where there is no interval.
+
+It is about PRM on the labels as they are. A method that repairs labels and trains again costs several trainings, and
+is no opponent: it is named where it is known to be ahead of PRM.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..runs.methods import BASELINE, CEILING, PRM
+from ..runs.methods import BASELINE, CEILING, PRM, REPAIRED
 from ..runs.run import DIVERGED
 from .command import command, more_seeds, wider_rates
 from .comparison import Comparison
 from .contrasts import BEST_LR, CONTROLLED, FRONTIER, LESS, LEVEL, MORE, Contrast
 from .findings import CAVEATS, LOST, Case, edge_of, say
+from .recovery import Recovery
 from .rows import Row, best
+from .statistics import Interval
 
 
 SEEDS = 5
@@ -57,6 +62,11 @@ class Facts:
         # What PRM and the best-tuned AdamW give back of it.
         leads = (row and comparison.recovery(BEST_LR, row) for row in (self.lead, self.adamw))
         self.back, self.adamw_back = (found if found and found.gain else None for found in leads)
+        # The most accurate method with repaired labels that is known to be ahead of the lead.
+        repaired = comparison.methods(REPAIRED).values() if self.lead else ()
+        known = {best(rows): c for rows in repaired if best(rows) and (c := self._deciding(rows)) and c.known}
+        self.repaired = best(row for row, c in known.items() if c.verdict == LESS)
+        self.ahead_by = known.get(self.repaired)
 
     def _deciding(self, rows: list[Row]) -> Contrast | None:
         """The contrast that says how the lead's method stands beside another: none where they share no seed."""
@@ -71,27 +81,50 @@ class Facts:
         return next(iter(known), next(iter(found), None)) if method != self.lead.method else None
 
     @property
-    def standing(self) -> str:
-        """`ahead of AdamW, level with AdamW eps 10`: every opponent is named."""
-        words = {MORE: "ahead of", LEVEL: "level with", LESS: "behind", "": "not known to be ahead of"}
-        names = {key: [] for key in words}
+    def ranked(self) -> list[tuple[str, str]]:
+        """Of each opponent the words for how the lead stands beside it, and its name; the strongest first."""
+        words = {LESS: "behind", "": "not known to be ahead of", LEVEL: "level with", MORE: "ahead of"}
+        order, found = [*words], []
         for name, contrast in self.against.items():
-            names[contrast.verdict if contrast and contrast.known else ""].append(name)
-        return ", ".join(f"{word} {' and '.join(names[key])}" for key, word in words.items() if names[key])
+            key = contrast.verdict if contrast and contrast.known else ""
+            found.append((order.index(key), contrast.interval.mean if key else 0.0, words[key], name))
+        return [entry[2:] for entry in sorted(found, key=lambda entry: entry[:2])]
 
     @property
-    def number(self) -> str:
-        """The number that decides, for people."""
-        return f"{self.decides.text} beside {self.nearest} at equal KL"
+    def standing(self) -> str:
+        """`level with AdamW eps 10, ahead of AdamW`: the strongest one is named, more than two are counted."""
+        return _in_short(self.ranked)
 
     @property
-    def points(self) -> tuple[float, float, str]:
-        """Of 100 held-out examples how many more the lead has right than AdamW at its best rate, how many more AdamW
-        would without wrong labels, and in words what the best-tuned AdamW has, where that is another.
+    def decision(self) -> str:
+        """`level with AdamW eps 10 at equal KL, +0.010 [-0.008, +0.028]`, and how it stands beside the others."""
+        ((words, name),) = [entry for entry in self.ranked if entry[1] == self.nearest]
+        others = [entry for entry in self.ranked if entry[1] != self.nearest]
+        rest = f"; {_in_short(others)}" if others else ""
+        return f"{words} {name} at equal KL, {self.decides.text}{rest}"
+
+    @property
+    def points(self) -> str:
+        """Of the points in accuracy that wrong labels cost AdamW, in 100 held-out examples, those that the lead gives
+        back at its best rate, and those that the best-tuned AdamW does, where that is another.
         """
-        other = self.adamw_back
-        words = f", and {self.adamw.name} {100 * other.gain.mean:.1f}" if other else ""
-        return 100 * self.back.gain.mean, 100 * self.back.cost.mean, words
+        words, other = _given_back(self.back), self.adamw_back
+        if other is None:
+            return words
+        if other.ratio is None or not other.ratio.low > 0:
+            return f"{words}; {self.adamw.name} is not known to"
+        gain, cost = other.gain.mean, other.cost.mean
+        return f"{words}, and {self.adamw.name} {'all' if gain > cost else f'{100 * gain:.1f}'}"
+
+    @property
+    def better_repaired(self) -> str:
+        """By how much the best method with repaired labels is ahead of the lead, and what it gives back."""
+        contrast, interval = self.ahead_by, self.ahead_by.interval
+        found = self.comparison.recovery(BEST_LR, self.repaired)
+        where = "at equal KL" if contrast.kind == FRONTIER else "at best rates"
+        ends = f"{-interval.mean:+.3f} [{-interval.high:+.3f}, {-interval.low:+.3f}]"
+        back = f", and gives back {_given_back(found)}" if found and found.ratio and found.ratio.low > 0 else ""
+        return f"{self.repaired.name} is ahead of it {where}, {ends}{back}"
 
     @property
     def unequal(self) -> str:
@@ -107,44 +140,51 @@ ANSWERS = (
     Case(
         "no_area",
         lambda f: f.decides is None and _why_no_area(f),
-        "Not at this size: {f.lead.name} is {f.standing} at best rates, where steps differ in size. {it}",
+        "Not at this size: {f.lead.name} is {f.standing} at best rates. {it}",
     ),
     Case(
         "unbeaten",
-        lambda f: f.decides.verdict == MORE and f.unbeaten,
-        "Not at this size: {f.lead.name} is {f.standing}, {f.number}. No frontier beside {it}.",
+        lambda f: f.decides.verdict == MORE and f.unbeaten and _counted(f.unbeaten, "AdamWs"),
+        "Not at this size: {f.lead.name} is {f.decision}. No frontier beside {it}.",
     ),
     Case(
         "unequal",
         lambda f: f.decides.verdict == MORE and f.unequal,
-        "Not at this size: {f.lead.name} is {f.standing}, {f.number}, but had {it}.",
+        "Not at this size: {f.lead.name} is {f.decision}, but had {it}.",
     ),
-    Case("yes", lambda f: f.decides.verdict == MORE, "Yes: {f.lead.name} is {f.standing}: {f.number}."),
-    Case("behind", lambda f: f.decides.verdict == LESS, "No sign of it: {f.lead.name} is {f.standing}: {f.number}."),
+    Case("yes", lambda f: f.decides.verdict == MORE, "Yes: {f.lead.name} is {f.decision}."),
+    Case("behind", lambda f: f.decides.verdict == LESS, "No sign of it: {f.lead.name} is {f.decision}."),
     Case(
         "no_sign",
         lambda f: f.decides.interval.high < WORTH,
-        "No sign of it: {f.lead.name} is {f.standing}: {f.number}.",
+        "No sign of it: {f.lead.name} is {f.decision}.",
     ),
-    Case("unsure", lambda f: True, "Not at this size: {f.lead.name} is {f.standing}: {f.number}."),
+    Case("unsure", lambda f: True, "Not at this size: {f.lead.name} is {f.decision}."),
 )
 MEANINGS = (
     Case("none", lambda f: f.lacks or f.top is None, ""),
+    Case("repaired", lambda f: f.repaired, "{f.better_repaired}."),
     Case(
         "free",
-        lambda f: f.back and f.back.cost.mean <= 0,
+        lambda f: f.back and f.back.cost.known and f.back.cost.high <= 0,
         "Wrong labels cost AdamW nothing here: {f.plain.accuracy:.3f} with them, {f.ceiling.accuracy:.3f} without.",
     ),
     Case(
-        "loses",
-        lambda f: f.back and f.back.gain.mean < 0 and (-f.points[0], f.points[1]),
-        "At its best rate it loses {it[0]:.1f} points more than the {it[1]:.1f} that wrong labels cost AdamW.",
+        "cost_unknown",
+        lambda f: f.back and f.back.ratio is None and (_in_points(f.back.cost),),
+        "What wrong labels cost AdamW is not known: {it[0]}.",
     ),
     Case(
-        "gives_back",
-        lambda f: f.back and f.points,
-        "At its best rate it gives back {it[0]:.1f} of the {it[1]:.1f} points that wrong labels cost AdamW{it[2]}.",
+        "back_unknown",
+        lambda f: f.back and not _is_off_0(f.back.ratio) and (100 * f.back.cost.mean,),
+        "At its best rate it is not known to give back any of the {it[0]:.1f} points that wrong labels cost AdamW.",
     ),
+    Case(
+        "loses",
+        lambda f: f.back and f.back.ratio.high < 0 and (-100 * f.back.gain.mean, 100 * f.back.cost.mean),
+        "At its best rate it loses {it[0]:.1f} points more than the {it[1]:.1f} that wrong labels cost AdamW.",
+    ),
+    Case("gives_back", lambda f: f.back, "At its best rate it gives back {f.points}."),
     Case(
         "more",
         lambda f: f.decides and f.decides.verdict == MORE and 100 * f.decides.interval.mean,
@@ -209,6 +249,43 @@ def judge(comparison: Comparison) -> tuple[Verdict, dict[str, str]]:
     numbers = {case.key: i for i, case in enumerate(CAVEATS, start=1)}
     caveats = {key: f"{numbers[key]}. {text}" for key, text in say(CAVEATS, facts)}
     return Verdict(parts[0][0], lines), {**dict(say(LOST, facts)), **caveats}
+
+
+def _in_short(ranked: list[tuple[str, str]]) -> str:
+    """How the lead stands beside opponents, the strongest first: its name, that of another one, or how many others."""
+    (words, name), *others = ranked
+    if not others:
+        return f"{words} {name}"
+    ahead = sum(other == "ahead of" for other, _ in others)
+    if len(others) == 1:
+        ((other, second),) = others
+        return f"{words} {name} and {second}" if other == words else f"{words} {name}, {other} {second}"
+    if words == "ahead of":
+        return f"{words} {name} and {len(others)} others"
+    return f"{words} {name}, ahead of {ahead or 'none'} of {len(others)} others"
+
+
+def _counted(names: list[str], many: str) -> str:
+    """One name, or how many there are."""
+    return names[0] if len(names) == 1 else f"{len(names)} {many}"
+
+
+def _given_back(found: Recovery) -> str:
+    """`6.0 of the 10.0 points that wrong labels cost AdamW`."""
+    gain, cost = (100 * interval.mean for interval in (found.gain, found.cost))
+    words = "points that wrong labels cost AdamW"
+    return f"all {cost:.1f} {words}" if gain > cost else f"{gain:.1f} of the {cost:.1f} {words}"
+
+
+def _is_off_0(interval: Interval) -> bool:
+    return interval.known and (interval.low > 0 or interval.high < 0)
+
+
+def _in_points(interval: Interval) -> str:
+    """An interval of accuracies for people."""
+    if not interval.known:
+        return "there is no interval"
+    return f"between {100 * interval.low:+.1f} and {100 * interval.high:+.1f} points"
 
 
 def _is_ahead(contrast: Contrast | None) -> bool:

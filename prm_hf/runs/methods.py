@@ -11,7 +11,9 @@ from typing import Any
 from .._names import did_you_mean
 
 
-BASELINE, PRM, CONTROL, LOSS, OTHER, CEILING = GROUPS = ("baseline", "PRM", "control", "loss-side", "other", "ceiling")
+BASELINE, PRM, CONTROL, LOSS, OTHER, REPAIRED, CEILING = GROUPS = (
+    *("baseline", "PRM", "control", "loss-side", "other", "repaired labels", "ceiling"),
+)
 
 REPAIRS = DROP, FLIP, SOFT = ("drop", "flip", "soft")
 
@@ -161,7 +163,7 @@ def _in_two_stages(repair: Method, name: str, text: str, known: Collection[str])
     return replace(
         trained,
         name=name,
-        title=f"{repair.title} by {source.label}{then}",
+        title=f"{repair.name} ({source.label}{then})",  # short, for it is in tables and legends
         group=repair.group,
         has_controls=False,
         tensor_masks=False,
@@ -219,7 +221,7 @@ def _prm(
 def _repair(name: str, repair: str, title: str) -> Method:
     """A method in two stages; the names of the two stand behind its own."""
     text = f"whose margins say which labels are wrong, and which is trained then, as in `{name}:adamw+prm_rows`"
-    return Method(name, title, OTHER, repair=repair, value_help=text, needs_pairs=repair != DROP)
+    return Method(name, title, REPAIRED, repair=repair, value_help=text, needs_pairs=repair != DROP)
 
 
 # These have an optimizer or an end of their own.

@@ -160,7 +160,8 @@ def _read_run(folder: Path) -> Run:
     run = Run(folder, info["name"], info["method"], rate, seed, "prm_hf", info=info)
     _take_metrics(run, folder / METRICS_FILE, metrics)
     run.history = _read_history(folder / HISTORY_FILE)
-    run.heldout, run.heldout_groups = _read_margins(folder / MARGINS_FILE)
+    run.heldout, run.heldout_groups = _read_examples(folder / MARGINS_FILE, "heldout")
+    run.solved, run.solved_groups = _read_examples(folder / MARGINS_FILE, "solve")
     run.check_numbers()
     accuracy, outcomes = run.measures.accuracy, run.outcomes()
     if run.finished and run.heldout is not None:
@@ -248,18 +249,20 @@ def _read_history(file: Path) -> list[dict[str, Any]]:
     return history
 
 
-def _read_margins(file: Path) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """The margins of the held-out examples, and which of them belong together."""
-    found = _read_object(file) or {}
-    margins, groups = (found.get(key) or [] for key in ("heldout", "heldout_groups"))
-    if not isinstance(margins, list) or not all(map(is_number, margins)):
-        raise UnreadableError(f"{file}: 'heldout' must be a list of numbers.")
+def _read_examples(file: Path, name: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """A number for each example, the margins of `heldout` or 0 and 1 of `solve`, and which belong together."""
+    found, of_groups = _read_object(file) or {}, f"{name}_groups"
+    numbers, groups = (found.get(key) or [] for key in (name, of_groups))
+    if not isinstance(numbers, list) or not all(map(is_number, numbers)):
+        raise UnreadableError(f"{file}: {name!r} must be a list of numbers.")
+    if name == "solve" and not all(0 <= x <= 1 for x in numbers):
+        raise UnreadableError(f"{file}: 'solve' must be a list of 0 and 1.")
     if not isinstance(groups, list) or not all(is_number(x) and isinstance(x, int) and abs(x) < 2**63 for x in groups):
-        raise UnreadableError(f"{file}: 'heldout_groups' must be a list of whole numbers.")
-    if groups and len(groups) != len(margins):
+        raise UnreadableError(f"{file}: {of_groups!r} must be a list of whole numbers.")
+    if groups and len(groups) != len(numbers):
         raise UnreadableError(
-            f"{file}: 'heldout_groups' must be one for each of the {len(margins)} numbers of 'heldout', and are "
+            f"{file}: {of_groups!r} must be one for each of the {len(numbers)} numbers of {name!r}, and are "
             f"{len(groups)}."
         )
-    of_examples = np.array(margins, dtype=np.float64) if margins else None
+    of_examples = np.array(numbers, dtype=np.float64) if numbers else None
     return of_examples, np.array(groups, dtype=np.int64) if groups else None

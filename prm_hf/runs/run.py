@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .schema import CLEAN_FIT, COST, KL, MEAN_Q, Measures, measures_of
+from .schema import CLEAN_FIT, COST, KL, MEAN_Q, SOLVED, Measures, measures_of
 
 
 # How a run ended. The numbers of a finished run count; of the others the comparison says that they are there.
@@ -39,6 +39,7 @@ class Run:
             of a pair β·(log-ratio of chosen − of rejected) against the clean label.
         heldout_groups: `[examples]` int64, equal where held-out examples belong together, as those of one prompt do;
             None where that is not on record.
+        solved, solved_groups: the same of the problems that the run's model solves, 1 or 0 each.
         info: `run.json`, or what `trainer_state.json` says about the run.
         notes: remarks that a reader of the comparison must know.
     """
@@ -55,6 +56,8 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     heldout: np.ndarray | None = None
     heldout_groups: np.ndarray | None = None
+    solved: np.ndarray | None = None
+    solved_groups: np.ndarray | None = None
     info: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -100,8 +103,15 @@ class Run:
         """
         if self.heldout is not None:
             return (np.sign(self.heldout) + 1) / 2
-        accuracy = self.metrics.get(self.measures.accuracy)
-        return None if accuracy is None or not math.isfinite(accuracy) else np.array([accuracy])
+        return self._share(self.measures.accuracy)
+
+    def solutions(self) -> np.ndarray | None:
+        """`[problems]` float64, 1 where the problem is solved; `[1]`, the share, where they are unknown."""
+        return self._share(SOLVED) if self.solved is None else self.solved
+
+    def _share(self, name: str) -> np.ndarray | None:
+        share = self.metrics.get(name)
+        return None if share is None or not math.isfinite(share) else np.array([share])
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values, two `[n]` float64 arrays, of one key of the history; empty where it was not logged."""

@@ -29,6 +29,7 @@ CLEAN_FIT, CORRUPTED_FIT = "memorization/clean_fit", "memorization/corrupted_fit
 TRAIN_FIT, HELDOUT_FIT = "memorization/train_fit", "memorization/heldout_fit"
 KL = "drift/kl"
 MEAN_Q = "mask/mean_q"
+SOLVED, SOLVED_BEFORE = "solve/accuracy", "solve/accuracy_before"  # shares of problems
 COST = "cost_seconds"  # of all training that a run rests on, where that is more than its own
 
 # What changes no result makes no other run: where a run is written and how it is shown, what is saved and how often,

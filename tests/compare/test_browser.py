@@ -4,12 +4,17 @@ import pytest
 
 from prm_hf.compare import compare_experiments, compare_runs, write_report
 from prm_hf.compare.report import as_html
+from prm_hf.runs.methods import find_method
 
 from ..browsers import CONTRAST, OVERFLOWING, SIZES, launched, skip_without_browser, visits
 from .compared_runs import write_run
+from .test_solved import write_problems
 
 
 skip_without_browser()
+
+
+TWO_STAGES = ("relabel:prm_rows_eps:10", "filter:prm_rows_eps:10", "relabel:adamw_eps:10+prm_rows_eps:10")
 
 
 def write_runs(root):
@@ -21,6 +26,8 @@ def write_runs(root):
             write_run(root, "adamw_clean", lr, seed, accuracy + 0.12, kl)
             name = write_run(root, "prm_debiased_per_param", 10 * lr, seed, accuracy + 0.08, 0.8 * kl, mean_q=0.1)
         write_run(root, "constant_q", 1e-3, seed, 0.7, 0.3, settings={"constant_q": {"of": name, "mean_q": 0.1}})
+    for method in TWO_STAGES:
+        write_run(root, method, 1e-3, 0, 0.7, 0.2)
     name = write_run(root, "a_method_of_someone_with_a_name_that_is_much_too_long", 1e-3, 0, 0.7, 0.2)
     lost = write_run(root, "adamw", 1e-1, 0, 0.0, 0.0)
     (root / lost / "metrics.json").write_text('{"diverged": true, "diverged_at_step": 12}')
@@ -72,6 +79,15 @@ def test_the_verdict_and_what_was_lost_are_said(visit, report):
     text = page.locator(".verdict").inner_text()
     assert text.startswith("Yes.") and "gives back" in text and "Next, more seeds" in text
     assert "Diverged" in page.locator(".lost").first.inner_text()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_names_in_the_legend_are_whole(visit, report, size):
+    page, _ = visit(report, size)
+    names = page.locator("svg.marks .role-legend-label text").all_text_contents()
+    for method in TWO_STAGES:
+        assert find_method(method).label in names
+    assert len(set(names)) == len(names) == 9
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -141,6 +157,19 @@ def test_without_scripts_there_is_a_picture(visit, report):
     page, _ = visit(report, java_script_enabled=False)
     assert page.locator("noscript img, .screen img").first.bounding_box()["width"] > 300
     assert page.locator(".verdict").inner_text().startswith("Yes.")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_problems_solved_fit_on_the_screen(visit, tmp_path, size):
+    write_problems(tmp_path / "runs")
+    write_report(compare_runs(tmp_path / "runs"), tmp_path)
+    page, said = visit(tmp_path / "report.html", size)
+    assert bottom(page, ".verdict") < SIZES[size][1] / 2
+    assert "solved" in page.locator("table.compact th").all_inner_texts()
+    page.evaluate("document.querySelectorAll('details').forEach((e) => { e.open = true; })")
+    assert page.get_by_role("table", name="Problems solved").get_by_role("row").count() == 9
+    assert page.evaluate("document.documentElement.scrollWidth") == SIZES[size][0]
+    assert page.evaluate(OVERFLOWING) == [] and said == []
 
 
 def test_the_chart_follows_the_screen(visit, report):

@@ -89,7 +89,9 @@ def test_controls_with_an_eps_are_no_points_of_adamws_curve(tmp_path):
     area = contrast(comparison, FRONTIER, "prm_debiased_eps:10")
     assert area.interval.mean == pytest.approx(0.0, abs=0.004)
     assert contrast(comparison, CONTROLLED, "prm_debiased_eps:10").against.startswith("constant q (AdamW eps 10 at ")
-    assert comparison.verdict[0].startswith("No sign of it") and "beside AdamW at equal KL" in comparison.verdict[0]
+    assert (
+        comparison.verdict[0].startswith("No sign of it") and "level with AdamW at equal KL" in comparison.verdict[0]
+    )
 
 
 def test_frontier_area_that_cannot_be_had(tmp_path):

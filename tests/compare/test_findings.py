@@ -63,32 +63,50 @@ def test_an_interval_that_holds_much_is_no_answer(tmp_path):
 @pytest.mark.parametrize(
     ("rivals", "answer", "standing"),
     [
-        ({"adamw_eps:10": 0.1}, "no_sign", "ahead of AdamW, level with AdamW eps 10"),
-        ({"adamw_eps:10": 0.2}, "behind", "ahead of AdamW, behind AdamW eps 10"),
-        ({"adamw_eps:10": 0.0}, "yes", "ahead of AdamW and AdamW eps 10"),
-        ({"cdpo": 0.1}, "yes", "ahead of AdamW, level with cDPO"),
+        ({"adamw_eps:10": 0.1}, "no_sign", "level with AdamW eps 10 at equal KL, {}; ahead of AdamW."),
+        ({"adamw_eps:10": 0.2}, "behind", "behind AdamW eps 10 at equal KL, {}; ahead of AdamW."),
+        ({"adamw_eps:10": 0.0}, "yes", "ahead of AdamW at equal KL, {}; ahead of AdamW eps 10."),
+        ({"cdpo": 0.1}, "yes", "ahead of AdamW at equal KL, {}; level with cDPO."),
         (
             {"adamw_eps:10": 0.1, "cdpo": 0.0, "robust": 0.2},
             "no_sign",
-            "ahead of AdamW and cDPO, level with AdamW eps 10, behind rDPO (robust)",
+            "level with AdamW eps 10 at equal KL, {}; behind rDPO (robust), ahead of 2 of 2 others.",
         ),
+        (
+            {"adamw_eps:10": 0.0, "cdpo": 0.1, "ipo": 0.2, "robust": 0.3, "casmo": 0.0},
+            "yes",
+            "ahead of AdamW at equal KL, {}; behind rDPO (robust), ahead of 2 of 4 others.",
+        ),
+        (
+            {"cdpo": 0.0, "ipo": -0.1, "robust": -0.1},
+            "yes",
+            "ahead of AdamW at equal KL, {}; ahead of cDPO and 2 others.",
+        ),
+        ({"cdpo": -0.1, "ipo": 0.0}, "yes", "ahead of AdamW at equal KL, {}; ahead of IPO and cDPO."),
     ],
 )
-def test_every_opponent_is_named_and_the_strongest_adamw_decides(tmp_path, rivals, answer, standing):
+def test_the_strongest_adamw_decides_and_the_strongest_other_is_named(tmp_path, rivals, answer, standing):
     write_grid(tmp_path, seeds=MANY, prm_gain=0.1, constant=0.75)
     for method, gain in rivals.items():
         write_method(tmp_path, method, gain)
     comparison = compare_runs(tmp_path)
-    assert comparison.answer == answer and f"is {standing}" in comparison.verdict[0]
-    best_tuned = "AdamW eps 10" if rivals.get("adamw_eps:10") else "AdamW"
-    assert f"beside {best_tuned} at equal KL" in comparison.verdict[0]
+    before, after = standing.split("{}")
+    line = comparison.verdict[0]
+    assert comparison.answer == answer and f" is {before}" in line and line.endswith(after) and len(line) <= 145
+    decides = "adamw_eps:10" if rivals.get("adamw_eps:10") else None
+    (area,) = [
+        c
+        for c in comparison.contrasts
+        if c.kind == FRONTIER and c.left.group == "PRM" and (c.right and c.right.method) == decides
+    ]
+    assert f"KL, {area.text};" in line
 
 
 def test_an_opponent_without_a_shared_seed_is_named_too(tmp_path):
     write_grid(tmp_path, seeds=MANY, prm_gain=0.1, constant=0.75)
     write_method(tmp_path, "adamw_eps:10", 0.0, seeds=(7,))
     comparison = compare_runs(tmp_path)
-    assert "ahead of AdamW, not known to be ahead of AdamW eps 10" in comparison.verdict[0]
+    assert "; not known to be ahead of AdamW eps 10." in comparison.verdict[0]
     assert comparison.answer == "unbeaten"
 
 
@@ -98,7 +116,7 @@ def test_an_adamw_at_one_rate_that_is_as_good_is_no_win(tmp_path):
     for seed in MANY:
         write_run(tmp_path, "adamw_eps:10", 1e-3, seed, 0.85, 0.4)
     comparison = compare_runs(tmp_path)
-    assert comparison.answer == "unbeaten" and "ahead of AdamW, level with AdamW eps 10" in comparison.verdict[0]
+    assert comparison.answer == "unbeaten" and "; level with AdamW eps 10. No frontier" in comparison.verdict[0]
     assert comparison.verdict[2].startswith("Next, more learning rates: prm-hf dpo ")
 
 
@@ -138,6 +156,82 @@ def test_what_it_means_to_the_reader(tmp_path, prm, clean, meaning):
     if clean is not None:
         write_method(tmp_path, "adamw_clean", clean, settings={"noise_rate": 0})
     assert meaning in compare_runs(tmp_path).verdict[1]
+
+
+def write_uneven(root, method, gains):
+    """As `write_method`, with another gain in each seed."""
+    for seed, gain in enumerate(gains):
+        write_method(root, method, gain, seeds=(seed,))
+
+
+@pytest.mark.parametrize(
+    ("prm", "clean", "meaning"),
+    [
+        # What wrong labels cost may be nothing.
+        ((0.08, 0.06, 0.1), (-0.06, 0.04, 0.1), "What wrong labels cost AdamW is not known: between -"),
+        ((-0.08, -0.06, -0.1), (-0.06, 0.04, 0.1), "What wrong labels cost AdamW is not known: between -"),
+        # What is given back may be.
+        ((-0.06, 0.02, 0.08), (0.1, 0.1, 0.1), "is not known to give back any of the 10.0 points that wrong labels"),
+        ((0.02, -0.06, 0.02), (0.1, 0.1, 0.1), "is not known to give back any of the 10.0 points that wrong labels"),
+        # More than the cost is all of it.
+        ((0.14, 0.14, 0.14), (0.1, 0.1, 0.1), "At its best rate it gives back all 10.0 points that wrong labels cost"),
+    ],
+)
+def test_points_are_claimed_where_the_recovery_is_known_alone(tmp_path, prm, clean, meaning):
+    write_method(tmp_path, "adamw", 0.0)
+    write_uneven(tmp_path, "prm_per_tensor", prm)
+    write_uneven(tmp_path, "adamw_clean", clean)
+    comparison = compare_runs(tmp_path)
+    assert meaning in comparison.verdict[1] and len(comparison.verdict) == 3
+    ratio = comparison.recovery(BEST_LR, comparison.methods("PRM")["prm_per_tensor"][0]).ratio
+    claims = "gives back" in comparison.verdict[1].replace("known to give back", "")
+    assert claims == (ratio is not None and ratio.low > 0)
+
+
+def test_what_the_best_tuned_adamw_gives_back_is_claimed_where_it_is_known(tmp_path):
+    write_grid(tmp_path, seeds=MANY, prm_gain=0.06)
+    write_uneven(tmp_path, "adamw_eps:10", (-0.08, 0.04, 0.1))
+    write_method(tmp_path, "adamw_clean", 0.1)
+    assert (
+        compare_runs(tmp_path)
+        .verdict[1]
+        .endswith("6.0 of the 10.0 points that wrong labels cost AdamW; AdamW eps 10 is not known to.")
+    )
+
+
+REPAIRED = ("relabel:prm_rows_eps:10", "filter:prm_rows_eps:10", "soft:adamw", "relabel:adamw_eps:10+prm_rows")
+
+
+@pytest.mark.parametrize("gain", [-0.1, 0.05, 0.2])
+def test_repaired_labels_are_no_opponent_and_are_named_where_they_are_ahead(tmp_path, gain):
+    write_grid(tmp_path, seeds=MANY, prm_gain=0.05)
+    write_method(tmp_path, "adamw_clean", 0.25)
+    before = compare_runs(tmp_path)
+    for i, method in enumerate(REPAIRED):
+        write_method(tmp_path, method, gain - i / 100)
+    comparison = compare_runs(tmp_path)
+    assert (comparison.answer, comparison.verdict[0]) == (before.answer, before.verdict[0])
+    assert len(comparison.verdict) == 3 and max(map(len, comparison.verdict[:2])) <= 160
+    if gain < 0.1:
+        assert comparison.verdict[1] == before.verdict[1]
+        return
+    line = comparison.verdict[1]
+    ahead = next(c for c in comparison.contrasts if c.kind == FRONTIER and c.right and c.right.method == REPAIRED[0])
+    assert line.startswith("relabel (PRM per_row eps 10) is ahead of it at equal KL, +0.150 [+0.1")
+    assert f"[{-ahead.interval.high:+.3f}, {-ahead.interval.low:+.3f}]" in line
+    assert line.endswith(", and gives back 20.0 of the 25.0 points that wrong labels cost AdamW.")
+
+
+def test_a_verdict_is_short_however_many_methods_there_are(tmp_path):
+    """Names of ours: two lines of a console at most, before the command."""
+    write_grid(tmp_path, seeds=MANY, prm=("prm_rows_eps:10",))
+    others = ("adamw_eps:10", "adamw_eps:3", "cautious", "cdpo", "robust", "ipo", "beta:0.3", "trimmed:0.2", "drdpo:1")
+    for i, method in enumerate((*others, *REPAIRED, "early_stopping_clean", "adamw_clean")):
+        write_method(tmp_path, method, (i - 5) / 100)
+    comparison = compare_runs(tmp_path)
+    assert len(comparison.verdict) == 3 and max(map(len, comparison.verdict[:2])) <= 160
+    verdict, command, table, *_ = format_comparison(comparison).split("\n\n")
+    assert command.startswith("prm-hf ") and table.startswith("method") and len(verdict.splitlines()) <= 5
 
 
 def test_what_the_best_tuned_adamw_gives_back_is_said(tmp_path):

@@ -40,12 +40,9 @@ def end(made, specs, metrics_of):
 def test_a_name_says_both_stages():
     method = parse_method("filter:adamw_eps:1e+1+prm_rows_eps:10")
     assert (method.repair, method.source, method.trained) == ("drop", "adamw_eps:1e+1", "prm_rows_eps:10")
-    assert (method.key, method.label) == ("filter", "suspects dropped by AdamW eps 1e+1, then PRM per_row eps 10")
+    assert (method.key, method.label) == ("filter", "filter (AdamW eps 1e+1, then PRM per_row eps 10)")
     alone, trained = parse_method("relabel:prm_rows_eps:10"), parse_method("prm_rows_eps:10")
-    assert (
-        alone.source == alone.trained == "prm_rows_eps:10"
-        and alone.label == "suspects relabelled by PRM per_row eps 10"
-    )
+    assert alone.source == alone.trained == "prm_rows_eps:10" and alone.label == "relabel (PRM per_row eps 10)"
     assert alone.changes() == trained.changes() and alone.own_settings == trained.own_settings
     assert alone.has_mask and not alone.has_controls and alone.baseline == "adamw_eps:10"
     assert parse_method("soft:adamw").baseline == "adamw" and find_method("relabel:prm_rows_eps:10") == alone
