@@ -30,8 +30,8 @@ def check_finders(experiment: Experiment) -> None:
     """Raises ValueError if no method of the comparison can find wrong labels."""
     if not finders(experiment.script_args.compared):
         raise ValueError(
-            f"`suspects` takes the most accurate method of {', '.join(METHODS_THAT_FIND)}, and none of them is in "
-            f"`methods`, which are {experiment.script_args.methods}: add one."
+            f"`suspects` goes on with the most accurate method of AdamW or PRM, and `methods` are "
+            f"{experiment.script_args.methods}: add one, as `adamw`."
         )
 
 

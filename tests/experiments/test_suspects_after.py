@@ -64,7 +64,7 @@ def test_time_that_is_over_between_the_two(pairs, tmp_path, monkeypatch, capsys,
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--methods", "robust"], "`suspects` takes the most accurate method of adamw, .*which are \\['robust'\\]"),
+        (["--methods", "robust"], "`suspects` goes on with the most accurate method .* are \\['robust'\\]: add one"),
         (["--methods", "adamw", "--dataset_train_split", "train[:3]"], "`folds` is 5, and the 3 rows have"),
     ],
 )
