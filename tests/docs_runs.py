@@ -46,6 +46,8 @@ METHODS = ["--methods", "adamw", "prm_noisy_labels"]  # a configuration of recip
 DPO_CONFIGURATION = ["--noise_rate", "0.3", "--dataset_train_split", "train"]
 SFT_CONFIGURATION = ["--noise_rate", "0.3", "--dataset_train_split", "train[:30]"]
 SFT_CONFIGURATION += ["--dataset_test_split", "train[30:]", "--max_new_tokens", "4"]
+SUSPECTS = ["--folds", "2", "--num_train_epochs", "1", "--max_length", "64", *ON_A_CPU]
+PAIRS = ["--max_new_tokens", "16"]
 RANDOMIZATION = ["--models", "vit", "--kinds", "true_labels", "--methods", "adamw", "--max_steps", "2"]
 FILES = ["tests/optim/test_fused.py", "tests/optim/test_gpu.py"]
 QUICK_TESTS = ["--collect-only", "-qq", "-p", "no:cacheprovider", *FILES]
@@ -63,6 +65,11 @@ def shortened(program: str, arguments: Sequence[str]) -> list[str]:
         if "--config" in names:
             command += SFT_CONFIGURATION if names & SFT else DPO_CONFIGURATION
         return command
+    if "suspects" in names:
+        rates = [] if "--learning_rates" in names else ["--learning_rates", "1e-3"]
+        return command + ([] if "--decisions" in names else [*SUSPECTS, *rates])
+    if names & {"recipes/pairs.py", "pairs"}:
+        return command + PAIRS
     if names & {"recipes/randomization.py", "randomization"}:
         return command + RANDOMIZATION
     if "benchmarks/step.py" in names:

@@ -70,6 +70,8 @@ def stand_ins(tmp_path_factory) -> Path:
             write_rows(folder / f"{name}.{split}.jsonl", rows)
         write_rows(folder / HUB_PAIRS / f"{split}.jsonl", rows)
     write_rows(folder / "pairs.jsonl", pairs)
+    write_rows(folder / "decisions.jsonl", [{"row": i, "decision": word} for i, word in enumerate(("keep", "flip"))])
+    write_rows(folder / "train.jsonl", [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs])
     answers = {row["prompt"]: {"question": row["prompt"], "answer": f"#### {row['chosen']}"} for row in pairs}
     write_rows(folder / HUB_ANSWERS / "train.jsonl", list(answers.values()))
     parts = "configs:\n- config_name: main\n  data_files:\n  - split: train\n    path: train.jsonl"

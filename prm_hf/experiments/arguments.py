@@ -114,6 +114,10 @@ class ComparisonArguments:
         repair_folds (`int`):
             Folds of prompts of the methods that repair labels: a label is judged by models that were trained on the
             other folds. With 0 it is judged in sample, by the runs of the method that is named first.
+        suspects (`bool`):
+            Whether to look for wrong labels after the comparison, as `prm-hf suspects` does, with the method and the
+            learning rate of its most accurate row. They are those of the training rows as they are given; where they
+            are corrupted, of the labels of the first seed. The folder `suspects` has them.
         pairs_per_prompt (`int`, *optional*):
             Rows of each prompt that are kept, the first ones, of training and held-out rows alike. With 1 no two
             rows share a prompt, so that each is an example of its own. Default: all.
@@ -146,6 +150,7 @@ class ComparisonArguments:
     overwrite_runs: bool = False
     drop_overlap: bool = False
     repair_folds: int = 5
+    suspects: bool = False
     pairs_per_prompt: int | None = None
     heldout_filter_column: str | None = None
     label_votes_column: str | None = None

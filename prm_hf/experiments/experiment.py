@@ -162,6 +162,10 @@ class Experiment(ABC):
         """Makes of the data what all runs can share."""
         return data
 
+    def readable(self, data: Data) -> Data:
+        """The data with the columns that `noisy_rows` needs, and that a person can read."""
+        return data
+
     @abstractmethod
     def noisy_rows(self, spec: RunSpec, data: Data) -> Dataset:
         """The training rows with the noise of a run, and a bool column that says which labels are wrong."""

@@ -155,7 +155,7 @@ class ComparisonGrid(Grid):
             self.repairs.made = made
             rows = [(method.name, rate) for method in self.repairs.methods for rate in self.rates[method.name]]
             return [self._specify_row(*row, seed) for seed in self.seeds for row in rows]
-        best = {name: self._best(made, [name]) for name in self.rates}
+        best = {name: self.best(made, [name]) for name in self.rates}
         places = {name: rates.index(best[name][1]) for name, rates in self.rates.items()}
         # Where all runs ended in errors nothing is known of the rates
         at_end = any(
@@ -181,11 +181,11 @@ class ComparisonGrid(Grid):
         found = []
         for control in self.controls:
             able = [m.name for m in self.methods if m.has_controls and (m.tensor_masks or not control.tensor_masks)]
-            row = self._best(made, able)
+            row = self.best(made, able)
             found += [self._control(control.name, row, seed, made) for seed in self.seeds]
         return [x for x in found if isinstance(x, RunSpec)], [x for x in found if isinstance(x, str)]
 
-    def _best(self, made: MadeRuns, methods: list[str]) -> tuple[str, float]:
+    def best(self, made: MadeRuns, methods: list[str]) -> tuple[str, float]:
         """The most accurate row of these methods. Rows with a run that does not count come last."""
         accuracy = measures_of(self.info).accuracy
 

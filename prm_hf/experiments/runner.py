@@ -84,16 +84,21 @@ def _compare_beside(task: type[Experiment], arguments: list[str], deadline: floa
 
 
 def _compare(experiment: Experiment, deadline: float | None, reports: bool = True) -> int:
+    from .suspects_after import check_finders, doubted_rows, find_suspects  # which run by this module
+
     args, training_args = experiment.script_args, experiment.training_args
+    if args.suspects:
+        check_finders(experiment)
     datasets = list(load_data(args, experiment.model_args, experiment.built_in_rows, experiment.columns()))
     for data in datasets:
         check_data(experiment, data)
+    doubted = [[doubted_rows(experiment, x, rate) for rate in args.noise_rate if args.suspects] for x in datasets]
     # What one process of a sweep computes, the others find in the datasets' cache.
     preparing, code = _lock(Path(training_args.output_dir), "prepare"), 0
-    for data in datasets:
+    for data, to_doubt in zip(datasets, doubted, strict=True):
         with preparing:
             data = experiment.prepare(data)
-        for noise_rate in args.noise_rate:
+        for i, noise_rate in enumerate(args.noise_rate):
             output_dir = Path(training_args.output_dir)
             if len(datasets) > 1:
                 output_dir /= folder_of_data(data.dataset_name)
@@ -105,6 +110,8 @@ def _compare(experiment: Experiment, deadline: float | None, reports: bool = Tru
                 runner.tell(f"Without {', '.join(grid.left_out)}, which are not for the noise rate {noise_rate:g}.")
             try:
                 code = max(code, runner.run())
+                if args.suspects:
+                    code = max(code, find_suspects(grid, runner.rows, to_doubt[i], deadline, reports))
             except OutOfTime:
                 runner.tell(f"\nThe {args.max_minutes:g} minutes are over. The same command goes on from here.")
                 return OUT_OF_TIME
@@ -130,6 +137,7 @@ class Runner:
         self.grid, self.deadline, self.overwrite, self.reports = grid, deadline, overwrite, reports
         self.started = time.time()
         self.made: dict[Path, Made] = {}
+        self.rows: MadeRuns = {}  # the same, but for the controls
         self.state = PartialState()
         is_hidden = quiet or not reports or not self.state.is_main_process
         # In a file there is no bar.
@@ -153,7 +161,7 @@ class Runner:
 
     def make_all(self) -> None:
         """Makes all runs, then their controls; `OutOfTime` where the deadline leaves one. Collective."""
-        made: MadeRuns = {}
+        made = self.rows
         specs = self.grid.specify_runs()
         if self.state.is_main_process:
             for spec in specs:  # what is in the way of one is said before another is trained

@@ -167,6 +167,9 @@ class SFTExperiment(Experiment):
         own = [f.name for f in dataclasses.fields(SFTArguments)][len(dataclasses.fields(ComparisonArguments)) :]
         return {name: getattr(self.script_args, name) for name in own}
 
+    def readable(self, data: Data) -> Data:
+        return self.prepare(data)
+
     def prepare(self, data: Data) -> Data:
         train, heldout = (prepare_rows(rows, self.script_args) for rows in (data.train, data.heldout))
         return dataclasses.replace(data, train=train, heldout=heldout)

@@ -74,8 +74,9 @@ class SuspectsArguments:
             or `label` (`label`, with a column `text`, or with others of which a text is made). Default: by the
             columns.
         how (`str`):
-            `out_of_fold` has each row judged by models that were not trained on it, `in_sample` by a model that was
-            trained on all rows, and `both` trains both.
+            `both` has each row judged by a model that was not trained on its fold, and ranked with the help of those
+            that were; `out_of_fold` has no such help. `in_sample` trains one model, on all rows, which takes as many
+            times less time as there are folds; its probabilities deserve less trust.
         folds (`int`):
             Number of folds. Rows of one prompt, or of one value of a column `group`, are in the same fold.
         seeds (`list[int]`):
@@ -92,7 +93,8 @@ class SuspectsArguments:
         threshold (`float`, *optional*):
             Probability above which a row is repaired. Default: 0.5, and 0 of `soft`.
         decisions (`str`, *optional*):
-            File that `suspects.html` exported. `repaired.jsonl` is written anew by it, and nothing is trained.
+            File that `suspects.html` exported. What `output_dir` has of suspects is written anew by it, and nothing is
+            trained.
         noise_rate (`float`):
             Of the built-in task, the share of labels that is flipped.
         task_seed (`int`):
@@ -289,6 +291,9 @@ def _check(command: Command) -> None:
         name = getattr(config.optim, "value", config.optim)
         raise ValueError(f"`method` chooses the optimizer, and `optim` is {name!r}: leave it unset.")
     check_unused_settings(config, "`prm-hf suspects`", NOT_USED)
+    for name in ("packing", "eval_packing"):
+        if getattr(config, name, False):
+            raise ValueError(f"`{name}` puts several rows into one, whose margins can't be told apart: leave it out.")
     try:
         configured = configure(config, args.method, args.noise_rate)
         check_optimizer(configured)
@@ -326,18 +331,43 @@ def load_data(command: Command) -> SuspectsData:
         about = {"model": local_name(model), "dataset": local_name(name), "train_split": args.dataset_train_split}
         if of_model := model_digest(model, model_args.model_revision):
             about["model_digest"] = of_model
-    kind.check(rows, f"The rows, {args.dataset_train_split!r} of {name},")
+    return doubt(args, kind, name, f"The rows, {args.dataset_train_split!r} of {name},", rows, about)
+
+
+def doubt(
+    args: SuspectsArguments,
+    kind: Kind,
+    name: str,
+    place: str,
+    rows: Dataset,
+    about: dict[str, Any],
+    groups: Sequence[Any] | None = None,
+) -> SuspectsData:
+    """The rows of a dataset, checked, and with their folds.
+
+    Args:
+        name: of the dataset.
+        place: words for the rows, with which a sentence begins.
+        about: what a run's settings say of the model and the dataset.
+        groups: one entry a row, the same for rows of one fold. Default: by a column `group`, or the prompts.
+
+    Raises:
+        ValueError: a run would fail on the rows.
+    """
+    kind.check(rows, place)
     if ROW in rows.column_names:
         raise ValueError(f"{name} has a column {ROW!r}, which is to hold the numbers of rows: rename it.")
     try:
         check_repair(rows, args.repair)
     except ValueError as error:
         raise ValueError(f"`repair` is {args.repair!r}. {error}") from error
-    about["train_digest"] = digest(rows, kind.columns(rows))
-    groups = [str(x) for x in rows["group"]] if "group" in rows.column_names else kind.groups(rows)
+    if groups is None:
+        groups = rows["group"] if "group" in rows.column_names else kind.groups(rows)
+    groups = list(map(str, groups))
     # Also in sample, for which they are resampled by
     folds = {} if args.how == "in_sample" else {seed: fold_of_rows(groups, args.folds, seed) for seed in args.seeds}
     truth = next((rows[name][:] for name in NOISE_MARKS if _is_bool(rows, name)), None)
+    about = {**about, "train_digest": digest(rows, kind.columns(rows))}
     return SuspectsData(kind, name, rows, groups, folds, truth, about)
 
 
@@ -349,13 +379,23 @@ def find(command: Command, deadline: float | None, reports: bool = True) -> int:
     """Makes all runs; returns the exit code of a comparison."""
     data = load_data(command)
     grid = SuspectsGrid(command.args, command.training_args, command.model_args, data, command.line)
-    grid.prepare()
-    runner = Runner(grid, deadline, command.args.overwrite_runs, command.training_args.disable_tqdm, reports)
     try:
-        code = runner.run()
+        return make_suspects(grid, deadline, reports)
     except OutOfTime:
-        runner.tell(f"\nThe {command.args.max_minutes:g} minutes are over. The same command goes on from here.")
+        if PartialState().is_main_process and reports:
+            print(f"\nThe {command.args.max_minutes:g} minutes are over. The same command goes on from here.")
         return OUT_OF_TIME
+
+
+def make_suspects(grid: SuspectsGrid, deadline: float | None, reports: bool = True) -> int:
+    """Makes all runs and writes the suspects; returns 0, or `FAILED` if there are none. Collective.
+
+    Raises:
+        OutOfTime: the deadline has left a run.
+    """
+    grid.prepare()
+    runner = Runner(grid, deadline, grid.args.overwrite_runs, grid.training_args.disable_tqdm, reports)
+    code = runner.run()
     if grid.margins is None:
         runner.tell("\nNo suspects are written: at every learning rate a run has failed or diverged. Lower it.")
         return FAILED

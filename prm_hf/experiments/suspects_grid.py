@@ -1,4 +1,4 @@
-"""The runs of `prm-hf suspects`: one for each fold that is held out, and one on all rows."""
+"""The runs of `prm-hf suspects`: one for each fold that is held out, or one on all rows."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,10 @@ from ..runs.read import read_json
 from ..runs.schema import MARGINS_FILE, METRICS_FILE, has_diverged
 from ..runs.write import RunSpec, find_folder
 from ..suspects import MarginRecorder, Suspects, judge_rows
-from ..suspects.find import has_two_labels, spread
+from ..suspects.find import spread
 from ..suspects.margins import ROW
 from .controls import set_up_optimizer
-from .grid import Grid, Made, MadeRuns, configure, defaults_of, settings_of
+from .grid import Grid, Made, configure, defaults_of, settings_of
 from .suspects_kinds import Kind
 from .suspects_report import report
 
@@ -54,7 +54,7 @@ class SuspectsData:
 
 
 class SuspectsGrid(Grid):
-    """For each learning rate and seed a run for each fold, then a run on all rows at the best rate."""
+    """For each seed and learning rate a run for each fold; in sample one on all rows."""
 
     def __init__(
         self,
@@ -74,8 +74,13 @@ class SuspectsGrid(Grid):
             **defaults_of(type(training_args)),
             **{f"model_{name}": value for name, value in defaults_of(type(model_args)).items()},
         }
-        self.specs = self._specify_folds() if args.how != "in_sample" else []
-        self.in_sample = [] if self.specs else self._specify_all(args.learning_rates[0])
+        folds = [{}] if args.how == "in_sample" else [{"fold": k, "folds": args.folds} for k in range(args.folds)]
+        self.specs = [
+            self._specify(rate, seed, **fold)
+            for seed in args.seeds
+            for rate in sorted(args.learning_rates)
+            for fold in folds
+        ]
 
     def prepare(self) -> None:
         """What all runs share of the rows, with their numbers. What one process computes, others find in a cache."""
@@ -89,37 +94,12 @@ class SuspectsGrid(Grid):
 
     # ---- Runs ----
 
-    def __len__(self) -> int:
-        is_due = self.args.how == "both" and not self.in_sample
-        return len(self.specs) + (len(self.args.seeds) if is_due else len(self.in_sample))
-
     def place(self, spec: RunSpec) -> Path:
         fold, folds = spec.settings.get("fold"), spec.settings.get("folds")
         return self.output_dir / "runs" / ("all_rows" if fold is None else f"fold{fold}of{folds}")
 
     def specify_runs(self) -> list[RunSpec]:
-        """Those of the folds, seed by seed; without them those on all rows."""
-        return self.specs or self.in_sample
-
-    def extend(self, made: MadeRuns) -> list[RunSpec]:
-        """The runs on all rows, at the rate whose models agree most with the labels that they have not seen."""
-        if self.args.how != "both" or self.in_sample:
-            return []
-        best = self.best_rate()
-        self.in_sample = [] if best is None else self._specify_all(best)
-        return self.in_sample
-
-    def _specify_folds(self) -> list[RunSpec]:
-        rates, folds = sorted(self.args.learning_rates), self.args.folds
-        return [
-            self._specify(rate, seed, fold=fold, folds=folds)
-            for seed in self.args.seeds
-            for rate in rates
-            for fold in range(folds)
-        ]
-
-    def _specify_all(self, rate: float) -> list[RunSpec]:
-        return [self._specify(rate, seed) for seed in self.args.seeds]
+        return self.specs
 
     def _specify(self, rate: float, seed: int, **fold: int) -> RunSpec:
         config = configure(self.training_args, self.args.method, self.args.noise_rate)
@@ -183,16 +163,16 @@ class SuspectsGrid(Grid):
             last = margins[-1][~np.isnan(margins[-1])]
             return float(last.mean() if is_completion else preference_scores(torch.tensor(last)).mean())
 
-        found = {rate: self.out_of_fold(rate) for rate in sorted(self.args.learning_rates)}
+        found = {rate: self._mean(rate, "heldout") for rate in sorted(self.args.learning_rates)}
         known = {rate: worth(margins) for rate, margins in found.items() if margins is not None}
         return max(known, key=known.get, default=None)
 
-    def out_of_fold(self, rate: float) -> np.ndarray | None:
-        """Margins of all rows out of fold, `(epochs, n)`, the mean over the seeds; None where a run is missing."""
-        return self._mean([spec for spec in self.specs if spec.learning_rate == rate], "heldout")
+    def _mean(self, rate: float, part: str) -> np.ndarray | None:
+        """Of each row the mean margin over the runs that have it in this part, `(epochs, n)`; None if one is missing.
 
-    def _mean(self, specs: list[RunSpec], part: str) -> np.ndarray | None:
-        """Of each row the mean margin over the runs that have it in this part, epoch by epoch from the last one."""
+        A row is `heldout` in one run of each seed, and in `train` of the others. Epochs are counted from the last one.
+        """
+        specs = [spec for spec in self.specs if spec.learning_rate == rate]
         found = [_read_margins(find_folder(spec, self.place(spec), lambda line: None)[0]) for spec in specs]
         if not found or None in found:
             return None
@@ -206,13 +186,14 @@ class SuspectsGrid(Grid):
     def margins(self) -> tuple[float, np.ndarray | None, np.ndarray | None] | None:
         """Learning rate, margins out of fold and in sample, as far as `how` asks for; None where one is missing."""
         how = self.args.how
-        rate = self.args.learning_rates[0] if how == "in_sample" else self.best_rate()
+        if how == "in_sample":
+            (rate,) = self.args.learning_rates
+            in_sample = self._mean(rate, "train")
+            return None if in_sample is None else (rate, None, in_sample)
+        rate = self.best_rate()
         if rate is None:
             return None
-        out_of_fold = None if how == "in_sample" else self.out_of_fold(rate)
-        in_sample = None if how == "out_of_fold" else self._mean(self.in_sample, "train")
-        is_missing = (out_of_fold is None and how != "in_sample") or (in_sample is None and how != "out_of_fold")
-        return None if is_missing else (rate, out_of_fold, in_sample)
+        return rate, self._mean(rate, "heldout"), self._mean(rate, "train") if how == "both" else None
 
     def report(self, made: list[Made]) -> None:
         """Writes the suspects, unless a run that they need is missing."""
@@ -231,7 +212,6 @@ class SuspectsGrid(Grid):
             in_sample,
             groups=data.groups,
             folds=data.folds.get(args.seeds[0]),
-            is_antisymmetric=has_two_labels(data.rows, args.kind),
             settings=settings,
         )
 

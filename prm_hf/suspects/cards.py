@@ -38,11 +38,13 @@ class Card:
             f"<kbd>{KEYS[word]}</kbd>{_NAMES[word]}</button>"
             for word in self.decisions
         )
+        decided = f' data-decided="{line["decided"]}"' if line.get("decided") in self.decisions else ""
         body = self._body(dict(line["data"]))
         is_long = 'class="texts long"' in body
         more = '<button type="button" class="more" aria-expanded="false" hidden>Show all</button>' if is_long else ""
         return (
-            f'<li><article class="card" id="row-{row}" data-row="{row}" tabindex="-1" aria-labelledby="name-{row}">\n'
+            f'<li><article class="card" id="row-{row}" data-row="{row}"{decided} tabindex="-1" '
+            f'aria-labelledby="name-{row}">\n'
             f'<header><h2 id="name-{row}"><span class="rank">{int(line["rank"])}</span> '
             f'<span class="quiet">row {row}</span></h2>\n{_probability(p)}\n'
             f'<p class="why">{shown(self.why(line))}</p>\n{_sparkline(*_margins(line))}</header>\n{body}\n'
@@ -70,8 +72,8 @@ class Card:
         words = {
             "preference": ("prefers the rejected answer", "prefers the chosen answer"),
             "completion": (
-                "finds the completion less likely than before",
-                "finds the completion more likely than before",
+                "finds the completion less likely after its prompt than after another one",
+                "finds the completion more likely after its prompt than after another one",
             ),
             "label": ("prefers another label", "prefers this label"),
         }

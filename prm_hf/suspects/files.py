@@ -1,20 +1,28 @@
 """The rows of a dataset, each with the probability that its label is wrong, and the two files that hold them."""
 
 import json
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import logit
+from scipy.stats import rankdata
 
+from .._files import write_whole
 from ..noise.wrong_labels import estimate_wrong_labels
 from ..runs.write import write_json
+from .decisions import DECISIONS, FLIP, KEEP, check_decisions
+from .relabel import LABELS
 
 
 SUSPECTS_FILE, SUMMARY_FILE = "suspects.jsonl", "suspects_summary.json"
 OUT_OF_FOLD, IN_SAMPLE = "out of fold", "in sample"
 KINDS = ("preference", "completion", "label")
+CERTAIN = 1e-12  # the probability that is the score of a label that a person has called right
 
 
 @dataclass(frozen=True)
@@ -28,12 +36,14 @@ class Suspects:
             `share` as its probability.
         ranks: 1 is the most suspect row. Rows without a score come last.
         margins: by how much models that were not trained on the row prefer its label, one number an epoch.
-        in_sample_margins: the same of the model that was trained on all rows; None where there was none.
+        in_sample_margins: the same of models that were trained on the row; None where there were none.
         folds: the fold that a row was held out in; None where no row was held out.
         share, share_low, share_high: estimated share of wrong labels, and its 95 % interval.
         how: `"out of fold"` or `"in sample"`, what the probabilities come from.
         kind: one of `KINDS`.
         settings: what the margins were made with.
+        groups: a number for each row, the same for rows of one prompt; None where each row is by itself.
+        decisions: what was decided by hand, `keep`, `flip` or `drop` by the number of the row.
     """
 
     rows: list[dict[str, Any]]
@@ -49,28 +59,45 @@ class Suspects:
     how: str
     kind: str
     settings: dict[str, Any] = field(default_factory=dict)
+    groups: list[int] | None = None
+    decisions: dict[int, str] = field(default_factory=dict)
+
+    def decided(self, decisions: Mapping[int, str]) -> "Suspects":
+        """The same rows, judged by their margins and by what was decided by hand, as `judge_rows` does.
+
+        Args:
+            decisions: by the number of the row, all that there are: they take the place of earlier ones.
+        """
+        found = [
+            None if not any(margins) else _table(margins) for margins in (self.margins, self.in_sample_margins or [])
+        ]
+        folds = None if self.folds is None else np.array(self.folds)
+        return judge_rows(self.rows, self.kind, *found, self.groups, folds, self.settings, decisions)
 
     def save(self, folder: Path) -> None:
-        """Writes `suspects.jsonl`, the most suspect row first, and `suspects_summary.json`."""
+        """Writes `suspects.jsonl`, the most suspect row first, and `suspects_summary.json`, each whole."""
         folder.mkdir(parents=True, exist_ok=True)
-        part = (folder / SUSPECTS_FILE).with_suffix(".part")
-        with part.open("w", encoding="utf-8") as file:
-            for i in sorted(range(len(self.rows)), key=self.ranks.__getitem__):
-                line = {
-                    "row": i,
-                    "rank": self.ranks[i],
-                    "probability_wrong": self.probabilities[i],
-                    "score": self.scores[i],
-                    "margins": self.margins[i],
-                    "in_sample_margins": None if self.in_sample_margins is None else self.in_sample_margins[i],
-                    "fold": None if self.folds is None else self.folds[i],
-                    "data": self.rows[i],
-                }
-                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-        part.replace(folder / SUSPECTS_FILE)
+        order = sorted(range(len(self.rows)), key=self.ranks.__getitem__)
+        write_whole(folder / SUSPECTS_FILE, (as_line(self._entry(i), default=str) for i in order))
         shares = {"share_wrong": self.share, "share_low": self.share_low, "share_high": self.share_high}
-        about = {"how": self.how, "kind": self.kind, "settings": self.settings}
+        counts = Counter(self.decisions.values())
+        decided = {"decided": {word: counts[word] for word in DECISIONS}} if self.decisions else {}
+        about = {"how": self.how, "kind": self.kind, **decided, "settings": self.settings}
         write_json(folder / SUMMARY_FILE, {"rows": len(self.rows), **shares, **about})
+
+    def _entry(self, i: int) -> dict[str, Any]:
+        return {
+            "row": i,
+            "rank": self.ranks[i],
+            "probability_wrong": self.probabilities[i],
+            "score": self.scores[i],
+            **({"decided": self.decisions[i]} if i in self.decisions else {}),
+            "margins": self.margins[i],
+            "in_sample_margins": None if self.in_sample_margins is None else self.in_sample_margins[i],
+            "fold": None if self.folds is None else self.folds[i],
+            "group": None if self.groups is None else self.groups[i],
+            "data": self.rows[i],
+        }
 
     @classmethod
     def load(cls, folder: Path) -> "Suspects":
@@ -80,8 +107,9 @@ class Suspects:
             ValueError: a file is not there, or is not what was written.
         """
         try:
-            text = (folder / SUSPECTS_FILE).read_text(encoding="utf-8")
-            lines = sorted(map(json.loads, text.splitlines()), key=lambda line: line["row"])
+            # Not by `splitlines`, for which U+2028 in a text ends a line too
+            texts = (folder / SUSPECTS_FILE).read_bytes().split(b"\n")
+            lines = sorted((json.loads(text) for text in texts if text), key=lambda line: line["row"])
             summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
 
             def column(name: str) -> list:
@@ -89,6 +117,7 @@ class Suspects:
 
             if column("row") != list(range(summary["rows"])):
                 raise KeyError("row")
+            groups = [line.get("group") for line in lines]
             return cls(
                 rows=column("data"),
                 probabilities=column("probability_wrong"),
@@ -99,6 +128,8 @@ class Suspects:
                 folds=None if None in column("fold") else column("fold"),
                 share=summary["share_wrong"],
                 **{name: summary[name] for name in ("share_low", "share_high", "how", "kind", "settings")},
+                groups=None if None in groups else groups,
+                decisions={line["row"]: line["decided"] for line in lines if "decided" in line},
             )
         except FileNotFoundError as error:
             raise ValueError(
@@ -111,6 +142,13 @@ class Suspects:
             ) from error
 
 
+def as_line(value: Any, **how: Any) -> str:
+    """A value as a line of a JSON-lines file in UTF-8; `how` are arguments of `json.dumps`."""
+    text = json.dumps(value, ensure_ascii=False, **how)
+    # Half of a surrogate pair has no bytes in UTF-8
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
+
+
 def judge_rows(
     rows: Sequence[dict[str, Any]],
     kind: str,
@@ -118,8 +156,8 @@ def judge_rows(
     in_sample: np.ndarray | None,
     groups: Sequence[Any] | None = None,
     folds: np.ndarray | None = None,
-    is_antisymmetric: bool = True,
     settings: dict[str, Any] | None = None,
+    decisions: Mapping[int, str] | None = None,
 ) -> Suspects:
     """Estimates from margins which labels are wrong.
 
@@ -128,46 +166,49 @@ def judge_rows(
         kind: one of `KINDS`.
         margins: of models that were not trained on the row, `(epochs, n)` float64, NaN for a row that says nothing;
             None where there are in-sample ones alone.
-        in_sample: of the model that was trained on all rows, `(epochs, n)`; None where there was none. One of the two
+        in_sample: of models that were trained on the row, `(epochs, n)`; None where there were none. One of the two
             must be there.
         groups: one entry a row, the same for rows of a prompt.
         folds: `(n,)` int, the fold that each row was held out in.
-        is_antisymmetric: whether the other label has the margin of the opposite sign, as of pairs and of two classes.
         settings: what the margins were made with.
+        decisions: by the number of the row. `keep` says that the label is right, `flip` that it is wrong, and `drop`
+            nothing of the label. Of pairs and of two classes, out of fold, the share of wrong labels and the
+            probabilities of the other rows follow them.
 
     Raises:
         ValueError: a margin is not finite, or the margins tell no row from another.
     """
-    known = [values for values in (margins, in_sample) if values is not None]
-    judged = ~np.isnan(known[0]).all(0)
-    for values in known:
+    available = [values for values in (margins, in_sample) if values is not None]
+    judged = ~np.isnan(available[0]).all(0)
+    for values in available:
         if not np.isfinite(values[:, judged]).all():
             raise ValueError("A margin is not finite: a model has diverged. Lower the learning rate.")
-    codes = None
-    if groups is not None:
-        codes = np.unique([str(group) for group in groups], return_inverse=True)[1][judged]
+    n, decided, is_antisymmetric = len(rows), check_decisions(decisions, len(rows)), has_two_labels(rows, kind)
+    places: dict[str, int] = {}
+    codes = None if groups is None else np.array([places.setdefault(str(x), len(places)) for x in groups])
+    known = np.array([{KEEP: 0.0, FLIP: 1.0}.get(decided.get(i), np.nan) for i in range(n)])
+    can_learn = margins is not None and is_antisymmetric
     found = estimate_wrong_labels(
         None if margins is None else margins[:, judged],
         in_sample=None if in_sample is None else in_sample[:, judged],
-        groups=codes,
+        groups=None if codes is None else codes[judged],
+        checked=known[judged] if can_learn and decided else None,
         antisymmetric=is_antisymmetric,
     )
-    n, places = len(rows), np.flatnonzero(judged)
-    probabilities, scores, ranks = [found.share] * n, [None] * n, [0] * n
-    for i, place in enumerate(places):
-        probabilities[place], scores[place] = float(found.probabilities[i]), float(found.scores[i])
-        ranks[place] = int(found.ranks[i])
-    for rank, place in enumerate(np.flatnonzero(~judged), start=len(places) + 1):
-        ranks[place] = rank
+    probabilities, scores = np.full(n, found.share), np.full(n, -np.inf)
+    probabilities[judged], scores[judged] = found.probabilities, found.scores
+    is_known = ~np.isnan(known)
+    probabilities[is_known] = known[is_known]
+    scores[is_known & judged] = logit(np.clip(known, CERTAIN, 1 - CERTAIN))[is_known & judged]
 
     def by_row(values: np.ndarray) -> list[list[float]]:
         return [values[:, i].tolist() if judged[i] else [] for i in range(n)]
 
     return Suspects(
         rows=list(rows),
-        probabilities=probabilities,
-        scores=scores,
-        ranks=ranks,
+        probabilities=probabilities.tolist(),
+        scores=[float(score) if is_judged else None for score, is_judged in zip(scores, judged, strict=True)],
+        ranks=rankdata(-scores, method="ordinal").tolist(),
         margins=[[]] * n if margins is None else by_row(margins),
         in_sample_margins=None if in_sample is None else by_row(in_sample),
         folds=None if folds is None else folds.tolist(),
@@ -177,4 +218,20 @@ def judge_rows(
         how=IN_SAMPLE if margins is None else OUT_OF_FOLD,
         kind=kind,
         settings=settings or {},
+        groups=None if codes is None else codes.tolist(),
+        decisions=decided,
     )
+
+
+def has_two_labels(rows: Sequence[Mapping[str, Any]], kind: str) -> bool:
+    """Whether a row's label is one of two, so that the other one has the margin of the opposite sign."""
+    column = next((name for name in LABELS if rows and name in rows[0]), None)
+    return kind == "preference" or (kind == "label" and column is not None and len({row[column] for row in rows}) == 2)
+
+
+def _table(margins: Sequence[Sequence[float]]) -> np.ndarray | None:
+    """Margins of each row as `(epochs, n)` float64, NaN of a row that says nothing; None without margins."""
+    epochs = max(map(len, margins), default=0)
+    if not epochs:
+        return None
+    return np.array([values or [np.nan] * epochs for values in margins]).T

@@ -33,11 +33,12 @@ def find_wrong_labels(
     Args:
         make_trainer: makes a new trainer, with a new model, of the rows to train on and of rows that must become its
             `eval_dataset`: all rows, with a column of their numbers, which are measured after every epoch; of
-            completions also a copy of each with another prompt. It is called once for each fold, and once with all
-            rows as those to train on.
+            completions also a copy of each with another prompt. It is called once for each fold, and of `"in_sample"`
+            once, with all rows as those to train on.
         dataset: `n` rows with the labels that are doubted.
-        how: `"out_of_fold"` trains on all folds but one, for each fold in turn; `"in_sample"` on all rows; `"both"`
-            does both.
+        how: `"both"` trains on all folds but one, for each fold in turn; margins of the fold that is left out give
+            the probabilities, and those of the folds that are trained on help to rank the rows. `"out_of_fold"` has no
+            such help. `"in_sample"` trains one model, on all rows, whose probabilities deserve less trust.
         folds: number of folds.
         groups: a column, or one entry a row: rows with the same one are held out together. Default: the column
             `group` or else `prompt`, if there is one, otherwise each row is by itself.
@@ -70,23 +71,19 @@ def find_wrong_labels(
     if kind == "completion" and "prompt" in dataset.column_names:
         measured = with_other_prompts(measured)
     fold, margins, in_sample = None, None, None
-    if how != "in_sample":
+    if how == "in_sample":
+        in_sample = _train(make_trainer, dataset, measured, len(dataset))
+    else:
         fold = fold_of_rows(groups, folds, seed)
         parts = (dataset.select(np.flatnonzero(fold != k)) for k in range(folds))
         runs = [_train(make_trainer, part, measured, len(dataset)) for part in parts]
         epochs = min(map(len, runs))
-        margins = np.select([fold == k for k in range(folds)], [run[-epochs:] for run in runs])
-    if how != "out_of_fold":
-        in_sample = _train(make_trainer, dataset, measured, len(dataset))
+        tables = [run[-epochs:] for run in runs]
+        margins = np.select([fold == k for k in range(folds)], tables)
+        if how == "both":  # a row is trained on in all runs but one
+            in_sample = (sum(tables) - margins) / (folds - 1)
     rows = dataset.with_format(None).to_list()
-    is_antisymmetric = has_two_labels(dataset, kind)
-    return judge_rows(rows, kind, margins, in_sample, groups, fold, is_antisymmetric)
-
-
-def has_two_labels(dataset: Dataset, kind: str) -> bool:
-    """Whether a row's label is one of two, so that the other one has the margin of the opposite sign."""
-    column = next((name for name in ("label", "labels") if name in dataset.column_names), None)
-    return kind == "preference" or (kind == "label" and column is not None and len(set(dataset[column])) == 2)
+    return judge_rows(rows, kind, margins, in_sample, groups, fold)
 
 
 def _groups_of(dataset: Dataset, groups: str | Sequence[Hashable] | None) -> list[str]:

@@ -99,11 +99,16 @@ class MarginRecorder(TrainerCallback):
         self._steps = [kept["steps"][i] for i in done]
         self.epochs = [kept["margins"][i] for i in done]
         first_batch(self._loader)  # raises errors before a step is taken
+        if state.global_step > 0 and float(state.epoch or 0.5).is_integer():
+            self._measure(args, state)  # the checkpoint is of the end of an epoch, and its margins may be missing
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._steps and self._steps[-1] == state.global_step:  # a checkpoint at the end of an epoch
+        self._measure(args, state)
+
+    def _measure(self, args: TrainingArguments, state: TrainerState) -> None:
+        if self._steps and self._steps[-1] == state.global_step:
             return
         table = evaluate_rows(self.trainer, self._loader, needs_drift=False)
         found = row_margins(table, getattr(self.trainer, "beta", 1.0))

@@ -9,15 +9,22 @@ const decisions = new Map(), changes = [];  // a change is a row and its decisio
 let current = -1, isKept = true, isExported = true;
 
 function store() {
-  try { localStorage.setItem(key, JSON.stringify([...decisions])); } catch { isKept = false; }  // pages of files may not
+  const kept = [...rows].map(([row, card]) => [row, decisions.get(row) ?? null, card.dataset.decided]);
+  const changed = kept.filter(([, word, before]) => word || before).map(([row, word]) => [row, word]);
+  try { localStorage.setItem(key, JSON.stringify(changed)); } catch { isKept = false; }  // pages of files may not
   document.getElementById("storage").hidden = isKept || !decisions.size;
 }
 
+// First what the page was written with, then what was decided in this browser, null where it was taken back.
 function restore() {
+  for (const [row, card] of rows) if (card.dataset.decided) decisions.set(row, card.dataset.decided);
+  const before = [...decisions];
   try {
-    const kept = JSON.parse(localStorage.getItem(key) ?? "[]");
-    for (const [row, word] of kept) if (rows.has(row) && allows(rows.get(row), word)) decisions.set(row, word);
-  } catch { decisions.clear(); }
+    for (const [row, word] of JSON.parse(localStorage.getItem(key) ?? "[]")) {
+      if (word === null) decisions.delete(row);
+      else if (rows.has(row) && allows(rows.get(row), word)) decisions.set(row, word);
+    }
+  } catch { decisions.clear(); for (const [row, word] of before) decisions.set(row, word); }
 }
 
 function allows(card, word) {

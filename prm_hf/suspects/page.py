@@ -52,18 +52,20 @@ def page_html(lines: Sequence[dict[str, Any]], summary: dict[str, Any]) -> str:
     """The text of the page.
 
     Args:
-        lines: the objects of `suspects.jsonl`, all of them; the first hundred are shown.
+        lines: the objects of `suspects.jsonl`, all of them. The first hundred that nobody has decided are shown, and
+            then those that are decided, so that the page exports all decisions.
         summary: what `suspects_summary.json` says.
     """
     kind = summary["kind"]
     card = Card(kind, tuple(_decisions(kind, lines)), typical_margins(lines))
-    listed = lines[:MOST_CARDS]
+    open_lines, decided = ([x for x in lines if ("decided" in x) is is_decided] for is_decided in (False, True))
+    listed = open_lines[:MOST_CARDS] + decided
     style = STYLE + (_HERE / "page.css").read_text(encoding="utf-8")
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     what = _WHAT[kind]
     sections = [
         f"<h1>Which {what if kind == 'label' else f'labels of {len(lines):,} {what}'} are wrong?</h1>",
-        f'<div class="screen"><section>{_verdict(summary, lines)}{_help(card)}</section>',
+        f'<div class="screen"><section>{_verdict(summary, lines, len(decided))}{_help(card)}</section>',
         f"<section>{_histogram([float(line['probability_wrong']) for line in lines])}</section></div>",
         _toolbar(len(listed)),
         f'<ol class="suspects" data-key="{_digest(lines)}">\n' + "\n".join(map(card.html, listed)) + "\n</ol>",
@@ -100,7 +102,7 @@ def _digest(lines: Sequence[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
-def _verdict(summary: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
+def _verdict(summary: dict[str, Any], lines: Sequence[dict[str, Any]], n_decided: int) -> str:
     low, high = summary.get("share_low"), summary.get("share_high")
     said = f"Of {len(lines):,} labels about {shown_percent(summary['share_wrong'])} are wrong"
     if low is not None and high is not None:
@@ -109,7 +111,13 @@ def _verdict(summary: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
         "out of fold": "Each row is judged by models that were not trained on it.",
         "in sample": "Each row is judged by a model that was trained on it.",
     }.get(summary["how"], "")
-    shown_rows = f"The {min(len(lines), MOST_CARDS)} most suspect rows are below, the most suspect one first."
+    n_open = min(len(lines) - n_decided, MOST_CARDS)
+    shown_rows = f"The {n_open} most suspect rows are below, the most suspect one first."
+    if n_decided:
+        shown_rows = (
+            f"{n_decided} are decided by hand. Of the others the {n_open} most suspect rows are below, the most "
+            "suspect one first, and then those that are decided."
+        )
     return f'<div class="verdict"><p><strong>{shown(said)}.</strong></p><p>{shown(models)} {shown_rows}</p></div>'
 
 
@@ -129,7 +137,7 @@ def _help(card: Card) -> str:
     entries = "".join(f"<div><dt>{keys}</dt><dd>{meaning}</dd></div>" for keys, meaning in rows)
     margin = {
         "preference": "A margin above 0 is a model’s preference for the chosen answer.",
-        "completion": "The margin is the gain in log-probability a token over the model before training.",
+        "completion": "The margin is the mean log-probability of a token after the prompt, minus that after another.",
         "label": "A margin above 0 is a model’s preference for the label.",
     }[card.kind]
     series = zip(
@@ -147,7 +155,7 @@ def _help(card: Card) -> str:
         '<p class="switch"><label><input type="checkbox" id="shortcuts" checked> Keys decide and move</label></p>'
         f'<p class="quiet">{margin} A small curve has it after each epoch: {curves}. '
         "The export is a file of decisions: give the command again with <code>--decisions decisions.jsonl</code>, "
-        "and the repaired rows follow it.</p></details>"
+        "and the suspects and the repaired rows follow it.</p></details>"
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from datasets import Dataset
 from .._files import write_whole
 from ..runs.text import short
 from .decisions import DROP, FLIP, KEEP, check_decisions
+from .files import as_line
 from .relabel import LABELS, Kind, Rows, check_flip, columns_of, flip_labels
 
 
@@ -153,15 +153,13 @@ def write_rows(file: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def _line(row: Mapping[str, Any], number: int) -> str:
     try:
-        text = json.dumps(row, ensure_ascii=False)
+        return as_line(row)
     except (TypeError, ValueError) as error:
         name = next((name for name, value in row.items() if not _is_json(value)), None)
         raise TypeError(
             f"Column {name!r} of row {number} cannot be written as JSON ({error}): remove the column, or write the "
             "rows with `Dataset.save_to_disk`."
         ) from error
-    # Half of a surrogate pair has no bytes in UTF-8
-    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
 def _is_json(value: Any) -> bool:

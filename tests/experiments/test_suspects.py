@@ -15,7 +15,7 @@ from prm_hf.experiments.runner import FAILED
 from prm_hf.noise import flip_preferences
 from prm_hf.suspects import Suspects
 
-from .comparisons import ON_CPU, ROOT, infos, read, read_lines
+from .comparisons import ON_CPU, ROOT, read, read_lines
 
 
 SHORT = ["--max_length", "64", "--num_train_epochs", "2", "--per_device_train_batch_size", "8", "--folds", "2"]
@@ -62,17 +62,17 @@ def test_suspects_of_a_file(flipped, tmp_path, capsys):
     # The margins of a row are those of the runs, out of fold of one that was not trained on it.
     by_row = {line["row"]: line for line in lines}
     found = sorted(tmp_path.glob("runs/*/*/margins.json"))
-    assert [path.parent.parent.name for path in found] == ["all_rows", "fold0of2", "fold1of2"]
+    assert [path.parent.parent.name for path in found] == ["fold0of2", "fold1of2"]
     for path in found:
         margins = read(path)
-        part, name = ("train", "in_sample_margins") if "all_rows" in str(path) else ("heldout", "margins")
-        for place, row in enumerate(margins[f"{part}_rows"]):
-            assert by_row[row][name] == [epoch[place] for epoch in margins[f"{part}_epochs"]]
+        for part, name in (("train", "in_sample_margins"), ("heldout", "margins")):
+            for place, row in enumerate(margins[f"{part}_rows"]):
+                assert by_row[row][name] == [epoch[place] for epoch in margins[f"{part}_epochs"]]
         assert {*margins["heldout_rows"]} & {*margins["train_rows"]} == set()
         assert len(margins["heldout_rows"]) + len(margins["train_rows"]) == 32
 
     before = stamps(tmp_path)
-    assert len(before) == 3
+    assert len(before) == 2
     assert run(flipped, tmp_path, "--repair", "flip", "--threshold", "0.4") == 0
     assert stamps(tmp_path) == before and "finished before" in capsys.readouterr().out
     again = read_lines(tmp_path / "repaired.jsonl")
@@ -82,24 +82,45 @@ def test_suspects_of_a_file(flipped, tmp_path, capsys):
     assert all(new["source"] == row["source"] for row, new in zip(rows, again, strict=True))
 
 
-def test_decisions_are_applied_without_training(tmp_path, capsys, monkeypatch):
-    rows = [{"chosen": f"a{i}", "rejected": "b", "source": i} for i in range(3)]
-    known = {"scores": [0.0] * 3, "ranks": [1, 2, 3], "margins": [[1.0]] * 3, "in_sample_margins": None}
-    found = Suspects(rows, [0.9, 0.2, 0.8], **known, folds=[0, 1, 0], share=0.3, share_low=0.1, share_high=0.5,
-                     how="out of fold", kind="preference")  # fmt: skip
-    found.save(tmp_path)
+def test_decisions_are_applied_without_training(flipped, tmp_path, capsys, monkeypatch):
+    assert run(flipped, tmp_path) == 0
+    capsys.readouterr()
+    rows, before = read_lines(flipped), Suspects.load(tmp_path)
+    first, second, third = sorted(range(32), key=before.ranks.__getitem__)[:3]
     decisions = tmp_path / "decisions.jsonl"
-    decisions.write_text('{"row": 0, "decision": "keep"}\n{"row": 1, "decision": "flip"}\n', encoding="utf-8")
-    monkeypatch.setattr(suspects, "find", None)
+    decided = {first: "keep", second: "flip", third: "drop"}
+    lines = [json.dumps({"row": row, "decision": decision}) + "\n" for row, decision in decided.items()]
+    decisions.write_text("".join(lines), encoding="utf-8")
+    with monkeypatch.context() as patched:
+        patched.setattr(suspects, "find", None)
+        assert suspects.main(["--output", str(tmp_path), "--decisions", str(decisions), "--threshold", "1"]) == 0
+    repaired = read_lines(tmp_path / "repaired.jsonl")
+    sides = {"chosen": "rejected", "utility_chosen": "utility_rejected"}
+    other = sides | {rejected: chosen for chosen, rejected in sides.items()}
+    swapped = {name: rows[second][other.get(name, name)] for name in rows[second]}
+    swapped["flipped"] = not swapped["flipped"]
+    assert repaired == [swapped if i == second else row for i, row in enumerate(rows) if i != third]
+    out = capsys.readouterr().out
+    assert "3 decided by hand" in out and "repaired.jsonl" in out
+    page = (tmp_path / "suspects.html").read_text(encoding="utf-8")
+    assert [page.count(f'data-decided="{word}"') for word in ("keep", "flip", "drop")] == [1, 1, 1]
+    after = Suspects.load(tmp_path)
+    assert after == before.decided(decided)
+    assert (after.probabilities[first], after.probabilities[second], after.ranks[second]) == (0.0, 1.0, 1)
+    assert 0 < after.probabilities[third] < 1
+
+    # The command that found them forgets nothing; another file of decisions takes the place of the first.
+    assert run(flipped, tmp_path) == 0
+    assert Suspects.load(tmp_path).decisions == after.decisions
+    decisions.write_text("", encoding="utf-8")
     assert suspects.main(["--output", str(tmp_path), "--decisions", str(decisions)]) == 0
-    assert read_lines(tmp_path / "repaired.jsonl") == [rows[0], {"chosen": "b", "rejected": "a1", "source": 1}]
-    assert "repaired.jsonl" in capsys.readouterr().out
+    assert Suspects.load(tmp_path).probabilities == before.probabilities
 
 
 def test_the_best_of_several_rates_is_taken_by_the_labels_as_given(flipped, tmp_path, monkeypatch):
     run(flipped, tmp_path, "--learning_rates", "1e-6", "3e-3", "--how", "both", "--seeds", "0", "1")
     names = [path.parent.parent.name for path in stamps(tmp_path)]
-    assert names.count("fold0of2") == names.count("fold1of2") == 4 and names.count("all_rows") == 2
+    assert names.count("fold0of2") == names.count("fold1of2") == 4 == len(names) / 2
     agreement = {}
     for path in tmp_path.glob("runs/fold*/*/metrics.json"):
         info = read(path.with_name("run.json"))
@@ -114,11 +135,6 @@ def test_the_best_of_several_rates_is_taken_by_the_labels_as_given(flipped, tmp_
                 total[margins["heldout_rows"]] += margins["heldout_epochs"][-1]
         mean[rate] = (np.sign(total).mean() + 1) / 2
     assert mean[chosen] == max(mean.values())
-    assert {info["learning_rate"] for info in infos_of(tmp_path, "all_rows")} == {chosen}
-
-
-def infos_of(folder, part):
-    return list(infos(folder / "runs" / part).values())
 
 
 def test_prompts_stay_together_and_a_column_group_wins(tmp_path):
@@ -137,7 +153,9 @@ def test_completions_and_in_sample_alone(tmp_path, capsys):
     assert summary["kind"] == "completion" and summary["how"] == "in sample"
     lines = read_lines(tmp_path / "out" / "suspects.jsonl")
     assert all(line["fold"] is None and line["margins"] == [] for line in lines)
-    assert "prm-hf sft" in capsys.readouterr().out
+    assert [path.parent.parent.name for path in stamps(tmp_path / "out")] == ["all_rows"]
+    out = capsys.readouterr().out
+    assert "prm-hf sft" in out and "deserve less trust" in out
 
 
 @pytest.mark.parametrize("columns", [("text",), ("age", "city")])

@@ -1,5 +1,6 @@
 """Folds, margins and the files of suspects, with tiny models and any trainer."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -122,7 +123,7 @@ def test_what_is_written_is_what_is_read(tmp_path):
     assert found.probabilities[7] == found.share
     assert sorted(found.ranks) == list(range(1, 41))
     found.save(tmp_path)
-    assert Suspects.load(tmp_path) == found
+    assert Suspects.load(tmp_path) == found == found.decided({})
     lines = [json.loads(line) for line in (tmp_path / "suspects.jsonl").read_text().splitlines()]
     assert [line["rank"] for line in lines] == list(range(1, 41))
     assert all(line["data"] == found.rows[line["row"]] for line in lines)
@@ -148,6 +149,74 @@ def test_margins_that_are_not_finite_are_refused():
     margins[1, 2] = np.inf
     with pytest.raises(ValueError, match="A margin is not finite: a model has diverged"):
         suspects_of(margins)
+
+
+def test_rows_with_every_end_of_a_line_are_read_as_they_were_written(tmp_path):
+    """`str.splitlines` knows eleven ends of a line, of which JSON escapes three."""
+    ends = [chr(i) for i in range(0x11000) if len(f"a{chr(i)}b".splitlines()) == 2 or 0xD800 <= i < 0xD802]
+    assert {"\u2028", "\x85", "\r", "\ud800"} <= {*ends}
+    rows = [{"chosen": f"a{end}b", "rejected": end} for end in ends]
+    found = judge_rows(rows, "preference", np.linspace(-1, 2, len(rows))[None], None)
+    found.save(tmp_path)
+    assert Suspects.load(tmp_path) == found
+    assert not list(tmp_path.glob("*.part"))
+
+
+def flipped_pairs(n=400, share=0.3, accuracy=1.2, seed=0):
+    """Suspects of pairs of which some are wrong, and which these are."""
+    rng = np.random.default_rng(seed)
+    wrong = rng.random(n) < share
+    margins = np.where(wrong, -1, 1) * rng.normal(accuracy, 1.0, (1, n))
+    rows = [{"chosen": f"{i}", "rejected": "x"} for i in range(n)]
+    return judge_rows(rows, "preference", margins, margins + 0.5, groups=np.arange(n) // 2), wrong
+
+
+def test_decisions_by_hand_are_learnt_from(tmp_path):
+    found, wrong = flipped_pairs()
+    first = sorted(range(400), key=found.ranks.__getitem__)[:100]
+    decisions = {i: "flip" if wrong[i] else "keep" for i in first}
+    decisions[first[0]] = "drop"
+    after = found.decided(decisions)
+    said = [i for i in first if decisions[i] != "drop"]
+    assert all(after.probabilities[i] == wrong[i] for i in said)
+    assert {after.ranks[i] for i in said if wrong[i]} == set(range(1, sum(wrong[said]) + 1))
+    assert 0 < after.probabilities[first[0]] < 1  # a row that is left out may have a right label
+    others = [i for i in range(400) if i not in decisions]
+    assert [after.probabilities[i] for i in others] != [found.probabilities[i] for i in others]
+    assert after.share_high - after.share_low < found.share_high - found.share_low
+    assert after.share_low <= wrong.mean() <= after.share_high
+    after.save(tmp_path)
+    assert Suspects.load(tmp_path) == after and after.decided({}) == found
+    summary = json.loads((tmp_path / "suspects_summary.json").read_text())
+    counts = {word: list(decisions.values()).count(word) for word in ("keep", "flip", "drop")}
+    assert summary["decided"] == counts
+    lines = [json.loads(line) for line in (tmp_path / "suspects.jsonl").read_text().splitlines()]
+    assert {line["row"]: line["decided"] for line in lines if "decided" in line} == decisions
+
+
+@pytest.mark.parametrize("kind", ["completion", "label", "preference"])
+def test_what_cannot_be_learnt_from_is_decided_all_the_same(kind):
+    """Margins of completions and of three classes have no other side, and margins in sample know their labels."""
+    rng = np.random.default_rng(0)
+    margins = rng.normal(1, 1, (2, 30))
+    margins[:, 4] = np.nan
+    rows = [{"chosen": "c", "rejected": "r", "completion": "c", "label": i % 3} for i in range(30)]
+    given = (None, margins) if kind == "preference" else (margins, None)
+    before = judge_rows(rows, kind, *given)
+    after = before.decided({3: "flip", 4: "keep", 5: "drop"})
+    assert (after.probabilities[3], after.probabilities[4], after.ranks[3]) == (1.0, 0.0, 1)
+    others = [i for i in range(30) if i not in (3, 4)]
+    assert [after.probabilities[i] for i in others] == [before.probabilities[i] for i in others]
+    assert (after.share, after.scores[4]) == (before.share, None) and sorted(after.ranks) == list(range(1, 31))
+
+
+def test_files_of_before_there_were_groups_are_read(tmp_path):
+    found, _ = flipped_pairs(20)
+    found.save(tmp_path)
+    file = tmp_path / "suspects.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "group"}) + "\n" for line in lines))
+    assert Suspects.load(tmp_path) == dataclasses.replace(found, groups=None)
 
 
 def dpo_trainer(train, rows):
@@ -178,7 +247,15 @@ def test_any_dpo_trainer_with_adamw(tmp_path, monkeypatch):
     rows = preference_dataset(24)
     same = rows[3] | {"rejected": rows[3]["chosen"]}
     rows = Dataset.from_list([same if i == 3 else row for i, row in enumerate(rows)])
-    trained = []
+    trained, recorded = [], []
+    record = MarginRecorder.on_epoch_end
+
+    def on_epoch_end(self, *arguments, **more):
+        record(self, *arguments, **more)
+        if len(self.epochs) == 2:
+            recorded.append(np.array(self.epochs))
+
+    monkeypatch.setattr(MarginRecorder, "on_epoch_end", on_epoch_end)
 
     def make_trainer(train, measured):
         trained.append(train)
@@ -186,8 +263,12 @@ def test_any_dpo_trainer_with_adamw(tmp_path, monkeypatch):
         return dpo_trainer(train, measured)
 
     found = noise.find_wrong_labels(make_trainer, rows, folds=3)
-    assert len(trained) == 4 and len(trained[-1]) == 24 and sum(map(len, trained[:3])) == 48
-    for fold, train in enumerate(trained[:3]):
+    assert len(trained) == 3 and sum(map(len, trained)) == 48
+    for row, fold in enumerate(found.folds):  # a row is judged by one model, and trained on by the other two
+        assert found.margins[row] == recorded[fold][:, row].tolist()
+        seen = [table[:, row] for k, table in enumerate(recorded) if k != fold]
+        assert found.in_sample_margins[row] == pytest.approx(np.mean(seen, axis=0).tolist(), abs=1e-9)
+    for fold, train in enumerate(trained):
         held_out = {row["prompt"] for row, of in zip(rows, found.folds, strict=True) if of == fold}
         assert not held_out & {*train["prompt"]}
     assert found.kind == "preference" and found.how == "out of fold" and found.rows == rows.to_list()

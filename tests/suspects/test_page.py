@@ -131,7 +131,7 @@ UNSEEN = "A model that was not trained on this pair"
             "completion",
             [-1],
             None,
-            "A model that was not trained on this row finds the completion less likely than before.",
+            f"{UNSEEN[:-4]}row finds the completion less likely after its prompt than after another one.",
         ),
         ("label", [-1, math.nan], [math.nan], "A model that was not trained on this row prefers another label."),
         ("label", [], None, "No model says anything of this row, whose label means nothing, as with two equal sides."),
@@ -217,3 +217,15 @@ def test_decisions_of_other_rows_are_kept_apart():
         for lines in (pairs(5), pairs(6), pairs(5), [{**x, "margins": [1.0]} for x in pairs(5)])
     }
     assert len(keys) == 2
+
+
+def test_decided_rows_come_after_the_hundred_that_are_open():
+    """So that a person goes on with the next ones, and the page still exports what was decided before."""
+    lines = pairs(120)
+    for place in (0, 3, 110):
+        lines[place]["decided"] = "flip"
+    page = page_html(lines, summary())
+    shown = [int(row) for row in re.findall(r'data-row="(\d+)"', page)]
+    decided = [lines[place]["row"] for place in (0, 3, 110)]
+    assert shown[100:] == decided and shown[:100] == [x["row"] for x in lines if "decided" not in x][:100]
+    assert page.count('data-decided="flip"') == 3 and "3 are decided by hand." in page
