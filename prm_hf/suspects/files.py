@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..noise.wrong_labels import estimate_wrong_labels
+from ..noise.wrong_labels import estimate_wrong_labels, votes
 from ..runs.write import write_json
 
 
@@ -130,7 +130,8 @@ def judge_rows(
             None where there are in-sample ones alone.
         in_sample: of the model that was trained on all rows, `(epochs, n)`; None where there was none. One of the two
             must be there.
-        groups: one entry a row, the same for rows of a prompt.
+        groups: one entry a row, the same for rows of a prompt. Out of fold, pairs of a prompt that have a completion
+            in common are witnesses of each other's labels.
         folds: `(n,)` int, the fold that each row was held out in.
         is_antisymmetric: whether the other label has the margin of the opposite sign, as of pairs and of two classes.
         settings: what the margins were made with.
@@ -143,21 +144,22 @@ def judge_rows(
     for values in known:
         if not np.isfinite(values[:, judged]).all():
             raise ValueError("A margin is not finite: a model has diverged. Lower the learning rate.")
-    codes = None
-    if groups is not None:
-        codes = np.unique([str(group) for group in groups], return_inverse=True)[1][judged]
+    places: dict[str, int] = {}
+    codes = None if groups is None else np.array([places.setdefault(str(x), len(places)) for x in groups])
+    has_votes = margins is not None and kind == "preference" and codes is not None
     found = estimate_wrong_labels(
         None if margins is None else margins[:, judged],
         in_sample=None if in_sample is None else in_sample[:, judged],
-        groups=codes,
+        votes=_votes(rows, codes)[judged] if has_votes else None,
+        groups=None if codes is None else codes[judged],
         antisymmetric=is_antisymmetric,
     )
-    n, places = len(rows), np.flatnonzero(judged)
+    n, judged_rows = len(rows), np.flatnonzero(judged)
     probabilities, scores, ranks = [found.share] * n, [None] * n, [0] * n
-    for i, place in enumerate(places):
+    for i, place in enumerate(judged_rows):
         probabilities[place], scores[place] = float(found.probabilities[i]), float(found.scores[i])
         ranks[place] = int(found.ranks[i])
-    for rank, place in enumerate(np.flatnonzero(~judged), start=len(places) + 1):
+    for rank, place in enumerate(np.flatnonzero(~judged), start=len(judged_rows) + 1):
         ranks[place] = rank
 
     def by_row(values: np.ndarray) -> list[list[float]]:
@@ -178,3 +180,12 @@ def judge_rows(
         kind=kind,
         settings=settings or {},
     )
+
+
+def _votes(rows: Sequence[dict[str, Any]], codes: np.ndarray) -> np.ndarray:
+    """What the other pairs of its prompt say about each label, `(n,)`; a group may have several prompts."""
+
+    def texts(side: str) -> list[str]:
+        return [json.dumps([row.get("prompt"), row[side]], sort_keys=True, default=str) for row in rows]
+
+    return votes(codes.tolist(), texts("chosen"), texts("rejected"))
