@@ -1,15 +1,16 @@
 """Methods that answer label noise without a mask: other losses of pairs, labels by a vote, a part of the way."""
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ..noise import wrong_labels
 from ..runs.methods import Method
 from .rows import text_of
 
@@ -71,10 +72,7 @@ class Interpolation(TrainerCallback):
 
 
 def votes(rows: Dataset, groups: Sequence[int]) -> list[bool]:
-    """Whether the pairs of a prompt vote against each label.
-
-    A completion has a point for each pair that it wins, and loses one for each that it loses. A label is outvoted
-    where its rejected completion has more points than its chosen one.
+    """Whether the pairs of a prompt vote against each label: the others by more than the two points of its own vote.
 
     Args:
         groups: one a row, equal where rows have a prompt in common.
@@ -82,14 +80,20 @@ def votes(rows: Dataset, groups: Sequence[int]) -> list[bool]:
     Raises:
         ValueError: no completion is in two pairs of a prompt.
     """
-    chosen, rejected = (
-        [(group, text_of(text)) for group, text in zip(groups, rows[side], strict=True)]
-        for side in ("chosen", "rejected")
-    )
-    wins, losses = Counter(chosen), Counter(rejected)
-    if max((wins + losses).values()) < 2:
+    found = pair_votes(rows, groups)
+    if not found.any():
         raise ValueError(
             "`vote` needs prompts with several pairs that share completions, and here every completion is in one "
             "pair: leave it out of `methods`."
         )
-    return [wins[won] - losses[won] < wins[lost] - losses[lost] for won, lost in zip(chosen, rejected, strict=True)]
+    return (found < -2).tolist()
+
+
+def pair_votes(rows: Dataset, groups: Sequence[int]) -> np.ndarray:
+    """What the other pairs of its prompt say about each label, `(n,)`; a group may have several prompts."""
+    prompts = rows["prompt"][:] if "prompt" in rows.column_names else [""] * len(rows)
+
+    def texts(side: str) -> list[tuple[str, str]]:
+        return [(text_of(prompt), text_of(text)) for prompt, text in zip(prompts, rows[side], strict=True)]
+
+    return wrong_labels.votes(groups, texts("chosen"), texts("rejected"))

@@ -27,6 +27,7 @@ from ..suspects import MarginRecorder, fold_of_rows
 from ..suspects.margins import ROW, with_other_prompts
 from ..suspects.repair import repair
 from ..trainers.memorization import NOISE_COLUMNS
+from .baselines import pair_votes
 from .data import Data
 
 
@@ -122,11 +123,10 @@ class Repairs:
         margins = join_margins([place / name for name in detail["margins_of"]], len(rows))
         judged = ~np.isnan(margins).any(0)  # trainers leave out rows that say nothing
         margins, groups = margins[:, judged], np.asarray(self.grid.data.train_groups)[judged]
-        known = (
-            {"margins": margins, "antisymmetric": self.grid.experiment.has_pairs}
-            if self.folds
-            else {"in_sample": margins}
-        )
+        has_pairs = self.grid.experiment.has_pairs
+        known = {"margins": margins, "antisymmetric": has_pairs} if self.folds else {"in_sample": margins}
+        if has_pairs and self.folds:
+            known["votes"] = pair_votes(rows, self.grid.data.train_groups)[judged]
         found = estimate_wrong_labels(**known, groups=groups)
         probabilities = np.zeros(len(rows))
         probabilities[judged] = found.probabilities

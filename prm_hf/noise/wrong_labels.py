@@ -4,13 +4,16 @@ A reward margin s is antisymmetric: with the two sides swapped it changes its si
 does not know its label. So if labels are wrong independently of the content, the label that was given has the
 probability
 
-    (1 - ε) σ(z) + ε σ(-z)     with z = k sign(s) |s|^γ                                                       (1)
+    (1 - ε) σ(z) + ε σ(-z)     with z = k (cos θ sign(s) |s|^γ + sin θ v)                                      (1)
 
 where s is in the label's direction, σ(z) the probability that this direction is truly the better one, and ε the share
-of wrong labels. k is named by the accuracy that it stands for: the mean of σ(|z|) over the rows. How often the largest
-margins disagree with their labels identifies ε. If the data fit many ε, the interval is wide.
+of wrong labels. v is what the other pairs of the prompt say ([`votes`]); without it θ = 0. k is named by the accuracy
+that it stands for: the mean of σ(|z|) over the rows. How often the largest |z| disagree with their labels identifies
+ε. If the data fit many ε, the interval is wide.
 """
 
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +25,8 @@ from scipy.stats import chi2, rankdata
 SHARES = np.linspace(0.0, 0.5, 51)  # ε: labels are right more often than wrong
 ACCURACIES = np.linspace(0.51, 0.99, 25)
 EXPONENTS = (0.5, 1.0)  # γ: log-odds grow more slowly than the margins, where larger margins are noisier too
+ANGLES = np.linspace(0, np.pi / 2, 9)  # θ: from margins alone to votes alone
+NEGLIGIBLE = 1e-9  # weight
 EM_STEPS = 50
 
 
@@ -48,9 +53,32 @@ class WrongLabels:
         return rankdata(-self.scores, method="ordinal")
 
 
+def votes(groups: Sequence[Hashable], chosen: Sequence[Hashable], rejected: Sequence[Hashable]) -> np.ndarray:
+    """What the other pairs of its prompt say about each label.
+
+    A completion has a point for each other pair that it wins, and loses one for each that it loses. The vote is the
+    points of the chosen completion less those of the rejected one. It changes its sign with the label, and does not
+    know it, so votes are margins, too: `estimate_wrong_labels(votes(...), groups=...)` needs no model.
+
+    Args:
+        groups: one a pair, the same for pairs of a prompt.
+        chosen, rejected: the completions, the same for the same text.
+
+    Returns:
+        (n,) float64, 0 where no other pair of the prompt has one of the two completions.
+    """
+    pairs, points = list(zip(groups, chosen, rejected, strict=True)), Counter()
+    for group, won, lost in pairs:
+        points[group, won] += 1
+        points[group, lost] -= 1
+    own = [2.0 * (won != lost) for _, won, lost in pairs]
+    return np.array([points[group, won] - points[group, lost] for group, won, lost in pairs], np.float64) - own
+
+
 def estimate_wrong_labels(
     margins: ArrayLike | None = None,
     *,
+    votes: ArrayLike | None = None,
     in_sample: ArrayLike | None = None,
     groups: ArrayLike | None = None,
     checked: ArrayLike | None = None,
@@ -61,9 +89,14 @@ def estimate_wrong_labels(
 
     Args:
         margins: (n,) or (evaluations, n), by how much a model that did not train on a row prefers its label as given.
-        in_sample: the same of models that trained on the row, as the other folds' models or one of all rows. Beside
-            `margins` it helps to rank the rows, and the share is that of `margins`. Alone it ranks them, and the share
-            is hardly known.
+        votes: (n,), what [`votes`] returns: a second witness beside antisymmetric `margins` of models that trained on
+            no pair of the row's prompt. How much it says is fitted. Needs `groups`, the prompts. Where no vote is
+            against its label, as where labels come from one score a completion, or where the share that they lead
+            to contradicts that of the margins, votes have no effect: labels of a prompt are then wrong together, and
+            agree for that reason.
+        in_sample: the same as `margins` of models that trained on the row, as the other folds' models or one of all
+            rows. Beside `margins` it helps to rank the rows, and the share is that of `margins`. Alone it ranks them;
+            then the share is hardly known, and the probabilities are no better.
         groups: (n,), rows that share a group (as a prompt) are not independent of each other.
         checked: (n,), what is known of a label: 1 wrong, 0 right, NaN not looked at. Which rows were looked at may
             depend on their margins, as with the first hundred suspects. Needs antisymmetric `margins`.
@@ -73,25 +106,27 @@ def estimate_wrong_labels(
 
     Raises:
         ValueError: a margin is not finite, shapes do not fit, there are no rows, no margin differs from another, or
-            `checked` has other values or margins that it cannot be used with.
+            `votes` or `checked` have other values or margins that they cannot be used with.
     """
     if margins is None and in_sample is None:
         raise ValueError("Pass `margins`, `in_sample` or both: there is nothing to estimate from.")
+    if votes is not None and (margins is None or not antisymmetric):
+        raise ValueError("`votes` need antisymmetric `margins`: leave them out, or pass them as the `margins`.")
     outer = None if margins is None else _score(margins, "margins", centred=not antisymmetric)
     inner = None if in_sample is None else _score(in_sample, "in_sample", centred=True)
     n = len(inner if outer is None else outer)
     if outer is not None and inner is not None and len(inner) != n:
         raise ValueError(f"`margins` are of {n} rows and `in_sample` of {len(inner)}: pass both of the same rows.")
-    codes = _codes(groups, n)
-    known = _known(checked, n)
+    codes, known, other = _codes(groups, n), _known(checked, n), _votes(votes, groups, n)
     if outer is not None and antisymmetric:
-        log_odds, estimate = _antisymmetric(outer, codes, known)
+        log_odds, estimate, shape = _antisymmetric(outer, other, codes, known)
     elif checked is not None:
         raise ValueError("`checked` needs antisymmetric `margins`: leave it out, and keep what was decided by hand.")
     else:
         log_odds, estimate = _mixture(inner if outer is None else outer, codes)
+        shape = (1.0, 0.0)
     if outer is not None and inner is not None:
-        log_odds = _with_second_witness(log_odds, outer, inner)
+        log_odds = _in_order(log_odds, _evidence(_with_second_witness(outer, inner), other, *shape))
     log_odds = np.where(np.isnan(known), log_odds, _logit(known))
     return WrongLabels(log_odds, expit(log_odds), *estimate)
 
@@ -138,18 +173,59 @@ def _known(checked: ArrayLike | None, n: int) -> np.ndarray:
     return known
 
 
+def _votes(votes: ArrayLike | None, groups: ArrayLike | None, n: int) -> np.ndarray:
+    """`votes` in units of the root mean square of those that are not 0, or 0 for each row if they say nothing."""
+    if votes is None:
+        return np.zeros(n)
+    if groups is None:
+        raise ValueError("`votes` are of pairs that share a prompt: pass the prompts as `groups`.")
+    values = np.asarray(votes, dtype=np.float64)
+    if values.shape != (n,):
+        raise ValueError(f"`votes` has shape {values.shape}: it must be ({n},), a vote for each row of the margins.")
+    if not np.isfinite(values).all():
+        raise ValueError(f"`votes` has {np.flatnonzero(~np.isfinite(values)).size} values that are not finite.")
+    if not (values < 0).any():
+        return np.zeros(n)
+    return values / np.sqrt(np.square(values).sum() / np.count_nonzero(values))
+
+
 def _antisymmetric(
-    s: np.ndarray, codes: np.ndarray, known: np.ndarray
-) -> tuple[np.ndarray, tuple[float, float, float]]:
-    """Log-odds of a wrong label, and the share with its interval: equation (1), flat priors of ε and the accuracy."""
-    log_odds = np.concatenate([_log_odds(np.sign(s) * np.abs(s) ** exponent) for exponent in EXPONENTS])
-    right = expit(log_odds)  # (curves, n), a curve for each exponent and accuracy
-    likelihood = np.stack([_log_likelihood(e, right, known) for e in SHARES])  # (shares, curves)
-    share, curve = np.unravel_index(likelihood.argmax(), likelihood.shape)
-    likelihood = likelihood / _design_effect(SHARES[share], log_odds[curve], codes)
-    weights = np.exp(likelihood - logsumexp(likelihood))
-    wrong = sum(w @ (e * (1 - right) / _given(e, right)) for e, w in zip(SHARES, weights, strict=True))
-    return _logit(wrong), (float(weights.sum(1) @ SHARES), *_interval(likelihood.max(1)))
+    s: np.ndarray, v: np.ndarray, codes: np.ndarray, known: np.ndarray
+) -> tuple[np.ndarray, tuple[float, float, float], tuple[float, float]]:
+    """As `_fit`, without votes if the share with them contradicts that of the margins."""
+    alone = _fit(s, np.zeros_like(v), codes, known)
+    if not v.any():
+        return alone
+    both = _fit(s, v, codes, known)
+    (_, low, high), (_, low_alone, high_alone) = both[1], alone[1]
+    return both if low <= high_alone and low_alone <= high else alone
+
+
+def _fit(
+    s: np.ndarray, v: np.ndarray, codes: np.ndarray, known: np.ndarray
+) -> tuple[np.ndarray, tuple[float, float, float], tuple[float, float]]:
+    """Equation (1) with flat priors of ε, the accuracy, γ and θ.
+
+    Returns:
+        Log-odds of a wrong label, (n,), the share with its interval, and the likeliest γ and θ.
+    """
+    shapes = [(exponent, angle) for exponent in EXPONENTS for angle in (ANGLES if v.any() else ANGLES[:1])]
+    likelihood = np.stack([_log_likelihood(expit(_log_odds(_evidence(s, v, *shape))), known) for shape in shapes])
+    best, share, curve = np.unravel_index(likelihood.argmax(), likelihood.shape)  # of (shapes, shares, accuracies)
+    slope = _log_odds(_evidence(s, v, *shapes[best]))[curve]
+    nuisance = np.stack([_evidence(s, v, shapes[best][0], 0.0), v])
+    likelihood /= _design_effect(SHARES[share], slope, nuisance, codes)
+    weights, wrong = np.exp(likelihood - logsumexp(likelihood)), np.zeros(len(s))
+    for shape, of_shape in zip(shapes, weights, strict=True):
+        if of_shape.sum() > NEGLIGIBLE:
+            right = expit(_log_odds(_evidence(s, v, *shape)))
+            wrong += sum(w @ (e * (1 - right) / _given(e, right)) for e, w in zip(SHARES, of_shape, strict=True))
+    return _logit(wrong), _share(weights.sum((0, 2)), likelihood.max((0, 2))), shapes[best]
+
+
+def _evidence(s: np.ndarray, v: np.ndarray, exponent: float, angle: float) -> np.ndarray:
+    """z of equation (1) for k = 1, (n,)."""
+    return np.cos(angle) * np.sign(s) * np.abs(s) ** exponent + np.sin(angle) * v
 
 
 def _log_odds(z: np.ndarray) -> np.ndarray:
@@ -160,11 +236,17 @@ def _log_odds(z: np.ndarray) -> np.ndarray:
     return np.interp(ACCURACIES, accuracy, slopes)[:, None] * z
 
 
-def _log_likelihood(share: float, right: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Of the labels as given and of what is known about them, (curves,)."""
-    wrong, fine = np.maximum(share * (1 - right[:, known == 1]), 1e-300), (1 - share) * right[:, known == 0]
-    given = _given(share, right[:, np.isnan(known)])
-    return np.log(given).sum(1) + np.log(wrong).sum(1) + np.log(fine).sum(1)
+def _log_likelihood(right: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Of the labels as given and of what is known about them, for each of `SHARES`, (shares, accuracies)."""
+    unknown, wrong, fine = right[:, np.isnan(known)], 1 - right[:, known == 1], right[:, known == 0]
+    return np.stack(
+        [
+            np.log(_given(e, unknown)).sum(1)
+            + np.log(np.maximum(e * wrong, 1e-300)).sum(1)
+            + np.log((1 - e) * fine).sum(1)
+            for e in SHARES
+        ]
+    )
 
 
 def _given(share: float, right: np.ndarray) -> np.ndarray:
@@ -172,12 +254,18 @@ def _given(share: float, right: np.ndarray) -> np.ndarray:
     return np.maximum(share + (1 - 2 * share) * right, np.finfo(float).tiny)
 
 
-def _design_effect(share: float, log_odds: np.ndarray, codes: np.ndarray) -> float:
-    """By what factor rows of a group that err together widen the variance of the share; 1 without groups."""
+def _design_effect(share: float, log_odds: np.ndarray, nuisance: np.ndarray, codes: np.ndarray) -> float:
+    """By what factor rows of a group widen the variance of the share, 1 without groups.
+
+    They do where they err together, and where each is a vote on the others.
+
+    Args:
+        nuisance: what the log-odds are a sum of, (2, n), with weights that are fitted, too.
+    """
     right = expit(log_odds)
     by_share = (1 - 2 * right) / _given(share, right)
-    by_slope = (1 - 2 * share) * right * (1 - right) * log_odds / _given(share, right)
-    efficient = by_share - by_slope * (by_share @ by_slope) / max(by_slope @ by_slope, np.finfo(float).tiny)
+    by_weight = ((1 - 2 * share) * right * (1 - right) / _given(share, right) * nuisance).T
+    efficient = by_share - by_weight @ np.linalg.lstsq(by_weight, by_share)[0]
     total = efficient @ efficient
     return max(1.0, float(np.square(np.bincount(codes, efficient)).sum() / total)) if total > 0 else 1.0
 
@@ -186,10 +274,17 @@ def _logit(p: np.ndarray) -> np.ndarray:
     return logit(np.clip(p, 1e-12, 1 - 1e-12))
 
 
-def _interval(profile: np.ndarray) -> tuple[float, float]:
-    """The shares that a likelihood-ratio test at 5 % does not reject."""
-    kept = SHARES[profile >= profile.max() - chi2.ppf(0.95, 1) / 2]
-    return float(kept.min()), float(kept.max())
+def _share(posterior: np.ndarray, profile: np.ndarray) -> tuple[float, float, float]:
+    """The median of ε, and the shares that a likelihood-ratio test at 5 % does not reject.
+
+    The mean would be drawn further to the middle of the shares, .25, where margins say little.
+    """
+    excess = profile - profile.max() + chi2.ppf(0.95, 1) / 2
+    first, *_, last = np.flatnonzero(excess >= 0).repeat(2)
+    low = np.interp(0, excess[first - 1 : first + 1], SHARES[first - 1 : first + 1]) if first else 0.0
+    high = np.interp(0, excess[[last + 1, last]], SHARES[[last + 1, last]]) if last + 1 < len(SHARES) else SHARES[-1]
+    median = np.interp(0.5, np.cumsum(posterior) - posterior / 2, SHARES)
+    return float(np.clip(median, low, high)), float(low), float(high)
 
 
 def _mixture(s: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, tuple[float, float, float]]:
@@ -199,7 +294,7 @@ def _mixture(s: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, tuple[float,
     likelihood = np.array([value for value, _ in fits]) / per_group  # rows of a group count as one: the widest
     weights = np.exp(likelihood - logsumexp(likelihood))
     wrong = weights @ np.stack([expit(log_odds) for _, log_odds in fits])
-    return _logit(wrong), (float(weights @ SHARES), *_interval(likelihood))
+    return _logit(wrong), _share(weights, likelihood)
 
 
 def _two_gaussians(s: np.ndarray, share: float) -> tuple[float, np.ndarray]:
@@ -217,14 +312,20 @@ def _two_gaussians(s: np.ndarray, share: float) -> tuple[float, np.ndarray]:
     return float((density - np.log(variance) / 2).sum()), log_odds
 
 
-def _with_second_witness(log_odds: np.ndarray, outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
-    """The same log-odds in the order of a weighted sum of both margins, (n,).
+def _with_second_witness(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
+    """A weighted sum of both margins, (n,), in the units of `outer`.
 
     A model that trained on a row knows its label, so margins in sample can't be read as probabilities. They rank, with
     half of their correlation with `outer` as the weight: where every label is learnt by heart they say nothing.
     """
     correlation = max(0.0, float(np.corrcoef(outer, inner)[0, 1])) if outer.std() > 0 else 0.0
-    order = np.lexsort((log_odds, -(outer + correlation / 2 * inner)))
+    both = outer + correlation / 2 * inner
+    return both / np.sqrt(np.square(both).mean())
+
+
+def _in_order(log_odds: np.ndarray, evidence: np.ndarray) -> np.ndarray:
+    """The same log-odds, the largest for the least evidence, (n,)."""
+    order = np.lexsort((log_odds, -evidence))
     ordered = np.empty_like(log_odds)
     ordered[order] = np.sort(log_odds)
     return ordered

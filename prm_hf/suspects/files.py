@@ -13,7 +13,7 @@ from scipy.special import logit
 from scipy.stats import rankdata
 
 from .._files import write_whole
-from ..noise.wrong_labels import estimate_wrong_labels
+from ..noise.wrong_labels import estimate_wrong_labels, votes
 from ..runs.write import write_json
 from .decisions import DECISIONS, FLIP, KEEP, check_decisions
 from .relabel import LABELS
@@ -168,7 +168,8 @@ def judge_rows(
             None where there are in-sample ones alone.
         in_sample: of models that were trained on the row, `(epochs, n)`; None where there were none. One of the two
             must be there.
-        groups: one entry a row, the same for rows of a prompt.
+        groups: one entry a row, the same for rows of a prompt. Out of fold, pairs of a prompt that have a completion
+            in common are witnesses of each other's labels.
         folds: `(n,)` int, the fold that each row was held out in.
         settings: what the margins were made with.
         decisions: by the number of the row. `keep` says that the label is right, `flip` that it is wrong, and `drop`
@@ -188,9 +189,11 @@ def judge_rows(
     codes = None if groups is None else np.array([places.setdefault(str(x), len(places)) for x in groups])
     known = np.array([{KEEP: 0.0, FLIP: 1.0}.get(decided.get(i), np.nan) for i in range(n)])
     can_learn = margins is not None and is_antisymmetric
+    has_votes = margins is not None and kind == "preference" and codes is not None
     found = estimate_wrong_labels(
         None if margins is None else margins[:, judged],
         in_sample=None if in_sample is None else in_sample[:, judged],
+        votes=_votes(rows, codes)[judged] if has_votes else None,
         groups=None if codes is None else codes[judged],
         checked=known[judged] if can_learn and decided else None,
         antisymmetric=is_antisymmetric,
@@ -235,3 +238,12 @@ def _table(margins: Sequence[Sequence[float]]) -> np.ndarray | None:
     if not epochs:
         return None
     return np.array([values or [np.nan] * epochs for values in margins]).T
+
+
+def _votes(rows: Sequence[dict[str, Any]], codes: np.ndarray) -> np.ndarray:
+    """What the other pairs of its prompt say about each label, `(n,)`; a group may have several prompts."""
+
+    def texts(side: str) -> list[str]:
+        return [json.dumps([row.get("prompt"), row[side]], sort_keys=True, default=str) for row in rows]
+
+    return votes(codes.tolist(), texts("chosen"), texts("rejected"))

@@ -66,6 +66,14 @@ wrong_labels() { # wrong_labels.md
     python research/wrong_labels.py $folder --schemes folds5 --methods adamw_eps:10 --learning_rates 1e-3
     python research/wrong_labels.py $folder --schemes full --methods adamw_eps:10 --learning_rates 1e-3
     python research/wrong_labels.py $folder --schemes folds5 --methods prm_rows_eps:10 --learning_rates 3e-3
+    for seed in 3 4; do # the clean check
+        for task in 0 1 2; do
+            again="python research/wrong_labels.py $folder --tasks $task --seeds $seed --schemes folds5"
+            $again --methods adamw_eps:10 --learning_rates 3e-4 1e-3
+            $again --methods prm_rows_eps:10 --learning_rates 1e-3 3e-3
+            $again --methods adamw --learning_rates 3e-4
+        done
+    done
     python research/wrong_labels_table.py $folder results/built_in/wrong_labels.json
 }
 

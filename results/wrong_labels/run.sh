@@ -55,6 +55,10 @@ pairs() { # eight answers to each of the 3,000 training problems; checked exactl
         --samples 8 --temperature 0.8 --max_new_tokens 320 --batch_size 256 --output "$out/on_policy.jsonl"
 }
 
+votes() { # no model: what the pairs of a prompt say about each other's labels
+    python research/wrong_labels_votes.py "$data/gsm8k_pairs.train.jsonl" results/wrong_labels/votes.json
+}
+
 sft() { # solutions of which 30 % belong to another problem; measured by the held-out problems that are solved
     python recipes/sweep.py recipes/sft_noisy.py --config recipes/qwen2.5-0.5b/sft_wrong_completions.yaml $minutes $more \
         --model_name_or_path "$model" --dataset_name "$data/gsm8k_sft.train.jsonl" \

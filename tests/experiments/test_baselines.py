@@ -12,6 +12,7 @@ from prm_hf.experiments.baselines import (
     Interpolation,
     check_pair_loss,
     drdpo_loss,
+    pair_votes,
     set_pair_loss,
     trimmed_loss,
     votes,
@@ -117,6 +118,12 @@ def test_labels_by_vote():
     """Points: a 2 - 2, b 2 - 1, c 1 - 2 in p."""
     groups = [0 if row[0] == "p" else 1 for row in ROWS]
     assert votes(rows_of(ROWS), groups) == [True, False, False, True, False, False]
+
+
+def test_a_text_of_another_prompt_has_no_vote():
+    """A column `group` may hold prompts together."""
+    rows = rows_of([("p", "yes", "no"), ("p", "yes", "maybe"), ("q", "no", "yes")])
+    assert pair_votes(rows, [0, 0, 0]).tolist() == [1.0, 1.0, 0.0]
 
 
 def test_there_is_no_vote_on_pairs_by_themselves():

@@ -1,9 +1,11 @@
 """Methods in two stages: their names, the runs of their first stage, and what these leave for the second."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from prm_hf.demo import build_demo
 from prm_hf.experiments import dpo
@@ -20,10 +22,10 @@ METHODS = ["adamw", "filter:adamw_eps:10+prm_rows", "relabel:adamw", "soft:adamw
 ARGUMENTS = ["--learning_rates", "1e-3", "1e-2", "--prm_learning_rates", "3e-3", "3e-2", "--max_extensions", "0"]
 
 
-def grid_of(folder, *methods, folds=2, seeds=(0, 1), groups=range(6)):
+def grid_of(folder, *methods, folds=2, seeds=(0, 1), groups=range(6), rows=None):
     arguments = ["--methods", *methods, *ARGUMENTS, "--repair_folds", str(folds), "--seeds", *map(str, seeds)]
     experiment = DPOExperiment.parse(arguments)
-    rows = build_demo().train.select(range(6))
+    rows = build_demo().train.select(range(6)) if rows is None else rows
     return ComparisonGrid(experiment, Data("m", "m", "d", rows, rows, {}, train_groups=list(groups)), 0.3, folder)
 
 
@@ -134,6 +136,34 @@ def test_without_finished_folds_the_run_says_so(tmp_path):
         ValueError, match="needs runs of `adamw` on all 2 folds with the seed 0, and at no learning rate"
     ):
         grid.repairs.repair(spec, grid.data.train)
+
+
+def test_pairs_of_a_prompt_vote_on_each_others_labels(tmp_path):
+    """Out of fold, where margins alone say nothing; here `a` of each prompt is better than all others."""
+    n, rng = 80, np.random.default_rng(0)
+    wrong = rng.random(n) < 0.2
+    sides = [("a", f"b{i % 4}") for i in range(n)]
+    rows = Dataset.from_list(
+        [
+            {
+                "prompt": f"p{i // 4}",
+                "chosen": pair[is_wrong],
+                "rejected": pair[not is_wrong],
+                "flipped": is_wrong,
+            }
+            for i, (pair, is_wrong) in enumerate(zip(sides, wrong.tolist(), strict=True))
+        ]
+    )
+    grid = grid_of(tmp_path, "relabel:adamw", seeds=(0,), groups=[i // 4 for i in range(n)], rows=rows)
+    (spec, _) = grid.extend(end({}, grid.specify_runs(), agreement))
+    for fold, name in enumerate(spec.settings["relabel:adamw"]["margins_of"]):
+        held = np.flatnonzero(grid.repairs.folds_of(0) == fold)
+        folder = tmp_path / ".folds" / name
+        folder.mkdir(parents=True)
+        margins = {"rows": held.tolist(), "label_margins": rng.normal(size=(2, len(held))).tolist()}
+        (folder / "margins.json").write_text(json.dumps(margins))
+    _, metrics = grid.repairs.repair(spec, rows)
+    assert metrics["suspects/auc"] > 0.9 and metrics["suspects/wrong_left"] < 0.8 * wrong.mean()
 
 
 def test_grids_of_methods_that_repair_labels_are_extended_too(tmp_path):

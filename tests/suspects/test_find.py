@@ -134,6 +134,29 @@ def test_what_is_written_is_what_is_read(tmp_path):
     assert summary["kind"] == "preference" and summary["how"] == "out of fold"
 
 
+def test_pairs_of_a_prompt_vote_on_each_others_labels():
+    """Out of fold; of completions that two prompts of a group have in common only within a prompt."""
+    rng = np.random.default_rng(0)
+    wrong = rng.random(120) < 0.2
+    sides = [("yes", f"no {i % 4}") for i in range(120)]
+    rows = [
+        {"prompt": f"p{i // 4}", "chosen": pair[is_wrong], "rejected": pair[not is_wrong]}
+        for i, (pair, is_wrong) in enumerate(zip(sides, wrong.tolist(), strict=True))
+    ]
+    margins = rng.normal(0.3, 1.0, (1, 120)) * np.where(wrong, -1, 1)
+    margins[:, 7] = np.nan
+    by_prompt = judge_rows(rows, "preference", margins, None, groups=[row["prompt"] for row in rows])
+    in_one_group = judge_rows(rows, "preference", margins, None, groups=["all"] * 120)
+    alone = judge_rows(rows, "preference", margins, None)
+
+    def found(suspects):
+        return np.mean([suspects.ranks[i] <= wrong.sum() for i in np.flatnonzero(wrong)])
+
+    assert min(found(by_prompt), found(in_one_group)) > found(alone) + 0.2
+    in_sample = [judge_rows(rows, "preference", None, margins, groups=x).ranks for x in (None, range(120))]
+    assert in_sample[0] == in_sample[1]
+
+
 def test_files_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has no suspects.jsonl: name the folder"):
         Suspects.load(tmp_path)
