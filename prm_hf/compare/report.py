@@ -115,6 +115,8 @@ def align(heads: list[str], rows: list[list[str]], left: set[int]) -> str:
     widths = [max(len(cells[i]) for cells in table) for i in range(len(heads))]
     while sum(widths) + 2 * (len(widths) - 1) > WIDTH:
         widest = max(left, key=lambda i: widths[i])
+        if widths[widest] <= 8:  # numbers of very many digits are not cut
+            break
         widths[widest] -= 1
     columns = [fit([cells[i] for cells in table], width) for i, width in enumerate(widths)]
     lines = []
