@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,7 +72,9 @@ def stand_ins(tmp_path_factory) -> Path:
         write_rows(folder / HUB_PAIRS / f"{split}.jsonl", rows)
     write_rows(folder / "pairs.jsonl", pairs)
     write_rows(folder / "decisions.jsonl", [{"row": i, "decision": word} for i, word in enumerate(("keep", "flip"))])
-    write_rows(folder / "train.jsonl", [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs])
+    more = {"votes": [1, 1, -1], "unanimous": True}  # of three raters; the completions have checkable answers
+    for split, rows in splits.items():
+        write_rows(folder / f"{split}.jsonl", [{**row, "completion": row["chosen"], **more} for row in rows])
     answers = {row["prompt"]: {"question": row["prompt"], "answer": f"#### {row['chosen']}"} for row in pairs}
     write_rows(folder / HUB_ANSWERS / "train.jsonl", list(answers.values()))
     parts = "configs:\n- config_name: main\n  data_files:\n  - split: train\n    path: train.jsonl"
@@ -79,7 +82,7 @@ def stand_ins(tmp_path_factory) -> Path:
     return folder
 
 
-def write_rows(file: Path, rows: list[dict[str, str]]) -> None:
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

@@ -247,3 +247,22 @@ def test_a_completion_cannot_be_flipped_by_key(visit, tmp_path):
     page, said = visit(file)
     press(page, "j 2 3")
     assert kept(page) == {"0": "drop"} and said == []
+
+
+def test_what_was_applied_is_decided_and_can_be_taken_back(visit, tmp_path):
+    """The page that is written after `--decisions`: also in a browser that has never seen these rows."""
+    lines = pairs(20)
+    lines[0]["decided"], lines[5]["decided"] = "flip", "drop"
+    write_lines(tmp_path, lines, summary())
+    page, _ = visit(write_page(tmp_path))
+    first, other = (str(lines[place]["row"]) for place in (0, 5))
+    assert kept(page) == {first: "flip", other: "drop"}
+    page.locator(f"#row-{first} button[data-decision=flip]").click()
+    assert kept(page) == {other: "drop"}
+    page.reload()
+    page.wait_for_selector("html.scripted")
+    assert kept(page) == {other: "drop"}
+    page.locator(f"#row-{first} button[data-decision=keep]").click()
+    with page.expect_download() as download:
+        page.locator("#export").click()
+    assert read_decisions(download.value.path(), 20) == {int(first): "keep", int(other): "drop"}
