@@ -1,20 +1,18 @@
 """Tasks that are judged by the steps until a metric reaches a threshold: their arguments, and what a task defines.
 
-A task is a subclass of [`ThresholdTask`] in a module of its own, whose `main` is `run_thresholds(Task, arguments)`.
-`thresholds_grid.py` has the runs, and `compare/survival.py` what they say.
+A task is a subclass of [`ThresholdTask`] in a module of its own, whose `main` calls `run_thresholds` of
+`thresholds_grid.py`, which has the runs. `compare/survival.py` has what they say.
 """
 
 import argparse
 import dataclasses
 import os
 import shlex
-import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from transformers import Trainer, TrainingArguments
 
 from .._extras import require
@@ -22,14 +20,11 @@ from ..runs.methods import BASELINE, CONTROL, METHODS, OTHER, PRM, Method, parse
 from ..runs.schema import Threshold
 from ..runs.write import RunSpec, check_seed
 from ..trainers.config import PRMArguments, check_optimizer, with_help
-from . import OUT_OF_TIME
 from .arguments import check_lists, check_ranges, methods_help
 from .checks import check_unused_settings
 from .command_line import CommandLine, read_yaml
-from .console import messages_shown, show_notes, silenced
 from .controls import THIRD_PARTY
 from .grid import configure
-from .runner import OutOfTime, Runner, workers_beside
 
 
 if TYPE_CHECKING:
@@ -258,6 +253,7 @@ class ThresholdTask(ABC):
 
     def check(self) -> None:
         """Raises ValueError for arguments of the task that cannot be run, before anything takes time."""
+        return None
 
     def settings(self) -> dict[str, Any]:
         """What of the task's own arguments makes a run what it is: all of them."""
@@ -283,38 +279,3 @@ class ThresholdTask(ABC):
     def problem(self, seed: int) -> "Problem | None":
         """The same task for models that are trained stacked (`models_at_once`); None where there is no such form."""
         return None
-
-
-def run_thresholds(task: type[ThresholdTask], arguments: list[str]) -> int:
-    """Makes all runs of a command line and reports on them; returns the exit code, as [`Runner.run`]."""
-    with messages_shown():
-        parsed = task.parse(arguments)
-        show_notes(parsed.training_args.log_level)
-        args = parsed.args
-        deadline = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
-        if args.workers > 1:
-            torch.set_num_threads(max(1, torch.get_num_threads() // args.workers))
-        with workers_beside(args.workers - 1, _work, task, arguments, deadline, torch.get_num_threads()):
-            try:
-                return _runner(parsed, deadline).run()
-            except OutOfTime:
-                print(f"\nThe {args.max_minutes:g} minutes are over. The same command goes on from here.")
-                return OUT_OF_TIME
-
-
-def _work(task: type[ThresholdTask], arguments: list[str], deadline: float | None, threads: int) -> None:
-    """Makes runs beside the process that reports."""
-    torch.set_num_threads(threads)
-    with silenced():
-        try:
-            _runner(task.parse(arguments), deadline, reports=False).make_all()
-        except OutOfTime:
-            return
-
-
-def _runner(task: ThresholdTask, deadline: float | None, reports: bool = True) -> Runner:
-    from .thresholds_grid import ThresholdGrid
-
-    return Runner(ThresholdGrid(task), deadline, task.args.overwrite_runs, task.training_args.disable_tqdm, reports)
-
-

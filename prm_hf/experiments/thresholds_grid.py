@@ -1,10 +1,11 @@
-"""The runs of a task with a threshold: every method at each learning rate, weight decay and seed, then the controls."""
+"""The runs of a task with a threshold: methods, learning rates, weight decays and seeds, then the controls."""
 
 import dataclasses
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .. import PRM
@@ -17,8 +18,11 @@ from ..runs.write import RunSpec, find_folder, history_of
 from ..trainers.callbacks import find_prm
 from ..trainers.config import prm_kwargs, scaled_by_relative_eps
 from ..trainers.presets import with_preset
+from . import OUT_OF_TIME
+from .console import messages_shown, show_notes, silenced
 from .controls import set_up_optimizer
 from .grid import Grid, Made, MadeRuns, configure, defaults_of, settings_of
+from .runner import OutOfTime, Runner, workers_beside
 from .thresholds import ThresholdTask
 
 
@@ -104,7 +108,11 @@ class ThresholdGrid(Grid):
 
     def info_of(self, spec: RunSpec) -> dict[str, Any]:
         task = self.task
-        info = {"task": STEPS_TO_THRESHOLD, "experiment": task.command, "threshold": dataclasses.asdict(task.threshold)}
+        info = {
+            "task": STEPS_TO_THRESHOLD,
+            "experiment": task.command,
+            "threshold": dataclasses.asdict(task.threshold),
+        }
         return {**info, "published": task.published, "command": task.command_line}
 
     # ---- One run ----
@@ -190,3 +198,37 @@ class ThresholdCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in (logs or {}) and self.prm is not None:
             state.log_history[-1] |= {f"mask/{name}": value for name, value in self.prm.get_mask_stats().items()}
+
+
+# ---- The command ----
+
+
+def run_thresholds(task: type[ThresholdTask], arguments: list[str]) -> int:
+    """Makes all runs of a command line and reports on them; returns the exit code, as [`Runner.run`]."""
+    with messages_shown():
+        parsed = task.parse(arguments)
+        show_notes(parsed.training_args.log_level)
+        args = parsed.args
+        deadline = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
+        if args.workers > 1:
+            torch.set_num_threads(max(1, torch.get_num_threads() // args.workers))
+        with workers_beside(args.workers - 1, _work, task, arguments, deadline, torch.get_num_threads()):
+            try:
+                return _runner(parsed, deadline).run()
+            except OutOfTime:
+                print(f"\nThe {args.max_minutes:g} minutes are over. The same command goes on from here.")
+                return OUT_OF_TIME
+
+
+def _work(task: type[ThresholdTask], arguments: list[str], deadline: float | None, threads: int) -> None:
+    """Makes runs beside the process that reports."""
+    torch.set_num_threads(threads)
+    with silenced():
+        try:
+            _runner(task.parse(arguments), deadline, reports=False).make_all()
+        except OutOfTime:
+            return
+
+
+def _runner(task: ThresholdTask, deadline: float | None, reports: bool = True) -> Runner:
+    return Runner(ThresholdGrid(task), deadline, task.args.overwrite_runs, task.training_args.disable_tqdm, reports)
