@@ -253,7 +253,7 @@ class ThresholdTask(ABC):
 
     def check(self) -> None:
         """Raises ValueError for arguments of the task that cannot be run, before anything takes time."""
-        return None
+        return
 
     def settings(self) -> dict[str, Any]:
         """What of the task's own arguments makes a run what it is: all of them."""
