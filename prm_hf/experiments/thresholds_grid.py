@@ -232,7 +232,7 @@ def _make_stacks(grid: ThresholdGrid, size: int, device: dict[str, Any], deadlin
             try:
                 if not make_stack(grid, specs, config, device):
                     return
-            except Exception as error:  # the runner makes these runs, and says what is wrong if it is not the size
+            except RuntimeError as error:  # as where memory is short; the runner makes these runs
                 problem = f"{type(error).__name__}: {error}"
                 print(f"{method.name}: no stack of {len(specs)} models ({problem}); they are trained one by one.")
 
