@@ -120,9 +120,7 @@ def extremes_table(survival: Survival, curves: Mapping[str, str]) -> tuple[list[
         found = [(_extremes_of(survival, row, curves), row) for row in survival.rows if row.method == method]
         known = [(values, row) for values, row in found if values]
         if known:
-            values, row = min(
-                known, key=lambda pair: -pair[0][0] if survival.threshold.larger_is_better else pair[0][0]
-            )
+            values, row = min(known, key=lambda pair: sign * pair[0][0])
             body.append([_label(row), *setting_cells(row)[:2], *_extremes_cells(values)])
     return ["method", "lr", "weight decay", survival.threshold.label, *curves.values()], body
 
