@@ -303,9 +303,8 @@ def test_a_grid_for_all_methods_is_for_all():
     assert args.prm_learning_rates == [1] and args.prm_weight_decays == args.weight_decays
     args = regression.Regression.parse(["--learning_rates", "1", "--prm_learning_rates", "2"]).args
     assert args.prm_learning_rates == [2]
-    assert (
-        regression.Regression.parse([]).args.prm_learning_rates != regression.Regression.parse([]).args.learning_rates
-    )
+    args = regression.Regression.parse([]).args
+    assert args.prm_learning_rates != args.learning_rates
 
 
 def test_methods_are_optimizers():
