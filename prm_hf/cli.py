@@ -1,4 +1,4 @@
-"""`prm-hf dpo | sft | suspects | pairs | randomization | sweep | compare …`; `python -m prm_hf …` is the same."""
+"""`prm-hf dpo | sft | suspects | regression | … | sweep | compare …`; `python -m prm_hf …` is the same."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ EXPERIMENTS = {
     "suspects": "which labels of a dataset are wrong?",
     "grokking": "modular division: the steps until a model generalizes, PRM against AdamW",
     "randomization": "can a model fit pure noise, and what does PRM change?",
+    "regression": "does an optimizer follow the signal, or the labels that are wrong?",
     "pairs": "make preference pairs of a model's right and wrong answers",
     "sweep": "run `dpo`, `sft`, `suspects` or `grokking` on every GPU of this machine, one process each",
 }
