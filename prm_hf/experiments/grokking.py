@@ -1,23 +1,22 @@
 """Grokking: a small transformer learns modular arithmetic from a share of all pairs, and the others long afterwards.
 
-`prm-hf grokking`. A run is judged by the step at which its accuracy on the pairs that it did not train on reaches 95 %.
+`prm-hf grokking`, and recipes/grokking.py, which has the commands. A run is judged by the step at which its accuracy
+on the pairs that it did not train on reaches 95 %.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import AutoConfig, AutoModelForSequenceClassification, EvalPrediction, PreTrainedModel, Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
 
 from ..runs.schema import Threshold
-from ..runs.write import RunSpec
 from ..trainers.config import with_help
 from . import interruptible
+from .arguments import check_ranges
+from .problems import Problem
 from .thresholds import ThresholdArguments, ThresholdConfig, ThresholdTask
 from .thresholds_grid import run_thresholds
 
@@ -55,88 +54,67 @@ class GrokkingArguments(ThresholdArguments):
     """
 
     modulus: int = 97
-    operation: str = "divide"
+    operation: Literal["divide", "add", "subtract", "multiply"] = "divide"
     train_share: float = 0.25
     layers: int = 2
     width: int = 128
     heads: int = 4
 
 
-class Equations(Dataset):
-    """Rows of `input_ids`, int64 `[n, 3]`, and `labels`, int64 `[n]`, of which a batch is taken at once."""
-
-    def __init__(self, input_ids: Tensor, labels: Tensor) -> None:
-        self.input_ids, self.labels = input_ids, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, rows: Any) -> dict[str, Tensor]:
-        return {"input_ids": self.input_ids[rows], "labels": self.labels[rows]}
-
-    __getitems__ = __getitem__  # with which a DataLoader takes the rows of a batch
-
-
-def equations(operation: str, modulus: int) -> Equations:
-    """All pairs of an operation, in order: the tokens a, b and "=", which is p, and the label, the result."""
+def equations(operation: str, modulus: int) -> tuple[Tensor, Tensor]:
+    """All pairs of an operation, in order: the tokens a, b and "=", which is p, `(n, 3)`; the results, `(n,)`."""
     smallest = 1 if operation == "divide" else 0
     rows = [(a, b, modulus) for a in range(modulus) for b in range(smallest, modulus)]
-    labels = [OPERATIONS[operation](a, b, p) for a, b, p in rows]
-    return Equations(torch.tensor(rows), torch.tensor(labels))
+    return torch.tensor(rows), torch.tensor([OPERATIONS[operation](*row) for row in rows])
 
 
-def split(rows: Equations, train_share: float, seed: int) -> tuple[Equations, Equations]:
-    """The rows to train on, `round(train_share * n)` of them, and all others."""
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(rows)))
-    n = round(train_share * len(rows))
-    return Equations(**rows[order[:n]]), Equations(**rows[order[n:]])
+class Calculator(nn.Module):
+    """GPT-2 without dropout, with a class for each result at the last token."""
+
+    def __init__(self, args: GrokkingArguments) -> None:
+        super().__init__()
+        config = AutoConfig.for_model(
+            "gpt2",
+            vocab_size=args.modulus + 1,  # the numbers and "="
+            n_positions=3,
+            n_embd=args.width,
+            n_layer=args.layers,
+            n_head=args.heads,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+            activation_function="relu",
+            bos_token_id=None,
+            eos_token_id=None,
+            use_cache=False,
+        )
+        self.transformer = AutoModel.from_config(config, attn_implementation="eager")
+        self.head = nn.Linear(args.width, args.modulus, bias=False)
+        nn.init.normal_(self.head.weight, std=config.initializer_range)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """`input_ids` is `(rows, 3)`, `labels` `(rows,)`, `logits` `(rows, p)`."""
+        logits = self.head(self.transformer(input_ids=input_ids).last_hidden_state[:, -1])
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def make_model(args: GrokkingArguments, seed: int) -> PreTrainedModel:
-    """GPT-2 of this size, without dropout, which says the result at the last token."""
-    config = AutoConfig.for_model(
-        "gpt2",
-        vocab_size=args.modulus + 2,  # the numbers, "=" and a padding token, which no row has
-        n_positions=3,
-        n_embd=args.width,
-        n_layer=args.layers,
-        n_head=args.heads,
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
-        activation_function="relu",
-        num_labels=args.modulus,
-        problem_type="single_label_classification",
-        bos_token_id=args.modulus,
-        eos_token_id=args.modulus,
-        pad_token_id=args.modulus + 1,
-        use_cache=False,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return AutoModelForSequenceClassification.from_config(config)
+def measure(call: Callable[..., dict[str, Tensor]], data: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The share of right results, and of the held-out rows the loss too."""
+    heldout = call(input_ids=data["input_ids"], labels=data["labels"])
+    train = call(input_ids=data["train_input_ids"], labels=data["train_labels"])
 
+    def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+        return (logits.argmax(-1) == labels).double().mean()
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Of the classes that are predicted, `[n]`."""
-    return {"accuracy": float((prediction.predictions == prediction.label_ids).mean())}
-
-
-class GrokkingTrainer(Trainer):
-    """Measures at each evaluation the accuracy on the training rows too: grokking is what comes long after them."""
-
-    @torch.no_grad()
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        rows = {name: tensor.to(self.args.device) for name, tensor in self.train_dataset[:].items()}
-        right = self.model(input_ids=rows["input_ids"]).logits.argmax(-1) == rows["labels"]
-        output.metrics[f"{metric_key_prefix}_{TRAIN_ACCURACY}"] = right.double().mean().item()
-        return output
+    return {
+        "accuracy": accuracy(heldout["logits"], data["labels"]),
+        "loss": heldout["loss"],
+        TRAIN_ACCURACY: accuracy(train["logits"], data["train_labels"]),
+    }
 
 
 _TRAINING = {
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 10,
     "adam_beta2": 0.98,
-    "per_device_eval_batch_size": 16384,  # all rows in one batch
     "eval_steps": 50,
 }
 
@@ -184,42 +162,36 @@ class GrokkingTask(ThresholdTask):
 
     def check(self) -> None:
         args, config = self.args, self.training_args
-        if args.operation not in OPERATIONS:
-            raise ValueError(f"`operation` must be one of {', '.join(OPERATIONS)}, got {args.operation!r}.")
-        p = args.modulus
+        p, n = args.modulus, args.modulus * (args.modulus - (args.operation == "divide"))
         if p < 3 or any(p % q == 0 for q in range(2, int(p**0.5) + 1)):
             raise ValueError(f"`modulus` must be a prime number above 2, as 31 or 97, got {p}.")
-        for name in ("layers", "width", "heads"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(args, name)}.")
+        check_ranges(
+            args,
+            *((name, lambda x: x >= 1, "at least 1") for name in ("layers", "width", "heads")),
+            ("train_share", lambda x: 0 < x < 1 and 0 < round(x * n) < n, f"above 0 and below 1, with {n} pairs"),
+        )
         if args.width % args.heads:
             raise ValueError(f"`width` must be a multiple of `heads`, got {args.width} and {args.heads}.")
-        n = len(equations(args.operation, p))
-        train = round(args.train_share * n) if 0 < args.train_share < 1 else 0
-        if not 0 < train < n:
+        rows, batch = round(args.train_share * n), config.per_device_train_batch_size
+        most = rows - (config.prm_boundary == "empirical")  # whose α is that of the rows that are not in a batch
+        if batch > most:
             raise ValueError(
-                f"`train_share` must be between 0 and 1 and leave a pair on either side, got {args.train_share}."
-            )
-        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        if batch > train:
-            raise ValueError(
-                f"A step has {batch} rows (`per_device_train_batch_size`), and there are {train} to train on: "
-                "set it lower."
+                f"`per_device_train_batch_size` must be at most {most}, with {rows} pairs to train on and "
+                f"`prm_boundary={config.prm_boundary!r}`, got {batch}."
             )
 
-    def make_trainer(self, config: ThresholdConfig, spec: RunSpec) -> Trainer:
+    def problem(self, seed: int) -> Problem:
         args = self.args
-        config.remove_unused_columns = False  # rows come as batches
-        train, heldout = split(equations(args.operation, args.modulus), args.train_share, spec.seed)
-        return GrokkingTrainer(
-            model=make_model(args, spec.seed),
-            args=config,
-            train_dataset=train,
-            eval_dataset=heldout,
-            data_collator=dict,
-            compute_metrics=accuracy,
-            preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
-        )
+        input_ids, labels = equations(args.operation, args.modulus)
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        train, heldout = order.tensor_split([round(args.train_share * len(labels))])
+        rows = {"input_ids": input_ids[train], "labels": labels[train]}
+        data = {"input_ids": input_ids[heldout], "labels": labels[heldout]}
+        data |= {f"train_{name}": column for name, column in rows.items()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = Calculator(args)
+        return Problem(model, rows, data, measure)
 
 
 @interruptible
