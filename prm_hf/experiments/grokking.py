@@ -56,7 +56,7 @@ class GrokkingArguments(ThresholdArguments):
     modulus: int = 97
     operation: Literal["divide", "add", "subtract", "multiply"] = "divide"
     train_share: float = 0.25
-    layers: int = 2
+    layers: int = 1
     width: int = 128
     heads: int = 4
 
@@ -134,7 +134,6 @@ class GrokkingTask(ThresholdTask):
             **_TRAINING,
             "modulus": 31,
             "train_share": 0.6,
-            "layers": 1,
             "width": 32,
             "heads": 2,
             "per_device_train_batch_size": 279,  # half of the 558 rows
@@ -150,7 +149,7 @@ class GrokkingTask(ThresholdTask):
             "max_steps": 50_000,
             "learning_rates": [3e-4, 1e-3, 3e-3],
             "weight_decays": [0.3, 1.0, 3.0],
-            "models_at_once": 64,
+            "models_at_once": 45,  # the runs of a method
         },
     }
 
