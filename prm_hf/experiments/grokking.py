@@ -137,17 +137,20 @@ class GrokkingTask(ThresholdTask):
             "width": 32,
             "heads": 2,
             "per_device_train_batch_size": 279,  # half of the 558 rows
-            "max_steps": 2000,
-            "methods": ["adamw", "prm_per_param", "prm_rows"],
+            "max_steps": 1500,
+            "methods": ["adamw", "prm_per_param"],
             "seeds": [0, 1, 2],
-            "learning_rates": [1e-2],
-            "weight_decays": [1.0],
+            "learning_rates": [3e-3, 1e-2],
+            "weight_decays": [1.0, 3.0],
+            "models_at_once": 12,  # the runs of a method
+            "use_cpu": True,
         },
         "full": {
             **_TRAINING,
             "per_device_train_batch_size": 582,  # a quarter of the 2328 rows
             "max_steps": 50_000,
             "learning_rates": [3e-4, 1e-3, 3e-3],
+            "prm_learning_rates": [1e-3, 3e-3, 1e-2],  # its steps are smaller
             "weight_decays": [0.3, 1.0, 3.0],
             "models_at_once": 45,  # the runs of a method
         },
