@@ -19,10 +19,11 @@ EXPERIMENTS = {
     "dpo": "DPO on preferences with flipped labels: PRM against AdamW",
     "sft": "SFT on prompts with wrong completions: PRM against AdamW",
     "suspects": "which labels of a dataset are wrong?",
+    "grokking": "modular division: the steps until a model generalizes, PRM against AdamW",
     "randomization": "can a model fit pure noise, and what does PRM change?",
     "regression": "does an optimizer follow the signal, or the labels that are wrong?",
     "pairs": "make preference pairs of a model's right and wrong answers",
-    "sweep": "run `dpo`, `sft` or `suspects` on every GPU of this machine, one process each",
+    "sweep": "run `dpo`, `sft`, `suspects` or `grokking` on every GPU of this machine, one process each",
 }
 WAIT_FOR_LAUNCHER = 10.0  # seconds
 

@@ -16,10 +16,14 @@ from ..runs.schema import MASKS_FILE
 from .baselines import Interpolation
 
 
+THIRD_PARTY = {
+    **dict.fromkeys(("cautious", "msvag", "grokfast"), "pytorch_optimizer"),
+    "casmo": "casmo",
+    "grokadamw": "grokadamw",
+}
 # These read, scale or move whole tensors
-WHOLE_TENSORS = ("adamw_embedding", "cautious", "msvag", "casmo", "interpolate", "shuffled_q", "fixed_q")
-THIRD_PARTY = {"cautious": "pytorch_optimizer", "msvag": "pytorch_optimizer", "casmo": "casmo"}
-PACKAGES = {"pytorch_optimizer": "pytorch-optimizer", "casmo": "casmo-optimizer"}
+WHOLE_TENSORS = (*THIRD_PARTY, "adamw_embedding", "interpolate", "shuffled_q", "fixed_q")
+PACKAGES = {"pytorch_optimizer": "pytorch-optimizer", "casmo": "casmo-optimizer", "grokadamw": "grokadamw"}
 
 
 class ShuffledPRM(PRM):
@@ -75,7 +79,7 @@ def set_up_optimizer(trainer: Trainer, method: Method, seed: int, multipliers: d
 
 
 def _third_party_optimizer(trainer: Trainer, method: str) -> Optimizer:
-    """`cautious`, `msvag` and `casmo`, with the parameter groups of the trainer's AdamW."""
+    """The optimizer of a method of `THIRD_PARTY`, with the parameter groups of the trainer's AdamW."""
     name = THIRD_PARTY[method]
     try:
         library = importlib.import_module(name)
@@ -83,14 +87,17 @@ def _third_party_optimizer(trainer: Trainer, method: str) -> Optimizer:
         package = PACKAGES[name]
         raise ImportError(f'`{method}` needs {package}: pip install "prm-hf[controls]"') from error
     args, groups = trainer.args, trainer.optimizer.param_groups
+    groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
     settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if method == "casmo":
-        groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
         *_, steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
         # Its own rule, but 50 steps at least, without which it raises an error
         return library.CASMO(groups, **settings, tau_init_steps=max(50, min(500, steps // 5)))
+    if method == "grokfast":  # as published, its learning rate is AdamW's
+        return library.GrokFastAdamW(groups, **settings, normalize_lr=False)
+    if method == "grokadamw":
+        return library.GrokAdamW(groups, **settings)
     if method == "cautious":
-        groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
         # Without its projection (delta=0) AdamP is AdamW.
         return library.AdamP(groups, **settings, delta=0.0, cautious=True, foreach=True)
     if args.weight_decay:

@@ -10,6 +10,7 @@ from trl import DPOTrainer
 
 from prm_hf.experiments import dpo, runner, sft
 from prm_hf.experiments.checks import check_experiment, folder_of_data, folder_of_rate
+from prm_hf.experiments.controls import THIRD_PARTY
 from prm_hf.experiments.dpo import DIVERGENCES, DPOExperiment
 from prm_hf.experiments.sft import SFTExperiment
 
@@ -108,7 +109,11 @@ def test_a_loss_of_sft_that_trl_does_not_know(nothing_is_loaded):
 
 
 @pytest.mark.parametrize(
-    ("method", "package"), [("cautious", "pytorch_optimizer"), ("msvag", "pytorch_optimizer"), ("casmo", "casmo")]
+    ("method", "package"),
+    [
+        *((method, "pytorch_optimizer") for method in ("cautious", "msvag", "grokfast")),
+        *((method, method) for method in ("casmo", "grokadamw")),
+    ],
 )
 def test_a_missing_package_is_named_first(nothing_is_loaded, monkeypatch, method, package):
     monkeypatch.setitem(sys.modules, package, None)
@@ -116,7 +121,7 @@ def test_a_missing_package_is_named_first(nothing_is_loaded, monkeypatch, method
         dpo.main(["--methods", "adamw", method])
 
 
-@pytest.mark.parametrize("method", ["adamw_embedding:3", "cautious", "msvag", "casmo", "interpolate:0.5"])
+@pytest.mark.parametrize("method", ["adamw_embedding:3", *THIRD_PARTY, "interpolate:0.5"])
 def test_whole_tensors_are_not_sharded(nothing_is_loaded, monkeypatch, method):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=f"`{method}` runs on whole tensors"):
