@@ -1,5 +1,6 @@
 """The functional form of PRM's step."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from . import masks
 from .foreach import ForeachStep, TensorLists, uses_foreach
-from .hyperparameters import Hyperparameters, normalize
+from .hyperparameters import Hyperparameters, is_batched, normalize
 from .reference import reference_step
 
 
@@ -24,6 +25,9 @@ def prm(
 ) -> None:
     """Functional API of one PRM step on lists of whole tensors, updated in place.
 
+    It works under `torch.func.vmap`, over models of one shape that are trained at once: the tensors of the lists,
+    `lr`, `weight_decay` and each of `betas` may be stacked, one a model. `state_steps` may be stacked or shared.
+
     Args:
         params: the parameters.
         grads: their gradients, of the same shapes, as all lists that follow.
@@ -39,12 +43,18 @@ def prm(
 
     Raises:
         TypeError: an argument that [`PRM`] does not have.
-        ValueError: as [`PRM`].
+        ValueError: as [`PRM`]; or `foreach=True` under vmap.
     """
     h = Hyperparameters(**normalize(hyperparameters))
     if not params:
         return
-    torch._foreach_add_(state_steps, 1)
+    batched = any(map(is_batched, (*params, h.lr, h.weight_decay, *h.betas)))
+    if batched:
+        h = _under_vmap(h, params[0].device)
+        for step in state_steps:
+            step.add_(1)
+    else:
+        torch._foreach_add_(state_steps, 1)
     lr, eps = h.lr * h.step_length, h.adam_eps(sum(p.numel() for p in params))
     states = {
         "exp_avg": exp_avgs,
@@ -53,7 +63,7 @@ def prm(
         "grad_var": grad_vars,
         "exp_avg_signal": exp_avg_signals,
     }
-    if not uses_foreach(params, h, lr):
+    if batched or not uses_foreach(params, h, lr):
         for i, (param, grad, step) in enumerate(zip(params, grads, state_steps, strict=True)):
             state = {name: tensors[i] for name, tensors in states.items() if tensors}
             reference_step(param, grad, state, masks.step_scalars(_age(step, h), h, param.numel()), h, lr, eps)
@@ -62,6 +72,14 @@ def prm(
     for index in buckets(exp_avgs):
         own = TensorLists(*([tensors[i] for i in index] if tensors else [] for tensors in lists))
         _foreach_step(own, [state_steps[i] for i in index], h, lr, eps)
+
+
+def _under_vmap(h: Hyperparameters, device: torch.device) -> Hyperparameters:
+    """The hyperparameters with betas as precise as the numbers that they stand for."""
+    if h.foreach:
+        raise ValueError("Invalid foreach=True: vmap has no rules for lists of tensors; leave foreach=None.")
+    dtype = masks.statistics_dtype(device)
+    return replace(h, betas=tuple(beta.to(dtype) if isinstance(beta, Tensor) else beta for beta in h.betas))
 
 
 def _foreach_step(lists: TensorLists, steps: list[Tensor], h: Hyperparameters, lr: float | Tensor, eps: float) -> None:
@@ -80,7 +98,8 @@ def _foreach_step(lists: TensorLists, steps: list[Tensor], h: Hyperparameters, l
 
 
 def _age(step: Tensor, h: Hyperparameters) -> float | Tensor:
-    return step.to(masks.statistics_dtype(step.device)) if h.capturable else step.item()
+    stays = h.capturable or is_batched(step)
+    return step.to(masks.statistics_dtype(step.device)) if stays else step.item()
 
 
 def buckets(tensors: list[Tensor]) -> list[list[int]]:

@@ -102,6 +102,10 @@ class Hyperparameters:
         return self.betas[1]
 
     @property
+    def has_decay(self) -> bool:
+        return is_batched(self.weight_decay) or bool(self.weight_decay != 0)
+
+    @property
     def masked(self) -> bool:
         return self.mask != "none"
 
@@ -155,7 +159,11 @@ class Hyperparameters:
         values = {"betas[0]": betas[0], "betas[1]": betas[1]}
         values |= {name: getattr(self, name) for name in ("variance_beta", "eps", "weight_decay", "softness")}
         for name in ("betas[0]", "betas[1]", "weight_decay"):
-            if isinstance(value := values[name], Tensor):
+            value = values[name]
+            if is_batched(value):
+                _check(value.numel() == 1, name, value, "a tensor must have one element for each model")
+                values[name] = 0.0  # checked where it was made
+            elif isinstance(value, Tensor):
                 allowed = "a tensor must have one element, and may only require a gradient with differentiable=True"
                 _check(self.differentiable and value.numel() == 1, name, value, allowed)
                 values[name] = value.item()
@@ -294,6 +302,11 @@ def signature() -> inspect.Signature:
     return inspect.Signature([params, *others])
 
 
+def is_batched(value: Any) -> bool:
+    """Whether a value is a tensor of `torch.func.vmap`, one of several models: what it holds cannot be read."""
+    return isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value)
+
+
 def check_lr(h: "Hyperparameters", lr: float | Tensor | None = None) -> None:
     """Raises ValueError for an invalid learning rate: that of `h`, or another one that a schedule has set."""
     lr = h.lr if lr is None else lr
@@ -304,7 +317,8 @@ def check_lr(h: "Hyperparameters", lr: float | Tensor | None = None) -> None:
     allowed = "a tensor learning rate with foreach=True needs capturable=True"
     _check(not h.foreach or h.capturable, "lr", lr, allowed)
     # On an accelerator looking at the value would stop the step for it.
-    _check(lr.device.type != "cpu" or is_fake(lr) or lr.item() >= 0, "lr", lr, "the learning rate must be at least 0")
+    is_hidden = lr.device.type != "cpu" or is_fake(lr) or is_batched(lr)
+    _check(is_hidden or lr.item() >= 0, "lr", lr, "the learning rate must be at least 0")
 
 
 def with_defaults(given: dict[str, Any]) -> dict[str, Any]:
@@ -377,8 +391,8 @@ def _check(valid: bool, name: str, value: Any, allowed: str) -> None:
 
 
 def _as_number(value: Any) -> Any:
-    """The only element of a tensor, an array or a NumPy scalar; as it is what autograd follows, and anything else."""
-    if getattr(value, "requires_grad", False):
+    """The only element of a tensor, an array or a NumPy scalar; as it is what autograd and vmap follow, and others."""
+    if getattr(value, "requires_grad", False) or is_batched(value):
         return value
     return value.item() if math.prod(getattr(value, "shape", (0,))) == 1 else value
 

@@ -140,13 +140,16 @@ def step_scalars(t: float | Tensor, h: Hyperparameters, numel: float | Tensor = 
     )
 
 
-def first_noise_ratio(h: Hyperparameters) -> float:
+def first_noise_ratio(h: Hyperparameters) -> float | Tensor:
     """N/S of the `"ema"` estimator at t = 1, where both come from the one gradient seen: 1 when bias-corrected.
 
     Without the correction it is (1-rho)/(1-beta1)², which the defaults also make 1: rounded, so that a tie stays one
     and floating point does not decide a hard mask.
     """
-    return 1.0 if h.bias_correction else round((1 - h.variance_beta) / (1 - h.beta1) ** 2, 12)
+    if h.bias_correction:
+        return 1.0
+    ratio = (1 - h.variance_beta) / (1 - h.beta1) ** 2
+    return torch.round(ratio, decimals=12) if isinstance(ratio, Tensor) else round(ratio, 12)
 
 
 def _where(condition, yes, no):

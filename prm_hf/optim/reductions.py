@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import masks
+from .hyperparameters import is_batched
 
 
 def sums_of_squares(xs: list[Tensor]) -> Tensor:
@@ -20,7 +21,9 @@ def sums_of_squares(xs: list[Tensor]) -> Tensor:
     """
     dtype = masks.statistics_dtype(xs[0].device)
     if xs[0].device.type == "cpu":
-        xs = [torch.linalg.vector_norm(x.view(-1, 256), dim=1) if _has_rows_of_256(x) else x for x in xs]
+        xs = [torch.linalg.vector_norm(x.reshape(-1, 256), dim=1) if _has_rows_of_256(x) else x for x in xs]
+    if any(map(is_batched, xs)):  # vmap has no rule for lists
+        return torch.stack([torch.linalg.vector_norm(x, dtype=dtype) for x in xs]).square()
     return torch.stack(torch._foreach_norm(xs, 2, dtype)).square()
 
 

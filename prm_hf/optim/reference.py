@@ -5,11 +5,13 @@ CPU) and of `differentiable=True`, for autograd runs through it. Equation number
 *A Theory of Generalization in Deep Learning*, arXiv 2605.01172, Algorithm 1.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import masks
-from .hyperparameters import Hyperparameters
+from .hyperparameters import Hyperparameters, is_batched
 from .reductions import row_sums_of_squares, sums_of_squares
 
 
@@ -36,7 +38,7 @@ def reference_step(
     m, v = state["exp_avg"], state["exp_avg_sq"]
     if h.maximize:
         grad = -grad
-    if h.weight_decay != 0 and not h.decoupled_weight_decay:
+    if h.has_decay and not h.decoupled_weight_decay:
         decay = h.weight_decay
         grad = grad.addcmul(_kept(param, h), decay) if isinstance(decay, Tensor) else grad.add(param, alpha=decay)
 
@@ -45,16 +47,16 @@ def reference_step(
         deviation = grad - _kept(m, h) * c.center
         _advance(state["grad_var"], h.variance_beta, _mean_squares(deviation, h) * c.weight)
     # m ← β1 m + (1-β1) g, v ← β2 v + (1-β2) g², a ← β_S a + (1-β_S) g
-    m.lerp_(grad, 1 - h.beta1)
-    if isinstance(h.beta2, Tensor):  # autograd follows it
-        v.lerp_(grad.square(), 1 - h.beta2)
+    _change(m, "lerp", grad, _weight(h.beta1, m))
+    if isinstance(h.beta2, Tensor):  # autograd or vmap follows it
+        _change(v, "lerp", grad.square(), _weight(h.beta2, v))
     else:
-        v.mul_(h.beta2).addcmul_(grad, grad, value=1 - h.beta2)
+        _change(v.mul_(h.beta2), "addcmul", grad, grad, value=1 - h.beta2)
     if h.masked and h.signal_beta is not None:
-        state["exp_avg_signal"].lerp_(grad, 1 - h.signal_beta)
+        _change(state["exp_avg_signal"], "lerp", grad, 1 - h.signal_beta)
 
     # Weight decay is not masked
-    if h.weight_decay != 0 and h.decoupled_weight_decay:
+    if h.has_decay and h.decoupled_weight_decay:
         param.mul_(1 - lr / h.step_length * h.weight_decay)
     if h.amsgrad:
         v = torch.maximum(_kept(state["max_exp_avg_sq"], h), _kept(v, h))
@@ -69,9 +71,22 @@ def reference_step(
         q, _, _ = masks.compute_mask(_mean_squares(average, h), _kept(state["grad_var"], h), c, h)
         update = update * (masks.over_rows(q, update) if h.reduction == "per_row" else q.to(update.dtype))
     if isinstance(step_size, Tensor):
-        param.addcdiv_(update * -step_size, denominator)
+        _change(param, "addcdiv", update * -step_size, denominator)
     else:
-        param.addcdiv_(update, denominator, value=-step_size)
+        _change(param, "addcdiv", update, denominator, value=-step_size)
+
+
+def _change(x: Tensor, operation: str, *args: Any, **kwargs: Any) -> None:
+    """An operation in place. Under vmap, which has rules for these out of place alone, its result is copied back."""
+    if is_batched(x):
+        x.copy_(getattr(x, operation)(*args, **kwargs))
+    else:
+        getattr(x, f"{operation}_")(*args, **kwargs)
+
+
+def _weight(beta: float | Tensor, x: Tensor) -> float | Tensor:
+    weight = 1 - beta
+    return weight.to(x.dtype) if isinstance(weight, Tensor) else weight
 
 
 def _mean_squares(x: Tensor, h: Hyperparameters) -> Tensor:

@@ -118,7 +118,8 @@ class Run:
             UnreadableError: a share is not in [0, 1].
         """
         names = self.measures
-        for name in (names.accuracy, names.noise_fit, CLEAN_FIT):
+        shares = (names.accuracy, names.noise_fit, CLEAN_FIT) if names.threshold is None else ()
+        for name in shares:
             value = self.metrics.get(name, 0.0)
             if math.isfinite(value) and not 0 <= value <= 1:
                 raise UnreadableError(f"{self.path}: {name} is {value:g}, which is no share from 0 to 1.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .methods import find_method
@@ -29,6 +29,8 @@ CLEAN_FIT, CORRUPTED_FIT = "memorization/clean_fit", "memorization/corrupted_fit
 TRAIN_FIT, HELDOUT_FIT = "memorization/train_fit", "memorization/heldout_fit"
 KL = "drift/kl"
 MEAN_Q = "mask/mean_q"
+STEPS_TO_THRESHOLD, SECONDS_TO_THRESHOLD = "steps_to_threshold", "seconds_to_threshold"  # the first is a task, too
+SECONDS = "seconds"  # in the history: of training until an evaluation
 COST = "cost_seconds"  # of all training that a run rests on, where that is more than its own
 
 # What changes no result makes no other run: where a run is written and how it is shown, what is saved and how often,
@@ -93,6 +95,26 @@ def named_metrics(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Threshold:
+    """The value of a metric by whose first step runs are judged.
+
+    Attributes:
+        metric: its name in the history of a run.
+        value: what it must reach.
+        larger_is_better: whether it rises to the value, or falls to it.
+        label: what people call the metric.
+    """
+
+    metric: str
+    value: float
+    larger_is_better: bool
+    label: str
+
+    def is_reached(self, found: float) -> bool:
+        return found >= self.value if self.larger_is_better else found <= self.value
+
+
+@dataclass(frozen=True)
 class Measures:
     """What a run is judged by: names of metrics, and what people call them.
 
@@ -101,6 +123,7 @@ class Measures:
         noise_fit: fit of the training examples whose label is noise.
         extra, extra_label: one more number of the table, and the head of its column.
         examples: what a held-out example is, in the plural.
+        threshold: of a run that is judged by the steps to a threshold; its metric is `accuracy`, and may be no share.
     """
 
     accuracy: str
@@ -108,6 +131,7 @@ class Measures:
     extra: str
     extra_label: str
     examples: str
+    threshold: Threshold | None = None
 
     @property
     def noise_label(self) -> str:
@@ -119,6 +143,8 @@ TASKS = {
     "sft": Measures("exact_match", CORRUPTED_FIT, "loss", "loss", "held-out rows"),
     "labels": Measures("accuracy", CORRUPTED_FIT, "loss", "loss", "held-out rows"),
     "randomization": Measures(HELDOUT_FIT, CORRUPTED_FIT, "steps", "steps", "held-out rows"),
+    # Its `run.json` has the threshold too
+    STEPS_TO_THRESHOLD: Measures("accuracy", CORRUPTED_FIT, "loss", "loss", "held-out rows"),
 }
 
 
@@ -126,10 +152,17 @@ def measures_of(info: Mapping[str, Any]) -> Measures:
     """By `run.json`: its `task`, one of `TASKS`, by default preferences; an `accuracy` in it wins over the task's.
 
     Raises:
-        ValueError: the task is not known.
+        ValueError: the task is not known, or lacks its threshold.
     """
     task = info.get("task", "preferences")
     if task not in TASKS:
         raise ValueError(f"run.json has the task {task!r}; this version of prm_hf knows {', '.join(TASKS)}.")
     measures = TASKS[task]
+    if task == STEPS_TO_THRESHOLD:
+        try:
+            threshold = Threshold(**info.get("threshold", {}))
+        except TypeError:
+            names = ", ".join(field.name for field in fields(Threshold))
+            raise ValueError(f"run.json has the task {task!r}, whose `threshold` needs {names}.") from None
+        return replace(measures, accuracy=threshold.metric, threshold=threshold)
     return replace(measures, accuracy=info["accuracy"]) if "accuracy" in info else measures

@@ -1,0 +1,285 @@
+"""The report on steps to a threshold: tables, curves of the metric, and the published numbers beside ours."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..runs.methods import find_method
+from . import page, plots
+from .findings import Case, say
+from .report import align, wrap
+from .rows import format_rate
+from .survival import Median, Ratio, Row, Survival
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NOTE = (
+    "Median steps: Kaplan and Meier's, with the 95 % interval in brackets. A run that does not reach the threshold "
+    "takes longer than it had (censored); `>` is where fewer than half reach it, `?` an end that the runs do not "
+    "bound. A method's setting is the one with the fewest median steps in its grid; all grids have one size, and all "
+    "settings the same seeds. Ratio: of the medians, to AdamW's at its best setting, with a bootstrap over seeds. p: "
+    "log-rank test against that setting, adjusted for the number of methods (Holm). Seconds are of training, without "
+    "evaluations."
+)
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def median_text(median: Median, end: float) -> str:
+    """`5,950 [5,100, 7,000]`; `>8,000` where it is longer than the runs, `end`, were."""
+    if math.isinf(median.value):
+        return f">{_count(end)}"
+    low, high = ("?" if not math.isfinite(x) else _count(x) for x in (median.low, median.high))
+    return f"{_count(median.value)} [{low}, {high}]"
+
+
+def ratio_text(ratio: Ratio) -> str:
+    """`0.20 [0.15, 0.31]`; `<0.20` and `>3.1` where one of the two medians is not reached, `?` where both are not."""
+    if ratio.least == ratio.most:
+        text = f"{ratio.most:.2f}"
+    elif math.isinf(ratio.most):
+        text = f">{ratio.least:.2f}" if ratio.least else "?"
+    else:
+        text = f"<{ratio.most:.2f}"
+    if math.isnan(ratio.low):
+        return text
+    low, high = ("?" if not math.isfinite(x) else f"{x:.2f}" for x in (ratio.low, ratio.high))
+    return f"{text} [{low}, {high}]"
+
+
+def _p_text(p: float) -> str:
+    return "-" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _label(row: Row) -> str:
+    return find_method(row.method).label
+
+
+def best_rows(survival: Survival) -> list[Row]:
+    """The best setting of each method."""
+    return [survival.best_of({method}) for method in survival.methods]
+
+
+def best_table(survival: Survival, published: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
+    """The best setting of each method, then what was published."""
+    heads = ["method", "lr", "weight decay", "there", "median steps", "seconds", "steps / AdamW", "p"]
+    contrasts, body = {c.row: c for c in survival.contrasts}, []
+    for row in best_rows(survival):
+        contrast = contrasts.get(row)
+        seconds = "-" if row.seconds is None else median_text(row.seconds.median(), row.seconds.end).partition(" ")[0]
+        versus = (
+            [ratio_text(contrast.ratio), _p_text(contrast.p_holm)]
+            if contrast
+            else ["1" if survival.baseline is row else "-", "-"]
+        )
+        body.append([_label(row), *setting_cells(row), seconds, *versus])
+    for name, steps in published.items():
+        ratio = f"{steps / published['AdamW']:.2f}" if "AdamW" in published and name != "AdamW" else "-"
+        body.append([f"{name}, published", "", "", "", _count(steps), "", ratio, ""])
+    return heads, body
+
+
+def setting_cells(row: Row) -> list[str]:
+    """Learning rate, weight decay, runs that reach the threshold, and their median steps."""
+    reached = f"{int(row.steps.reached.sum())}/{len(row.runs)}"
+    text = median_text(row.median, row.steps.end)
+    return [format_rate(row.learning_rate), f"{row.weight_decay:.3g}", reached, text]
+
+
+def all_table(survival: Survival) -> tuple[list[str], list[list[str]]]:
+    """All settings of all methods."""
+    return ["method", "lr", "weight decay", "there", "median steps"], [
+        [_label(row), *setting_cells(row)] for row in survival.rows
+    ]
+
+
+# ---- Statements ----
+
+
+def _answers(survival: Survival) -> list[str]:
+    found = []
+    for contrast in survival.contrasts:
+        p, ratio = contrast.p_holm, contrast.ratio
+        words = "not known to differ from AdamW"
+        if p < 0.05 and ratio.high < 1:
+            words = "faster than AdamW"
+        elif p < 0.05 and ratio.low > 1:
+            words = "slower than AdamW"
+        found.append(f"{_label(contrast.row)} is {words}: {ratio_text(ratio)} of its steps, p {_p_text(p)}")
+    return found
+
+
+def _ends(survival: Survival) -> list[str]:
+    ends = {_label(row): survival.at_end(row) for row in best_rows(survival)}
+    return [f"{label} ({' and '.join(at)})" for label, at in ends.items() if at]
+
+
+def _settings_differ(survival: Survival) -> str:
+    sizes = {len(row.runs) for row in survival.rows}
+    return f"{min(sizes)} to {max(sizes)}" if len(sizes) > 1 else ""
+
+
+CASES = (
+    Case("answers", _answers, "{it}."),
+    Case("no_baseline", lambda s: s.baseline is None, "There is no AdamW among the methods to compare with."),
+    Case(
+        "at_end",
+        _ends,
+        "The best setting lies at an end of its grid, so that a wider grid may have a better one: {it}.",
+    ),
+    Case(
+        "seeds",
+        _settings_differ,
+        "Settings have {it} seeds; one is chosen among those with the most.",
+    ),
+    Case(
+        "few_seeds",
+        lambda s: max(len(row.runs) for row in s.rows) < 5 and str(max(len(row.runs) for row in s.rows)),
+        "Seeds: {it}. With fewer than five a log-rank test can hardly tell two methods apart.",
+    ),
+    Case(
+        "diverged",
+        lambda s: [run.name for run in s.diverged],
+        "Diverged, which counts as not reaching the threshold: {it}.",
+    ),
+    Case(
+        "resolution",
+        lambda s: _count(s.every) if math.isfinite(s.every) else "",
+        "Steps are known to within the {it} between two evaluations.",
+    ),
+)
+
+
+def title_of(survival: Survival) -> str:
+    t = survival.threshold
+    return f"Steps until {t.label} is at {'least' if t.larger_is_better else 'most'} {t.value:g}"
+
+
+# ---- Pictures ----
+
+
+def _draw_metric(axes: Axes, row: Row, name: str, colour: str, until: float) -> Any:
+    """Each seed thin, their mean thick as far as all have values."""
+    series = [dict(zip(*run.series(name), strict=True)) for run in row.runs]
+    for each in series:
+        steps = [step for step in each if 0 < step <= until]
+        axes.plot(steps, [each[step] for step in steps], color=colour, linewidth=0.7, alpha=0.35)
+    shared = sorted(step for step in set.intersection(*map(set, series)) if 0 < step <= until)
+    means = [np.mean([each[step] for each in series]) for step in shared]
+    return axes.plot(shared, means, color=colour, linewidth=2.0)[0]
+
+
+def draw(survival: Survival, curves: Mapping[str, str]) -> bytes:
+    """The metric and `curves` over the steps at each method's best setting, and the share of runs on their way."""
+    rows, names = best_rows(survival), {survival.threshold.metric: survival.threshold.label, **curves}
+    styles, lines = plots.method_styles([row.method for row in rows]), {}
+    until = max(row.steps.end for row in rows)
+    with plots.house_style():
+        figure, [all_axes] = plots.new_figure(4.3 * (len(names) + 1) + 1.5, 3.9, len(names) + 1)
+        for axes, (name, title) in zip(all_axes, names.items(), strict=False):
+            axes.set_title(plots.as_typed(title))
+            for row in rows:
+                if all(run.series(name)[0].size for run in row.runs):
+                    line = _draw_metric(axes, row, name, styles[row.method][0], until)
+                    lines[plots.as_typed(_label(row))] = line
+            if name == survival.threshold.metric:
+                axes.axhline(survival.threshold.value, color="#999999", linestyle=":", linewidth=1.4, zorder=1)
+        all_axes[-1].set_title("share of runs not there yet")
+        for row in rows:
+            times, shares = row.steps.curve()
+            x, y = [0, *times, until], [1, *shares, shares[-1]]
+            all_axes[-1].step(x, y, where="post", color=styles[row.method][0], linewidth=2.0)
+        all_axes[-1].set_ylim(-0.03, 1.03)
+        for axes in all_axes:
+            axes.set_xlabel("optimizer step")
+            if until / survival.every > 100:
+                axes.set_xscale("log")
+        figure.legend(lines.values(), lines.keys(), loc="outside right center")
+    return plots.to_png(figure, dpi=110)
+
+
+# ---- The report ----
+
+
+def as_json(survival: Survival, published: Mapping[str, float], statements: list[str], folder: Path) -> str:
+    contrasts = {c.row: c for c in survival.contrasts}
+
+    def entry(row: Row) -> dict[str, Any]:
+        found = {
+            **{key: getattr(row, key) for key in ("method", "learning_rate", "weight_decay", "seeds")},
+            "steps": row.steps.values.tolist(),
+            "reached": row.steps.reached.tolist(),
+            "median": vars(row.median),
+            "runs": [str(run.path.relative_to(folder)) for run in row.runs],
+            "is_best": row in best_rows(survival),
+        }
+        if row.seconds is not None:
+            found |= {"seconds": row.seconds.values.tolist(), "median_seconds": vars(row.seconds.median())}
+        if c := contrasts.get(row):
+            found |= {"ratio": vars(c.ratio), "p_value": c.p_value, "p_holm": c.p_holm}
+            found |= {"ratio_of_seconds": vars(c.seconds)} if c.seconds else {}
+        return found
+
+    whole = {"schema": 1, "threshold": vars(survival.threshold), "published": dict(published)}
+    whole |= {"rows": list(map(entry, survival.rows)), "statements": statements}
+    return json.dumps(_finite(whole), indent=1)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return list(map(_finite, value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def report(
+    survival: Survival,
+    output_dir: Path,
+    published: Mapping[str, float],
+    source: str = "",
+    curves: Mapping[str, str] | None = None,
+) -> None:
+    """Prints the table and what it says, and writes `survival.json` and `report.html`.
+
+    Args:
+        published: published steps by what people call the method.
+        source: where they stand.
+        curves: further metrics that are drawn over the steps, with their titles.
+    """
+    heads, body = best_table(survival, published)
+    texts = [text for _, text in say(CASES, survival)] + ([source] if published and source else [])
+    print(f"\n{title_of(survival)}\n\n{align(heads, body, {0})}\n\n{wrap(NOTE)}\n")
+    print("\n".join(wrap(text, "- ", "  ") for text in texts))
+    (output_dir / "survival.json").write_text(as_json(survival, published, texts, output_dir), encoding="utf-8")
+    try:
+        picture = draw(survival, curves or {})
+    except ImportError as error:
+        print(f"\nNo report.html was written: {error}")
+        return
+
+    def table(heads: list[str], body: list[list[str]]) -> str:
+        return page.table(heads, {0}, [("", list(map(page.escape, cells))) for cells in body])
+
+    caption = "Each method at its best setting: thin lines are seeds, thick ones their mean, dots the threshold."
+    sections = [
+        page.tag("h1", title_of(survival)),
+        table(heads, body),
+        page.quiet(NOTE),
+        page.figure(picture, caption),
+    ]
+    sections.append(page.bullets("What this shows, and what it does not", texts))
+    sections.append(page.details("All settings", table(*all_table(survival))))
+    (output_dir / "report.html").write_text(page.document(title_of(survival), sections), encoding="utf-8")
+    print(f"\nReport: {output_dir / 'report.html'}")
