@@ -1,4 +1,4 @@
-"""`prm-hf dpo | sft | suspects | pairs | randomization | sweep | compare …`; `python -m prm_hf …` is the same."""
+"""`prm-hf dpo | sft | suspects | regression | … | sweep | compare …`; `python -m prm_hf …` is the same."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ EXPERIMENTS = {
     "sft": "SFT on prompts with wrong completions: PRM against AdamW",
     "suspects": "which labels of a dataset are wrong?",
     "randomization": "can a model fit pure noise, and what does PRM change?",
+    "regression": "does an optimizer follow the signal, or the labels that are wrong?",
     "pairs": "make preference pairs of a model's right and wrong answers",
     "sweep": "run `dpo`, `sft` or `suspects` on every GPU of this machine, one process each",
 }

@@ -8,10 +8,9 @@ import argparse
 import dataclasses
 import os
 import shlex
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from transformers import Trainer, TrainingArguments
 
@@ -24,11 +23,9 @@ from .arguments import check_lists, check_ranges, methods_help
 from .checks import check_unused_settings
 from .command_line import CommandLine, read_yaml
 from .controls import THIRD_PARTY
+from .ensembles import can_stack
 from .grid import configure
-
-
-if TYPE_CHECKING:
-    from .ensembles import Problem
+from .problems import Problem, ProblemTrainer
 
 
 # Methods that are more than an optimizer, or end before the threshold
@@ -157,7 +154,7 @@ class ThresholdArguments:
             raise ValueError(f"`constant_q` takes the mean mask of a PRM run: add a PRM method, got {self.methods}.")
 
 
-class ThresholdTask(ABC):
+class ThresholdTask:
     """A task on which methods are compared by the steps until a metric reaches a threshold.
 
     A subclass says in its attributes what is measured, and in `make_trainer` how a run is made. The harness does the
@@ -249,20 +246,23 @@ class ThresholdTask(ABC):
                     check_optimizer(configure(config, method.name, 0.0))
                 except ValueError as error:
                     raise ValueError(f"`{method.name}` of `methods`: {error}") from error
+        if args.models_at_once > 1 and not can_stack(config):
+            raise ValueError(
+                f"`models_at_once` is {args.models_at_once}, and a stack computes neither bf16 nor fp16, accumulated "
+                "gradients nor state in other types: leave these out, or set it to 1."
+            )
         self.check()
 
     def check(self) -> None:
         """Raises ValueError for arguments of the task that cannot be run, before anything takes time."""
-        return
 
     def settings(self) -> dict[str, Any]:
         """What of the task's own arguments makes a run what it is: all of them."""
         names = {f.name for f in fields(self.arguments_class)} - {f.name for f in fields(ThresholdArguments)}
         return {name: getattr(self.args, name) for name in sorted(names)}
 
-    @abstractmethod
     def make_trainer(self, config: ThresholdConfig, spec: RunSpec) -> Trainer:
-        """The trainer of one run, of the class `transformers.Trainer`, without an optimizer.
+        """The trainer of one run, of the class `transformers.Trainer`, without an optimizer; by default of `problem`.
 
         Its model's forward returns the loss. Data, weights and noise depend on `spec.seed` alone, so that all methods
         get the same. Its evaluation must log `eval_<metric of the threshold>`, by `compute_metrics` or in `evaluate`.
@@ -271,11 +271,15 @@ class ThresholdTask(ABC):
             config: the `args` of the trainer, with output folder, learning rate, weight decay and seed of the run.
             spec: the run; `self.args` has the arguments of the task.
         """
+        problem = self.problem(spec.seed)
+        if problem is None:
+            raise TypeError(f"{type(self).__name__} needs a method `make_trainer` or `problem`.")
+        return ProblemTrainer(problem, config)
 
     def outcomes(self, trainer: Trainer) -> dict[str, float]:
         """More numbers of a trained run, for its `metrics.json`."""
         return {}
 
-    def problem(self, seed: int) -> "Problem | None":
-        """The same task for models that are trained stacked (`models_at_once`); None where there is no such form."""
+    def problem(self, seed: int) -> Problem | None:
+        """The task of a seed in tensors, which `models_at_once` needs; None where there is no such form."""
         return None

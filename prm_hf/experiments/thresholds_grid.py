@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .. import PRM
@@ -14,14 +15,16 @@ from ..compare.survival_report import report
 from ..runs.methods import CONTROL, METHODS, Method, parse_method
 from ..runs.read import load_runs
 from ..runs.schema import METRICS_FILE, SECONDS, SECONDS_TO_THRESHOLD, STEPS_TO_THRESHOLD, Threshold
-from ..runs.write import RunSpec, find_folder, history_of
+from ..runs.write import RunSpec, find_folder, finish_run, history_of, start_run
 from ..trainers.callbacks import find_prm
 from ..trainers.config import prm_kwargs, scaled_by_relative_eps
 from ..trainers.presets import with_preset
 from . import OUT_OF_TIME
 from .console import messages_shown, show_notes, silenced
-from .controls import set_up_optimizer
+from .controls import WHOLE_TENSORS, set_up_optimizer
+from .ensembles import Setting, Stack, can_stack, final_metrics_of, train_stack
 from .grid import Grid, Made, MadeRuns, configure, defaults_of, settings_of
+from .progress import hardware
 from .runner import OutOfTime, Runner, workers_beside
 from .thresholds import ThresholdTask
 
@@ -200,6 +203,50 @@ class ThresholdCallback(TrainerCallback):
             state.log_history[-1] |= {f"mask/{name}": value for name, value in self.prm.get_mask_stats().items()}
 
 
+# ---- Stacks ----
+
+
+def make_stacks(grid: ThresholdGrid, deadline: float | None = None) -> None:
+    """Makes the runs that can be stacked, `models_at_once` of one method together; the runner finds them finished."""
+    size, state = grid.task.args.models_at_once, PartialState()
+    if size == 1:
+        return
+    for method in grid.methods:
+        config = configure(grid.task.training_args, method.name, 0.0)
+        if method.key in WHOLE_TENSORS or not can_stack(config):
+            continue
+        specs = [spec for spec in grid.specify_runs() if spec.method == method.name]
+        left = [spec for spec in specs if not (grid.folder(spec) / METRICS_FILE).is_file()]
+        for start in range(0, len(left), size):
+            if deadline is not None and time.monotonic() >= deadline:
+                return
+            if not make_stack(grid, left[start : start + size], config, hardware(state)):
+                return
+
+
+def make_stack(grid: ThresholdGrid, specs: list[RunSpec], config: TrainingArguments, device: dict[str, Any]) -> bool:
+    """Trains these runs of one method together and writes their folders; False where the task has no `problem`."""
+    problems = {seed: grid.task.problem(seed) for seed in sorted({spec.seed for spec in specs})}
+    if None in problems.values():
+        return False
+    started = time.perf_counter()
+    about = {"hardware": device, "models_at_once": len(specs)}
+    records = {spec.folder_name: start_run(spec, grid.folder(spec), {**grid.info_of(spec), **about}) for spec in specs}
+    own = [Setting(spec.learning_rate, spec.settings["weight_decay"], spec.seed) for spec in specs]
+    task, threshold = grid.task, grid.task.threshold
+
+    def is_done(metrics: dict[str, float]) -> bool:
+        return task.args.stop_at_threshold and threshold.is_reached(metrics[threshold.metric])
+
+    found = train_stack(Stack(problems, own, config), is_done)
+    seconds = (time.perf_counter() - started) / len(specs)
+    for spec, one, metrics in zip(specs, found, final_metrics_of(found), strict=True):
+        metrics = {**metrics, **steps_to(threshold, one.history), "wall_seconds": round(seconds, 3)}
+        finish_run(grid.folder(spec), records[spec.folder_name], one.history, {}, metrics)
+    print(f"{specs[0].method}: {len(specs)} models at once, {time.perf_counter() - started:.0f} s", flush=True)
+    return True
+
+
 # ---- The command ----
 
 
@@ -212,6 +259,7 @@ def run_thresholds(task: type[ThresholdTask], arguments: list[str]) -> int:
         deadline = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
         if args.workers > 1:
             torch.set_num_threads(max(1, torch.get_num_threads() // args.workers))
+        make_stacks(ThresholdGrid(parsed), deadline)
         with workers_beside(args.workers - 1, _work, task, arguments, deadline, torch.get_num_threads()):
             try:
                 return _runner(parsed, deadline).run()

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import masks
 from .foreach import ForeachStep, TensorLists, uses_foreach
 from .hyperparameters import Hyperparameters, is_batched, normalize
-from .reference import reference_step
+from .reference import decide_mask, reference_step
 
 
 def prm(
@@ -72,6 +72,32 @@ def prm(
     for index in buckets(exp_avgs):
         own = TensorLists(*([tensors[i] for i in index] if tensors else [] for tensors in lists))
         _foreach_step(own, [state_steps[i] for i in index], h, lr, eps)
+
+
+def mean_mask(
+    exp_avgs: list[Tensor],
+    grad_vars: list[Tensor],
+    state_steps: list[Tensor],
+    exp_avg_signals: list[Tensor] = (),
+    **hyperparameters: Any,
+) -> Tensor:
+    """The mask of the last step of [`prm`] in the mean over all scalar parameters, 0-dim; also under vmap.
+
+    Args:
+        exp_avgs, grad_vars, state_steps, exp_avg_signals: as that step left them.
+        **hyperparameters: those of the step.
+    """
+    h = Hyperparameters(**normalize(hyperparameters))
+    if not h.masked:
+        return torch.ones((), dtype=masks.statistics_dtype(exp_avgs[0].device), device=exp_avgs[0].device)
+    if any(map(is_batched, (*exp_avgs, *h.betas))):
+        h = _under_vmap(h, exp_avgs[0].device)
+    total = 0.0
+    for i, (m, s, step) in enumerate(zip(exp_avgs, grad_vars, state_steps, strict=True)):
+        average = m if h.signal_beta is None else exp_avg_signals[i]
+        q = decide_mask(average, s, masks.step_scalars(_age(step, h), h, m.numel()), h)
+        total = total + q.to(masks.statistics_dtype(q.device)).mean() * m.numel()
+    return total / sum(m.numel() for m in exp_avgs)
 
 
 def _under_vmap(h: Hyperparameters, device: torch.device) -> Hyperparameters:

@@ -67,13 +67,17 @@ def reference_step(
     update, step_size = _kept(m, h), lr / c.bias1
     if h.masked:
         average = update if h.signal_beta is None else _kept(state["exp_avg_signal"], h)
-        # q from the squared signal S and its noise N, eqs. 241-243
-        q, _, _ = masks.compute_mask(_mean_squares(average, h), _kept(state["grad_var"], h), c, h)
+        q = decide_mask(average, _kept(state["grad_var"], h), c, h)
         update = update * (masks.over_rows(q, update) if h.reduction == "per_row" else q.to(update.dtype))
     if isinstance(step_size, Tensor):
         _change(param, "addcdiv", update * -step_size, denominator)
     else:
         _change(param, "addcdiv", update, denominator, value=-step_size)
+
+
+def decide_mask(average: Tensor, grad_var: Tensor, c: masks.StepScalars, h: Hyperparameters) -> Tensor:
+    """q from the squared signal S and its noise N, eqs. 241-243, shaped as `grad_var`."""
+    return masks.compute_mask(_mean_squares(average, h), grad_var, c, h)[0]
 
 
 def _change(x: Tensor, operation: str, *args: Any, **kwargs: Any) -> None:

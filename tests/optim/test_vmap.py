@@ -133,7 +133,7 @@ def test_lists_are_refused():
 
 def test_a_number_for_each_model_is_one():
     x = [torch.ones(2, 3)]
-    with pytest.raises(ValueError, match="lr.*one element"):
+    with pytest.raises(ValueError, match=r"(?s)lr=.*one element"):
         vmap(lambda lr: prm(x, x, x, x, [], x, [torch.zeros(())], lr=lr, mask="none"))(torch.ones(2, 2))
-    with pytest.raises(ValueError, match=r"betas\[0\].*one element for each model"):
+    with pytest.raises(ValueError, match=r"(?s)betas\[0\]=.*one element for each model"):
         vmap(lambda b: prm(x, x, x, x, [], x, [torch.zeros(())], betas=(b, 0.9)))(torch.ones(2, 2))
