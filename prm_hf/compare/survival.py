@@ -183,6 +183,7 @@ class Row:
     runs: list[Run]
     steps: Times
     seconds: Times | None  # None where a run did not record them
+    final: float  # the mean of the metric at the end, smaller is better; infinite where a run has diverged
     median: Median = field(init=False)
 
     def __post_init__(self) -> None:
@@ -194,8 +195,9 @@ class Row:
 
     @property
     def worth(self) -> tuple[float, ...]:
-        """Smaller is better: seeds that are missing, the median, runs that do not reach it, and all their steps."""
-        return -len(self.runs), self.median.value, -int(self.steps.reached.sum()), float(self.steps.values.sum())
+        """Smaller is better: missing seeds, the median, runs that do not reach it, all steps, the metric at the end."""
+        times = self.median.value, -int(self.steps.reached.sum()), float(self.steps.values.sum())
+        return -len(self.runs), *times, self.final
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,7 +298,15 @@ def _make_row(runs: list[Run], threshold: Threshold) -> Row:
         runs,
         Times(steps.astype(float), reached),
         Times(seconds, reached) if np.isfinite(seconds).all() else None,
+        float(np.mean([_final(run, threshold) for run in runs])),
     )
+
+
+def _final(run: Run, threshold: Threshold) -> float:
+    values = run.series(threshold.metric)[1]
+    if run.end == DIVERGED or not values.size or not math.isfinite(values[-1]):
+        return math.inf
+    return -float(values[-1]) if threshold.larger_is_better else float(values[-1])
 
 
 def _contrast(row: Row, baseline: Row) -> Contrast | None:

@@ -115,7 +115,10 @@ def _answers(survival: Survival) -> list[str]:
             words = "faster than AdamW"
         elif p < 0.05 and ratio.low > 1:
             words = "slower than AdamW"
-        found.append(f"{_label(contrast.row)} is {words}: {ratio_text(ratio)} of its steps, p {_p_text(p)}")
+        if math.isnan(p):
+            found.append(f"neither {_label(contrast.row)} nor AdamW has a run that reaches the threshold")
+        else:
+            found.append(f"{_label(contrast.row)} is {words}: {ratio_text(ratio)} of its steps, p {_p_text(p)}")
     return found
 
 

@@ -1,5 +1,6 @@
 """A small problem of tensors alone: a model, its training rows and its measures, for a Trainer and for a stack."""
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -80,7 +81,8 @@ class ProblemTrainer(Trainer):
 
     def __init__(self, problem: Problem, args: TrainingArguments) -> None:
         self.problem = problem
-        rows = Rows(problem.rows)
+        rows, args = Rows(problem.rows), copy.copy(args)
+        args.remove_unused_columns = False  # a batch is made at once, and not of rows with columns
         super().__init__(problem.model, args, data_collator=_as_it_is, train_dataset=rows, eval_dataset=rows)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:

@@ -4,7 +4,7 @@
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +80,8 @@ class Regression(ThresholdTask):
     description = __doc__.splitlines()[0]
     threshold = Threshold(ERROR, 0.1, larger_is_better=False, label="held-out error")
     arguments_class = RegressionArguments
-    curves = {CORRUPTED_FIT: "fit of corrupted training rows", CLEAN_FIT: "fit of clean training rows"}
-    presets = {
+    curves: ClassVar = {CORRUPTED_FIT: "fit of corrupted training rows", CLEAN_FIT: "fit of clean training rows"}
+    presets: ClassVar = {
         "cpu": {
             "max_steps": 600,
             "eval_steps": 10,
