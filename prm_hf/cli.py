@@ -21,6 +21,7 @@ EXPERIMENTS = {
     "suspects": "which labels of a dataset are wrong?",
     "randomization": "can a model fit pure noise, and what does PRM change?",
     "regression": "does an optimizer follow the signal, or the labels that are wrong?",
+    "pinn": "in how many steps does a network solve a differential equation from noisy values?",
     "pairs": "make preference pairs of a model's right and wrong answers",
     "sweep": "run `dpo`, `sft` or `suspects` on every GPU of this machine, one process each",
 }
