@@ -105,6 +105,7 @@ def build_comparison(runs: list[Run]) -> Comparison:
         ValueError: no run is finished, or the runs cannot be compared: they differ in a setting that is not the
             method's own, or two runs have one method, learning rate and seed.
     """
+    _check_task(runs)
     finished, diverged = ([run for run in runs if run.end == end] for end in (FINISHED, DIVERGED))
     lost = [run for run in runs if not run.finished]
     if not finished:
@@ -127,6 +128,16 @@ def build_comparison(runs: list[Run]) -> Comparison:
     for contrast, p in zip(comparison.contrasts, adjusted, strict=True):
         contrast.p_holm = p
     return comparison
+
+
+def _check_task(runs: list[Run]) -> None:
+    """Raises ValueError for runs whose measure is no accuracy."""
+    for run in runs:
+        if run.measures.threshold is not None:
+            raise ValueError(
+                f"{run.path} is judged by its steps to a threshold: the command that made it reports on such runs, "
+                f"`{run.info.get('command', 'prm-hf')}`."
+            )
 
 
 def build_comparisons(runs: list[Run]) -> list[Comparison]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -77,7 +78,8 @@ class Times:
         found = ecdf(self.censored).sf
         if not self.reached.any():
             return Median(math.inf, math.nan, math.inf)
-        with np.errstate(divide="ignore", invalid="ignore"):  # where all or none of the runs are there
+        with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # undefined where all or none of the runs are there
             band = found.confidence_interval(method="log-log")
 
         def first(shares: np.ndarray) -> float:
@@ -195,7 +197,7 @@ class Row:
 
     @property
     def worth(self) -> tuple[float, ...]:
-        """Smaller is better: missing seeds, the median, runs that do not reach it, all steps, the metric at the end."""
+        """Smaller is better: missing seeds, the median, runs that do not reach it, all steps, the metric at last."""
         times = self.median.value, -int(self.steps.reached.sum()), float(self.steps.values.sum())
         return -len(self.runs), *times, self.final
 
@@ -293,13 +295,18 @@ def _make_row(runs: list[Run], threshold: Threshold) -> Row:
     decays = [run.settings.get("weight_decay", 0.0) for run in runs]
     return Row(
         runs[0].method,
-        float(np.mean([run.learning_rate for run in runs])),
-        float(np.mean(decays)),
+        _mean([run.learning_rate for run in runs]),
+        _mean(decays),
         runs,
         Times(steps.astype(float), reached),
         Times(seconds, reached) if np.isfinite(seconds).all() else None,
         float(np.mean([_final(run, threshold) for run in runs])),
     )
+
+
+def _mean(values: list[float]) -> float:
+    """The mean; of equal values that value and not what rounding makes of it."""
+    return values[0] if len({*values}) == 1 else float(np.mean(values))
 
 
 def _final(run: Run, threshold: Threshold) -> float:

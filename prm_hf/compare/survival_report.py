@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,11 @@ NOTE = (
     "settings the same seeds. Ratio: of the medians, to AdamW's at its best setting, with a bootstrap over seeds. p: "
     "log-rank test against that setting, adjusted for the number of methods (Holm). Seconds are of training, without "
     "evaluations."
+)
+
+EXTREMES_NOTE = (
+    "Each method at the setting, of all in its grid, whose metric is best on the way, means over seeds: there, and at "
+    "the end of the run."
 )
 
 
@@ -94,6 +99,34 @@ def setting_cells(row: Row) -> list[str]:
     reached = f"{int(row.steps.reached.sum())}/{len(row.runs)}"
     text = median_text(row.median, row.steps.end)
     return [format_rate(row.learning_rate), f"{row.weight_decay:.3g}", reached, text]
+
+
+def extremes(row: Row, metric: str, larger_is_better: bool, names: Iterable[str]) -> list[float]:
+    """Means over seeds: the metric at its best on the way and `names` there, then all of them at the end."""
+    found = []
+    for run in row.runs:
+        steps, values = run.series(metric)
+        best = int(np.argmax(values if larger_is_better else -values))
+        others = [dict(zip(*run.series(name), strict=True)) for name in names]
+        at = [[values[i], *(other.get(steps[i], math.nan) for other in others)] for i in (best, -1)]
+        found.append([*at[0], *at[1]])
+    return np.mean(found, axis=0).tolist()
+
+
+def extremes_table(survival: Survival, curves: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
+    """Each method at the setting with the best metric on the way, in the mean over seeds; the row has the curves."""
+    metric, larger, label = (getattr(survival.threshold, key) for key in ("metric", "larger_is_better", "label"))
+    heads = ["method", "lr", "weight decay", f"best {label}", *(f"{title}, there" for title in curves.values())]
+    heads += [f"{label}, end", *(f"{title}, end" for title in curves.values())]
+    finished = [row for row in survival.rows if not any(run in survival.diverged for run in row.runs)]
+    body = []
+    for method in survival.methods:
+        found = [(extremes(row, metric, larger, curves), row) for row in finished if row.method == method]
+        if found:
+            values, row = min(found, key=lambda pair: -pair[0][0] if larger else pair[0][0])
+            cells = [format_rate(row.learning_rate), f"{row.weight_decay:.3g}", *(f"{x:.3f}" for x in values)]
+            body.append([_label(row), *cells])
+    return heads, body
 
 
 def all_table(survival: Survival) -> tuple[list[str], list[list[str]]]:
@@ -264,6 +297,9 @@ def report(
     heads, body = best_table(survival, published)
     texts = [text for _, text in say(CASES, survival)] + ([source] if published and source else [])
     print(f"\n{title_of(survival)}\n\n{align(heads, body, {0})}\n\n{wrap(NOTE)}\n")
+    more = extremes_table(survival, curves) if curves else None
+    if more:
+        print(f"{align(*more, {0})}\n\n{wrap(EXTREMES_NOTE)}\n")
     print("\n".join(wrap(text, "- ", "  ") for text in texts))
     (output_dir / "survival.json").write_text(as_json(survival, published, texts, output_dir), encoding="utf-8")
     try:
@@ -282,6 +318,7 @@ def report(
         page.quiet(NOTE),
         page.figure(picture, caption),
     ]
+    sections += [table(*more), page.quiet(EXTREMES_NOTE)] if more else []
     sections.append(page.bullets("What this shows, and what it does not", texts))
     sections.append(page.details("All settings", table(*all_table(survival))))
     (output_dir / "report.html").write_text(page.document(title_of(survival), sections), encoding="utf-8")
