@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from filelock import FileLock
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .. import PRM
@@ -211,6 +212,13 @@ def make_stacks(grid: ThresholdGrid, deadline: float | None = None) -> None:
     size, state = grid.task.args.models_at_once, PartialState()
     if size == 1:
         return
+    locks = grid.output_dir / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / "stacks.lock"):  # of two commands in one folder one trains them
+        _make_stacks(grid, size, hardware(state), deadline)
+
+
+def _make_stacks(grid: ThresholdGrid, size: int, device: dict[str, Any], deadline: float | None) -> None:
     for method in grid.methods:
         config = configure(grid.task.training_args, method.name, 0.0)
         if method.key in WHOLE_TENSORS or not can_stack(config):
@@ -220,8 +228,13 @@ def make_stacks(grid: ThresholdGrid, deadline: float | None = None) -> None:
         for start in range(0, len(left), size):
             if deadline is not None and time.monotonic() >= deadline:
                 return
-            if not make_stack(grid, left[start : start + size], config, hardware(state)):
-                return
+            specs = left[start : start + size]
+            try:
+                if not make_stack(grid, specs, config, device):
+                    return
+            except Exception as error:  # the runner makes these runs, and says what is wrong if it is not the size
+                problem = f"{type(error).__name__}: {error}"
+                print(f"{method.name}: no stack of {len(specs)} models ({problem}); they are trained one by one.")
 
 
 def make_stack(grid: ThresholdGrid, specs: list[RunSpec], config: TrainingArguments, device: dict[str, Any]) -> bool:
