@@ -98,7 +98,10 @@ def test_runs_as_a_module(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "code"),
-    [("dpo", 75), ("sft", 0), ("suspects", 1), ("randomization", None), ("pairs", 0), ("sweep", 1)],
+    [
+        *(("dpo", 75), ("sft", 0), ("suspects", 1), ("randomization", None)),
+        *(("regression", 0), ("pairs", 0), ("pinn", 0), ("sweep", 1)),
+    ],
 )
 def test_experiments_get_their_arguments(name, code, monkeypatch):
     experiment = importlib.import_module(f"prm_hf.experiments.{name}")
@@ -165,7 +168,7 @@ def test_of_several_processes_the_first_speaks_at_once(monkeypatch, capsys):
         assert waits == waited and capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["dpo", "sft", "randomization", "pairs", "sweep", "compare"])
+@pytest.mark.parametrize("name", ["dpo", "sft", "randomization", "pairs", "pinn", "sweep", "compare"])
 def test_help_is_readable(name, capsys):
     try:
         assert cli.main([name, "--help"]) == 0
@@ -195,7 +198,7 @@ def test_help_shows_what_is_used_and_help_all_the_rest(name, capsys):
     assert stopped.value.code == 0 and "--adam_beta2" in long and "--lora_r " in long and "--prm_mask" in long
 
 
-@pytest.mark.parametrize("recipe", ["dpo_noisy", "sft_noisy", "randomization", "pairs", "sweep"])
+@pytest.mark.parametrize("recipe", ["dpo_noisy", "sft_noisy", "randomization", "pairs", "pinn", "sweep"])
 def test_recipes_are_the_commands(recipe, monkeypatch):
     given = []
     monkeypatch.setattr(cli, "main", lambda arguments: given.append(arguments) or 3)

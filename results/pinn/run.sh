@@ -17,8 +17,10 @@ full() { # the claim: every reduction and estimator against AdamW, on a GPU; α 
     $pinn --preset full --output_dir "$out/empirical" --methods adamw $masks constant_q --prm_boundary empirical
 }
 
-peers() { # optimizers of other libraries, which are trained one after another: half the seeds
-    $pinn --preset full --output_dir "$out/peers" --methods adamw cautious casmo --seeds 0 1 2 3 4 --workers "${WORKERS:-8}"
+peers() { # optimizers of other libraries, which are trained one after another: fewer settings
+    $pinn --preset full --output_dir "$out/peers" --methods adamw cautious casmo prm_per_param --seeds 0 1 2 3 4 \
+        --learning_rates 6e-4 2e-3 6e-3 --prm_learning_rates 3e-3 1e-2 3e-2 --weight_decays 0 0.1 \
+        --workers "${WORKERS:-8}"
 }
 
 masks() { # the formulas of the mask
