@@ -6,8 +6,8 @@ With AdamW and PRM over as many learning rates and weight decays each, on points
     python recipes/pinn.py
 
 `prm-hf pinn` does the same without a clone. On two CPU cores it takes minutes, and `--preset full` is for a GPU.
-`--noise`, `--observations` and `--collocation fixed` change the task, and `--methods`, `--prm_mask` and `--prm_boundary
-empirical` choose among the masks. docs/experiments.md says how to read the report.
+`--noise`, `--observations` and `--collocation fixed` change the task. `--methods`, `--prm_mask` and
+`--prm_boundary empirical` choose among the masks. docs/experiments.md says how to read the report.
 """
 
 import sys

@@ -182,8 +182,12 @@ class PINNTask(ThresholdTask):
         },
     }
 
+    @property
+    def values_a_step(self) -> int:
+        return self.training_args.train_batch_size * self.training_args.gradient_accumulation_steps
+
     def check(self) -> None:
-        args, config = self.args, self.training_args
+        args, config, batch = self.args, self.training_args, self.values_a_step
         counts = ("observations", "collocation_points", "boundary_points", "hidden_layers", "hidden_size")
         check_ranges(
             args,
@@ -191,19 +195,21 @@ class PINNTask(ThresholdTask):
             ("noise", lambda x: 0 <= x < float("inf"), "at least 0 and finite"),
             *((name, lambda x: x >= 1, "at least 1") for name in counts),
         )
-        n, batch = args.observations, config.per_device_train_batch_size
+        n = args.observations
         if batch > n:
-            raise ValueError(f"`per_device_train_batch_size` is {batch}, more than the `observations`, {n}.")
+            raise ValueError(
+                f"A step has {batch} rows by `per_device_train_batch_size`, and there are {n} `observations`."
+            )
         if config.prm_boundary == "empirical" and config.prm_alpha is None:
             if batch == n:
-                raise ValueError(f"`prm_boundary='empirical'` needs more `observations` than a batch has, {batch}.")
+                raise ValueError(f"`prm_boundary='empirical'` needs more `observations` than a step has, {batch}.")
             config.prm_alpha = batch / (n - batch)  # of the observed values, not of their rows
 
     def problem(self, seed: int) -> Problem:
-        args, config, generator = self.args, self.training_args, torch.Generator().manual_seed(seed)
+        args, generator = self.args, torch.Generator().manual_seed(seed)
         rows = observe(args.observations, args.noise, generator)
         if args.collocation == "resampled":
-            times_each = ceil(config.max_steps * config.per_device_train_batch_size / args.observations)
+            times_each = ceil(self.training_args.max_steps * self.values_a_step / args.observations)
             rows = {name: column.repeat(times_each, 1) for name, column in rows.items()}
         n = len(rows["points"])
         rows |= draw_points(n, args.collocation_points, args.boundary_points, generator)

@@ -143,6 +143,8 @@ def test_points_are_drawn_again_or_not(points):
     assert (n, m) == (16, 48) and m >= 4 * 10  # batches of 4 in 10 steps
     assert again["inside"].shape == (m, points, 2) and len(again["inside"].flatten(0, 1).unique(dim=0)) == m * points
     assert torch.equal(again["values"], fixed["values"].repeat(3, 1))
+    accumulated = problem_of(*size, "--gradient_accumulation_steps", "2").rows
+    assert len(accumulated["values"]) == 80
 
 
 def test_the_evaluation_compares_with_the_exact_solution(tmp_path):
@@ -208,14 +210,17 @@ def test_the_solution_is_found():
         (["--noise", "nan"], "`noise`"),
         (["--beta", "inf"], "`beta`"),
         (["--observations", "0"], "`observations`"),
-        (["--observations", "3"], "`per_device_train_batch_size` is 4, more than the `observations`, 3."),
+        (
+            ["--observations", "3"],
+            "A step has 4 rows by `per_device_train_batch_size`, and there are 3 `observations`.",
+        ),
         (["--collocation_points", "0"], "`collocation_points`"),
         (["--boundary_points", "0"], "`boundary_points`"),
         (["--hidden_layers", "0"], "`hidden_layers`"),
         (["--hidden_size", "-5"], "`hidden_size`"),
         (["--collocation", "sobol"], "sobol"),
         (["--preset", "gpu"], "`preset` must be one of cpu, full, got 'gpu'."),
-        (["--prm_boundary", "empirical", "--observations", "4"], "needs more `observations` than a batch has, 4."),
+        (["--prm_boundary", "empirical", "--observations", "4"], "needs more `observations` than a step has, 4."),
     ],
 )
 def test_wrong_input_is_said_before_any_run(tmp_path, capsys, arguments, says):
