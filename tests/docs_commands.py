@@ -19,8 +19,10 @@ from prm_hf.experiments.dpo import DPOExperiment
 from prm_hf.experiments.experiment import Experiment
 from prm_hf.experiments.pairs import PairsArguments
 from prm_hf.experiments.randomization import Arguments
+from prm_hf.experiments.regression import Regression
 from prm_hf.experiments.sft import SFTExperiment
 from prm_hf.experiments.suspects import SHORT, SuspectsArguments, in_full
+from prm_hf.experiments.thresholds import ThresholdTask
 from prm_hf.runs.methods import parse_method
 from research import mask_search
 
@@ -34,6 +36,8 @@ EXPERIMENTS = {
     "sft": SFTExperiment,
     "recipes/sft_noisy.py": SFTExperiment,
 }
+# Tasks that are judged by the steps to a threshold
+TASKS: dict[str, type[ThresholdTask]] = {"regression": Regression}
 
 
 def calls_of(script: str, folder: Path, *arguments: str) -> list[list[str]]:
@@ -122,6 +126,8 @@ def _check_accelerate(arguments: list[str]) -> None:
 def _check_prm_hf(arguments: list[str]) -> None:
     if arguments[0] == "sweep":
         _check_script("recipes/sweep.py", arguments[1:])
+    elif arguments[0] in TASKS:
+        TASKS[arguments[0]].parse(arguments[1:])
     elif arguments[0] in EXPERIMENTS:
         _check_experiment(EXPERIMENTS[arguments[0]], arguments[1:])
     elif arguments[0] == "pairs":
@@ -147,6 +153,8 @@ def _check_script(script: str, arguments: list[str]) -> None:
         _check_experiment(EXPERIMENTS[recipe], arguments, mask_search.VARIANTS)
     elif script == "recipes/pairs.py":
         HfArgumentParser(PairsArguments).parse_args(arguments[1:])
+    elif (task := Path(script).stem) in TASKS:
+        TASKS[task].parse(arguments)
     elif script == "recipes/randomization.py":
         HfArgumentParser(Arguments).parse_args(arguments)
     else:

@@ -46,6 +46,8 @@ METHODS = ["--methods", "adamw", "prm_noisy_labels"]  # a configuration of recip
 DPO_CONFIGURATION = ["--noise_rate", "0.3", "--dataset_train_split", "train"]
 SFT_CONFIGURATION = ["--noise_rate", "0.3", "--dataset_train_split", "train[:30]"]
 SFT_CONFIGURATION += ["--dataset_test_split", "train[30:]", "--max_new_tokens", "4"]
+ONE_RUN = ["--max_steps", "2", "--methods", "adamw", "prm_rows", "--seeds", "0", "--learning_rates", "1e-2"]
+ONE_RUN += ["--prm_learning_rates", "1e-2", "--weight_decays", "0", "--prm_weight_decays", "0"]
 RANDOMIZATION = ["--models", "vit", "--kinds", "true_labels", "--methods", "adamw", "--max_steps", "2"]
 FILES = ["tests/optim/test_fused.py", "tests/optim/test_gpu.py"]
 QUICK_TESTS = ["--collect-only", "-qq", "-p", "no:cacheprovider", *FILES]
@@ -65,6 +67,8 @@ def shortened(program: str, arguments: Sequence[str]) -> list[str]:
         return command
     if names & {"recipes/randomization.py", "randomization"}:
         return command + RANDOMIZATION
+    if {Path(name).stem for name in names} & {"regression"}:
+        return command + ONE_RUN
     if "benchmarks/step.py" in names:
         more = ["--time_limit", "1", "--seconds", "0.1", "--repeats", "1"]
         return command + more + (["--dpo_steps", "1"] if "--dpo_steps" in names else [])

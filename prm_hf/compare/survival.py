@@ -250,7 +250,10 @@ class Survival:
         return min((row for row in self.rows if row.method in methods), key=lambda row: row.worth, default=None)
 
     def at_end(self, row: Row) -> list[str]:
-        """In which of its grids the row's setting is the smallest or the largest, of two values or more."""
+        """In which of its grids the row's setting is the smallest or the largest, of two values or more.
+
+        A weight decay of 0 is no such end: no smaller one is possible.
+        """
         own, found = [other for other in self.rows if other.method == row.method], []
         for name in ("learning_rate", "weight_decay"):
             values = sorted({getattr(other, name) for other in own})

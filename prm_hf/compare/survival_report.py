@@ -31,8 +31,8 @@ NOTE = (
 )
 
 EXTREMES_NOTE = (
-    "Each method at the setting, of all in its grid, whose metric is best on the way, means over seeds: there, and at "
-    "the end of the run."
+    "Each method at the setting, of all in its grid, whose metric is best on the way; means over seeds, at that "
+    "evaluation → at the end of the run."
 )
 
 
@@ -114,26 +114,39 @@ def extremes(row: Row, metric: str, larger_is_better: bool, names: Iterable[str]
 
 
 def extremes_table(survival: Survival, curves: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
-    """Each method at the setting with the best metric on the way, in the mean over seeds; the row has the curves."""
-    metric, larger, label = (getattr(survival.threshold, key) for key in ("metric", "larger_is_better", "label"))
-    heads = ["method", "lr", "weight decay", f"best {label}", *(f"{title}, there" for title in curves.values())]
-    heads += [f"{label}, end", *(f"{title}, end" for title in curves.values())]
-    finished = [row for row in survival.rows if not any(run in survival.diverged for run in row.runs)]
+    """Each method at the setting with the best metric on the way, in the mean over seeds."""
     body = []
     for method in survival.methods:
-        found = [(extremes(row, metric, larger, curves), row) for row in finished if row.method == method]
-        if found:
-            values, row = min(found, key=lambda pair: -pair[0][0] if larger else pair[0][0])
-            cells = [format_rate(row.learning_rate), f"{row.weight_decay:.3g}", *(f"{x:.3f}" for x in values)]
-            body.append([_label(row), *cells])
-    return heads, body
+        found = [(_extremes_of(survival, row, curves), row) for row in survival.rows if row.method == method]
+        known = [(values, row) for values, row in found if values]
+        if known:
+            values, row = min(
+                known, key=lambda pair: -pair[0][0] if survival.threshold.larger_is_better else pair[0][0]
+            )
+            body.append([_label(row), *setting_cells(row)[:2], *_extremes_cells(values)])
+    return ["method", "lr", "weight decay", survival.threshold.label, *curves.values()], body
 
 
-def all_table(survival: Survival) -> tuple[list[str], list[list[str]]]:
+def _extremes_of(survival: Survival, row: Row, curves: Mapping[str, str]) -> list[float]:
+    """The [`extremes`] of a row; empty where a run has diverged."""
+    if any(run in survival.diverged for run in row.runs):
+        return []
+    return extremes(row, survival.threshold.metric, survival.threshold.larger_is_better, curves)
+
+
+def _extremes_cells(values: list[float]) -> list[str]:
+    half = len(values) // 2
+    return [f"{there:.3f} → {end:.3f}" for there, end in zip(values[:half], values[half:], strict=True)]
+
+
+def all_table(survival: Survival, curves: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
     """All settings of all methods."""
-    return ["method", "lr", "weight decay", "there", "median steps"], [
-        [_label(row), *setting_cells(row)] for row in survival.rows
-    ]
+    heads, body = ["method", "lr", "weight decay", "there", "median steps"], []
+    for row in survival.rows:
+        values = _extremes_of(survival, row, curves)
+        cells = _extremes_cells(values) if values else ["-"] * (1 + len(curves))
+        body.append([_label(row), *setting_cells(row), *cells])
+    return [*heads, survival.threshold.label, *curves.values()], body
 
 
 # ---- Statements ----
@@ -320,6 +333,6 @@ def report(
     ]
     sections += [table(*more), page.quiet(EXTREMES_NOTE)] if more else []
     sections.append(page.bullets("What this shows, and what it does not", texts))
-    sections.append(page.details("All settings", table(*all_table(survival))))
+    sections.append(page.details("All settings", table(*all_table(survival, curves or {}))))
     (output_dir / "report.html").write_text(page.document(title_of(survival), sections), encoding="utf-8")
     print(f"\nReport: {output_dir / 'report.html'}")

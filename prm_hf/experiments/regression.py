@@ -78,7 +78,7 @@ class Regression(ThresholdTask):
 
     command = "regression"
     description = __doc__.splitlines()[0]
-    threshold = Threshold(ERROR, 0.45, larger_is_better=False, label="held-out error")
+    threshold = Threshold(ERROR, 0.5, larger_is_better=False, label="held-out error")
     arguments_class = RegressionArguments
     curves: ClassVar = {CORRUPTED_FIT: "corrupted fit", CLEAN_FIT: "clean fit"}
     presets: ClassVar = {
@@ -88,8 +88,9 @@ class Regression(ThresholdTask):
             "per_device_train_batch_size": 32,
             "lr_scheduler_type": "constant",
             "max_grad_norm": 1.0,
-            "learning_rates": [3e-3, 1e-2, 3e-2, 1e-1],
-            "weight_decays": [0.0, 1.0],
+            "learning_rates": [1e-3, 3e-3, 1e-2, 3e-2],
+            "prm_learning_rates": [3e-3, 1e-2, 3e-2, 1e-1],  # a mask shrinks the step
+            "weight_decays": [0.0, 0.3, 1.0],
             "stop_at_threshold": False,
             "models_at_once": 60,
             "use_cpu": True,
@@ -101,6 +102,7 @@ class Regression(ThresholdTask):
             "lr_scheduler_type": "constant",
             "max_grad_norm": 1.0,
             "learning_rates": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
+            "prm_learning_rates": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1],
             "weight_decays": [0.0, 0.01, 0.1, 1.0],
             "seeds": list(range(10)),
             "stop_at_threshold": False,

@@ -1,7 +1,9 @@
 """The runs of a task with a threshold: methods, learning rates, weight decays and seeds, then the controls."""
 
 import dataclasses
+import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,9 @@ class ThresholdGrid(Grid):
 
     def folder(self, spec: RunSpec) -> Path:
         return find_folder(spec, self.place(spec), lambda line: None)[0]
+
+    def is_finished(self, spec: RunSpec) -> bool:
+        return (self.folder(spec) / METRICS_FILE).is_file()
 
     def judge(self, folders: list[Path]) -> Survival:
         """What finished runs say."""
@@ -219,22 +224,35 @@ def make_stacks(grid: ThresholdGrid, deadline: float | None = None) -> None:
 
 
 def _make_stacks(grid: ThresholdGrid, size: int, device: dict[str, Any], deadline: float | None) -> None:
-    for method in grid.methods:
-        config = configure(grid.task.training_args, method.name, 0.0)
+    runs = grid.specify_runs()
+    groups = [(m, m.name, [spec for spec in runs if spec.method == m.name]) for m in grid.methods]
+    for method, configured_as, specs in itertools.chain(groups, _controls(grid, runs)):
+        config = configure(grid.task.training_args, configured_as, 0.0)
         if method.key in WHOLE_TENSORS or not can_stack(config):
             continue
-        specs = [spec for spec in grid.specify_runs() if spec.method == method.name]
-        left = [spec for spec in specs if not (grid.folder(spec) / METRICS_FILE).is_file()]
+        left = [spec for spec in specs if not grid.is_finished(spec)]
         for start in range(0, len(left), size):
             if deadline is not None and time.monotonic() >= deadline:
                 return
-            specs = left[start : start + size]
+            part = left[start : start + size]
             try:
-                if not make_stack(grid, specs, config, device):
+                if not make_stack(grid, part, config, device):
                     return
-            except Exception as error:  # the runner makes these runs, and says what is wrong if it is not the size
+            except RuntimeError as error:  # as where memory is short; the runner makes these runs
                 problem = f"{type(error).__name__}: {error}"
-                print(f"{method.name}: no stack of {len(specs)} models ({problem}); they are trained one by one.")
+                print(f"{method.name}: no stack of {len(part)} models ({problem}); they are trained one by one.")
+
+
+def _controls(grid: ThresholdGrid, runs: list[RunSpec]) -> Iterator[tuple[Method, str, list[RunSpec]]]:
+    """The controls, once the runs that they take something from are finished."""
+    able = {method.name for method in grid.methods if method.has_controls}
+    if not all(grid.is_finished(spec) for spec in runs if spec.method in able):
+        return
+    specs, _ = grid.specify_controls({})
+    for method in grid.controls:
+        own = [spec for spec in specs if spec.method == method.name]
+        if own:
+            yield method, own[0].configured_as, own
 
 
 def make_stack(grid: ThresholdGrid, specs: list[RunSpec], config: TrainingArguments, device: dict[str, Any]) -> bool:

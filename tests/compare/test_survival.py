@@ -187,11 +187,12 @@ def test_where_no_run_gets_there_the_metric_decides(tmp_path):
 def test_ends_of_grids_are_said(tmp_path):
     runs = [
         *make_runs(tmp_path, "adamw", (50, 50), rate=1e-3),
-        *make_runs(tmp_path, "adamw", (30, 30), rate=3e-3),
-        *make_runs(tmp_path, "adamw", (40, 40), rate=1e-2, decay=0.1),
+        *make_runs(tmp_path, "adamw", (30, 30), rate=3e-3, decay=0.1),
+        *make_runs(tmp_path, "adamw", (40, 40), rate=1e-2),
     ]
     found = build_survival(runs, THRESHOLD)
-    assert found.at_end(found.baseline) == ["smallest weight decay"]
+    assert found.at_end(found.baseline) == ["largest weight decay"]
+    assert found.at_end(found.rows[2]) == ["largest learning rate"]  # its decay is 0, below which there is none
     only = build_survival(runs[:2], THRESHOLD)
     assert only.at_end(only.baseline) == []
 

@@ -118,7 +118,7 @@ def test_the_error_is_relative():
 
 TINY = ["--hidden_layers", "1", "--hidden_size", "32", "--observations", "16", "--per_device_train_batch_size", "4"]
 TINY += ["--max_steps", "6", "--eval_steps", "2", "--use_cpu"]
-ONE = ["--learning_rates", "1e-3", "--weight_decays", "0"]
+ONE = ["--learning_rates", "1e-3", "--prm_learning_rates", "1e-3", "--weight_decays", "0"]
 
 
 def problem_of(*arguments, seed=0):
