@@ -109,7 +109,7 @@ def test_experiments_get_their_arguments(name, code, monkeypatch):
     monkeypatch.setattr(experiment, "main", lambda arguments: given.append(arguments) or code)
     assert cli.main([name, "--methods", "adamw", "--help"]) == (code or 0)
     assert given == [["--methods", "adamw", "--help"]]
-    assert set(cli.EXPERIMENTS) == {"dpo", "sft", "suspects", "pairs", "randomization", "sweep"}
+    assert set(cli.EXPERIMENTS) == {"dpo", "sft", "suspects", "randomization", "regression", "pairs", "pinn", "sweep"}
 
 
 def test_an_error_on_purpose_is_one_line(capsys):

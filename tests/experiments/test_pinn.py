@@ -94,7 +94,7 @@ def test_points_lie_in_the_domain():
     inside = points["inside"].flatten(0, 1)
     for low, high in ((inside.amin(0), inside.amax(0)), (grid.amin(0), grid.amax(0))):
         assert torch.allclose(low, torch.zeros(2), atol=0.01)
-        assert torch.allclose(high, torch.tensor([2 * math.pi, 1.0]), atol=0.11)
+        assert torch.allclose(high, torch.tensor([2 * math.pi, 1.0]), atol=0.16)
     assert grid[:, 0].max() < 2 * math.pi - 0.05 and 0 <= points["times"].min() and points["times"].max() <= 1
 
 
@@ -143,7 +143,7 @@ def test_points_are_drawn_again_or_not(points):
     assert (n, m) == (16, 48) and m >= 4 * 10  # batches of 4 in 10 steps
     assert again["inside"].shape == (m, points, 2) and len(again["inside"].flatten(0, 1).unique(dim=0)) == m * points
     assert torch.equal(again["values"], fixed["values"].repeat(3, 1))
-    accumulated = problem_of(*size, "--gradient_accumulation_steps", "2").rows
+    accumulated = problem_of(*size, "--gradient_accumulation_steps", "2", "--models_at_once", "1").rows
     assert len(accumulated["values"]) == 80
 
 
