@@ -257,10 +257,9 @@ class Survival:
         own, found = [other for other in self.rows if other.method == row.method], []
         for name in ("learning_rate", "weight_decay"):
             values = sorted({getattr(other, name) for other in own})
-            if len(values) > 1 and getattr(row, name) in (values[0], values[-1]):
-                found.append(
-                    f"{'smallest' if getattr(row, name) == values[0] else 'largest'} {name.replace('_', ' ')}"
-                )
+            at = {values[0]: "smallest", values[-1]: "largest"}.get(getattr(row, name))
+            if len(values) > 1 and at and getattr(row, name) != 0:
+                found.append(f"{at} {name.replace('_', ' ')}")
         return found
 
 

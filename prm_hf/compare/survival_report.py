@@ -115,14 +115,12 @@ def extremes(row: Row, metric: str, larger_is_better: bool, names: Iterable[str]
 
 def extremes_table(survival: Survival, curves: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
     """Each method at the setting with the best metric on the way, in the mean over seeds."""
-    body = []
+    body, sign = [], -1 if survival.threshold.larger_is_better else 1
     for method in survival.methods:
         found = [(_extremes_of(survival, row, curves), row) for row in survival.rows if row.method == method]
         known = [(values, row) for values, row in found if values]
         if known:
-            values, row = min(
-                known, key=lambda pair: -pair[0][0] if survival.threshold.larger_is_better else pair[0][0]
-            )
+            values, row = min(known, key=lambda pair: sign * pair[0][0])
             body.append([_label(row), *setting_cells(row)[:2], *_extremes_cells(values)])
     return ["method", "lr", "weight decay", survival.threshold.label, *curves.values()], body
 
