@@ -18,6 +18,7 @@ from prm_hf import cli
 from prm_hf.experiments.dpo import DPOExperiment
 from prm_hf.experiments.experiment import Experiment
 from prm_hf.experiments.pairs import PairsArguments
+from prm_hf.experiments.pinn import PINNTask
 from prm_hf.experiments.randomization import Arguments
 from prm_hf.experiments.regression import Regression
 from prm_hf.experiments.sft import SFTExperiment
@@ -37,7 +38,7 @@ EXPERIMENTS = {
     "recipes/sft_noisy.py": SFTExperiment,
 }
 # Tasks that are judged by the steps to a threshold
-TASKS: dict[str, type[ThresholdTask]] = {"regression": Regression}
+TASKS: dict[str, type[ThresholdTask]] = {"regression": Regression, "pinn": PINNTask}
 
 
 def calls_of(script: str, folder: Path, *arguments: str) -> list[list[str]]:
