@@ -23,7 +23,7 @@ from prm_hf.experiments.randomization import Arguments
 from prm_hf.experiments.regression import Regression
 from prm_hf.experiments.sft import SFTExperiment
 from prm_hf.experiments.suspects import SHORT, SuspectsArguments, in_full
-from prm_hf.experiments.thresholds import ThresholdTask
+from prm_hf.experiments.thresholds import ThresholdConfig, ThresholdTask
 from prm_hf.runs.methods import parse_method
 from research import mask_search
 
@@ -70,6 +70,7 @@ def check_call(call: list[str]) -> None:
 def known_flags() -> set[str]:
     """The flags of all commands that the documentation speaks of."""
     classes = {cls for e in EXPERIMENTS.values() for cls in (e.arguments_class, e.config_class)}
+    classes |= {cls for task in TASKS.values() for cls in (task.arguments_class, ThresholdConfig)}
     parsers = [HfArgumentParser(cls) for cls in (*classes, ModelConfig, Arguments, PairsArguments, SuspectsArguments)]
     parsers += [launch_command_parser(), *_subparsers(cli._make_parser())]
     flags = {flag for parser in parsers for flag in parser._option_string_actions} | {"--config", *SHORT}

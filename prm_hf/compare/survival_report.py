@@ -230,7 +230,7 @@ def draw(survival: Survival, curves: Mapping[str, str]) -> bytes:
     """The metric and `curves` over the steps at each method's best setting, and the share of runs on their way."""
     rows, names = best_rows(survival), {survival.threshold.metric: survival.threshold.label, **curves}
     styles, lines = plots.method_styles([row.method for row in rows]), {}
-    until = max(row.steps.end for row in rows)
+    until = max(run.series(survival.threshold.metric)[0].max(initial=1) for row in rows for run in row.runs)
     with plots.house_style():
         figure, [all_axes] = plots.new_figure(4.3 * (len(names) + 1) + 1.5, 3.9, len(names) + 1)
         for axes, (name, title) in zip(all_axes, names.items(), strict=False):

@@ -78,13 +78,13 @@ class Regression(ThresholdTask):
 
     command = "regression"
     description = __doc__.splitlines()[0]
-    threshold = Threshold(ERROR, 0.5, larger_is_better=False, label="held-out error")
+    threshold = Threshold(ERROR, 0.35, larger_is_better=False, label="held-out error")
     arguments_class = RegressionArguments
     curves: ClassVar = {CORRUPTED_FIT: "corrupted fit", CLEAN_FIT: "clean fit"}
     presets: ClassVar = {
         "cpu": {
             "max_steps": 400,
-            "eval_steps": 10,
+            "eval_steps": 5,
             "per_device_train_batch_size": 32,
             "lr_scheduler_type": "constant",
             "max_grad_norm": 1.0,
@@ -143,7 +143,7 @@ class Regression(ThresholdTask):
         used = max(1, self.args.features // 10)
         weights = nn.functional.normalize(torch.randn(2, used, generator=generator), dim=1)
         first, second = (x[:, :used] @ weights.T).unbind(1)
-        return first if self.args.model == "linear" else first + torch.sin(2 * second)
+        return first if self.args.model == "linear" else first + torch.sin(second)
 
 
 def measure(call: Any, data: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -201,7 +201,11 @@ class ThresholdTask:
         types = (cls.arguments_class, ThresholdConfig)
         parser = CommandLine(cls.command, cls.description, types, shown, methods_help(known))
         defaults = {"output_dir": f"runs/{cls.command}", **_DEFAULTS, "logging_steps": preset["eval_steps"], **preset}
-        args, training_args = parser.parse(arguments, lambda given: defaults)
+        # Who gives a grid for all methods does not mean the preset's for PRM
+        grids = {f"prm_{name}": name for name in ("learning_rates", "weight_decays")}
+        args, training_args = parser.parse(
+            arguments, lambda given: {k: value for k, value in defaults.items() if grids.get(k) not in given}
+        )
         args.check(known, cls.threshold)
         task = cls(args, training_args)
         task.command_line = shlex.join(["prm-hf", cls.command, *arguments])

@@ -297,6 +297,16 @@ def test_presets_are_defaults(tmp_path):
     assert found.training_args.max_steps == 1000 and found.args.seeds == [5]
 
 
+def test_a_grid_for_all_methods_is_for_all():
+    """The preset of the regression has another grid for PRM."""
+    args = regression.Regression.parse(["--learning_rates", "1"]).args
+    assert args.prm_learning_rates == [1] and args.prm_weight_decays == args.weight_decays
+    args = regression.Regression.parse(["--learning_rates", "1", "--prm_learning_rates", "2"]).args
+    assert args.prm_learning_rates == [2]
+    args = regression.Regression.parse([]).args
+    assert args.prm_learning_rates != args.learning_rates
+
+
 def test_methods_are_optimizers():
     known = optimizer_methods()
     assert {"adamw", "adamw_eps", "prm_rows", "casmo", "constant_q"} <= {*known}
