@@ -22,6 +22,7 @@ EXPERIMENTS = {
     "grokking": "modular division: the steps until a model generalizes, PRM against AdamW",
     "randomization": "can a model fit pure noise, and what does PRM change?",
     "regression": "does an optimizer follow the signal, or the labels that are wrong?",
+    "pinn": "in how many steps does a network solve a differential equation from noisy values?",
     "pairs": "make preference pairs of a model's right and wrong answers",
     "sweep": "run `dpo`, `sft`, `suspects` or `grokking` on every GPU of this machine, one process each",
 }

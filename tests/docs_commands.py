@@ -19,6 +19,7 @@ from prm_hf.experiments.dpo import DPOExperiment
 from prm_hf.experiments.experiment import Experiment
 from prm_hf.experiments.grokking import GrokkingTask
 from prm_hf.experiments.pairs import PairsArguments
+from prm_hf.experiments.pinn import PINNTask
 from prm_hf.experiments.randomization import Arguments
 from prm_hf.experiments.regression import Regression
 from prm_hf.experiments.sft import SFTExperiment
@@ -38,7 +39,7 @@ EXPERIMENTS = {
     "recipes/sft_noisy.py": SFTExperiment,
 }
 # Tasks that are judged by the steps to a threshold
-TASKS: dict[str, type[ThresholdTask]] = {"regression": Regression, "grokking": GrokkingTask}
+TASKS: dict[str, type[ThresholdTask]] = {"regression": Regression, "grokking": GrokkingTask, "pinn": PINNTask}
 
 
 def calls_of(script: str, folder: Path, *arguments: str) -> list[list[str]]:

@@ -74,7 +74,7 @@ def shortened(program: str, arguments: Sequence[str]) -> list[str]:
         return command + PAIRS
     if names & {"recipes/randomization.py", "randomization"}:
         return command + RANDOMIZATION
-    if {Path(name).stem for name in names} & {"regression", "grokking"}:
+    if {Path(name).stem for name in names} & {"regression", "grokking", "pinn"}:
         return command + ONE_RUN
     if "benchmarks/step.py" in names:
         more = ["--time_limit", "1", "--seconds", "0.1", "--repeats", "1"]

@@ -100,7 +100,7 @@ def test_runs_as_a_module(tmp_path, capsys, monkeypatch):
     ("name", "code"),
     [
         *[("dpo", 75), ("sft", 0), ("suspects", 1), ("randomization", None), ("pairs", 0), ("sweep", 1)],
-        *[("regression", 0), ("grokking", 1)],
+        *[("regression", 0), ("grokking", 1), ("pinn", 0)],
     ],
 )
 def test_experiments_get_their_arguments(name, code, monkeypatch):
@@ -109,7 +109,7 @@ def test_experiments_get_their_arguments(name, code, monkeypatch):
     monkeypatch.setattr(experiment, "main", lambda arguments: given.append(arguments) or code)
     assert cli.main([name, "--methods", "adamw", "--help"]) == (code or 0)
     assert given == [["--methods", "adamw", "--help"]]
-    others = {"suspects", "pairs", "randomization", "regression", "grokking"}
+    others = {"suspects", "pairs", "randomization", "regression", "grokking", "pinn"}
     assert set(cli.EXPERIMENTS) == {"dpo", "sft", "sweep", *others}
 
 
@@ -169,7 +169,9 @@ def test_of_several_processes_the_first_speaks_at_once(monkeypatch, capsys):
         assert waits == waited and capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["dpo", "sft", "randomization", "regression", "grokking", "pairs", "sweep", "compare"])
+@pytest.mark.parametrize(
+    "name", ["dpo", "sft", "randomization", "regression", "grokking", "pinn", "pairs", "sweep", "compare"]
+)
 def test_help_is_readable(name, capsys):
     try:
         assert cli.main([name, "--help"]) == 0
@@ -199,7 +201,9 @@ def test_help_shows_what_is_used_and_help_all_the_rest(name, capsys):
     assert stopped.value.code == 0 and "--adam_beta2" in long and "--lora_r " in long and "--prm_mask" in long
 
 
-@pytest.mark.parametrize("recipe", ["dpo_noisy", "sft_noisy", "randomization", "regression", "grokking", "pairs", "sweep"])
+@pytest.mark.parametrize(
+    "recipe", ["dpo_noisy", "sft_noisy", "randomization", "regression", "grokking", "pinn", "pairs", "sweep"]
+)
 def test_recipes_are_the_commands(recipe, monkeypatch):
     given = []
     monkeypatch.setattr(cli, "main", lambda arguments: given.append(arguments) or 3)
