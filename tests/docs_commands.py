@@ -31,7 +31,8 @@ from research import mask_search
 from .docs_runs import PROGRAMS, ROOT
 
 
-STAND_IN = '#!/bin/bash\nprintf "%s\\0" "{program}" "$@" >>"$CALLS"; printf "\\n" >>"$CALLS"\n'
+# Of programs that a script starts side by side one writes at a time.
+STAND_IN = '#!/bin/bash\nexec 9>>"$CALLS"; flock 9; printf "%s\\0" "{program}" "$@" >&9; printf "\\n" >&9\n'
 EXPERIMENTS = {
     "dpo": DPOExperiment,
     "recipes/dpo_noisy.py": DPOExperiment,
