@@ -268,6 +268,7 @@ def damaged(content: bytes, data: st.DataObject) -> bytes:
     return b"\n".join([*lines[:i], json.dumps(held).encode(), *lines[i + 1 :]])
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(data=st.data())
 def test_a_damaged_run_gives_a_clear_error_or_none(clean_runs, data):

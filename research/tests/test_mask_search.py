@@ -337,6 +337,7 @@ def parsed_methods(arguments):
     return [method.name for method in mask_search.DPOSearch.parse(arguments).script_args.compared]
 
 
+@pytest.mark.slow
 def test_a_worker_knows_the_variants_and_an_import_adds_none():
     assert not METHODS.keys() & mask_search.VARIANTS.keys()
     with get_context("spawn").Pool(1) as pool:  # as the workers of a comparison start

@@ -208,7 +208,14 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("file", ["run.json", "metrics.json", "margins.json", "history.jsonl", "settings", "state"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "margins.json",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("run.json", "metrics.json", "history.jsonl")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("settings", "state")),
+    ],
+)
 def test_no_value_ends_in_a_traceback(tmp_path, file):
     """Every value of every file, replaced by odd ones: read and compared, or refused in our words."""
     root = tmp_path / "runs"

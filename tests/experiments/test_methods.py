@@ -16,6 +16,8 @@ from prm_hf.runs.methods import METHODS
 from .comparisons import folder_of, infos, read, read_lines, run_dpo_on_files, write_pairs
 
 
+pytestmark = pytest.mark.slow
+
 CONTROLS = [name for name, method in METHODS.items() if method.group == "control"]
 ALONE = ["adamw_eps:0.3", "adamw_embedding:3", "cautious", "msvag", "early_stopping", "prm_stopping"]
 ALONE += [

@@ -115,6 +115,7 @@ def test_raters_are_of_preferences(tmp_path):
         check_experiment(experiment)
 
 
+@pytest.mark.slow
 def test_a_comparison_on_the_labels_of_one_rater(tmp_path, capsys, no_pictures):
     """Its flips are the votes against the majority; `adamw_clean` is trained on the majority's labels."""
     for name, n in (("train", 24), ("test", 12)):

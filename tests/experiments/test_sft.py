@@ -85,6 +85,7 @@ def write_rows(folder, n=24):
         Dataset.from_dict(text).to_json(folder / f"{name}.jsonl")
 
 
+@pytest.mark.slow
 def test_rows_of_ones_own_with_lora_and_answers(tmp_path, capsys, no_pictures):
     write_rows(tmp_path)
 

@@ -52,7 +52,9 @@ def solved_one_by_one(model):
     return found
 
 
-@pytest.mark.parametrize("lora", [[], ["--use_peft", "--lora_r", "2"]], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora", [[], pytest.param(["--use_peft", "--lora_r", "2"], marks=pytest.mark.slow)], ids=["full", "lora"]
+)
 def test_problems_are_solved_as_one_after_another(pairs, place, monkeypatch, no_pictures, lora):
     passes = []
     monkeypatch.setattr(solve, "solve", lambda *a, original=solve.solve: passes.append(len(a[1])) or original(*a))
@@ -75,6 +77,7 @@ def test_problems_are_solved_as_one_after_another(pairs, place, monkeypatch, no_
     assert passes == [13] * 2  # after the runs of the new seed
 
 
+@pytest.mark.slow
 def test_decoding_changes_no_run(pairs, place, no_pictures):
     """Not its numbers, and not the folder of a run that is measured without problems."""
     more = ["--methods", "adamw", "--use_peft", "--lora_r", "2", "--lora_dropout", "0.2"]

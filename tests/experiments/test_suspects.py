@@ -117,6 +117,7 @@ def test_decisions_are_applied_without_training(flipped, tmp_path, capsys, monke
     assert Suspects.load(tmp_path).probabilities == before.probabilities
 
 
+@pytest.mark.slow
 def test_the_best_of_several_rates_is_taken_by_the_labels_as_given(flipped, tmp_path, monkeypatch):
     run(flipped, tmp_path, "--learning_rates", "1e-6", "3e-3", "--how", "both", "--seeds", "0", "1")
     names = [path.parent.parent.name for path in stamps(tmp_path)]

@@ -14,6 +14,7 @@ from prm_hf.suspects import Suspects
 from .comparisons import ONE_RATE, SHORT, on_files, read, run_dpo_on_files, stamps
 
 
+@pytest.mark.slow
 def test_after_a_comparison_with_noise(pairs, tmp_path, capsys, no_pictures):
     methods = ["--methods", "adamw", "prm_debiased", "robust", "--learning_rates", "1e-3", "1e-5"]
     arguments = [*methods, "--prm_learning_rates", "1e-3", "1e-5", "--seeds", "1", "--suspects"]

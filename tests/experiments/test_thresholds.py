@@ -84,6 +84,7 @@ def curves(runs, name="error"):
 # ---- Runs ----
 
 
+@pytest.mark.slow
 def test_every_method_has_both_grids(tmp_path, capsys):
     arguments = ("--learning_rates", 1e-2, 1e-3, "--weight_decays", 0, 0.1, "--seeds", 3)
     runs = run(tmp_path, *arguments)
@@ -169,6 +170,7 @@ def test_time_that_is_over(tmp_path):
     assert run_thresholds(Small, command(tmp_path, "--max_minutes", 1e-9, "--models_at_once", 8)) == OUT_OF_TIME
 
 
+@pytest.mark.slow
 def test_workers_share_the_runs(tmp_path):
     arguments = ("--methods", "adamw", "--max_steps", 20, "--model", "linear", "--models_at_once", 1, "--workers", 2)
     arguments += ("--learning_rates", 1e-2, "--weight_decays", 0, "--seeds", 0, 1)
@@ -187,6 +189,7 @@ def test_comparisons_of_accuracy_are_refused(tmp_path):
 METHODS = ["adamw", "adamw_eps:10", "prm_per_tensor", "prm_per_param", "prm_debiased", "prm_rows", "prm_rows_eps:10"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more", [[], ["--prm_boundary", "empirical", "--prm_mask", "soft"]], ids=["plain", "empirical"]
 )

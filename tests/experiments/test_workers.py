@@ -69,6 +69,7 @@ def compare(task, pairs, folder):
 RUNS = sorted(f"{name}_seed{seed}" for name in ("adamw_lr0.001", "prm_debiased_lr0.003") for seed in (0, 1))
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_runs(pairs, tmp_path, capfd, no_pictures):
     """Each run is made once, and the process that was started reports on all of them, alone."""
     assert compare(SharedExperiment, pairs, tmp_path) == 0

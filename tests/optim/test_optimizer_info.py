@@ -82,7 +82,13 @@ def info_of(settings: dict) -> "common.OptimizerInfo":
 
 INFOS = {name: info_of(settings) for name, settings in VARIANTS.items()}
 INFOS["adamw"] = next(info for info in common.optim_db if info.optim_cls is torch.optim.AdamW)
-every_optimizer = pytest.mark.parametrize("info", INFOS.values(), ids=INFOS)
+# The others are among the slow tests: they say little that these do not.
+QUICK = {"adamw", "per_param-debiased-foreach", "per_tensor-debiased-foreach", "per_row-signal-foreach", "soft"}
+QUICK |= {"per_row-debiased-reference", "per_row-debiased-foreach", "per_tensor-ema-reference"}
+every_optimizer = pytest.mark.parametrize(
+    "info",
+    [pytest.param(info, id=name, marks=[] if name in QUICK else pytest.mark.slow) for name, info in INFOS.items()],
+)
 every_input = pytest.mark.parametrize("number", range(5))
 
 

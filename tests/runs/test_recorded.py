@@ -88,6 +88,7 @@ def test_a_run_of_the_randomization_tests_has_no_other_optimizer():
     assert spec.changes_from({**info, "settings": {"kind": "true_labels", "optimizer_name": "adamw"}}) == []
 
 
+@pytest.mark.slow
 def test_the_same_command_finds_them_finished(tmp_path, capsys):
     from prm_hf.experiments import dpo
 
