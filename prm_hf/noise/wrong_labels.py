@@ -62,7 +62,8 @@ def votes(groups: Sequence[Hashable], chosen: Sequence[Hashable], rejected: Sequ
 
     Args:
         groups: one a pair, the same for pairs of a prompt.
-        chosen, rejected: the completions, the same for the same text.
+        chosen: the completions that are preferred, the same for the same text.
+        rejected: the others.
 
     Returns:
         (n,) float64, 0 where no other pair of the prompt has one of the two completions.
