@@ -154,8 +154,10 @@ def test_the_commands_of_the_readme_run_in_full(clone):
     quiet = clone.parent / "quiet"
     quiet.mkdir()
     (quiet / "sitecustomize.py").write_text(HIDDEN)
-    install, try_it = blocks_of(README, "bash")
+    install, try_it, suspects = blocks_of(README, "bash")
     assert "not run" in run(install, clone)
+    run(suspects, clone)  # shortened, on stand-ins of the model and the pairs
+    assert (clone / "runs" / "suspects" / "suspects.jsonl").is_file()
     log, comparison = (
         run(command, clone, IN_FULL="1", PYTHONPATH=f"{clone}{os.pathsep}{quiet}") for command in try_it.splitlines()
     )
