@@ -78,6 +78,7 @@ def test_the_numbers_change_in_training():
         assert whole(task)["returned eval_a_drift/kl"] > 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task, changes", [pytest.param(t, c, id=f"{t}, {name}") for t, name, c in CASES])
 def test_every_number_is_the_same_however_a_run_is_split(task, changes):
     assert_same_numbers(logged(task, **changes), task)

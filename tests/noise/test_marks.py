@@ -89,6 +89,7 @@ def drawable(table: str, row: tuple, i: int) -> tuple:
     return (token,) * len(row)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table, kind", CASES, ids=lambda x: x)
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(data=st.data())

@@ -185,6 +185,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("new_gradients", [True, False], ids=["new_gradients", "kept_gradients"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_plan_sees_what_has_changed(name, new_gradients, monkeypatch):

@@ -326,6 +326,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "way"), [(name, way) for name, (_, ways, _) in CHANGES.items() for way in ways])
 def test_changes_are_seen(name, way, planned):
     change, _, planned_then = CHANGES[name]

@@ -185,6 +185,7 @@ SFT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SFT)
 def test_sft(name, tmp_path):
     config, given = SFT[name]

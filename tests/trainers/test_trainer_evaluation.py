@@ -115,6 +115,7 @@ def test_splits_are_kept_apart_by_name(tmp_path):
     assert {k for k in returned if k.startswith("eval_") and not k.startswith(apart)} == run_keys
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora", "precomputed", "precomputed_ref_model", "precomputed_lora", "ref"])
 @pytest.mark.parametrize("padding_free", [False, True], ids=["padded", "padding_free"])
 def test_evaluation_takes_no_passes_but_trls(tmp_path, kind, padding_free):
