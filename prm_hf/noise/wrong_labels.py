@@ -38,7 +38,8 @@ class WrongLabels:
         scores: (n,) float64, larger for a label that is more likely wrong; the logit of the probability.
         probabilities: (n,) float64, the probability that a label is wrong.
         share: estimated share of wrong labels.
-        share_low, share_high: its 95 % interval; 0 and .5 if the margins say nothing about the share.
+        share_low: lower end of its 95 % interval; 0 if the margins say nothing about the share.
+        share_high: upper end of it; .5 in that case.
     """
 
     scores: np.ndarray

@@ -38,7 +38,9 @@ class Suspects:
         margins: by how much models that were not trained on the row prefer its label, one number an epoch.
         in_sample_margins: the same of models that were trained on the row; None where there were none.
         folds: the fold that a row was held out in; None where no row was held out.
-        share, share_low, share_high: estimated share of wrong labels, and its 95 % interval.
+        share: estimated share of wrong labels.
+        share_low: lower end of its 95 % interval.
+        share_high: upper end of it.
         how: `"out of fold"` or `"in sample"`, what the probabilities come from.
         kind: one of `KINDS`.
         settings: what the margins were made with.
