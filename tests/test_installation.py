@@ -37,7 +37,9 @@ def test_lazy_names_say_what_they_need():
     assert "`prm_hf.trainers` needs transformers, trl, accelerate, datasets, peft: pip install" in result.stderr
 
 
-@pytest.mark.parametrize("statement", ["import prm_hf", "from prm_hf import PRM"])
+@pytest.mark.parametrize(
+    "statement", ["import prm_hf", pytest.param("from prm_hf import PRM", marks=pytest.mark.slow)], ids=str
+)
 def test_an_import_costs_little_beyond_torch(statement):
     code = f"import time, torch; start = time.process_time(); {statement}; print(time.process_time() - start)"
     seconds = min(float(run_without((), code).stdout) for _ in range(3))

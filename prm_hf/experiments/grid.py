@@ -75,7 +75,7 @@ class Grid(ABC):
         """The trainer of one run."""
 
     @abstractmethod
-    def outcomes(self, trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
+    def outcomes(self, spec: RunSpec, trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
         """What a trained run gives besides its last evaluation: more metrics, and `margins.json`. Collective."""
 
     @abstractmethod
@@ -109,8 +109,6 @@ class ComparisonGrid(Grid):
         self.rates = {method.name: list(self.grids[method.has_mask]) for method in self.methods}
         self.extensions = 0
         self.repairs = Repairs(self, args.repair_folds)
-        self.running: RunSpec | None = None  # the run that is made
-        self.known: dict[str, float] = {}  # what is known of it before it is trained
         of_data = {"noise_rate": noise_rate, "model": data.model_name, "dataset": data.dataset_name}
         self.info = {**experiment.info(), **of_data, "command": experiment.command_line}
         self.settings = {
@@ -209,7 +207,7 @@ class ComparisonGrid(Grid):
             own |= {"eval_strategy": "no", "drift_metrics": False, "save_strategy": "no"}
         config = self.configure(spec.configured_as, **own)
         config.run_name = "_".join(filter(None, (config.run_name, folder.name)))
-        self.running, self.known, rows = spec, {}, self.experiment.noisy_rows(spec, self.data)
+        rows = self.experiment.noisy_rows(spec, self.data)
         if is_fold(spec):
             data = self.repairs.hold_out(spec, rows)
             trainer = self.experiment.make_trainer(config, spec, data)
@@ -217,7 +215,7 @@ class ComparisonGrid(Grid):
             trainer.add_callback(MarginRecorder(trainer))
             return trainer
         if method.repair is not None:
-            rows, self.known = self.repairs.repair(spec, rows)
+            rows = self.repairs.repair(spec, rows)
         is_source = not self.repairs.folds and method.name in self.repairs.sources
         data = dataclasses.replace(self.data, given=numbered(rows) if is_source else rows)
         trainer = self.experiment.make_trainer(config, spec, data)
@@ -231,17 +229,18 @@ class ComparisonGrid(Grid):
             trainer.add_callback(PopulationRiskStoppingCallback())
         return trainer
 
-    def outcomes(self, trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
+    def outcomes(self, spec: RunSpec, trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
         known, of_training_rows = recorded(trainer)
-        if self.running is not None and is_fold(self.running):
+        if is_fold(spec):
             return known, of_training_rows
+        known = self.repairs.metrics.get(spec.folder_name, {})
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, Interpolation):
                 callback.move()
-                self.known |= evaluation_metrics(trainer.evaluate())
+                known = {**known, **evaluation_metrics(trainer.evaluate())}
         metrics, margins = self.experiment.outcomes(trainer, self.data)
         margins = {**margins, **of_training_rows, "heldout_groups": list(self.data.heldout_groups)}
-        return {**metrics, **self.known}, margins
+        return {**metrics, **known}, margins
 
     def describe(self, spec: RunSpec, metrics: dict[str, float]) -> str:
         measures = measures_of(self.info)

@@ -48,7 +48,7 @@ def make_run(grid: Grid, spec: RunSpec, folder: Path, resume: bool, bar: tqdm) -
         trainer.train(resume_from_checkpoint=resume or None)
         if trainer.args.save_strategy != "no":
             trainer.save_model(str(folder))
-        more, margins = grid.outcomes(trainer)
+        more, margins = grid.outcomes(spec, trainer)
         metrics = {**final_metrics(trainer), **more}
         if has_diverged(metrics):  # in the last step, or in fp16
             raise DivergedError(_first_not_finite(trainer))

@@ -236,7 +236,7 @@ class RandomizationGrid(Grid):
         trainer.add_callback(StopWhenFitted())
         return trainer
 
-    def outcomes(self, trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
+    def outcomes(self, spec: RunSpec, trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
         """When training rows were fitted, how many of them are corrupted, and the fit of held-out rows by chance."""
         log = history_of(trainer.state.log_history)
         step = next((row["step"] for row in log if row.get(TRAIN_FIT, 0) >= FITTED), None)

@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from transformers import Trainer
 
-from ..metrics import preference_scores, suspect_metrics
+from ..metrics import suspect_metrics
 from ..noise.wrong_labels import estimate_wrong_labels
 from ..runs.methods import DROP, FLIP, parse_method
 from ..runs.read import read_json
 from ..runs.schema import MARGINS_FILE
 from ..runs.write import RunSpec
 from ..suspects import MarginRecorder, fold_of_rows
-from ..suspects.margins import ROW, with_other_prompts
+from ..suspects.margins import EPOCHS_FILE, ROW, join_margins, label_metrics, with_other_prompts
 from ..suspects.repair import repair
 from ..trainers.memorization import NOISE_COLUMNS
 from .baselines import pair_votes
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from .grid import ComparisonGrid, Made, MadeRuns
 
 FOLDS = ".folds"  # the folder of the runs
-EPOCHS_FILE = "epochs.json"  # in the folder of a run with checkpoints, for going on from one
 
 
 class Repairs:
@@ -44,6 +42,7 @@ class Repairs:
     Attributes:
         sources: the methods whose margins say which labels are wrong.
         made: all runs of the comparison, once those of the first stage are made.
+        metrics: by the name of a run's folder what is known of its repair.
     """
 
     def __init__(self, grid: "ComparisonGrid", folds: int) -> None:
@@ -51,6 +50,7 @@ class Repairs:
         self.methods = [method for method in grid.methods if method.repair is not None]
         self.sources = list(dict.fromkeys(method.source for method in self.methods))
         self.made: MadeRuns | None = None
+        self.metrics: dict[str, dict[str, float]] = {}
         if self.sources and folds:
             self.folds_of(0)  # raises before a run is made
 
@@ -103,8 +103,8 @@ class Repairs:
         found = [self.made.get((name, rate), {}).get(seed) for name in names]
         return [] if None in found else found
 
-    def repair(self, spec: RunSpec, rows: Dataset) -> tuple[Dataset, dict[str, float]]:
-        """The rows that a run is trained on, and what is known of the repair: metrics of the run.
+    def repair(self, spec: RunSpec, rows: Dataset) -> Dataset:
+        """The rows that a run is trained on. What is known of the repair comes into `metrics`.
 
         Args:
             rows: `n` training rows with the labels as given.
@@ -120,7 +120,7 @@ class Repairs:
                 "learning rate have they all finished: lower the learning rates, or see why they failed."
             )
         place = self.grid.output_dir / FOLDS if self.folds else self.grid.output_dir
-        margins = join_margins([place / name for name in detail["margins_of"]], len(rows))
+        margins = read_margins([place / name for name in detail["margins_of"]], len(rows))
         judged = ~np.isnan(margins).any(0)  # trainers leave out rows that say nothing
         margins, groups = margins[:, judged], np.asarray(self.grid.data.train_groups)[judged]
         has_pairs = self.grid.experiment.has_pairs
@@ -138,7 +138,8 @@ class Repairs:
             metrics |= suspect_metrics(found.scores, wrong[judged])
             metrics["suspects/share_error"] = abs(float(found.share) - wrong.mean())
             metrics["suspects/wrong_left"] = wrong_left(wrong, probabilities, method.repair)
-        return repaired, metrics
+        self.metrics[spec.folder_name] = metrics
+        return repaired
 
     def _cost(self, source: str, seed: int, detail: dict[str, Any]) -> float:
         """The seconds of a seed's runs of the first stage, at all learning rates; without folds of the one run."""
@@ -169,16 +170,11 @@ def recorded(trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
     found = [x for x in trainer.callback_handler.callbacks if isinstance(x, MarginRecorder)]
     if not found:
         return {}, {}
-    last = torch.tensor(found[0].epochs[-1], dtype=torch.float64)
-    loss = torch.nn.functional.softplus(-last).mean().item()
-    metrics = {"agreement": preference_scores(last).mean().item(), "margin": last.mean().item(), "loss": loss}
-    return metrics, {"rows": found[0].rows, "label_margins": found[0].epochs}
+    return label_metrics(found[0].epochs[-1]), {"rows": found[0].rows, "label_margins": found[0].epochs}
 
 
-def join_margins(folders: Sequence[Path], n: int) -> np.ndarray:
+def read_margins(folders: Sequence[Path], n: int) -> np.ndarray:
     """The margins that runs of all folds have measured, `(epochs, n)`; NaN of a row that no trainer took.
-
-    Where folds have not as many epochs, the last ones that all have.
 
     Raises:
         ValueError: a run of before there were such methods has none.
@@ -186,11 +182,7 @@ def join_margins(folders: Sequence[Path], n: int) -> np.ndarray:
     found = [read_json(folder / MARGINS_FILE) or {} for folder in folders]
     if missing := [folder for folder, run in zip(folders, found, strict=True) if not run.get("label_margins")]:
         raise ValueError(f"{missing[0]} has no margins of its training rows: remove it to run it again.")
-    epochs = min(len(run["label_margins"]) for run in found)
-    margins = np.full((epochs, n), np.nan)
-    for run in found:
-        margins[:, run["rows"]] = run["label_margins"][-epochs:]
-    return margins
+    return join_margins([(run["rows"], run["label_margins"]) for run in found], n)
 
 
 def wrong_left(wrong: np.ndarray, probabilities: np.ndarray, how: str) -> float:

@@ -5,20 +5,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from filelock import FileLock
 from transformers import Trainer, TrainingArguments
 from trl import ModelConfig
 
-from ..metrics import preference_scores
 from ..runs.methods import parse_method
 from ..runs.read import read_json
 from ..runs.schema import MARGINS_FILE, METRICS_FILE, has_diverged
 from ..runs.write import RunSpec, find_folder
 from ..suspects import MarginRecorder, Suspects, judge_rows
-from ..suspects.find import spread
-from ..suspects.margins import ROW
+from ..suspects.margins import EPOCHS_FILE, ROW, join_margins, label_metrics
 from .controls import set_up_optimizer
 from .grid import Grid, Made, configure, defaults_of, settings_of
 from .suspects_kinds import Kind
@@ -27,8 +24,6 @@ from .suspects_report import report
 
 if TYPE_CHECKING:
     from .suspects import SuspectsArguments
-
-EPOCHS_FILE = "epochs.json"  # in the folder of a run with checkpoints, for going on from one
 
 
 @dataclass
@@ -130,7 +125,7 @@ class SuspectsGrid(Grid):
         fold = spec.settings.get("fold")
         return set() if fold is None else set(np.flatnonzero(self.data.folds[spec.seed] == fold).tolist())
 
-    def outcomes(self, trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
+    def outcomes(self, spec: RunSpec, trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
         """The margins of all epochs, those of held-out rows apart, and what the last ones say."""
         (recorder,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, MarginRecorder))
         found: dict[str, list] = {}
@@ -140,9 +135,7 @@ class SuspectsGrid(Grid):
             found[f"{part}_epochs"] = [[margins[i] for i in places] for margins in recorder.epochs]
         judged = "heldout" if found["heldout_rows"] else "train"
         found["heldout"] = found["heldout_epochs"][-1]
-        last = torch.tensor(found[f"{judged}_epochs"][-1], dtype=torch.float64)
-        loss = torch.nn.functional.softplus(-last).mean().item()
-        return {"agreement": preference_scores(last).mean().item(), "margin": last.mean().item(), "loss": loss}, found
+        return label_metrics(found[f"{judged}_epochs"][-1]), found
 
     def describe(self, spec: RunSpec, metrics: dict[str, float]) -> str:
         fold = spec.settings.get("fold")
@@ -157,11 +150,10 @@ class SuspectsGrid(Grid):
         Of completions, nearly all of whose margins are above 0, by the mean margin. None where a run of
         every rate is missing, has failed or has diverged.
         """
-        is_completion = self.args.kind == "completion"
+        measure = "margin" if self.args.kind == "completion" else "agreement"
 
         def worth(margins: np.ndarray) -> float:
-            last = margins[-1][~np.isnan(margins[-1])]
-            return float(last.mean() if is_completion else preference_scores(torch.tensor(last)).mean())
+            return label_metrics(margins[-1][~np.isnan(margins[-1])])[measure]
 
         found = {rate: self._mean(rate, "heldout") for rate in sorted(self.args.learning_rates)}
         known = {rate: worth(margins) for rate, margins in found.items() if margins is not None}
@@ -170,17 +162,14 @@ class SuspectsGrid(Grid):
     def _mean(self, rate: float, part: str) -> np.ndarray | None:
         """Of each row the mean margin over the runs that have it in this part, `(epochs, n)`; None if one is missing.
 
-        A row is `heldout` in one run of each seed, and in `train` of the others. Epochs are counted from the last one.
+        A row is `heldout` in one run of each seed, and in `train` of the others.
         """
         specs = [spec for spec in self.specs if spec.learning_rate == rate]
         found = [_read_margins(find_folder(spec, self.place(spec), lambda line: None)[0]) for spec in specs]
         if not found or None in found:
             return None
-        n, epochs = len(self.data.rows), min(len(one[f"{part}_epochs"]) for one in found)
-        tables = [spread(one[f"{part}_epochs"][-epochs:], one[f"{part}_rows"], n) for one in found]
-        counts = sum(~np.isnan(table) for table in tables)
-        total = sum(np.nan_to_num(table) for table in tables)
-        return np.where(counts > 0, total / np.maximum(counts, 1), np.nan)
+        parts = [(one[f"{part}_rows"], one[f"{part}_epochs"]) for one in found]
+        return join_margins(parts, len(self.data.rows))
 
     @property
     def margins(self) -> tuple[float, np.ndarray | None, np.ndarray | None] | None:

@@ -138,7 +138,7 @@ class ThresholdGrid(Grid):
         trainer.add_callback(ThresholdCallback(self.task.threshold, self.task.args.stop_at_threshold))
         return trainer
 
-    def outcomes(self, trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
+    def outcomes(self, spec: RunSpec, trainer: Trainer) -> tuple[dict[str, float], dict[str, list]]:
         found = steps_to(self.task.threshold, history_of(trainer.state.log_history))
         return {**found, **self.task.outcomes(trainer)}, {}
 

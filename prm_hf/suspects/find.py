@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from .files import Suspects, judge_rows
 from .folds import fold_of_rows
-from .margins import ROW, MarginRecorder, with_other_prompts
+from .margins import ROW, MarginRecorder, join_margins, with_other_prompts
 
 
 HOW = ("out_of_fold", "in_sample", "both")
@@ -77,11 +77,12 @@ def find_wrong_labels(
         fold = fold_of_rows(groups, folds, seed)
         parts = (dataset.select(np.flatnonzero(fold != k)) for k in range(folds))
         runs = [_train(make_trainer, part, measured, len(dataset)) for part in parts]
-        epochs = min(map(len, runs))
-        tables = [run[-epochs:] for run in runs]
-        margins = np.select([fold == k for k in range(folds)], tables)
+        held = [np.flatnonzero(fold == k) for k in range(folds)]
+        margins = join_margins([(rows, run[:, rows]) for rows, run in zip(held, runs, strict=True)], len(dataset))
         if how == "both":  # a row is trained on in all runs but one
-            in_sample = (sum(tables) - margins) / (folds - 1)
+            trained = [np.flatnonzero(fold != k) for k in range(folds)]
+            parts = [(rows, run[:, rows]) for rows, run in zip(trained, runs, strict=True)]
+            in_sample = join_margins(parts, len(dataset))
     rows = dataset.with_format(None).to_list()
     return judge_rows(rows, kind, margins, in_sample, groups, fold)
 
@@ -106,14 +107,7 @@ def _train(
     recorder = MarginRecorder(trainer)
     trainer.add_callback(recorder)
     trainer.train()
-    margins = spread(recorder.epochs, recorder.rows, n_rows)
+    margins = join_margins([(recorder.rows, recorder.epochs)], n_rows)
     del trainer, recorder
     gc.collect()  # a trainer holds references to itself, by way of its callbacks
-    return margins
-
-
-def spread(epochs: Sequence[Sequence[float]], rows: Sequence[int], n: int) -> np.ndarray:
-    """Margins of some rows as `(epochs, n)` float64, NaN for the other rows."""
-    margins = np.full((len(epochs), n), np.nan)
-    margins[:, rows] = epochs
     return margins

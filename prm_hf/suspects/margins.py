@@ -1,14 +1,15 @@
 """By how much a model prefers the label of each row as given, after every epoch of its training."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..metrics import ClassEvaluation, PairEvaluation, SequenceEvaluation, reward_margins
+from ..metrics import ClassEvaluation, PairEvaluation, SequenceEvaluation, preference_scores, reward_margins
 from ..metrics.tables import evaluate_rows, first_batch
 from ..runs.read import read_json
 from ..runs.write import write_json
@@ -16,6 +17,7 @@ from ..runs.write import write_json
 
 # The column of the rows that are measured with their numbers: trainers leave out rows that say nothing
 ROW = "row_of_dataset"
+EPOCHS_FILE = "epochs.json"  # in the folder of a run with checkpoints, for going on from one
 
 
 def with_other_prompts(rows: Dataset) -> Dataset:
@@ -52,6 +54,34 @@ def row_margins(table: ClassEvaluation | SequenceEvaluation | PairEvaluation, be
     if isinstance(table, PairEvaluation):
         return reward_margins(table, beta)
     return table.margin if isinstance(table, ClassEvaluation) else table.logps / table.tokens.clamp(min=1)
+
+
+def label_metrics(margins: Sequence[float]) -> dict[str, float]:
+    """How far models agree with labels as given, of the margins of their rows: `agreement`, `margin` and `loss`."""
+    values = torch.as_tensor(margins, dtype=torch.float64)
+    loss = torch.nn.functional.softplus(-values).mean().item()
+    return {"agreement": preference_scores(values).mean().item(), "margin": values.mean().item(), "loss": loss}
+
+
+def join_margins(parts: Iterable[tuple[Sequence[int], Sequence[Sequence[float]]]], n: int) -> np.ndarray:
+    """The margins that several models have of parts of `n` rows, as one table.
+
+    Args:
+        parts: of each model the numbers of its rows, and for each epoch a margin for each of these; NaN where it has
+            none.
+
+    Returns:
+        Shape `(epochs, n)`, float64: the mean over the models that have a row, NaN where none has. Where models have
+        not as many epochs, the last ones that all have.
+    """
+    parts = [(rows, np.asarray(margins, dtype=np.float64)) for rows, margins in parts]
+    epochs = min(len(margins) for _, margins in parts)
+    total, counts = np.zeros((epochs, n)), np.zeros((epochs, n))
+    for rows, margins in parts:
+        is_known = ~np.isnan(margins[-epochs:])
+        total[:, rows] += np.where(is_known, margins[-epochs:], 0.0)
+        counts[:, rows] += is_known
+    return np.where(counts > 0, total / np.maximum(counts, 1), np.nan)
 
 
 class MarginRecorder(TrainerCallback):

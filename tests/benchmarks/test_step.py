@@ -18,6 +18,7 @@ def no_bfloat16_for_others():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures the GPU if there is one")
+@pytest.mark.slow
 def test_bench_step_writes_what_it_says(tmp_path, capsys):
     names = ["AdamW fused", "AdamW foreach", "PRM per_tensor foreach", "PRM per_param", "bf16 state"]
     arguments = ["--shapes", "tiny", "--dtypes", "float32", "bfloat16", "--repeats", "5", "--dpo_steps", "2"]

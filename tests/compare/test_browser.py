@@ -159,6 +159,7 @@ def test_without_scripts_there_is_a_picture(visit, report):
     assert page.locator(".verdict").inner_text().startswith("Yes.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_problems_solved_fit_on_the_screen(visit, tmp_path, size):
     write_problems(tmp_path / "runs")

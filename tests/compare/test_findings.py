@@ -202,6 +202,7 @@ def test_what_the_best_tuned_adamw_gives_back_is_claimed_where_it_is_known(tmp_p
 REPAIRED = ("relabel:prm_rows_eps:10", "filter:prm_rows_eps:10", "soft:adamw", "relabel:adamw_eps:10+prm_rows")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gain", [-0.1, 0.05, 0.2])
 def test_repaired_labels_are_no_opponent_and_are_named_where_they_are_ahead(tmp_path, gain):
     write_grid(tmp_path, seeds=MANY, prm_gain=0.05)
@@ -222,6 +223,7 @@ def test_repaired_labels_are_no_opponent_and_are_named_where_they_are_ahead(tmp_
     assert line.endswith(", and gives back 20.0 of the 25.0 points that wrong labels cost AdamW.")
 
 
+@pytest.mark.slow
 def test_a_verdict_is_short_however_many_methods_there_are(tmp_path):
     """Names of ours: two lines of a console at most, before the command."""
     write_grid(tmp_path, seeds=MANY, prm=("prm_rows_eps:10",))

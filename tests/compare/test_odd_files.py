@@ -154,6 +154,7 @@ def test_a_trainers_state_that_cannot_be_read(tmp_path, content, message):
     assert message in " ".join(run.problem for run in load_runs(tmp_path))
 
 
+@pytest.mark.slow
 def test_odd_settings_in_a_picture(tmp_path):
     for value in ("x", -1, 1, float("nan"), [1]):
         settings = {"prm_estimator": "ema", "adam_beta1": value}

@@ -72,7 +72,7 @@ class FakeGrid(Grid):
         self.trained.append(spec.seed)
         return self.trainers.get(spec.seed, self.make)()
 
-    def outcomes(self, trainer):
+    def outcomes(self, spec, trainer):
         return {}, {"heldout": [1.0, -1.0]}
 
     def describe(self, spec, metrics):

@@ -83,6 +83,7 @@ def test_a_comparison_writes_what_it_says(tmp_path):
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_repeated_unless_their_settings_change(pairs, tmp_path, capsys, no_pictures):
     def run(*more):
         run_dpo(tmp_path, *on_files(pairs), "--methods", "adamw", "prm_debiased", "constant_q", *more)
@@ -136,6 +137,7 @@ def test_local_datasets(kind, tmp_path):
     assert loaded["prompt"][:] == ["p0", "p1", "p2", "p3"] and loaded["chosen"][0] == "a"
 
 
+@pytest.mark.slow
 def test_a_model_and_files_of_ones_own_with_lora_and_other_losses(pairs, tmp_path, no_pictures):
     run_dpo(
         tmp_path,
@@ -249,6 +251,7 @@ def test_datasets_and_noise_rates_have_comparisons_of_their_own(tmp_path, capsys
     assert (tmp_path / "runs" / "data1" / "noise0.4" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_wherever_its_files_lie(tmp_path, no_pictures):
     write_pairs(tmp_path, train=24, test=16)
 

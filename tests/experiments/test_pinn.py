@@ -170,6 +170,7 @@ def test_empirical_counts_observed_values():
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.slow
 def test_runs_to_the_end(tmp_path, capsys):
     """Alone and stacked alike; a run that does not get there is censored at its last step."""
     methods = ["adamw", "prm_per_tensor", "prm_per_param", "prm_rows", "constant_q"]

@@ -162,7 +162,8 @@ def test_pairs_of_a_prompt_vote_on_each_others_labels(tmp_path):
         folder.mkdir(parents=True)
         margins = {"rows": held.tolist(), "label_margins": rng.normal(size=(2, len(held))).tolist()}
         (folder / "margins.json").write_text(json.dumps(margins))
-    _, metrics = grid.repairs.repair(spec, rows)
+    grid.repairs.repair(spec, rows)
+    metrics = grid.repairs.metrics[spec.folder_name]
     assert metrics["suspects/auc"] > 0.9 and metrics["suspects/wrong_left"] < 0.8 * wrong.mean()
 
 

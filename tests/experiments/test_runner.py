@@ -199,7 +199,7 @@ def test_an_interruption_is_one_line(tmp_path, capsys, phase):
     elif phase == "training":
         grid.trainers[1] = lambda: FakeTrainer(before_step=lambda step: step == 2 and interrupt())
     elif phase == "evaluating":
-        grid.outcomes = lambda trainer: interrupt() if grid.trained[-1] == 1 else ({}, {})
+        grid.outcomes = lambda spec, trainer: interrupt() if grid.trained[-1] == 1 else ({}, {})
     else:
         grid.report = interrupt
     assert interruptible(Runner(grid).run)() == INTERRUPTED == 130

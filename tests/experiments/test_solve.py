@@ -52,9 +52,8 @@ def solved_one_by_one(model):
     return found
 
 
-@pytest.mark.parametrize(
-    "lora", [[], pytest.param(["--use_peft", "--lora_r", "2"], marks=pytest.mark.slow)], ids=["full", "lora"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [[], ["--use_peft", "--lora_r", "2"]], ids=["full", "lora"])
 def test_problems_are_solved_as_one_after_another(pairs, place, monkeypatch, no_pictures, lora):
     passes = []
     monkeypatch.setattr(solve, "solve", lambda *a, original=solve.solve: passes.append(len(a[1])) or original(*a))

@@ -37,6 +37,7 @@ def test_after_a_comparison_with_noise(pairs, tmp_path, capsys, no_pictures):
     assert len(stamps(tmp_path)) == 6
 
 
+@pytest.mark.slow
 def test_labels_as_they_are_of_completions(tmp_path, capsys, no_pictures):
     demo = build_demo()
     for name, n in (("train", 16), ("test", 8)):

@@ -175,7 +175,9 @@ def run_both(way, change=None, at=2, steps=4, first=None, second=None, **setting
     ],
     ids=["default", "debiased", "two_masks", "one_mask", "per_param", "coupled", "rows", "signal", "two_reductions"],
 )
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [*SOME, *(pytest.param(way, marks=pytest.mark.slow) for way in WAYS if way not in SOME)]
+)
 def test_a_planned_step_equals_one_that_is_not(way, settings, planned):
     held = run_both(way, **settings)
     calls = 2 if way in (ZeRO2, ZeRO3) else 1

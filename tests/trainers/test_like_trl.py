@@ -125,7 +125,9 @@ DPO = {
 }
 
 
-@pytest.mark.parametrize("name", DPO)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("loss_") else name for name in DPO]
+)
 def test_dpo(name, tmp_path):
     config, given = DPO[name]
     given = {"train_dataset": PAIRS, "eval_dataset": PAIRS if "eval_strategy" in config else None, **given}
