@@ -4,12 +4,12 @@ import itertools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..sharding import FlatVariances, Locator, UnitTable, is_dtensor, is_fake, local_tensors
+from ..sharding import FlatVariances, Locator, UnitTable, is_dtensor, is_fake, local_tensors, with_local
 from . import masks
 from .foreach import ForeachStep, TensorLists
 from .quantized import read, write
@@ -41,12 +41,12 @@ class Member:
     place: int = -1
 
 
-def _share(members: list[Member], name: str) -> Tensor:
-    """Makes a state of each member, 0-dim or a vector, a part of one vector, which is returned."""
-    tensors = [member.state[name] for member in members]
+def _share(places: list[tuple[dict, Any]]) -> Tensor:
+    """Makes tensors of up to one dimension, each a value of a dict by its key, parts of one vector; returns that."""
+    tensors = local_tensors([own[key] for own, key in places])
     shared = torch.cat([x.view(-1) for x in tensors])
-    for member, x, part in zip(members, tensors, shared.split([x.numel() for x in tensors]), strict=True):
-        member.state[name] = part.view(x.shape)
+    for (own, key), x, part in zip(places, tensors, shared.split([x.numel() for x in tensors]), strict=True):
+        own[key] = with_local(own[key], part.view(x.shape))
     return shared
 
 
@@ -62,7 +62,7 @@ class Clock:
         by_device: dict[torch.device, list[Member]] = {}
         for member in members:
             by_device.setdefault(member.state["step"].device, []).append(member)
-        shared = {device: _share(own, "step") for device, own in by_device.items()}
+        shared = {device: _share([(x.state, "step") for x in own]) for device, own in by_device.items()}
         self._host = shared.pop(torch.device("cpu"), torch.zeros(0))
         self._expected = self._host.clone()
         self._on_devices = list(shared.values())
@@ -106,7 +106,9 @@ class Clock:
 
 
 class UnitMasks:
-    """The masks that are decided between the halves of a step, all with one all-reduce.
+    """The masks that are decided between the halves of a step: of the units that this process holds something of.
+
+    What is held whole is decided on here alone; all others take one all-reduce.
 
     Args:
         members: of `device`, whose masks these are.
@@ -124,36 +126,32 @@ class UnitMasks:
         self.q: Tensor | None = None
         layout, dtype = locator.layout, masks.statistics_dtype(device)
         numbers = [(member, number) for member in members for number in locator.members(member.param)]
-        counts = {number: layout.units(number, member.settings.h.reduction) for member, number in numbers}
-        self.table = UnitTable(counts, layout, device, dtype)
-        in_unit = {number: max(layout.numels[number] // max(count, 1), 1) for number, count in counts.items()}
+        reductions = {number: member.settings.h.reduction for member, number in numbers}
+        self.table = UnitTable(reductions, layout, device, dtype)
+        in_unit = {number: layout.in_unit(number, reduction) for number, reduction in reductions.items()}
         self._numels = self.table.per_unit(in_unit).unsqueeze(1)
-        self._flat = variances.tables if locator.flat else {}
+        places = {id(x): (variances.tables, id(x.param)) if locator.flat else (x.state, "grad_var") for x in members}
         self._cohorts = []
         for cohort in dict.fromkeys(member.cohort for member in members):
             own = [member for member in members if member.cohort == cohort]
             of_cohort = [(member.place, number) for member, number in numbers if member.cohort == cohort]
-            settings, units = own[0].settings, [number for _, number in of_cohort]
-            reduction = settings.h.reduction
-            if locator.flat:
-                kept = self._flat[reduction], variances.unit_table(reduction, dtype).whole(units)
-            else:
-                kept = _share(own, "grad_var"), slice(None)
+            settings, units = own[0].settings, self.table.of_tensors([number for _, number in of_cohort])
             # With capturable, where in the cohort's vectors the scalars of each unit are
-            places = torch.tensor([place for place, number in of_cohort for _ in range(counts[number])], device=device)
-            places = places if settings.h.capturable else None
-            whole = self.table.whole(units)
+            of_units = [place for place, number in of_cohort for _ in range(self.table.held[number].count)]
+            of_units = torch.tensor(of_units, device=device) if settings.h.capturable else None
             # In a flat buffer tensors of a few elements lie beside others
-            is_open = (
-                {number: settings.h.is_open(layout.numels[number]) for number in counts} if locator.flat else None
-            )
-            is_open = None if is_open is None else self.table.per_unit(is_open).bool()[whole]
-            self._cohorts.append((cohort, settings, whole, places, is_open, *kept))
+            is_open = None
+            if locator.flat:
+                is_open = {number: settings.h.is_open(layout.numels[number]) for number in reductions}
+                is_open = self.table.per_unit(is_open).bool()[units]
+            kept = _share([places[id(member)] for member in own])
+            self._cohorts.append((cohort, settings, units, of_units, is_open, kept))
+        self._variances = variances.tables
+        self._known = {id(x.param): self._variances[id(x.param)] for x in members} if locator.flat else {}
 
     def is_unchanged(self) -> bool:
         """Whether the variances of flat buffers are still where they were."""
-        tables = {id(table) for table in self._flat.values()}
-        return not self._flat or all(id(variances) in tables for *_, variances, _ in self._cohorts)
+        return all(self._variances.get(key) is x for key, x in self._known.items())
 
     def decide(
         self,
@@ -161,18 +159,21 @@ class UnitMasks:
         scalars: list[masks.StepScalars],
         transform: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
-        """The masks from Σ(g - center)² and Σm² of shards, `(units, 2)`; advances the variances. Collective."""
+        """The masks from Σ(g - center)² and Σm² of shards, `(units, 2)`; advances the variances.
+
+        Collective where a unit is cut, or with `transform`, which is given the masks of all units.
+        """
         means = self.table.add_up(sums, 2) / self._numels
         self.q = torch.empty_like(means[:, 0])
-        for cohort, settings, units, places, is_open, variances, kept in self._cohorts:
+        for cohort, settings, units, places, is_open, variances in self._cohorts:
             c = scalars[cohort]
             if places is not None:
                 c = c.select(places)
             if is_open is not None:
                 c = c._replace(open=is_open | c.open)
-            self.q[units], variances[kept] = masks.advance_units(means[units], variances[kept], c, settings.h)
+            self.q[units], variances[:] = masks.advance_units(means[units], variances, c, settings.h)
         if transform is not None:
-            self.q = transform(self.q)
+            self.q = self.table.take(transform(self.table.gather(self.q)))
         return self.q
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from ..sharding import FlatVariances, Locator, UnitTable
+from ..sharding import FlatVariances, Locator, UnitTable, local_tensors
 from . import foreach, masks
 from .functional import buckets
 from .hyperparameters import Hyperparameters
@@ -77,40 +77,46 @@ def _table_of_elements(states: _States, h: Hyperparameters, locator: Locator) ->
         table[:, 2:4] = table[:, :1]
         table[:, N_SUMS:] = 1.0
     table, numbers = _add_rows(table, numbers)
-    device = states[0][0].device
+    return _reduce(table, numbers, locator, states[0][0].device), numbers
+
+
+def _reduce(table: Tensor, numbers: list[int], locator: Locator, device: torch.device) -> Tensor:
+    """The table of whole tensors from that of shards, with a row for each of the numbers. Collective on `device`."""
     sums, lowest, highest = (x.contiguous().to(device) for x in _split(table))
     locator.layout.all_reduce(sums, numbers)
     locator.layout.all_reduce(lowest, numbers, ReduceOp.MIN)
     locator.layout.all_reduce(highest, numbers, ReduceOp.MAX)
-    return torch.column_stack([sums, lowest, highest]).cpu(), numbers
+    return torch.column_stack([sums, lowest, highest]).cpu()
 
 
 def _table_of_units(
     states: _States, numbers: list[int], numels: Tensor, h: Hyperparameters, locator: Locator, variances: FlatVariances
 ) -> Tensor:
     """What is known of masks that each stand for a row or a tensor, `(tensors, 6)`: the columns from `q` on."""
-    device = states[0][0].device if locator.sharded else torch.device("cpu")
+    layout, device = locator.layout, states[0][0].device if locator.sharded else torch.device("cpu")
     of_tensor = {number: own for p, own in states for number in locator.members(p)}
-    counts = {number: locator.layout.units(number, h.reduction) for number in numbers}
-    table = UnitTable(counts, locator.layout, device, masks.statistics_dtype(device))
+    table = UnitTable(dict.fromkeys(numbers, h.reduction), layout, device, masks.statistics_dtype(device))
     squares = _sums_of_squares(states, table, h, locator)
-    if locator.flat:
-        whole = variances.unit_table(h.reduction, table.dtype).whole(numbers)
-        var = variances.tables[h.reduction][whole].cpu()
-    else:
-        var = _on_host(torch.cat([of_tensor[number]["grad_var"].view(-1).to(device) for number in numbers]))
-    n_units = torch.tensor([counts[number] for number in numbers])
-    owner = torch.arange(len(numbers)).repeat_interleave(n_units)
+    kept = [variances.tables[id(p)] for p, _ in states] if locator.flat else [own["grad_var"] for _, own in states]
+    var = torch.zeros(len(table), dtype=table.dtype, device=device)
+    of_states = table.of_tensors([number for p, _ in states for number in locator.members(p)])
+    var[of_states] = torch.cat([x.view(-1).to(device) for x in local_tensors(kept)]).to(table.dtype)
+    # Each unit counts where one process speaks for it
+    owned, counts = table.owned(), [layout.owned_units(number, h.reduction).count for number in numbers]
+    owner = torch.arange(len(numbers)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+    n_units = torch.tensor([layout.units(number, h.reduction) for number in numbers])
     in_unit = (numels / n_units.clamp(min=1))[owner]
+    squares, var = _on_host(squares[owned]), _on_host(var[owned])
     steps = _on_host(_stack([of_tensor[number]["step"] for number in numbers]))[owner]
     c = masks.step_scalars(steps, h, numels[owner])
     q, signal, noise = masks.compute_mask(squares / in_unit.clamp(min=1), var, c, h)
     units = torch.stack([in_unit, torch.zeros_like(q), *(x * in_unit for x in (q, q > 0, signal, noise)), q, q], dim=1)
-    return _add_rows(units, owner.tolist(), len(numbers))[0][:, FIRST_MASKED:]
+    of_numbers = _add_rows(units, owner.tolist(), len(numbers))[0]
+    return _reduce(of_numbers, numbers, locator, states[0][0].device)[:, FIRST_MASKED:]
 
 
 def _sums_of_squares(states: _States, table: UnitTable, h: Hyperparameters, locator: Locator) -> Tensor:
-    """Σa² of each unit, `(units,)` on the CPU; a is the average that the signal is estimated from. Collective."""
+    """Σa² of each unit of the table; a is the average that the signal is estimated from. Collective."""
     by_rows = h.reduction == "per_row"
     name = "exp_avg" if h.signal_beta is None else "exp_avg_signal"
     pieces = [(piece.of(own[name]), piece.units) for p, own in states for piece in locator.slices(p, by_rows)]
@@ -119,7 +125,7 @@ def _sums_of_squares(states: _States, table: UnitTable, h: Hyperparameters, loca
         values = _by_list(row_sums_of_squares if by_rows else sums_of_squares, [pieces[i][0] for i in index])
         values = values if locator.sharded else _on_host(values)
         sums.append((table.index([pieces[i][1] for i in index]), values.unsqueeze(1)))
-    return _on_host(table.add_up(sums, 1).squeeze(1))
+    return table.add_up(sums, 1).squeeze(1)
 
 
 def _masks_of_elements(slices: list[dict[str, Tensor]], steps: list[Tensor], h: Hyperparameters) -> Tensor:

@@ -2,9 +2,10 @@
 
 `step` (0-dim float32), `exp_avg`, `exp_avg_sq` and with `amsgrad` `max_exp_avg_sq` (the parameter's shape; float32 for
 bfloat16 and float16 parameters, or as `state_dtype` says); unless `mask="none"`, `grad_var` (the parameter's shape for
-`per_param`, 0-dim float64 for `per_tensor`, float64 `(rows,)` for `per_row`); with `signal_beta` `exp_avg_signal` (as
-`exp_avg`, but never in bfloat16). `grad_var` estimates the variance of the gradient of the batch *mean*: with
-per-example gradients at hand its long-run mean is their population variance over b - 1.
+`per_param`, 0-dim float64 for `per_tensor`, float64 `(rows,)` for `per_row`, a DTensor where each process holds whole
+rows); with `signal_beta` `exp_avg_signal` (as `exp_avg`, but never in bfloat16). `grad_var` estimates the variance of
+the gradient of the batch *mean*: with per-example gradients at hand its long-run mean is their population variance
+over b - 1.
 """
 
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..sharding import shard_rows
 from . import masks
 from .hyperparameters import Hyperparameters
 from .quantized import is_quantized, quantized_zeros, read, write
@@ -32,7 +34,8 @@ def new_state(p: Tensor, group: dict[str, Any], flat: bool) -> dict[str, Tensor]
         state["grad_var"] = torch.zeros_like(p, dtype=_state_dtype(p), memory_format=torch.preserve_format)
     elif not flat:
         shape = (masks.n_rows(p),) if group["reduction"] == "per_row" else ()
-        state["grad_var"] = torch.zeros(shape, dtype=masks.statistics_dtype(p.device), device=p.device)
+        zeros = torch.zeros(shape, dtype=masks.statistics_dtype(p.device), device=p.device)
+        state["grad_var"] = shard_rows(zeros, p) if shape else zeros
     if group["signal_beta"] is not None:
         state["exp_avg_signal"] = _new_moment(p, "exp_avg_signal", group["state_dtype"])
     return state
@@ -61,6 +64,8 @@ def load_state(param_groups: list[dict[str, Any]], state: dict[Tensor, dict], st
                 write(state[p][key], saved if is_quantized(state[p][key]) else read(saved, dtype))
             else:
                 state[p][key] = saved.detach().clone().to(device=p.device, dtype=dtype)
+            if key == "grad_var" and group["reduction"] == "per_row":  # whole in a checkpoint of whole tensors
+                state[p][key] = shard_rows(state[p][key], p)
 
 
 def complete(group: dict[str, Any], state: dict[Tensor, dict], defaults: dict[str, Any]) -> None:

@@ -6,12 +6,9 @@ from .layout import (
     ShardingPath,
     UnitRange,
     find_layout,
-    is_dtensor,
-    is_fake,
-    local_tensor,
-    local_tensors,
 )
 from .locator import Locator
+from .tensors import is_dtensor, is_fake, local_tensor, local_tensors, shard_rows, with_local
 from .unit_masks import FlatVariances, UnitTable
 
 
@@ -28,4 +25,6 @@ __all__ = [
     "is_fake",
     "local_tensor",
     "local_tensors",
+    "shard_rows",
+    "with_local",
 ]

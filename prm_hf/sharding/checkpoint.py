@@ -81,7 +81,7 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, folder: str | Path) -
             state_dict["state"][i] = {
                 # Every process has read the whole: each keeps its part, and nobody need send any
                 key: distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-                # (`grad_var` of rows is whole on every process)
+                # (`load_state_dict` does so for `grad_var` of rows)
                 if value.shape == p.shape and not (key == "grad_var" and group["reduction"] == "per_row")
                 else value
                 for key, value in state_dict["state"][i].items()

@@ -147,10 +147,17 @@ class LifeCycle:
             group.update({key: created["lr"] * value for key, value in progress.items()})
 
     def add_variances(self, groups: list[dict[str, Any]]) -> None:
-        """Puts the variances of flat buffers into the groups of a state dict."""
-        for group in groups:
-            for reduction, key in self.VARIANCES.items():
-                if (table := self.variances.saved(reduction, group[self.NUMBER])) is not None:
+        """Puts the variances of flat buffers into the groups of a state dict. Collective, if there are any.
+
+        Each group has those of all units of all groups, on every process: DeepSpeed's universal checkpoints keep the
+        groups of one process, and for stage 3 one group.
+        """
+        for reduction, key in self.VARIANCES.items():
+            saved = self.variances.saved(reduction)
+            for group in groups:
+                loaded = self.variances.loaded(reduction, group[self.NUMBER])
+                table = saved if loaded is None else loaded.detach().cpu().clone()
+                if table is not None:
                     group[key] = table
 
     def has_variances(self, group: dict[str, Any]) -> bool:
@@ -164,16 +171,17 @@ class LifeCycle:
             ValueError: a checkpoint gave groups a state and no variances.
         """
         _unshare_steps(state)
-        for reduction in self.VARIANCES:
-            masked = [group for group in groups if group["mask"] != "none" and group["reduction"] == reduction]
-            tensors = [p for g in masked for p in self._locator.local_tensors(g[self.NUMBER], g["params"])]
-            if self.variances.is_new(reduction) and any(state[p]["step"] > 0 for p in tensors if state.get(p)):
+        for group in groups:
+            reduction, number = group["reduction"], group[self.NUMBER]
+            if group["mask"] == "none" or reduction not in self.VARIANCES:
+                continue
+            states = filter(None, map(state.get, self._locator.local_tensors(number, group["params"])))
+            if self.variances.are_new(reduction, number) and any(own["step"] > 0 for own in states):
                 raise ValueError(
                     f"The checkpoint has no `grad_var` of reduction={reduction!r} for DeepSpeed ZeRO: it was not "
                     "written by PRM, or with another reduction. Start from the weights alone with a fresh optimizer."
                 )
-            if masked:
-                self.variances.place(reduction, dtype)
+            self.variances.place(reduction, number, dtype)
 
     def is_initialization(self, groups: list[dict[str, Any]]) -> bool:
         """Whether a step on clones of the parameters is one by which stage 0 in half precision allocates the state.

@@ -8,8 +8,7 @@ and compared with the true ones, so that a mistake is an error and not a wrong s
 
 import enum
 import math
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .fsdp import FLAT_PARAMETERS
+from .tensors import has_whole_rows, is_dtensor, is_instance, local_tensor
 
 
 class ShardingPath(enum.Enum):
@@ -86,6 +86,9 @@ class Layout:
         numels: elements of each original tensor, over all processes.
         rows: rows of each original tensor; 0 where it is not known which of them a process holds.
         process_groups: of each original tensor, the groups over which its parts have to be added up.
+        borders: of flat buffers, the elements of each original tensor at which the part of another process begins, in
+            their order, on every process the same.
+        whole_rows: original tensors, not in flat buffers, of which each process holds whole rows.
         segments: by id of a local tensor, the slices in it.
         members: by id of a local tensor, the original tensors that advance when it is stepped. More than those in
             `segments`, where a process holds nothing of a tensor.
@@ -98,20 +101,74 @@ class Layout:
     numels: list[int]
     process_groups: list[tuple[dist.ProcessGroup, ...]]
     rows: list[int] = field(default_factory=list)
+    borders: list[Sequence[int]] = field(default_factory=list)
+    whole_rows: set[int] = field(default_factory=set)
     segments: dict[int, list[Segment]] = field(default_factory=dict)
     members: dict[int, list[int]] = field(default_factory=dict)
     locals: list[Tensor] = field(default_factory=list)
-    # By device of a table and tensors of its rows, the rows of each different set of groups
-    _rows: dict[tuple, dict[tuple, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    # By device of a table and tensors of its rows, the rows of each different set of groups; None for all rows
+    _rows: dict[tuple, dict[tuple, Tensor | None]] = field(default_factory=dict, init=False, repr=False)
+    # Of the original tensors of which this process holds something, from which of its elements to which
+    _spans: dict[int, tuple[int, int]] = field(default_factory=dict, init=False, repr=False)
+    # Those that stand for a buffer of padding alone
+    _padding: set[int] = field(default_factory=set, init=False, repr=False)
 
     def merge(self, other: "Layout") -> None:
         """Takes over the local tensors of another layout of the same original tensors."""
         for local in other.locals:
             self.add(local, other.segments[id(local)], other.members[id(local)])
+            for number in other.members[id(local)] if other.borders else ():
+                self.borders[number] = other.borders[number]
 
     def units(self, tensor: int, reduction: str) -> int:
         """How many mask values an original tensor has with `reduction` `"per_tensor"` or `"per_row"`."""
         return self.rows[tensor] if reduction == "per_row" else 1
+
+    def in_unit(self, tensor: int, reduction: str) -> int:
+        """How many elements of an original tensor share a mask value."""
+        return max(self.numels[tensor] // max(self.units(tensor, reduction), 1), 1)
+
+    def held_units(self, tensor: int, reduction: str) -> UnitRange:
+        """The units of which this process keeps `grad_var`: those that it holds, or holds a part of.
+
+        Of a tensor whose units are not held apart that is all of them, on every process, whatever it holds. A buffer
+        of padding alone has a unit of its first tensor.
+        """
+        if not self._held_apart(tensor, reduction):
+            return UnitRange(tensor, 0, self.units(tensor, reduction))
+        if tensor not in self._spans:
+            return UnitRange(tensor, 0, int(tensor in self._padding))
+        (begin, end), in_unit = self._spans[tensor], self.in_unit(tensor, reduction)
+        first = begin // in_unit
+        return UnitRange(tensor, first, -(-end // in_unit) - first)
+
+    def owned_units(self, tensor: int, reduction: str) -> UnitRange:
+        """The held units that this process speaks for: each unit has one such process, that of its first element."""
+        number, first, count = self.held_units(tensor, reduction)
+        if not self._held_apart(tensor, reduction):
+            is_owner = all(dist.get_rank(group=group) == 0 for group in self.process_groups[tensor])
+            return UnitRange(number, first, count * is_owner)
+        if tensor not in self._spans:
+            return UnitRange(number, 0, 0)
+        begins_elsewhere = bool(self._spans[tensor][0] % self.in_unit(tensor, reduction))
+        return UnitRange(number, first + begins_elsewhere, count - begins_elsewhere)
+
+    def cut_units(self, tensor: int, reduction: str) -> list[UnitRange]:
+        """The units whose sums have to be added up over processes, in their order, on every process the same.
+
+        In flat buffers those that a border cuts, which the sizes tell without communication. Elsewhere all of a
+        tensor whose units are not held apart.
+        """
+        if not self.flat:
+            everywhere = bool(self.process_groups[tensor]) and not self._held_apart(tensor, reduction)
+            return [self.held_units(tensor, reduction)] if everywhere else []
+        borders, in_unit = self.borders[tensor] if self.borders else (), self.in_unit(tensor, reduction)
+        cut = sorted({border // in_unit for border in borders if border % in_unit})
+        return [UnitRange(tensor, unit, 1) for unit in cut]
+
+    def _held_apart(self, tensor: int, reduction: str) -> bool:
+        """Whether each process keeps the units alone that it holds something of."""
+        return self.flat or (reduction == "per_row" and tensor in self.whole_rows)
 
     def check_rows(self, tensors: Iterable[int]) -> None:
         """Raises ValueError where it is not known which rows of a tensor a process holds."""
@@ -126,6 +183,12 @@ class Layout:
         self.segments[id(local)] = segments
         self.members[id(local)] = members
         self.locals.append(local)
+        for number, _, length, offset in segments:
+            if length:
+                begin, end = self._spans.get(number, (offset, offset + length))
+                self._spans[number] = min(begin, offset), max(end, offset + length)
+        if not segments:
+            self._padding.add(members[0])
 
     def all_reduce(
         self,
@@ -137,22 +200,26 @@ class Layout:
         """Reduces the rows of `table`, one for each of `tensors`, in place over the processes that share the tensor.
 
         With `counts` so many for each of them. Collective over the process groups of these tensors. One all-reduce for
-        each different set of groups; none for whole tensors, which every process has.
+        each different set of groups; none for whole tensors, which every process has, nor of no rows.
         """
         if self.path is None:
             return
-        key = (table.device, counts is None, *tensors)
+        key = (table.device, tuple(tensors), None if counts is None else tuple(counts))
         if key not in self._rows:
             by_groups, row = {}, 0
-            for tensor, count in zip(tensors, counts or [1] * len(tensors), strict=True):
+            for tensor, count in zip(tensors, [1] * len(tensors) if counts is None else counts, strict=True):
                 by_groups.setdefault(self.process_groups[tensor], []).extend(range(row, row + count))
                 row += count
-            self._rows[key] = {groups: torch.tensor(rows, device=table.device) for groups, rows in by_groups.items()}
+            by_groups = {groups: rows for groups, rows in by_groups.items() if rows}
+            self._rows[key] = {
+                groups: torch.tensor(rows, device=table.device) if len(by_groups) > 1 else None
+                for groups, rows in by_groups.items()
+            }
         for groups, rows in self._rows[key].items():
-            part = table if len(self._rows[key]) == 1 else table[rows]
+            part = table if rows is None else table[rows]
             for group in groups:
                 _all_reduce(part, group, op)
-            if part is not table:
+            if rows is not None:
                 table[rows] = part
 
     def verify(self) -> None:
@@ -175,6 +242,18 @@ class Layout:
                 f"({'; '.join(wrong[:3])}{'; …' if len(wrong) > 3 else ''}), so reduction='per_tensor' would be "
                 "wrong. Use reduction='per_param', and please report the versions of torch and deepspeed."
             )
+        self._verify_borders()
+
+    def _verify_borders(self) -> None:
+        """Raises if a part that this process holds begins or ends elsewhere than all processes take for granted."""
+        for number, span in self._spans.items() if self.borders else ():
+            edges = {0, self.numels[number], *self.borders[number]}
+            if not edges.issuperset(span):
+                raise RuntimeError(
+                    f"PRM expects borders under {self.path.value} at the elements {sorted(edges)[:5]} of tensor "
+                    f"{number}, and the part of process {dist.get_rank()} is {span}. Use reduction='per_param', and "
+                    "please report the version of deepspeed."
+                )
 
 
 def find_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[Tensor]]]) -> Layout:
@@ -188,7 +267,7 @@ def find_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[Tens
         RuntimeError: the parameters are held in a way that a tensor's borders can't be recovered from.
     """
     local = [p for _, params in groups for p in params]
-    if any(_is_instance(p, "torch.distributed.fsdp", "FlatParameter") for p in local):
+    if any(is_instance(p, "torch.distributed.fsdp", "FlatParameter") for p in local):
         raise RuntimeError(FLAT_PARAMETERS)
     if any(is_dtensor(p) for p in local):
         return _dtensor_layout(groups)
@@ -221,30 +300,6 @@ def _whole_layout(params: list[Tensor]) -> Layout:
     return layout
 
 
-def _is_instance(x: Tensor, module: str, name: str) -> bool:
-    """`isinstance` of a class whose module takes long to import: where nobody has, there is no such tensor."""
-    return module in sys.modules and isinstance(x, getattr(sys.modules[module], name))
-
-
-def is_dtensor(x: Tensor) -> bool:
-    return _is_instance(x, "torch.distributed.tensor", "DTensor")
-
-
-def is_fake(x: Tensor) -> bool:
-    """Whether a tensor has no values: of `FakeTensorMode`, in which tools estimate what a step needs."""
-    return _is_instance(x, "torch._subclasses.fake_tensor", "FakeTensor")
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """This process' part of a DTensor, sharing its memory; any other tensor as it is."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor
-
-
-def local_tensors(tensors: list[Tensor]) -> list[Tensor]:
-    """[`local_tensor`] of each. Of a parameter `to_local` makes a new view, which takes longer than all else here."""
-    return [x._local_tensor if is_dtensor(x) else x for x in tensors]
-
-
 def _dtensor_layout(groups: list[tuple[int, list[Tensor]]]) -> Layout:
     from torch.distributed.tensor import Partial, Replicate, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -255,7 +310,7 @@ def _dtensor_layout(groups: list[tuple[int, list[Tensor]]]) -> Layout:
         if is_dtensor(p):
             if any(isinstance(placement, Partial) for placement in p.placements):
                 raise RuntimeError(f"PRM cannot step a parameter with partial placements: {p.placements}.")
-            shards = (i for i, placement in enumerate(p.placements) if not placement.is_replicate())
+            shards = (i for i, x in enumerate(p.placements) if not x.is_replicate() and p.device_mesh.size(i) > 1)
             process_groups = tuple(p.device_mesh.get_group(i) for i in shards)
             if not all(type(placement) in (Shard, Replicate) for placement in p.placements):
                 rows = 0  # those of strided shards are not next to each other
@@ -265,6 +320,8 @@ def _dtensor_layout(groups: list[tuple[int, list[Tensor]]]) -> Layout:
         layout.numels.append(p.numel())
         layout.process_groups.append(process_groups)
         layout.rows.append(rows)
+        if has_whole_rows(p):
+            layout.whole_rows.add(number)
         layout.add(p, [Segment(number, 0, local_tensor(p).numel(), offset)], [number])
     layout.verify()
     return layout
@@ -300,7 +357,8 @@ def _zero12_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[T
     parameters = [p for group in originals for p in group]
     numels, rows = [p.numel() for p in parameters], [_n_rows(p.shape) for p in parameters]
     process_groups = [(p._dp_group,) if hasattr(p, "_dp_group") else () for p in parameters]
-    layout = Layout(ShardingPath.ZERO_12, flat=True, numels=numels, process_groups=process_groups, rows=rows)
+    borders: list[Sequence[int]] = [()] * len(numels)
+    layout = Layout(ShardingPath.ZERO_12, True, numels, process_groups, rows, borders)
     for group, local in groups:
         first = sum(map(len, originals[:group]))
         members = [(i, p) for i, p in enumerate(originals[group], first) if hasattr(p, "_dp_group")]  # not the frozen
@@ -319,6 +377,8 @@ def _zero12_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[T
             stop = min(p.storage_offset() + p.numel(), begin + flat.numel())
             if stop > start:
                 segments.append(Segment(number, start - begin, stop - start, start - p.storage_offset()))
+            # The slices of all processes are of one length
+            borders[number] = range(flat.numel() - p.storage_offset() % flat.numel(), p.numel(), flat.numel())
         layout.add(flat, segments, [number for number, _ in members])
     layout.verify()
     return layout
@@ -326,10 +386,11 @@ def _zero12_layout(originals: list[list[Tensor]], groups: list[tuple[int, list[T
 
 def _zero3_layout(originals: list[list[Tensor]]) -> Layout:
     """DeepSpeed ZeRO 3: flat float32 sub-groups, in which this process holds its share of every tensor, padded."""
-    numels, rows, process_groups, by_sub_group = [], [], [], {}
+    numels, rows, process_groups, borders, by_sub_group = [], [], [], [], {}
     for number, p in enumerate(p for group in originals for p in group):
         numels.append(getattr(p, "ds_numel", p.numel()))
         rows.append(_n_rows(getattr(p, "ds_shape", p.shape)))
+        borders.append(())
         zero = getattr(p, "_z3_optimizer", None)
         if zero is None or zero.get_param_id(p) not in zero.grad_position:
             process_groups.append(())
@@ -337,11 +398,12 @@ def _zero3_layout(originals: list[list[Tensor]]) -> Layout:
         process_group = getattr(p, "ds_process_group", None) or zero.dp_process_group
         process_groups.append((process_group,))
         sub_group, start, share = zero.grad_position[zero.get_param_id(p)]
+        borders[-1] = range(share, p.ds_numel, share)
         offset = dist.get_rank(group=process_group) * share
         length = min(max(p.ds_numel - offset, 0), share)
         flat = zero.fp32_partitioned_groups_flat[sub_group]
         by_sub_group.setdefault(sub_group, (flat, []))[1].append(Segment(number, start, length, offset))
-    layout = Layout(ShardingPath.ZERO_3, flat=True, numels=numels, process_groups=process_groups, rows=rows)
+    layout = Layout(ShardingPath.ZERO_3, True, numels, process_groups, rows, borders)
     for _, (flat, segments) in sorted(by_sub_group.items()):
         layout.add(flat, [segment for segment in segments if segment.length], [segment.tensor for segment in segments])
     layout.verify()

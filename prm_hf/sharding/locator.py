@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .layout import Layout, Segment, ShardingPath, UnitRange, find_layout, local_tensor
+from .layout import Layout, Segment, ShardingPath, UnitRange, find_layout
+from .tensors import local_tensor
 
 
 class Slice(NamedTuple):

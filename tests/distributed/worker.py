@@ -95,11 +95,14 @@ class RecordingPRM(PRM):
                 self.steps[-1]["q"] |= dict(zip(numbers, values, strict=True))
             return
         for unit_masks in (x for plan in self._plans.values() for x in plan._masks.values()):
-            counts = unit_masks.table.counts
-            for number, q in zip(counts, unit_masks.q.split(list(counts.values())), strict=True):
+            held = unit_masks.table.held
+            parts = unit_masks.q.split([units.count for units in held.values()])
+            for (number, units), q in zip(held.items(), parts, strict=True):
+                if number in self._locator.layout._padding:
+                    continue
                 if per_row:
-                    self.steps[-1]["row_q"][number] = dict(enumerate(q.tolist()))
-                else:
+                    self.steps[-1]["row_q"].setdefault(number, {}).update(enumerate(q.tolist(), units.first))
+                elif units.count:
                     self.steps[-1]["q"][number] = q.item()
 
     def _shape(self, p, number):
