@@ -18,8 +18,8 @@ full() { # the claim: every reduction and estimator against AdamW, on a GPU; α 
 }
 
 peers() { # optimizers of other libraries, which are trained one after another: fewer settings
-    $pinn --preset full --output_dir "$out/peers" --methods adamw cautious casmo prm_per_param --seeds 0 1 2 3 4 \
-        --learning_rates 6e-4 2e-3 6e-3 --prm_learning_rates 1e-2 2e-2 4e-2 --weight_decays 0 0.01 \
+    $pinn --preset full --output_dir "$out/peers" --methods adamw cautious casmo grokfast grokadamw prm_per_param \
+        --seeds 0 1 2 3 4 --learning_rates 6e-4 2e-3 6e-3 --prm_learning_rates 1e-2 2e-2 4e-2 --weight_decays 0 0.01 \
         --workers "${WORKERS:-8}"
 }
 

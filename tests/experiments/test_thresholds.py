@@ -325,6 +325,7 @@ def test_the_order_of_rows_depends_on_seed_and_epoch_alone():
         (["--methods", "adamw", "constant_q"], "add a PRM method, got"),
         (["--methods", "msvag", "--weight_decays", "0.1"], "`msvag` has no weight decay"),
         (["--max_steps", "-1"], "set `max_steps` above 0, got -1"),
+        (["--eval_steps", "0.1"], "`eval_steps` must be a whole number of steps, at least 1, got 0.1"),
         (["--eval_strategy", "epoch"], "leave `eval_strategy` at 'steps', got 'epoch'"),
         (["--prm_softness", "-1"], "Invalid prm_softness=-1.0"),
         (["--models_at_once", "0"], "`models_at_once` must be at least 1"),
@@ -349,6 +350,19 @@ def test_presets_are_defaults(tmp_path):
     assert (found.training_args.max_steps, found.training_args.eval_steps) == (7, 10)
     found = Small.parse(["--config", str(file)])
     assert found.training_args.max_steps == 1000 and found.args.seeds == [5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [
+        ([], 4),
+        (["--eval_steps", "5"], 5),
+        (["--eval_steps", "5", "--logging_steps", "2"], 2),
+        (["--preset", "full"], 10),
+    ],
+)
+def test_the_loss_is_logged_as_often_as_the_metric(arguments, steps):
+    assert Small.parse(arguments).training_args.logging_steps == steps
 
 
 def test_a_grid_for_all_methods_is_for_all():
