@@ -145,7 +145,7 @@ def lost_and_caveats(comparison: Comparison) -> tuple[list[str], list[str]]:
 
 
 def apart_from_command(comparison: Comparison) -> tuple[list[str], str]:
-    """The lines of the verdict, and the command of the last one, which stands alone to be copied; empty without."""
+    """The lines of the verdict, and the code of the last one, which stands alone to be copied; empty without."""
     *others, last = comparison.verdict
     words, colon, code = last.partition(": ")
     return ([*others, f"{words}:"], code) if last.startswith("Next, ") and colon else (comparison.verdict, "")
