@@ -20,7 +20,7 @@ from ..runs.schema import Threshold
 from ..runs.write import RunSpec, check_seed
 from ..trainers.config import PRMArguments, check_optimizer, with_help
 from .arguments import check_lists, check_ranges, methods_help
-from .checks import check_unused_settings
+from .checks import check_given_settings, check_unused_settings
 from .command_line import CommandLine, read_yaml
 from .controls import THIRD_PARTY
 from .ensembles import can_stack
@@ -248,16 +248,19 @@ class ThresholdTask:
             )
         if config.eval_steps < 1 or config.eval_steps != int(config.eval_steps):
             raise ValueError(f"`eval_steps` must be a whole number of steps, at least 1, got {config.eval_steps:g}.")
+        configs = []
         for method in args.compared:
             if method.key in THIRD_PARTY:
                 require("prm_hf.experiments.controls", THIRD_PARTY[method.key], extra="controls")
             if method.key == "msvag" and args.weight_decays != [0]:
                 raise ValueError(f"`msvag` has no weight decay, and `weight_decays` are {args.weight_decays}.")
             if method.group != CONTROL:
+                configs.append(configure(config, method.name, 0.0))
                 try:
-                    check_optimizer(configure(config, method.name, 0.0))
+                    check_optimizer(configs[-1])
                 except ValueError as error:
                     raise ValueError(f"`{method.name}` of `methods`: {error}") from error
+        check_given_settings(config, args.compared, configs)
         if args.models_at_once > 1 and not can_stack(config):
             raise ValueError(
                 f"`models_at_once` is {args.models_at_once}, and a stack computes neither bf16 nor fp16, accumulated "

@@ -6,7 +6,7 @@ set -euo pipefail
 out=${OUT:-runs/pinn}
 minutes=${MINUTES:+--max_minutes $MINUTES}
 pinn="python recipes/pinn.py $minutes"
-masks="prm_per_tensor prm_per_param prm_debiased prm_debiased_per_param prm_rows"
+masks="prm_per_tensor prm_per_param prm_rows_ema prm_debiased prm_debiased_per_param prm_rows"
 
 cpu() { # what a user sees first: minutes on two cores
     $pinn --output_dir "$out/cpu"

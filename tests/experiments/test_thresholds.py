@@ -327,6 +327,8 @@ def test_the_order_of_rows_depends_on_seed_and_epoch_alone():
         (["--max_steps", "-1"], "set `max_steps` above 0, got -1"),
         (["--eval_steps", "0.1"], "`eval_steps` must be a whole number of steps, at least 1, got 0.1"),
         (["--eval_strategy", "epoch"], "leave `eval_strategy` at 'steps', got 'epoch'"),
+        (["--prm_estimator", "ema"], "`prm_estimator` is 'ema', and no method in `methods` has it: leave it out"),
+        (["--prm_mask", "soft", "--methods", "adamw"], "`prm_mask` is 'soft', and no method in `methods` has it"),
         (["--prm_softness", "-1"], "Invalid prm_softness=-1.0"),
         (["--models_at_once", "0"], "`models_at_once` must be at least 1"),
         (["--models_at_once", "2", "--gradient_accumulation_steps", "2"], "a stack computes neither"),
