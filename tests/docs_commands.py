@@ -146,7 +146,7 @@ def _check_script(script: str, arguments: list[str]) -> None:
     _check_file(script)
     if script == "recipes/sweep.py":
         name, *rest = arguments
-        if name in (*EXPERIMENTS, "suspects"):
+        if name in (*EXPERIMENTS, *TASKS, "suspects"):
             _check_prm_hf(arguments)
         else:
             _check_script(name, rest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from ..runs.schema import CLEAN_FIT, COST, KL
 from .comparison import Comparison
@@ -13,11 +14,25 @@ from .solved import best_solvers, problems, share_solved
 from .statistics import Interval, finite
 
 
-RECOVERY_HEADER = ["recovery of", "best against best [95 % interval]", "at equal KL"]
-SOLVED_HEADER = [
-    *("problems solved by", "share [95 % interval]", "minus that of", "difference [95 % interval]", "p (Holm)"),
-]
-CONTRAST_HEADER = ["accuracy of", "minus that of", "difference [95 % interval]", "p (Holm)", "so the first is"]
+class Table(NamedTuple):
+    """Heads, the cells of each row, and the columns that are aligned to the left."""
+
+    heads: list[str]
+    rows: list[list[str]]
+    left: set[int]
+
+
+def tables(comparison: Comparison) -> list[Table]:
+    """Of rows, what else they have, contrasts, recoveries and problems solved; all but the first may be empty."""
+    heads = extra_header(comparison)
+    more = [[*row_cells(row)[:2], *extra_cells(comparison, row)] for row in comparison.rows if heads]
+    return [
+        Table(row_header(comparison), list(map(row_cells, comparison.rows)), {0}),
+        Table(["method", "lr", *heads], more, {0}),
+        contrast_table(comparison),
+        recovery_table(comparison),
+        solved_table(comparison),
+    ]
 
 
 def row_header(comparison: Comparison) -> list[str]:
@@ -54,23 +69,29 @@ def _measured(comparison: Comparison) -> list[str]:
     return [name for name in _MEASURED if any(name in run.metrics for run in comparison.runs)]
 
 
-def recovery_cells(comparison: Comparison) -> list[list[str]]:
-    """The table of recoveries, a row a method; empty without any."""
+def recovery_table(comparison: Comparison) -> Table:
+    """A row a method."""
     rows: dict[tuple, list[str]] = {}
     for recovery in comparison.recoveries:
         ends = f", KL {recovery.span[0]:.2g}-{recovery.span[1]:.2g}" if recovery.span and recovery.ratio else ""
         name = f"{recovery.row.name}{', in problems solved' if recovery.in_solved else ''}"
         rows.setdefault((recovery.row.method, recovery.in_solved), [name]).append(f"{recovery.text}{ends}")
-    return [*rows.values()]
+    return Table(["recovery of", "best against best [95 % interval]", "at equal KL"], [*rows.values()], {0, 1, 2})
 
 
-def solved_cells(comparison: Comparison) -> list[list[str]]:
-    """The table of problems solved, a row a difference, and one of each method without any; empty without problems."""
-    rows = []
+def solved_table(comparison: Comparison) -> Table:
+    """A row a difference in problems solved, and one of each method without any."""
+    heads, rows = ["problems solved by", "share [95 % interval]", "minus that of"], []
     for row in best_solvers(comparison):
-        of_row = [contrast_cells(contrast)[1:4] for contrast in comparison.solved if contrast.left is row]
+        of_row = [_contrast_cells(contrast)[1:4] for contrast in comparison.solved if contrast.left is row]
         rows += [[row.label, interval_text(share_solved(row)), *cells] for cells in of_row or [["", "", ""]]]
-    return rows
+    return Table([*heads, "difference [95 % interval]", "p (Holm)"], rows, {0, 2})
+
+
+def contrast_table(comparison: Comparison) -> Table:
+    """A row a contrast of accuracies."""
+    heads = ["accuracy of", "minus that of", "difference [95 % interval]", "p (Holm)", "so the first is"]
+    return Table(heads, list(map(_contrast_cells, comparison.contrasts)), {0, 1, 4})
 
 
 def interval_text(interval: Interval | None) -> str:
@@ -103,7 +124,7 @@ def row_cells(row: Row) -> list[str]:
     return [row.name, format_rate(row.learning_rate), seeds, *shares, *numbers]
 
 
-def contrast_cells(contrast: Contrast) -> list[str]:
+def _contrast_cells(contrast: Contrast) -> list[str]:
     p = "<0.001" if contrast.p_holm < 0.001 else share(contrast.p_holm)
     return [contrast.judged, contrast.against, contrast.text, p, contrast.verdict]
 
@@ -145,7 +166,7 @@ def lost_and_caveats(comparison: Comparison) -> tuple[list[str], list[str]]:
 
 
 def apart_from_command(comparison: Comparison) -> tuple[list[str], str]:
-    """The lines of the verdict, and the command of the last one, which stands alone to be copied; empty without."""
+    """The lines of the verdict, and the code of the last one, which stands alone to be copied; empty without."""
     *others, last = comparison.verdict
     words, colon, code = last.partition(": ")
     return ([*others, f"{words}:"], code) if last.startswith("Next, ") and colon else (comparison.verdict, "")

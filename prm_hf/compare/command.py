@@ -1,4 +1,4 @@
-"""The command that makes the runs of a comparison, as it was, or with more seeds, rates or methods."""
+"""The command that makes the runs of a comparison, and what to add to it for more seeds, rates or methods."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ _OPTIONS = {
     "model_use_peft": "--use_peft",
 }
 _UNSET = (None, False, -1, -1.0)
+
+
+def options(**changes: list[Any]) -> str:
+    """What to add to a command for other values of some options, of which the last ones count; empty without any."""
+    return shlex.join(word for name, values in changes.items() for word in (f"--{name}", *map(str, values)))
 
 
 def command(comparison: Comparison, **changes: list[Any]) -> str:
@@ -64,14 +69,13 @@ def command(comparison: Comparison, **changes: list[Any]) -> str:
 
 
 def _changed(words: list[str], changes: dict[str, list[Any]]) -> str:
-    """A command with other values of some options."""
-    for name, values in changes.items():
-        kept, is_old = [], False
-        for word in words:
-            is_old = word.split("=")[0] == f"--{name}" if word.startswith("--") else is_old
-            kept += [] if is_old else [word]
-        words = [*kept, f"--{name}", *map(str, values)]
-    return shlex.join(words)
+    """A command with other values of some options, without the old ones."""
+    kept, is_old = [], False
+    for word in words:
+        if word.startswith("--"):
+            is_old = word.partition("=")[0].removeprefix("--") in changes
+        kept += [] if is_old else [word]
+    return " ".join(filter(None, (shlex.join(kept), options(**changes))))
 
 
 def _lists(comparison: Comparison) -> dict[str, list[Any]]:

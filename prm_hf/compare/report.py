@@ -18,22 +18,7 @@ from ..runs.run import DIVERGED, FAILED, UNREADABLE
 from ..runs.schema import SOLVED_BEFORE, VERSION
 from ..runs.text import printable
 from . import plots
-from .cells import (
-    CONTRAST_HEADER,
-    RECOVERY_HEADER,
-    SOLVED_HEADER,
-    apart_from_command,
-    contrast_cells,
-    extra_cells,
-    extra_header,
-    footnote,
-    lost_and_caveats,
-    recovery_cells,
-    row_cells,
-    row_header,
-    solved_cells,
-    told_apart,
-)
+from .cells import apart_from_command, footnote, lost_and_caveats, tables, told_apart
 from .comparison import Comparison, build_comparison, build_comparisons
 from .contrasts import Contrast
 from .recovery import Recovery
@@ -145,21 +130,9 @@ def wrap(text: str, first: str = "", rest: str = "") -> str:
     return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
-def _parts(comparison: Comparison, table: Callable[[list[str], list[list[str]], set[int]], str]) -> tuple[str, ...]:
-    """The tables of rows, of what else was measured of them, of contrasts, of recoveries and of problems solved, as
-    `table` writes heads, cells and left columns. All but the first may be empty.
-    """
-    more = [[*row_cells(row)[:2], *extra_cells(comparison, row)] for row in comparison.rows]
-    extra = extra_header(comparison)
-    contrasts, recoveries = list(map(contrast_cells, comparison.contrasts)), recovery_cells(comparison)
-    solved = solved_cells(comparison)
-    return (
-        table(row_header(comparison), list(map(row_cells, comparison.rows)), {0}),
-        table(["method", "lr", *extra], more, {0}) if extra else "",
-        table(CONTRAST_HEADER, contrasts, {0, 1, 4}) if contrasts else "",
-        table(RECOVERY_HEADER, recoveries, {0, 1, 2}) if recoveries else "",
-        table(SOLVED_HEADER, solved, {0, 2}) if solved else "",
-    )
+def _parts(comparison: Comparison, table: Callable[[list[str], list[list[str]], set[int]], str]) -> list[str]:
+    """The `tables` as `table` writes heads, cells and left columns; empty where one has no row."""
+    return [table(*found) if found.rows else "" for found in tables(comparison)]
 
 
 def plain_text(comparisons: list[Comparison], verbose: bool = False) -> str:
@@ -187,17 +160,17 @@ def markdown(comparisons: list[Comparison]) -> str:
 
     parts = []
     for i, comparison in enumerate(comparisons):
-        tables = _parts(comparison, table)
+        rows, *others = _parts(comparison, table)
         lost, caveats = lost_and_caveats(comparison)
         title, apart = map(_as_typed, told_apart(comparisons, i))
         parts += [
             f"## {title}" if title else "",
             apart,
             *_verdict_in_markdown(comparison),
-            tables[0],
+            rows,
             _as_typed(footnote(comparison)),
         ]
-        parts += [*tables[1:], "\n".join(f"- {_as_typed(text)}" for text in (*lost, *caveats))]
+        parts += [*others, "\n".join(f"- {_as_typed(text)}" for text in (*lost, *caveats))]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 

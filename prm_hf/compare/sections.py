@@ -8,20 +8,18 @@ from ..runs.methods import CONTROL
 from ..runs.schema import SOLVED
 from . import chart, page, plots
 from .cells import (
-    CONTRAST_HEADER,
-    RECOVERY_HEADER,
-    SOLVED_HEADER,
+    Table,
     apart_from_command,
-    contrast_cells,
+    contrast_table,
     extra_cells,
     extra_header,
     footnote,
     lost_and_caveats,
-    recovery_cells,
+    recovery_table,
     row_cells,
     row_header,
     share,
-    solved_cells,
+    solved_table,
     told_apart,
 )
 from .command import command
@@ -145,31 +143,37 @@ def _contrast_table(comparison: Comparison) -> str:
     intervals = [c.interval for c in comparison.contrasts if c.interval]
     ends = [abs(end) for i in intervals for end in ((i.low, i.high) if i.known else (i.mean,))]
     reach, rows, previous = max([*ends, 0.01]), [], comparison.contrasts[0].left.method
-    for contrast in comparison.contrasts:
-        *cells, last = [page.escape(cell) for cell in contrast_cells(contrast)]
+    heads, found, _ = contrast_table(comparison)
+    for contrast, texts in zip(comparison.contrasts, found, strict=True):
+        *cells, last = map(page.escape, texts)
         kind = "first" if contrast.left.method != previous else ""
         rows.append((kind, [*cells, _interval_picture(contrast, reach), last]))
         previous = contrast.left.method
-    heads = [*CONTRAST_HEADER[:-1], "drawn", CONTRAST_HEADER[-1]]
-    table = page.table(heads, {0, 1, 4, 5}, rows, caption="Paired differences in held-out accuracy")
+    table = page.table(
+        [*heads[:-1], "drawn", heads[-1]], {0, 1, 4, 5}, rows, caption="Paired differences in held-out accuracy"
+    )
     return table + page.quiet("The line in the middle is a difference of 0; right of it the first is better.")
 
 
 def _recovery_table(comparison: Comparison) -> str:
-    rows = [("", list(map(page.escape, cells))) for cells in recovery_cells(comparison)]
     note = (
         "(method - AdamW) / (AdamW on clean labels - AdamW), in held-out accuracy where nothing else is said: "
         "1 is what clean labels give."
     )
     caption = "What each method gives back of what wrong labels cost AdamW"
-    return page.table(RECOVERY_HEADER, {0, 1, 2}, rows, caption=caption) + page.quiet(note) if rows else ""
+    return _table(recovery_table(comparison), caption, page.quiet(note))
 
 
 def _solved_table(comparison: Comparison) -> str:
-    rows = [("", list(map(page.escape, cells))) for cells in solved_cells(comparison)]
     note = page.quiet(f"Share: {problems(comparison)}. Intervals are over seeds and problems.")
     caption = "Problems solved, each method at the learning rate at which it solves the most"
-    return page.table(SOLVED_HEADER, {0, 2}, rows, caption=caption) + note if rows else ""
+    return _table(solved_table(comparison), caption, note)
+
+
+def _table(table: Table, caption: str, note: str) -> str:
+    """A table and the note below it; empty without rows."""
+    rows = [("", list(map(page.escape, cells))) for cells in table.rows]
+    return page.table(table.heads, table.left, rows, caption=caption) + note if rows else ""
 
 
 def _interval_picture(contrast: Contrast, reach: float) -> str:

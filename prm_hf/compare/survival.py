@@ -10,7 +10,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.stats import CensoredData, ecdf, logrank
@@ -148,12 +148,17 @@ def _divide(x: float, y: float) -> float:
     return x / y
 
 
-def logrank_p(times: Times, others: Times) -> float:
-    """The two-sided p-value of Mantel's log-rank test; NaN where no run of either reaches the threshold."""
+def log_rank(times: Times, others: Times) -> tuple[float, float]:
+    """Mantel's log-rank test; two NaN where no run of either reaches the threshold.
+
+    Returns:
+        The statistic, which is positive where `times` are the shorter ones, and the two-sided p-value.
+    """
     if not times.reached.any() and not others.reached.any():
-        return math.nan
+        return math.nan, math.nan
     with np.errstate(divide="ignore", invalid="ignore"):
-        return float(logrank(times.censored, others.censored).pvalue)
+        found = logrank(times.censored, others.censored)
+    return float(found.statistic), float(found.pvalue)
 
 
 # ---- Runs ----
@@ -207,13 +212,15 @@ class Contrast:
     """The best setting of a method beside AdamW's best one, on the seeds that both have.
 
     Attributes:
-        p_value, p_holm: of the log-rank test, and adjusted for the number of methods.
+        is_faster: whether the log-rank test has the method ahead of AdamW.
+        p_value, p_holm: of that test, and adjusted for the number of methods.
     """
 
     row: Row
     baseline: Row
     ratio: Ratio
     seconds: Ratio | None
+    is_faster: bool
     p_value: float
     p_holm: float = math.nan
 
@@ -285,10 +292,7 @@ def build_survival(runs: list[Run], threshold: Threshold) -> Survival:
         others = [found.best_of({m}) for m in found.methods if m != found.baseline.method]
         contrasts = [c for c in (_contrast(row, found.baseline) for row in others) if c is not None]
         adjusted = holm([c.p_value for c in contrasts])
-        found.contrasts = [
-            Contrast(c.row, c.baseline, c.ratio, c.seconds, c.p_value, p)
-            for c, p in zip(contrasts, adjusted, strict=True)
-        ]
+        found.contrasts = [replace(c, p_holm=p) for c, p in zip(contrasts, adjusted, strict=True)]
     return found
 
 
@@ -329,4 +333,5 @@ def _contrast(row: Row, baseline: Row) -> Contrast | None:
     steps, others = of_shared(row.steps, row), of_shared(baseline.steps, baseline)
     seconds = of_shared(row.seconds, row), of_shared(baseline.seconds, baseline)
     in_seconds = None if None in seconds else ratio_of_medians(*seconds)
-    return Contrast(row, baseline, ratio_of_medians(steps, others), in_seconds, logrank_p(steps, others))
+    statistic, p_value = log_rank(steps, others)
+    return Contrast(row, baseline, ratio_of_medians(steps, others), in_seconds, statistic > 0, p_value)

@@ -26,7 +26,8 @@ NOTE = (
     "takes longer than it had (censored); `>` is where fewer than half reach it, `?` an end that the runs do not "
     "bound. A method's setting is the one with the fewest median steps in its grid; all grids have one size, and all "
     "settings the same seeds. Ratio: of the medians, to AdamW's at its best setting, with a bootstrap over seeds. p: "
-    "log-rank test against that setting, adjusted for the number of methods (Holm). Seconds are of training, without "
+    "log-rank test against that setting, adjusted for the number of methods (Holm); a difference is shown where it is "
+    "below 0.05. Seconds are of training, without "
     "evaluations."
 )
 
@@ -49,17 +50,24 @@ def median_text(median: Median, end: float) -> str:
 
 
 def ratio_text(ratio: Ratio) -> str:
-    """`0.20 [0.15, 0.31]`; `<0.20` and `>3.1` where one of the two medians is not reached, `?` where both are not."""
+    """`0.20 [0.15, 0.31]`; `<0.20` and `>3.1` where one of the two medians is not reached, `?` where both are not.
+
+    An end is `?` too where it is no more than 0 or infinity, which every ratio lies between.
+    """
     if ratio.least == ratio.most:
-        text = f"{ratio.most:.2f}"
+        text = _factor(ratio.most)
     elif math.isinf(ratio.most):
-        text = f">{ratio.least:.2f}" if ratio.least else "?"
+        text = f">{_factor(ratio.least)}" if ratio.least else "?"
     else:
-        text = f"<{ratio.most:.2f}"
+        text = f"<{_factor(ratio.most)}"
     if math.isnan(ratio.low):
         return text
-    low, high = ("?" if not math.isfinite(x) else f"{x:.2f}" for x in (ratio.low, ratio.high))
-    return f"{text} [{low}, {high}]"
+    low = _factor(ratio.low) if ratio.low or not ratio.most else "?"
+    return f"{text} [{low}, {_factor(ratio.high) if math.isfinite(ratio.high) else '?'}]"
+
+
+def _factor(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
 
 
 def _p_text(p: float) -> str:
@@ -151,18 +159,22 @@ def all_table(survival: Survival, curves: Mapping[str, str]) -> tuple[list[str],
 
 
 def _answers(survival: Survival) -> list[str]:
+    """The log-rank test decides, and says who is ahead; the interval of the ratio says by how much, if it can."""
     found = []
     for contrast in survival.contrasts:
-        p, ratio = contrast.p_holm, contrast.ratio
-        words = "not known to differ from AdamW"
-        if p < 0.05 and ratio.high < 1:
-            words = "faster than AdamW"
-        elif p < 0.05 and ratio.low > 1:
-            words = "slower than AdamW"
-        if math.isnan(p):
-            found.append(f"neither {_label(contrast.row)} nor AdamW has a run that reaches the threshold")
+        label, ratio = _label(contrast.row), contrast.ratio
+        p, ratio_words = f"p {_p_text(contrast.p_holm)}", f"{ratio_text(ratio)} of AdamW's steps"
+        has_one = not (ratio.high < 1 or ratio.low > 1)
+        if math.isnan(contrast.p_holm):
+            found.append(f"neither {label} nor AdamW has a run that reaches the threshold")
+        elif contrast.p_holm >= 0.05:
+            more = "" if has_one else ", whose interval is not adjusted for the number of methods"
+            found.append(f"no difference between {label} and AdamW is shown ({p}; {ratio_words}{more})")
         else:
-            found.append(f"{_label(contrast.row)} is {words}: {ratio_text(ratio)} of its steps, p {_p_text(p)}")
+            more = "; the seeds do not bound by how much" if has_one else ""
+            found.append(
+                f"{label} is {'faster' if contrast.is_faster else 'slower'} than AdamW ({p}; {ratio_words}{more})"
+            )
     return found
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..runs.methods import BASELINE, CEILING, PRM, REPAIRED
 from ..runs.run import DIVERGED
-from .command import command, more_seeds, wider_rates
+from .command import command, more_seeds, options, wider_rates
 from .comparison import Comparison
 from .contrasts import BEST_LR, CONTROLLED, FRONTIER, LESS, LEVEL, MORE, Contrast
 from .findings import CAVEATS, LOST, Case, edge_of, say
@@ -201,32 +201,28 @@ MEANINGS = (
         "At their best rates it has {it[0]:+.1f} of 100 {f.measures.examples} more right, at another drift.",
     ),
 )
-# The next command, in words.
+# What to do next: what to add to the command of these runs, if there is one.
 NEXT = (
     Case("none", lambda f: not command(f.comparison), ""),
     Case(
         "methods",
-        lambda f: f.lacks and command(f.comparison, methods=[*f.methods, *_MISSING[f.lacks]]),
-        "Next, with {f.lacks}: {it}",
+        lambda f: f.lacks and options(methods=[*f.methods, *_MISSING[f.lacks]]),
+        "Next, with {f.lacks}; add to the same command: {it}",
     ),
     Case(
         "rates",
-        lambda f: _lacks_rates(f) and command(f.comparison, **_wider(f)),
-        "Next, more learning rates: {it}",
+        lambda f: _lacks_rates(f) and options(**_wider(f)),
+        "Next, more learning rates; add to the same command: {it}",
     ),
     Case(
         "seeds",
-        lambda f: min(f.seeds) < SEEDS and command(f.comparison, seeds=more_seeds(f.comparison, SEEDS)),
-        "Next, more seeds: {it}",
+        lambda f: min(f.seeds) < SEEDS and options(seeds=more_seeds(f.comparison, SEEDS)),
+        "Next, more seeds; add to the same command: {it}",
     ),
     Case(
         "preset",
-        lambda f: (
-            f.decides.verdict != MORE
-            and PRESET not in f.methods
-            and command(f.comparison, methods=[*f.methods, PRESET])
-        ),
-        "Next, the preset: {it}",
+        lambda f: f.decides.verdict != MORE and PRESET not in f.methods and options(methods=[*f.methods, PRESET]),
+        "Next, the preset; add to the same command: {it}",
     ),
     Case("own", lambda f: f.decides.verdict == MORE and _configuration(f), "Next, in your own training: {it}"),
 )

@@ -1,14 +1,14 @@
 """What is checked before anything is written, a model loaded or a step trained: arguments, methods and rows."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
 from .._extras import require
-from ..runs.methods import CONTROL, parse_method
+from ..runs.methods import CONTROL, Method, parse_method
 from ..runs.write import check_name
 from ..suspects import fold_of_rows
 from ..trainers.config import check_deepspeed_config, check_optimizer
@@ -134,12 +134,24 @@ def _check_methods(experiment: Experiment) -> None:
                 experiment.check_method(method, config)
             except ValueError as error:
                 raise ValueError(f"`{method.name}` of `methods`: {error}") from error
+    check_given_settings(given, args.compared, list(configs.values()))
+
+
+def check_given_settings(
+    given: TrainingArguments, compared: Iterable[Method], configs: Sequence[TrainingArguments]
+) -> None:
+    """Raises ValueError for a setting that no method has since each sets its own.
+
+    Args:
+        given: the training configuration of the command line.
+        compared: the methods.
+        configs: what they make of it.
+    """
     defaults = defaults_of(type(given))
-    changed = {name for method in args.compared for name in (method.changes(0.3) or ())} - {*_LOOKS, "optim"}
+    changed = {name for method in compared for name in (method.changes(0.3) or ())} - {*_LOOKS, "optim"}
     for name in sorted(changed | {name for name in defaults if name.startswith("prm_")}):
-        value, users = getattr(given, name, None), configs.values()
-        if name.startswith("prm_"):
-            users = [config for config in users if config.optim == "prm"]
+        value = getattr(given, name, None)
+        users = [config for config in configs if config.optim == "prm" or not name.startswith("prm_")]
         if value != defaults.get(name) and value not in [getattr(config, name) for config in users]:
             raise ValueError(
                 f"`{name}` is {value!r}, and no method in `methods` has it: leave it out, or name one that has."

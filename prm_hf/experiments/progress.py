@@ -46,9 +46,9 @@ def make_run(grid: Grid, spec: RunSpec, folder: Path, resume: bool, bar: tqdm) -
     try:
         show_progress(trainer, spec.name, bar)
         trainer.train(resume_from_checkpoint=resume or None)
-        if trainer.args.save_strategy != "no":
-            trainer.save_model(str(folder))
         more, margins = grid.outcomes(spec, trainer)
+        if trainer.args.save_strategy != "no":  # now that the weights are those that were measured
+            trainer.save_model(str(folder))
         metrics = {**final_metrics(trainer), **more}
         if has_diverged(metrics):  # in the last step, or in fp16
             raise DivergedError(_first_not_finite(trainer))

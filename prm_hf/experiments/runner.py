@@ -94,7 +94,7 @@ def _compare(experiment: Experiment, deadline: float | None, reports: bool = Tru
         check_data(experiment, data)
     doubted = [[doubted_rows(experiment, x, rate) for rate in args.noise_rate if args.suspects] for x in datasets]
     # What one process of a sweep computes, the others find in the datasets' cache.
-    preparing, code = _lock(Path(training_args.output_dir), "prepare"), 0
+    preparing, code = lock_of(Path(training_args.output_dir), "prepare"), 0
     for data, to_doubt in zip(datasets, doubted, strict=True):
         with preparing:
             data = experiment.prepare(data)
@@ -165,7 +165,7 @@ class Runner:
         specs = self.grid.specify_runs()
         if self.state.is_main_process:
             for spec in specs:  # what is in the way of one is said before another is trained
-                with _lock(self.grid.place(spec), "folders"):
+                with lock_of(self.grid.place(spec), "folders"):
                     find_folder(spec, self.grid.place(spec), self.tell)
         while specs:
             for spec, run in zip(specs, self._make_each(specs), strict=True):
@@ -220,14 +220,14 @@ class Runner:
     def _decide(self, spec: RunSpec, wait: bool, held: contextlib.ExitStack) -> tuple[str, Made, bool]:
         """`"make"`, `"made"`, `"later"` or `"late"`; the run so far; and whether it has a checkpoint."""
         place = self.grid.place(spec)
-        with _lock(place, "folders"):
+        with lock_of(place, "folders"):
             folder, others = find_folder(spec, place, self.tell)
             if self.overwrite:
                 others = self._remove(others)
         so_far = Made(folder, None)
         left = -1.0 if self.deadline is None else max(0.0, self.deadline - time.monotonic())
         try:
-            held.enter_context(_lock(place, folder.name).acquire(timeout=left if wait else 0))
+            held.enter_context(lock_of(place, folder.name).acquire(timeout=left if wait else 0))
         except Timeout:
             return "late" if wait else "later", so_far, False
         metrics, failure = finished_metrics(folder, self.tell), failure_of(folder)
@@ -250,7 +250,7 @@ class Runner:
         busy = {}
         for folder, changed in folders.items():
             try:
-                with _lock(folder.parent, folder.name).acquire(timeout=0):
+                with lock_of(folder.parent, folder.name).acquire(timeout=0):
                     shutil.rmtree(folder)
                 self.tell(f"{folder.name}: removed by `overwrite_runs`, since these settings differ: {changed}")
             except Timeout:
@@ -303,7 +303,7 @@ class Runner:
         if not self.reports or not self.state.is_main_process:
             return
         if any(run.counts for run in self.made.values()):
-            with _lock(self.grid.output_dir, "report"):
+            with lock_of(self.grid.output_dir, "report"):
                 self.grid.report(list(self.made.values()))
         failed = [run for run in self.made.values() if run.metrics is None]
         for run in failed:
@@ -312,7 +312,8 @@ class Runner:
             print("The same command tries them again.")
 
 
-def _lock(folder: Path, name: str) -> FileLock:
+def lock_of(folder: Path, name: str) -> FileLock:
+    """The lock of a run, or of something else, in a folder that several processes may share."""
     locks = folder / ".locks"
     locks.mkdir(parents=True, exist_ok=True)
     return FileLock(locks / f"{name}.lock")

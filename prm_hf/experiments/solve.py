@@ -46,8 +46,8 @@ class SolveArguments(ComparisonArguments):
         solve_answer_column (`str`):
             Column of their answers, or of completions that end in them.
         solve_answer_checker (`str`):
-            How an answer is checked: `number` (the last number), `choice` (a letter), `exact` (the whole text), or a
-            function of a completion and an answer that is true where it is right, as `my_module:is_right`.
+            How an answer is checked, as by the flag `--answer_checker` of `prm-hf pairs`: `number`, `choice`, `exact`
+            or `my_module:is_right`.
         solve_max_new_tokens (`int`):
             Longest completion in tokens.
         solve_batch_size (`int`):

@@ -15,7 +15,7 @@ import torch
 from . import INTERRUPTED, OUT_OF_TIME, interruptible
 
 
-COMMANDS = ("dpo", "sft", "suspects", "grokking")
+COMMANDS = ("dpo", "sft", "suspects", "regression", "grokking", "pinn")
 SECONDS_TO_END = 20  # that workers have to end by themselves
 
 

@@ -20,7 +20,7 @@ from ..runs.schema import Threshold
 from ..runs.write import RunSpec, check_seed
 from ..trainers.config import PRMArguments, check_optimizer, with_help
 from .arguments import check_lists, check_ranges, methods_help
-from .checks import check_unused_settings
+from .checks import check_given_settings, check_unused_settings
 from .command_line import CommandLine, read_yaml
 from .controls import THIRD_PARTY
 from .ensembles import can_stack
@@ -200,12 +200,18 @@ class ThresholdTask:
         known = optimizer_methods()
         types = (cls.arguments_class, ThresholdConfig)
         parser = CommandLine(cls.command, cls.description, types, shown, methods_help(known))
-        defaults = {"output_dir": f"runs/{cls.command}", **_DEFAULTS, "logging_steps": preset["eval_steps"], **preset}
+        defaults = {"output_dir": f"runs/{cls.command}", **_DEFAULTS, **preset}
         # Who gives a grid for all methods does not mean the preset's for PRM
         grids = {f"prm_{name}": name for name in ("learning_rates", "weight_decays")}
-        args, training_args = parser.parse(
-            arguments, lambda given: {k: value for k, value in defaults.items() if grids.get(k) not in given}
-        )
+        given: set[str] = set()
+
+        def defaults_beside(names: set[str]) -> dict[str, Any]:
+            given.update(names)
+            return {k: value for k, value in defaults.items() if grids.get(k) not in names}
+
+        args, training_args = parser.parse(arguments, defaults_beside)
+        if "logging_steps" not in given:  # the loss and the mask are drawn beside the metric
+            training_args.logging_steps = training_args.eval_steps
         args.check(known, cls.threshold)
         task = cls(args, training_args)
         task.command_line = shlex.join(["prm-hf", cls.command, *arguments])
@@ -240,16 +246,21 @@ class ThresholdTask:
                 f"A threshold is reached at a step: set `max_steps` above 0, got {config.max_steps}, and leave "
                 f"`eval_strategy` at 'steps', got {getattr(config.eval_strategy, 'value', config.eval_strategy)!r}."
             )
+        if config.eval_steps < 1 or config.eval_steps != int(config.eval_steps):
+            raise ValueError(f"`eval_steps` must be a whole number of steps, at least 1, got {config.eval_steps:g}.")
+        configs = []
         for method in args.compared:
             if method.key in THIRD_PARTY:
                 require("prm_hf.experiments.controls", THIRD_PARTY[method.key], extra="controls")
             if method.key == "msvag" and args.weight_decays != [0]:
                 raise ValueError(f"`msvag` has no weight decay, and `weight_decays` are {args.weight_decays}.")
             if method.group != CONTROL:
+                configs.append(configure(config, method.name, 0.0))
                 try:
-                    check_optimizer(configure(config, method.name, 0.0))
+                    check_optimizer(configs[-1])
                 except ValueError as error:
                     raise ValueError(f"`{method.name}` of `methods`: {error}") from error
+        check_given_settings(config, args.compared, configs)
         if args.models_at_once > 1 and not can_stack(config):
             raise ValueError(
                 f"`models_at_once` is {args.models_at_once}, and a stack computes neither bf16 nor fp16, accumulated "

@@ -1,15 +1,14 @@
 """The runs of a task with a threshold: methods, learning rates, weight decays and seeds, then the controls."""
 
+import contextlib
 import dataclasses
-import itertools
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from filelock import FileLock
+from filelock import Timeout
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .. import PRM
@@ -28,7 +27,7 @@ from .controls import WHOLE_TENSORS, set_up_optimizer
 from .ensembles import Setting, Stack, can_stack, final_metrics_of, train_stack
 from .grid import Grid, Made, MadeRuns, configure, defaults_of, settings_of
 from .progress import hardware
-from .runner import OutOfTime, Runner, workers_beside
+from .runner import OutOfTime, Runner, lock_of, workers_beside
 from .thresholds import ThresholdTask
 
 
@@ -213,46 +212,70 @@ class ThresholdCallback(TrainerCallback):
 
 
 def make_stacks(grid: ThresholdGrid, deadline: float | None = None) -> None:
-    """Makes the runs that can be stacked, `models_at_once` of one method together; the runner finds them finished."""
-    size, state = grid.task.args.models_at_once, PartialState()
-    if size == 1:
+    """Makes the runs that can be stacked, `models_at_once` of one method together; the runner finds them finished.
+
+    Several processes may share a grid: a stack has runs that no other process is training.
+    """
+    if grid.task.args.models_at_once == 1:
         return
-    locks = grid.output_dir / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / "stacks.lock"):  # of two commands in one folder one trains them
-        _make_stacks(grid, size, hardware(state), deadline)
-
-
-def _make_stacks(grid: ThresholdGrid, size: int, device: dict[str, Any], deadline: float | None) -> None:
     runs = grid.specify_runs()
-    groups = [(m, m.name, [spec for spec in runs if spec.method == m.name]) for m in grid.methods]
-    for method, configured_as, specs in itertools.chain(groups, _controls(grid, runs)):
-        config = configure(grid.task.training_args, configured_as, 0.0)
-        if method.key in WHOLE_TENSORS or not can_stack(config):
-            continue
-        left = [spec for spec in specs if not grid.is_finished(spec)]
-        for start in range(0, len(left), size):
-            if deadline is not None and time.monotonic() >= deadline:
-                return
-            part = left[start : start + size]
+    for method in grid.methods:
+        _make_stacks_of(grid, method, [spec for spec in runs if spec.method == method.name], deadline)
+    able = {method.name for method in grid.methods if method.has_controls}
+    if grid.controls and _are_made(grid, [spec for spec in runs if spec.method in able], deadline):
+        specs, _ = grid.specify_controls({})
+        for method in grid.controls:
+            _make_stacks_of(grid, method, [spec for spec in specs if spec.method == method.name], deadline)
+
+
+def _make_stacks_of(grid: ThresholdGrid, method: Method, specs: list[RunSpec], deadline: float | None) -> None:
+    if not specs or method.key in WHOLE_TENSORS:
+        return
+    config = configure(grid.task.training_args, specs[0].configured_as or method.name, 0.0)
+    device = hardware(PartialState())
+    while can_stack(config) and specs and (deadline is None or time.monotonic() < deadline):
+        with contextlib.ExitStack() as held:
+            part, specs = _take(grid, specs, held)
             try:
-                if not make_stack(grid, part, config, device):
+                if not part or not make_stack(grid, part, config, device):
                     return
             except RuntimeError as error:  # as where memory is short; the runner makes these runs
                 problem = f"{type(error).__name__}: {error}"
                 print(f"{method.name}: no stack of {len(part)} models ({problem}); they are trained one by one.")
 
 
-def _controls(grid: ThresholdGrid, runs: list[RunSpec]) -> Iterator[tuple[Method, str, list[RunSpec]]]:
-    """The controls, once the runs that they take something from are finished."""
-    able = {method.name for method in grid.methods if method.has_controls}
-    if not all(grid.is_finished(spec) for spec in runs if spec.method in able):
-        return
-    specs, _ = grid.specify_controls({})
-    for method in grid.controls:
-        own = [spec for spec in specs if spec.method == method.name]
-        if own:
-            yield method, own[0].configured_as, own
+def _take(
+    grid: ThresholdGrid, specs: list[RunSpec], held: contextlib.ExitStack
+) -> tuple[list[RunSpec], list[RunSpec]]:
+    """The first `models_at_once` runs that are neither finished nor in another process, whose locks `held` gets, and
+    the runs behind them."""
+    taken = []
+    with lock_of(grid.output_dir, "stacks"):  # or two processes that begin together take every other run
+        for i, spec in enumerate(specs):
+            if len(taken) == grid.task.args.models_at_once:
+                return taken, specs[i:]
+            folder = grid.folder(spec)
+            try:
+                held.enter_context(lock_of(folder.parent, folder.name).acquire(timeout=0))
+            except Timeout:
+                continue
+            if not grid.is_finished(spec):
+                taken.append(spec)
+    return taken, []
+
+
+def _are_made(grid: ThresholdGrid, specs: list[RunSpec], deadline: float | None) -> bool:
+    """Whether runs are finished, once no other process is training one of them or time is up."""
+    for spec in specs:
+        folder = grid.folder(spec)
+        left = -1.0 if deadline is None else max(0.0, deadline - time.monotonic())
+        try:
+            with lock_of(folder.parent, folder.name).acquire(timeout=left):
+                if not grid.is_finished(spec):
+                    return False
+        except Timeout:
+            return False
+    return True
 
 
 def make_stack(grid: ThresholdGrid, specs: list[RunSpec], config: TrainingArguments, device: dict[str, Any]) -> bool:

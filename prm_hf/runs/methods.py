@@ -241,6 +241,7 @@ register(
     _adamw("interpolate", "AdamW, part of the way", OTHER, value_help="the part, as in `interpolate:0.5`"),
     _prm("prm_per_tensor", "PRM per_tensor", {**_TENSOR, "prm_estimator": "ema"}),
     _prm("prm_per_param", "PRM per_param", {**_PARAM, "prm_estimator": "ema"}),
+    _prm("prm_rows_ema", "PRM per_row ema", {"prm_reduction": "per_row", "prm_estimator": "ema"}),
     _prm("prm_debiased", "PRM debiased", _TENSOR),
     _prm("prm_debiased_eps", "PRM debiased eps", _TENSOR, **_eps("prm_debiased_eps:10")),
     _prm("prm_debiased_per_param", "PRM debiased per_param", _PARAM),

@@ -6,7 +6,7 @@ set -euo pipefail
 out=${OUT:-runs/pinn}
 minutes=${MINUTES:+--max_minutes $MINUTES}
 pinn="python recipes/pinn.py $minutes"
-masks="prm_per_tensor prm_per_param prm_debiased prm_debiased_per_param prm_rows"
+masks="prm_per_tensor prm_per_param prm_rows_ema prm_debiased prm_debiased_per_param prm_rows"
 
 cpu() { # what a user sees first: minutes on two cores
     $pinn --output_dir "$out/cpu"
@@ -18,8 +18,8 @@ full() { # the claim: every reduction and estimator against AdamW, on a GPU; α 
 }
 
 peers() { # optimizers of other libraries, which are trained one after another: fewer settings
-    $pinn --preset full --output_dir "$out/peers" --methods adamw cautious casmo prm_per_param --seeds 0 1 2 3 4 \
-        --learning_rates 6e-4 2e-3 6e-3 --prm_learning_rates 1e-2 2e-2 4e-2 --weight_decays 0 0.01 \
+    $pinn --preset full --output_dir "$out/peers" --methods adamw cautious casmo grokfast grokadamw prm_per_param \
+        --seeds 0 1 2 3 4 --learning_rates 6e-4 2e-3 6e-3 --prm_learning_rates 1e-2 2e-2 4e-2 --weight_decays 0 0.01 \
         --workers "${WORKERS:-8}"
 }
 

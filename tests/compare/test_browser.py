@@ -127,7 +127,7 @@ def test_keyboard_copies_a_command(visit, report):
     page.keyboard.press("Enter")
     page.wait_for_function("document.activeElement.textContent === 'Copied'")
     command = page.locator(".verdict code").inner_text()
-    assert page.evaluate("navigator.clipboard.readText()") == command and command.startswith("prm-hf dpo ")
+    assert page.evaluate("navigator.clipboard.readText()") == command and command.startswith("--seeds ")
     # Each fold opens with a key.
     page.locator("summary").first.focus()
     page.keyboard.press("Enter")

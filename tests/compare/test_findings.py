@@ -6,9 +6,11 @@ import shlex
 import pytest
 
 from prm_hf.compare import compare_runs, format_comparison, plots
+from prm_hf.compare.command import command
 from prm_hf.compare.contrasts import BEST_LR, FRONTIER
 from prm_hf.compare.findings import CAVEATS, LOST
 from prm_hf.compare.verdict import ANSWERS, MEANINGS, NEXT
+from prm_hf.experiments.dpo import DPOExperiment
 
 from .compared_runs import ACCURACY, contrast, write_grid, write_run
 
@@ -117,7 +119,7 @@ def test_an_adamw_at_one_rate_that_is_as_good_is_no_win(tmp_path):
         write_run(tmp_path, "adamw_eps:10", 1e-3, seed, 0.85, 0.4)
     comparison = compare_runs(tmp_path)
     assert comparison.answer == "unbeaten" and "; level with AdamW eps 10. No frontier" in comparison.verdict[0]
-    assert comparison.verdict[2].startswith("Next, more learning rates: prm-hf dpo ")
+    assert comparison.verdict[2].startswith("Next, more learning rates; add to the same command: --")
 
 
 def test_more_learning_rates_than_adamw_are_no_win(tmp_path):
@@ -233,7 +235,7 @@ def test_a_verdict_is_short_however_many_methods_there_are(tmp_path):
     comparison = compare_runs(tmp_path)
     assert len(comparison.verdict) == 3 and max(map(len, comparison.verdict[:2])) <= 160
     verdict, command, table, *_ = format_comparison(comparison).split("\n\n")
-    assert command.startswith("prm-hf ") and table.startswith("method") and len(verdict.splitlines()) <= 5
+    assert command.startswith("--") and table.startswith("method") and len(verdict.splitlines()) <= 5
 
 
 def test_what_the_best_tuned_adamw_gives_back_is_said(tmp_path):
@@ -258,12 +260,39 @@ def test_the_command_of_own_data(tmp_path):
         for lr, kl, accuracy in ((1e-4, 0.1, 0.70), (1e-3, 0.4, 0.75), (1e-2, 1.6, 0.65)):
             write_run(tmp_path, "adamw", lr, seed, accuracy, kl, settings=settings, **own)
             write_run(tmp_path, "prm_debiased", lr, seed, accuracy, kl, settings=settings, **own)
-    _, _, command = compare_runs(tmp_path).verdict[2].partition(": ")
-    words = shlex.split(command)
+    comparison = compare_runs(tmp_path)
+    whole = command(comparison)
+    words = shlex.split(whole)
     assert words[:2] == ["prm-hf", "dpo"] and words[words.index("--dataset_name") + 1] == "my pairs.jsonl"
     expected = {"--num_train_epochs": "2", "--beta": "0.1", "--per_device_train_batch_size": "8"}
     assert {key: words[words.index(key) + 1] for key in expected} == expected
-    assert "--use_peft" in words and "--max_steps" not in words and "--learning_rates 1e-4 1e-3 1e-2 --prm" in command
+    assert "--use_peft" in words and "--max_steps" not in words and "--learning_rates 1e-4 1e-3 1e-2 --prm" in whole
+    # What comes next is of the options that change alone
+    assert comparison.verdict[2] == "Next, more seeds; add to the same command: --seeds 0 1 2 3 4"
+    assert command(comparison, seeds=[0, 7]) == whole.replace("--seeds 0 1 2", "--seeds 0 7")
+
+
+@pytest.mark.parametrize("last", ["--seeds 0 1", "--seeds=0"])
+def test_the_next_options_go_behind_a_command(tmp_path, last):
+    """Where an option stands twice, the later one counts, as in the command that is made of both."""
+    recorded = f"prm-hf dpo --max_steps 7 {last} --output_dir runs/own"
+    write_grid(tmp_path, seeds=MANY, prm_gain=0.1)
+    for file in tmp_path.glob("*/run.json"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "command": recorded}))
+    comparison = compare_runs(tmp_path)
+    _, _, added = comparison.verdict[2].partition("add to the same command: ")
+    name, *values = added.split()
+    joined = command(comparison, **{name.removeprefix("--"): values})
+
+    def parsed(text):
+        experiment = DPOExperiment.parse(shlex.split(text)[2:])
+        return vars(experiment.script_args), experiment.training_args.max_steps, experiment.training_args.output_dir
+
+    assert (
+        joined.count(name) == 1
+        and name == "--seeds"
+        and parsed(f"{recorded} {added}") == parsed(joined) != parsed(recorded)
+    )
 
 
 def test_the_ceiling_is_no_opponent(tmp_path):

@@ -16,7 +16,7 @@ def test_table_is_aligned_and_narrow(tmp_path):
     write_run(tmp_path, "a_method_with_a_name_that_is_much_too_long_for_any_table", 1e-3, 0, 0.7, 0.4, drop=(KL,))
     text = format_comparison(compare_runs(tmp_path), "table")
     verdict, command, *others = text.split("\n\n")
-    assert verdict.endswith("\nNext, more seeds:") and command.startswith("prm-hf dpo ") and "\n" not in command
+    assert verdict.endswith("\nNext, more seeds; add to the same command:") and command == "--seeds 0 1 2 3 4"
     assert max(map(len, verdict.splitlines())) <= 120 and max(map(len, "\n".join(others).splitlines())) <= 120
     header, rule, *rows = others[0].splitlines()
     assert header.split()[:3] == ["method", "lr", "seeds"] and set(rule) == {"-"} and len(rows) == 8
@@ -30,7 +30,7 @@ def test_markdown_has_whole_rows(tmp_path):
     text = format_comparison(compare_runs(tmp_path), "markdown")
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {11, 6}
-    assert "\n\n    prm-hf dpo --" in text  # a block of code, to be copied
+    assert "\n\n    --seeds 0 1 2 3 4\n" in text  # a block of code, to be copied
     assert text.startswith("**No sign of it: PRM per_tensor") and "\\|reward\\|" in text
 
 

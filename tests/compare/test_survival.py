@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import logrank
 
 from prm_hf.compare import survival_report
-from prm_hf.compare.survival import Median, Times, build_survival, logrank_p, ratio_of_medians, time_of
+from prm_hf.compare.survival import Median, Times, build_survival, log_rank, ratio_of_medians, time_of
 from prm_hf.runs.run import DIVERGED, Run
 from prm_hf.runs.schema import SECONDS, STEPS_TO_THRESHOLD, Threshold, measures_of
 
@@ -132,9 +132,11 @@ def test_one_seed_has_no_interval():
 
 def test_the_log_rank_test_is_of_all_runs():
     fast, slow = times(10, 20, 30, 40, 50), times(80, 90, 90, None, None)
-    assert logrank_p(fast, slow) == pytest.approx(logrank(fast.censored, slow.censored).pvalue)
-    assert logrank_p(fast, slow) < 0.01 and logrank_p(fast, fast) == pytest.approx(1)
-    assert math.isnan(logrank_p(times(None, None), times(None)))
+    statistic, p = log_rank(fast, slow)
+    assert p == pytest.approx(logrank(fast.censored, slow.censored).pvalue) and p < 0.01
+    assert statistic > 0 > log_rank(slow, fast)[0]
+    assert log_rank(fast, fast)[1] == pytest.approx(1)
+    assert all(map(math.isnan, log_rank(times(None, None), times(None))))
 
 
 # ---- Runs ----
@@ -229,8 +231,33 @@ def test_texts_of_medians(median, text):
 
 def test_texts_of_ratios():
     pairs = [((10, 20, 30), (40, 40, 40)), ((20,), (None,)), ((None,), (20,)), ((None,), (None,))]
+    # Bounds that every ratio has are none, and a small number is not shown as 0
+    pairs += [((20, 30, None), (40, 50, None)), ((None, None), (None, None)), ((0, 0), (20, 20)), ((1, 1), (99, 99))]
     texts = [survival_report.ratio_text(ratio_of_medians(times(*a), times(*b))) for a, b in pairs]
-    assert texts == ["0.50 [0.25, 0.75]", "<0.20", ">5.00", "?"]
+    assert texts[:4] == ["0.50 [0.25, 0.75]", "<0.20", ">5.00", "?"]
+    assert texts[4:] == ["0.60 [?, ?]", "? [?, ?]", "0.00 [0.00, 0.00]", "0.01 [0.01, 0.01]"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "answer"),
+    [
+        ((20, 20, 30, 30, 40), (80, 80, 90, 90, 90), "is faster than AdamW (p 0.002; 0.33 [0.25, 0.44] of AdamW's"),
+        ((80, 80, 90, 90, 90), (20, 20, 30, 30, 40), "is slower than AdamW (p 0.002; 3.00 [2.25, 4.00] of AdamW's"),
+        # The test tells them apart, and medians that are not reached bound no ratio
+        (
+            (None,) * 5,
+            (20, 30, 50, 90, None),
+            "slower than AdamW (p 0.013; >2.00 [?, ?] of AdamW's steps; the seeds do",
+        ),
+        ((20, 30, 50, 90, None), (20, 30, 60, None, 80), "no difference between PRM per_row and AdamW is shown (p "),
+        ((40, 50, 60), (50, 60, 90), "is shown (p 0.257; 0.83 [0.67, 0.83] of AdamW's steps, whose interval is not"),
+        ((None, None), (None, None), "neither PRM per_row nor AdamW has a run that reaches the threshold"),
+    ],
+)
+def test_the_test_decides_what_is_said(tmp_path, ours, theirs, answer):
+    runs = [*make_runs(tmp_path, "adamw", theirs), *make_runs(tmp_path, "prm_rows", ours)]
+    (found,) = survival_report._answers(build_survival(runs, THRESHOLD))
+    assert answer in found, found
 
 
 def test_a_report(tmp_path, capsys):

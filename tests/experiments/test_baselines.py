@@ -1,13 +1,16 @@
 """What answers label noise without a mask, against formulas that are written otherwise."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 
+from prm_hf.demo import build_demo
 from prm_hf.experiments.baselines import (
     Interpolation,
     check_pair_loss,
@@ -24,7 +27,7 @@ from prm_hf.experiments.dpo import DPOExperiment
 from prm_hf.experiments.sft import SFTExperiment
 from prm_hf.runs.methods import METHODS, find_method, parse_method
 
-from .comparisons import ON_CPU
+from .comparisons import ON_CPU, folder_of, run_dpo_on_files
 
 
 LOSSES = torch.tensor([0.2, 3.0, 0.7, 0.1, 1.5, 0.9, 0.4, 2.0, 0.3, 0.6], dtype=torch.float64)
@@ -97,6 +100,18 @@ def test_a_part_of_the_way():
     callback.move()
     expected = (0.75 * start["weight"] + 0.25 * end).to(torch.bfloat16)
     assert torch.equal(model.weight, expected) and torch.equal(model.bias.float(), start["bias"])
+
+
+def test_the_saved_model_is_the_one_that_was_moved(pairs, tmp_path, no_pictures):
+    assert run_dpo_on_files(pairs, tmp_path, "--methods", "adamw", "interpolate:0.5") == 0
+    folders = [folder_of(tmp_path, f"{name}_lr0.001_seed0") for name in ("adamw", "interpolate0.5")]
+    start, whole, half = (load_file(Path(x) / "model.safetensors") for x in (build_demo().model_path, *folders))
+    assert any(not torch.equal(start[name], whole[name]) for name in start)
+    for name, weight in half.items():
+        torch.testing.assert_close(weight, (start[name] + whole[name]) / 2, atol=1e-6, rtol=1e-4)
+    # Training goes on from weights that were not moved
+    checkpoints = [load_file(folder / "checkpoint-4" / "model.safetensors") for folder in folders]
+    assert all(torch.equal(checkpoints[0][name], checkpoints[1][name]) for name in start)
 
 
 def test_lora_has_no_part_of_the_way():

@@ -2,6 +2,10 @@
 
 import json
 import math
+import multiprocessing
+import os
+import time
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -13,8 +17,9 @@ from prm_hf.compare import compare_runs, load_runs
 from prm_hf.experiments import OUT_OF_TIME, regression
 from prm_hf.experiments.ensembles import Setting, Stack, train_stack
 from prm_hf.experiments.problems import Problem, RowOrder, order_of_rows
+from prm_hf.experiments.runner import lock_of
 from prm_hf.experiments.thresholds import ThresholdTask, optimizer_methods
-from prm_hf.experiments.thresholds_grid import ThresholdGrid, run_thresholds
+from prm_hf.experiments.thresholds_grid import ThresholdGrid, make_stacks, run_thresholds
 from prm_hf.runs.schema import Threshold
 
 
@@ -242,6 +247,52 @@ def test_runs_of_a_stack_that_fails_are_made_one_by_one(tmp_path, capsys, monkey
     assert "adamw: no stack of 2 models (OutOfMemoryError: too many)" in capsys.readouterr().out
 
 
+def test_a_stack_leaves_out_what_another_process_trains(tmp_path):
+    """A lock on one run does not keep the other runs of its method, nor another method, from being stacked."""
+    grid = ThresholdGrid(Small.parse(command(tmp_path, "--models_at_once", 2, "--seeds", 0, 1, 2, 3)))
+    specs = grid.specify_runs()
+    busy = next(spec for spec in specs if spec.method == "adamw" and spec.seed == 1)
+    with lock_of(grid.place(busy), grid.folder(busy).name):
+        make_stacks(grid)
+    assert [spec for spec in specs if not grid.is_finished(spec)] == [busy]
+    sizes = {(run.method, run.seed): run.info["models_at_once"] for run in load_runs(tmp_path)}
+    assert [sizes["adamw", seed] for seed in (0, 2, 3)] == [2, 2, 1]
+    assert [sizes["prm_rows", seed] for seed in range(4)] == [2] * 4
+
+
+class Shared(Small):
+    """A task whose process waits in its first stack until another process is in one too."""
+
+    def problem(self, seed):
+        file = Path(self.training_args.output_dir) / "processes.txt"
+        with file.open("a") as lines:
+            lines.write(f"{os.getpid()}\n")
+        until = time.monotonic() + 120
+        while len(set(file.read_text().split())) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        return super().problem(seed)
+
+
+def begin(folder):
+    run_thresholds(Shared, command(folder, "--models_at_once", 2, "--methods", "adamw", "prm_rows", "constant_q"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_stacks_of_one_folder_at_the_same_time(tmp_path):
+    """Each run is in one stack, the controls, which need the runs of the other process, among them."""
+    processes = [multiprocessing.get_context("spawn").Process(target=begin, args=(tmp_path,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=240)
+    assert [process.exitcode for process in processes] == [0, 0]
+    begun = (tmp_path / "processes.txt").read_text().split()
+    assert len(begun) == 6 and len({*begun}) == 2  # two seeds of each method
+    assert sorted((run.method, run.seed, run.info["models_at_once"]) for run in load_runs(tmp_path)) == sorted(
+        (method, seed, 2) for method in ("adamw", "prm_rows", "constant_q") for seed in (0, 1)
+    )
+
+
 def test_what_is_no_formula_goes_through_the_trainer(tmp_path):
     pytest.importorskip("pytorch_optimizer")
     runs = run(tmp_path, "--methods", "adamw", "cautious", "--seeds", 0, "--models_at_once", 8)
@@ -274,7 +325,10 @@ def test_the_order_of_rows_depends_on_seed_and_epoch_alone():
         (["--methods", "adamw", "constant_q"], "add a PRM method, got"),
         (["--methods", "msvag", "--weight_decays", "0.1"], "`msvag` has no weight decay"),
         (["--max_steps", "-1"], "set `max_steps` above 0, got -1"),
+        (["--eval_steps", "0.1"], "`eval_steps` must be a whole number of steps, at least 1, got 0.1"),
         (["--eval_strategy", "epoch"], "leave `eval_strategy` at 'steps', got 'epoch'"),
+        (["--prm_estimator", "ema"], "`prm_estimator` is 'ema', and no method in `methods` has it: leave it out"),
+        (["--prm_mask", "soft", "--methods", "adamw"], "`prm_mask` is 'soft', and no method in `methods` has it"),
         (["--prm_softness", "-1"], "Invalid prm_softness=-1.0"),
         (["--models_at_once", "0"], "`models_at_once` must be at least 1"),
         (["--models_at_once", "2", "--gradient_accumulation_steps", "2"], "a stack computes neither"),
@@ -298,6 +352,19 @@ def test_presets_are_defaults(tmp_path):
     assert (found.training_args.max_steps, found.training_args.eval_steps) == (7, 10)
     found = Small.parse(["--config", str(file)])
     assert found.training_args.max_steps == 1000 and found.args.seeds == [5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [
+        ([], 4),
+        (["--eval_steps", "5"], 5),
+        (["--eval_steps", "5", "--logging_steps", "2"], 2),
+        (["--preset", "full"], 10),
+    ],
+)
+def test_the_loss_is_logged_as_often_as_the_metric(arguments, steps):
+    assert Small.parse(arguments).training_args.logging_steps == steps
 
 
 def test_a_grid_for_all_methods_is_for_all():
