@@ -23,15 +23,16 @@ def kl_inverse(risk: float, c: float) -> float:
     """
 
     def divergence(p: float) -> float:
-        first = risk * math.log(risk / p) if risk > 0 else 0.0
-        return first + ((1 - risk) * (math.log1p(-risk) - math.log1p(-p)) if risk < 1 else 0.0)
+        return risk * math.log(risk / p) + (1 - risk) * (math.log1p(-risk) - math.log1p(-p))
 
     highest = 1 - 1e-16
+    if risk < 1e-300:
+        return -math.expm1(-c)
     if risk >= highest or divergence(highest) <= c:
         return 1.0
-    if c <= 0:
+    if divergence(risk) >= c:
         return risk
-    return max(risk, optimize.brentq(lambda p: divergence(p) - c, max(risk, 1e-300), highest, xtol=1e-15))
+    return max(risk, optimize.brentq(lambda p: divergence(p) - c, risk, highest, xtol=1e-15))
 
 
 def kl_bound(risk: float, kl: float, n: int, delta: float = 0.05) -> float:

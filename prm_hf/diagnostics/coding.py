@@ -14,7 +14,7 @@ import numpy as np
 
 
 MOST_LEVELS = 255
-_BLOCK = 4096  # symbols under the same frequencies, from that many symbols on; one by one before
+_BLOCKS = 32  # after `start` symbols the next `start / 32` have the same frequencies, the first 63 have their own
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,6 @@ def _model(counts: np.ndarray) -> constriction.stream.model.Categorical:
 def _blocks(n: int) -> Iterator[tuple[int, int]]:
     start = 0
     while start < n:
-        end = min(n, start + (1 if start < _BLOCK else _BLOCK))
+        end = min(n, start + max(1, start // _BLOCKS))
         yield start, end
         start = end

@@ -27,7 +27,6 @@ from .subspace import Subspace, TrainedVector
 
 ALPHAS = (1e-3, 1e-2, 0.05, 0.1, 0.25, 0.5)  # the smoothings of a language model
 LEVELS = (3, 5, 7, 11, 17)
-QAT_BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def compression_bound(
             wrongly by the implicit reward of DPO; a tie counts as ½).
         subspace: What the model was trained in.
         levels: How many values the compressed weights may have, 2 to 255; each number is tried.
-        qat_steps: Steps of quantisation-aware fine-tuning, with Adam and batches of 32 rows.
+        qat_steps: Steps of quantisation-aware fine-tuning, with Adam and batches of `batch_size` rows.
         qat_learning_rate: In units of the root mean square of the compressed values.
         delta: The probability that the bound fails.
         bound: `"kl"`, the KL-inverse bound; `"catoni"`, pactl's; `"subsampling"`, SubLoRA's.
@@ -157,7 +156,7 @@ def compression_bound(
         beta: DPO's β; only its sign matters for the risk.
         ref_model: DPO's reference. Default: the model without its adapter, or the log-probabilities in the rows.
         data_collator: From rows to a batch. Default: the usual one of the task.
-        batch_size: Rows a forward pass.
+        batch_size: Rows a forward pass, and a step of fine-tuning.
         seed: Of the units that `n_evaluate` draws, and of the batches of fine-tuning.
         output_dir: Where the file (`weights-1.bin`, …), its bound (`bound-1.json`, …) and what was tried are kept.
 
@@ -299,7 +298,8 @@ def _candidates(vector, own, choices, learning_rate, model, dataset, risk, seed)
     def gradient(values: torch.Tensor, _step: int) -> torch.Tensor:
         vector.write(values)
         model.zero_grad()
-        risk.gradient_of(model, [rows[int(i)] for i in rng.choice(len(rows), min(QAT_BATCH_SIZE, len(rows)), False)])
+        taken = rng.choice(len(rows), min(risk.batch_size, len(rows)), replace=False)
+        risk.gradient_of(model, rows.__getitems__(taken.tolist()))
         return vector.gradient()
 
     for levels in choices.levels:

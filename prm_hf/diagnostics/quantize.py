@@ -24,7 +24,9 @@ def quantize(values: torch.Tensor, levels: int) -> Quantized:
         raise ValueError("The weights are not finite: there is nothing to compress after training diverged.")
     k = min(levels, len(np.unique(array)))
     symbols, codebook = kmeans1d.cluster(array, k)
-    return Quantized(np.asarray(codebook).astype(np.float16), np.asarray(symbols, dtype=np.int32))
+    with np.errstate(over="ignore"):  # `encode` says what is too large
+        codebook = np.asarray(codebook).astype(np.float16)
+    return Quantized(codebook, np.asarray(symbols, dtype=np.int32))
 
 
 def nearest(values: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
