@@ -1,0 +1,141 @@
+"""Data and models of `recipes/compression.py`: handwritten digits, rendered ones, documents, and small networks."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import AutoModelForImageClassification, LlamaConfig, LlamaForCausalLM, ViTConfig
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from .._extras import require
+
+
+CLASSES = 10
+TRAIN_ROWS = 1500  # of the 1,797; the others are the test rows
+VOCABULARY, DOCUMENT_LENGTH = 17, 12
+
+
+class LeNet(nn.Module):
+    """LeCun et al.'s network at the size of 8 × 8 images: 6,058 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+        )
+        self.classifier = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, CLASSES))
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ImageClassifierOutput:
+        logits = self.classifier(self.features(pixel_values))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+def make_network(name: str, seed: int = 0) -> nn.Module:
+    """`"lenet"`, or `"vit"`: one layer of width 32 on patches of 2 × 2 pixels, 7,500 parameters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name == "lenet":
+            return LeNet()
+        config = ViTConfig(
+            image_size=8,
+            patch_size=2,
+            num_channels=1,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            intermediate_size=48,
+            num_labels=CLASSES,
+            initializer_range=0.18,  # 1/√32; the usual 0.02 is that of wide models
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        return AutoModelForImageClassification.from_config(config)
+
+
+def handwritten_digits(random_labels: bool = False, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """scikit-learn's digits (Alpaydin & Kaynak, 1998): 1,500 rows to train on and 297 to test."""
+    require("recipes/compression.py", "sklearn", extra="vision")
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(labels))
+    if random_labels:
+        labels = rng.integers(CLASSES, size=len(labels))
+    return (_rows(images[part], labels[part]) for part in (order[:TRAIN_ROWS], order[TRAIN_ROWS:]))
+
+
+def rendered_digits(n: int, seed: int = 0) -> Dataset:
+    """Digits of matplotlib's fonts, turned, moved and scaled at random, made as the handwritten ones were.
+
+    Those are bitmaps of 32 × 32 pixels whose blocks of 4 × 4 are counted. No handwriting is in them.
+    """
+    require("recipes/compression.py", "matplotlib", extra="report")
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+
+    rng = np.random.default_rng(seed)
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    files = sorted(folder.glob("DejaVuS*.ttf")) + sorted(folder.glob("STIXGeneral*.ttf")) + [folder / "cmr10.ttf"]
+    files = [file for file in files if "Display" not in file.name]
+    images, labels = np.zeros((n, 64)), rng.integers(CLASSES, size=n)
+    for i, label in enumerate(labels):
+        font = ImageFont.truetype(str(files[rng.integers(len(files))]), int(rng.integers(22, 34)))
+        page = Image.new("L", (32, 32))
+        place = (16 + rng.integers(-2, 3), 16 + rng.integers(-2, 3))
+        ImageDraw.Draw(page).text(place, str(label), fill=255, font=font, anchor="mm")
+        turned = page.rotate(float(rng.uniform(-15, 15)), resample=Image.Resampling.BILINEAR)
+        images[i] = (np.asarray(turned) > 127).reshape(8, 4, 8, 4).sum((1, 3)).reshape(64)
+    return _rows(images, labels)
+
+
+def _rows(images: np.ndarray, labels: np.ndarray) -> Dataset:
+    pixels = (images / 8 - 1).astype(np.float32).reshape(-1, 1, 8, 8)
+    return Dataset.from_dict({"pixel_values": pixels.tolist(), "labels": labels.astype(int).tolist()})
+
+
+def documents(n: int, random_tokens: bool = False, seed: int = 0) -> Dataset:
+    """Documents of 12 of 17 words that count in a step of 1 to 3, a tenth of the words random; or random words."""
+    rng = np.random.default_rng(seed)
+    start, step = rng.integers(VOCABULARY, size=(n, 1)), rng.integers(1, 4, size=(n, 1))
+    noise = rng.integers(VOCABULARY, size=(n, DOCUMENT_LENGTH))
+    counted = (start + step * np.arange(DOCUMENT_LENGTH)) % VOCABULARY
+    ids = noise if random_tokens else np.where(rng.random(counted.shape) < 0.1, noise, counted)
+    return Dataset.from_dict({"input_ids": ids.tolist()})
+
+
+def make_language_model(adapter: str, seed: int = 0) -> nn.Module:
+    """A Llama of one layer with random weights, which stay, and an adapter on all its linear layers.
+
+    Args:
+        adapter: `"unilora"`, 256 values and PEFT's random map to matrices of rank 16; or `"lora"`, of rank 4.
+        seed: of the weights.
+
+    Raises:
+        ImportError: this PEFT has no `UniLoraConfig`.
+    """
+    import peft
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+        model = LlamaForCausalLM(config)
+        if adapter == "lora":
+            return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+        if not hasattr(peft, "UniLoraConfig"):
+            raise ImportError(f'peft {peft.__version__} has no UniLoraConfig: pip install "peft>=0.21".', name="peft")
+        adapter_config = peft.UniLoraConfig(
+            r=16, theta_d_length=256, target_modules="all-linear", init_theta_d_bound=0.3
+        )
+        return peft.get_peft_model(model, adapter_config)
