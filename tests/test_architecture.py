@@ -22,6 +22,7 @@ ALLOWED = {
     "compare": {"runs"},
     "suspects": {"noise", "metrics", "runs"},
     "trainers": {"optim", "sharding", "metrics", "noise"},
+    "sven": {"optim", "sharding", "trainers", "metrics", "noise"},
     "experiments": {"optim", "sharding", "trainers", "metrics", "noise", "demo", "runs", "compare", "suspects"},
     "cli": {"experiments", "runs", "compare"},
     "__main__": {"cli"},
