@@ -100,16 +100,17 @@ def without_worse_components(
     return step
 
 
-def check_jacobian(jacobian: Jacobian, losses: Tensor, params: list[nn.Parameter]) -> None:
+def check_jacobian(jacobian: Jacobian, losses: Tensor, params: list[nn.Parameter], is_rounded: bool = False) -> None:
     """Raises ValueError unless J is the Jacobian of these losses, by the norm of Jᵀv for random signs v.
 
-    It is not if samples depend on each other, or if a parameter is used outside its layer's `forward`.
+    It is not if samples depend on each other, or if a parameter is used outside its layer's `forward`. `is_rounded`
+    says that the model computes in 16 bits, whatever the dtype of losses and parameters.
     """
     signs = torch.randint(2, losses.shape, generator=torch.Generator().manual_seed(0)).to(losses) * 2 - 1
     true = sum(grad.double().square().sum() for grad in weighted_gradients(losses, signs, params))
     found = signs.double() @ jacobian.gram().double() @ signs.double()
-    is_rounded = losses.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(losses.device.type)
-    tolerance = 0.1 if is_rounded or any(p.dtype.itemsize < 4 for p in params) else 1e-3
+    is_rounded |= torch.is_autocast_enabled(losses.device.type) or any(x.dtype.itemsize < 4 for x in (losses, *params))
+    tolerance = 0.1 if is_rounded else 1e-3
     if not torch.isclose(found, true, rtol=tolerance, atol=1e-30):
         raise ValueError(
             f"The per-sample gradients of the layers do not add up to the model's gradient (squared norms "

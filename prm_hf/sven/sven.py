@@ -21,8 +21,8 @@ class Sven(Optimizer):
 
     With the losses ℓ of a batch's samples, R = ℓ^(κ/2) and M = ∂R/∂θ, a step is θ ← θ - lr·M⁺R, M⁺ the
     pseudo-inverse over the k largest singular values of M: to first order it brings all losses to zero at once, and no
-    shorter step does. It is written as M⁺R = Mᵀc, with c from M Mᵀ, a matrix of the samples alone, so that a step costs two backward
-    passes and M is not stored.
+    shorter step does. It is written as M⁺R = Mᵀc, with c from M Mᵀ, a matrix of the samples alone, so that a step
+    costs two backward passes and M is not stored.
 
     Only trained parameters (`requires_grad`) take part. Parameters may be tied. Samples whose loss is 0, and samples
     without a gradient, ask for nothing.
