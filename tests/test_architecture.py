@@ -23,6 +23,8 @@ ALLOWED = {
     "suspects": {"noise", "metrics", "runs"},
     "diagnostics": {"compare", "runs", "metrics"},
     "trainers": {"optim", "sharding", "metrics", "noise"},
+    "sven": {"optim", "sharding", "trainers", "metrics", "noise"},
+    "integrations": {"optim", "trainers"},
     "experiments": {
         "optim",
         "sharding",
@@ -34,8 +36,10 @@ ALLOWED = {
         "compare",
         "suspects",
         "diagnostics",
+        "sven",
     },
-    "cli": {"experiments", "runs", "compare"},
+    "doctor": {"optim", "sharding"},
+    "cli": {"experiments", "integrations", "runs", "compare", "doctor"},
     "__main__": {"cli"},
 }
 # Files beside the rooms, which know nothing of them and which every room may import.

@@ -1,0 +1,119 @@
+"""What a Sven step is made of: its coefficients, its gradient, and the check that the Jacobian is the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from .hyperparameters import SvenSettings
+from .jacobian import Jacobian
+from .pseudoinverse import solve_gram, solve_rows
+from .residuals import Residuals
+
+
+@dataclass(frozen=True)
+class SvenStep:
+    """A step, by the rows of M that it solves for.
+
+    Attributes:
+        residuals: R, `(rows,)`, float64.
+        singular_values: the largest min(k, rows) of M, `(≤ rows,)`, float64, in descending order.
+        components: `(rows, rank)`, float64: what each of the kept singular values adds to the coefficients.
+    """
+
+    residuals: Tensor
+    singular_values: Tensor
+    components: Tensor
+
+    @property
+    def rank(self) -> int:
+        """The number of singular values that the step uses."""
+        return self.components.shape[1]
+
+    @property
+    def coefficients(self) -> Tensor:
+        """c of the step Mᵀc, `(rows,)`, float64."""
+        return self.components.sum(1)
+
+    def first(self, rank: int) -> SvenStep:
+        """The same step with its first components alone."""
+        return replace(self, components=self.components[:, :rank])
+
+
+def solve(
+    jacobian: Jacobian,
+    residuals: Residuals,
+    settings: SvenSettings,
+    weights: Mapping[nn.Parameter, Tensor] | None = None,
+    n_steps: int = 0,
+) -> SvenStep:
+    """The coefficients of the step on a batch whose samples have these gradients."""
+    k = settings.most_components(len(residuals.values))
+    if settings.svd == "gram":
+        return solve_samples(jacobian.gram(weights=weights), residuals, settings)
+    jacobian_rows = jacobian.rows(weights)
+    rows = residuals.factors.to(jacobian_rows) @ jacobian_rows
+    more = (settings.svd, settings.power_iterations, 1_000_003 * settings.seed + n_steps)
+    solution = solve_rows(rows, residuals.values, k, settings.rtol, *more)
+    return SvenStep(residuals.values, solution.singular_values, solution.components)
+
+
+def solve_samples(gram: Tensor, residuals: Residuals, settings: SvenSettings) -> SvenStep:
+    """The same from J Jᵀ, `(samples, samples)`."""
+    factors = residuals.factors.to(gram.device)
+    of_rows = (factors @ gram.double() @ factors.T).to(gram.dtype)
+    k = settings.most_components(len(residuals.values))
+    solution = solve_gram(of_rows, residuals.values, k, settings.rtol)
+    return SvenStep(residuals.values, solution.singular_values, solution.components)
+
+
+def weighted_gradients(losses: Tensor, weights: Tensor, params: list[nn.Parameter]) -> list[Tensor]:
+    """Σ weights·∇losses by parameter, 0 where there is no influence; the graph of the losses is kept."""
+    with torch.enable_grad():
+        total = (weights.to(losses) * losses).sum()
+    grads = torch.autograd.grad(total, params, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if grad is None else grad for p, grad in zip(params, grads, strict=True)]
+
+
+def without_worse_components(
+    step: SvenStep,
+    direction: Callable[[Tensor], dict[nn.Parameter, Tensor]],
+    mean_loss: Callable[[dict[nn.Parameter, Tensor]], Tensor],
+    before: Tensor,
+) -> SvenStep:
+    """The step with the components before the first that brings the mean loss above that before the step.
+
+    Args:
+        step: the step with all its components.
+        direction: from coefficients to what the step would subtract, without the learning rate.
+        mean_loss: the mean loss of the batch after subtracting.
+        before: the mean loss before the step.
+    """
+    total: dict[nn.Parameter, Tensor] = {}
+    for rank, component in enumerate(step.components.T):
+        total = {p: total[p] + grad if total else grad for p, grad in direction(component).items()}
+        if not mean_loss(total) <= before:
+            return step.first(rank)
+    return step
+
+
+def check_jacobian(jacobian: Jacobian, losses: Tensor, params: list[nn.Parameter], is_rounded: bool = False) -> None:
+    """Raises ValueError unless J is the Jacobian of these losses, by the norm of Jᵀv for random signs v.
+
+    It is not if samples depend on each other, or if a parameter is used outside its layer's `forward`. `is_rounded`
+    says that the model computes in 16 bits, whatever the dtype of losses and parameters.
+    """
+    signs = torch.randint(2, losses.shape, generator=torch.Generator().manual_seed(0)).to(losses) * 2 - 1
+    true = sum(grad.double().square().sum() for grad in weighted_gradients(losses, signs, params))
+    found = signs.double() @ jacobian.gram().double() @ signs.double()
+    is_rounded |= torch.is_autocast_enabled(losses.device.type) or any(x.dtype.itemsize < 4 for x in (losses, *params))
+    tolerance = 0.1 if is_rounded else 1e-3
+    if not torch.isclose(found, true, rtol=tolerance, atol=1e-30):
+        raise ValueError(
+            f"The per-sample gradients of the layers do not add up to the model's gradient (squared norms "
+            f"{found.item():.6g} and {true.item():.6g}): samples depend on each other, or a parameter is used outside "
+            'its layer\'s `forward`. Set `jacobian="loop"`, which takes a backward pass for each sample.'
+        )
