@@ -23,7 +23,8 @@ ALLOWED = {
     "suspects": {"noise", "metrics", "runs"},
     "trainers": {"optim", "sharding", "metrics", "noise"},
     "experiments": {"optim", "sharding", "trainers", "metrics", "noise", "demo", "runs", "compare", "suspects"},
-    "cli": {"experiments", "runs", "compare"},
+    "integrations": {"optim", "trainers"},
+    "cli": {"experiments", "integrations", "runs", "compare"},
     "__main__": {"cli"},
 }
 # Files beside the rooms, which know nothing of them and which every room may import.
