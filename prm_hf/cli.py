@@ -28,7 +28,8 @@ EXPERIMENTS = {
 }
 # Training scripts of other packages, which run with `optim="prm"`
 TOOLS = {
-    "trl": 'run a training script of TRL, as `trl dpo` does, with `optim="prm"`',
+    "trl": "run a training script of TRL, as `trl dpo` does, with `optim: prm`",
+    "llamafactory": "train with LLaMA-Factory, as `llamafactory-cli train` does, with `optim: prm`",
 }
 WAIT_FOR_LAUNCHER = 10.0  # seconds
 
