@@ -21,6 +21,6 @@ class PRMPlugin(BasePlugin):
     def post_trainer_create(self, cfg: Any, trainer: Trainer) -> None:
         if trainer.args.optim != NAME or trainer.optimizer_cls_and_kwargs is not None:
             raise ValueError(
-                f"The plugin PRMPlugin is listed, and `optimizer` is {cfg.optimizer!r}: set `optimizer: prm`, or remove "
-                "the plugin."
+                f"The plugin PRMPlugin is listed, and `optimizer` is {cfg.optimizer!r}: set `optimizer: prm`, or "
+                "remove the plugin."
             )

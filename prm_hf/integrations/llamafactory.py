@@ -9,11 +9,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from .._extras import require
 from ..optim import PRM
-from ..trainers.callbacks import notes
+from ..trainers.callbacks import tell_in_effect
 from .transformers import NAME, register
 
 
@@ -67,9 +68,15 @@ def make_optimizer(model: nn.Module, config: dict[str, Any]) -> PRM:
     settings = {name: value for name, value in config.items() if name != "name"}
     if "lr" not in settings:
         raise ValueError(
-            "`optim_config` has no `lr`: set it there, because LLaMA-Factory gives no `learning_rate` to the optimizers "
-            "that it has by name."
+            "`optim_config` has no `lr`: set it there, because LLaMA-Factory gives no `learning_rate` to the "
+            "optimizers in it."
         )
     optimizer = PRM([p for p in model.parameters() if p.requires_grad], **settings)
-    notes.warning("The optimizer in effect is PRM. It has %s.", ", ".join(f"{k}={v!r}" for k, v in settings.items()))
+
+    def tell(stepped: PRM, args: tuple, kwargs: dict[str, Any]) -> None:
+        n_processes = dist.get_world_size() if dist.is_initialized() else 1
+        if tell_in_effect(stepped, n_processes, is_main=n_processes == 1 or dist.get_rank() == 0):
+            told.remove()
+
+    told = optimizer.register_step_post_hook(tell)
     return optimizer

@@ -62,12 +62,8 @@ class PRMCallback(TrainerCallback):
         prm = _check_in_effect(optimizer)
         if self._has_told:
             return
-        path = prm.describe_sharding()
-        if path is not None:  # not yet after a step that was skipped for the overflow of its gradients
-            self._has_told = True
-            if state.is_world_process_zero:
-                processes = "1 process" if args.world_size == 1 else f"{args.world_size} processes"
-                notes.warning("PRM trains %s on %s. It has %s.", path, processes, _settings_of(prm))
+        # Not yet after a step that was skipped for the overflow of its gradients
+        self._has_told = tell_in_effect(prm, args.world_size, is_main=state.is_world_process_zero)
 
     def on_log(
         self,
@@ -99,11 +95,22 @@ def _check_in_effect(optimizer: Optimizer | None) -> PRM:
     return prm
 
 
-def _settings_of(prm: PRM) -> str:
-    """The learning rate of a PRM, and the hyperparameters of its first group that are not the defaults."""
-    group = prm.param_groups[0]
-    chosen = {name: group[name] for name in NAMES if name != "lr" and group[name] != getattr(Hyperparameters, name)}
-    return ", ".join(f"{name}={value!r}" for name, value in {"lr": prm.defaults["lr"], **chosen}.items())
+def tell_in_effect(prm: PRM, n_processes: int, is_main: bool) -> bool:
+    """Logs that PRM trains, which tensors and with which settings; False before its first step, when it cannot know.
+
+    Settings are the learning rate, and the hyperparameters of the first group that are not the defaults.
+    """
+    path = prm.describe_sharding()
+    if path is None:
+        return False
+    if is_main:
+        group = prm.param_groups[0]
+        chosen = [name for name in NAMES if name != "lr" and group[name] != getattr(Hyperparameters, name)]
+        settings = {"lr": prm.defaults["lr"], **{name: group[name] for name in chosen}}
+        text = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        processes = "1 process" if n_processes == 1 else f"{n_processes} processes"
+        notes.warning("PRM trains %s on %s. It has %s.", path, processes, text)
+    return True
 
 
 class PopulationRiskStoppingCallback(TrainerCallback):
