@@ -26,6 +26,11 @@ EXPERIMENTS = {
     "pairs": "make preference pairs of a model's right and wrong answers",
     "sweep": "run `dpo`, `sft`, `suspects` or `grokking` on every GPU of this machine, one process each",
 }
+# Training scripts of other packages, which run with `optim="prm"`
+TOOLS = {
+    "trl": "run a training script of TRL, as `trl dpo` does, with `optim: prm`",
+    "llamafactory": "train with LLaMA-Factory, as `llamafactory-cli train` does, with `optim: prm`",
+}
 WAIT_FOR_LAUNCHER = 10.0  # seconds
 
 
@@ -33,7 +38,7 @@ def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="prm-hf", description="Experiments with the PRM optimizer.")
     parser.add_argument("--version", action="version", version=f"prm-hf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in EXPERIMENTS.items():
+    for name, text in {**EXPERIMENTS, **TOOLS}.items():
         commands.add_parser(name, help=text)
     compare = commands.add_parser(
         "compare",
@@ -69,8 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     # Each experiment has a parser of its own, which is slow to load
     command = argv[0] if argv else ""
-    run: Callable[[], int | None] = partial(_run_experiment, argv)
-    if command not in EXPERIMENTS:
+    room = "integrations" if command in TOOLS else "experiments"
+    run: Callable[[], int | None] = partial(_run_command, room, argv)
+    if command not in {**EXPERIMENTS, **TOOLS}:
         arguments = _make_parser().parse_args(argv)
         command, run = arguments.command, partial(_compare, arguments)
     try:
@@ -87,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(command, f"error: {printable(error if is_ours else one_line(error))}", code=2)
 
 
-def _run_experiment(argv: list[str]) -> int | None:
-    return importlib.import_module(f"prm_hf.experiments.{argv[0]}").main(argv[1:])
+def _run_command(room: str, argv: list[str]) -> int | None:
+    return importlib.import_module(f"prm_hf.{room}.{argv[0]}").main(argv[1:])
 
 
 def _compare(arguments: argparse.Namespace) -> None:

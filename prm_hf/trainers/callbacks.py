@@ -12,6 +12,7 @@ from transformers.trainer_utils import has_length
 
 from .._names import warn_renamed
 from ..optim import PRM
+from ..optim.hyperparameters import NAMES, Hyperparameters
 from ..sharding.deepspeed import check_config
 from .digests import start_digest
 
@@ -34,9 +35,15 @@ def find_prm(optimizer: Optimizer | None) -> PRM | None:
 
 
 class PRMCallback(TrainerCallback):
-    """Checks when training begins that PRM is the optimizer in effect, and that its masks will be exact.
+    """Checks that PRM is the optimizer in effect, when training begins and at each step, and that its masks are exact.
 
-    After the first step it says how PRM found the tensors. The trainers of this package have it; add it to any other.
+    After the first step it says so, with how PRM found the tensors and which of its hyperparameters are not the
+    defaults. Logs of training steps get the `mask/*` statistics. The trainers of this package have it; add it to any
+    other.
+
+    Raises:
+        RuntimeError: another optimizer is in the place of PRM.
+        ValueError: DeepSpeed's configuration is one under which masks would not be exact.
     """
 
     def __init__(self) -> None:
@@ -47,25 +54,63 @@ class PRMCallback(TrainerCallback):
     ) -> None:
         if args.deepspeed_plugin is not None:
             check_config(args.deepspeed_plugin.deepspeed_config)
-        if find_prm(optimizer) is None:
-            raise RuntimeError(
-                "The run is to train with PRM, but the optimizer in effect is "
-                f"{type(innermost_optimizer(optimizer)).__name__}. With DeepSpeed's CPU offload, set "
-                '`"zero_force_ds_cpu_optimizer": false`, or accelerate puts its own in the place.'
-            )
+        _check_in_effect(optimizer)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs
     ) -> None:
-        prm = find_prm(optimizer)
-        if self._has_told or prm is None:
+        prm = _check_in_effect(optimizer)
+        if self._has_told:
             return
-        path = prm.describe_sharding()
-        if path is not None:  # not yet after a step that was skipped for the overflow of its gradients
-            self._has_told = True
-            if state.is_world_process_zero:
-                processes = "1 process" if args.world_size == 1 else f"{args.world_size} processes"
-                notes.warning("PRM trains %s on %s.", path, processes)
+        # Not yet after a step that was skipped for the overflow of its gradients
+        self._has_told = tell_in_effect(prm, args.world_size, is_main=state.is_world_process_zero)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        optimizer: Any = None,
+        **kwargs,
+    ) -> None:
+        # Only the logs of training steps have "loss". Our own trainers have added the statistics before.
+        prm = find_prm(optimizer)
+        if prm is not None and logs is not None and "loss" in logs and "mask/mean_q" not in logs:
+            statistics = {f"mask/{name}": value for name, value in prm.get_mask_stats().items()}
+            logs.update(statistics)
+            state.log_history[-1].update(statistics)
+
+
+def _check_in_effect(optimizer: Optimizer | None) -> PRM:
+    """The PRM inside of an optimizer; RuntimeError if another one is."""
+    prm = find_prm(optimizer)
+    if prm is None:
+        found = type(innermost_optimizer(optimizer)).__name__
+        raise RuntimeError(
+            f"The run is to train with PRM, but the optimizer in effect is {found}. With DeepSpeed's CPU offload, set "
+            '`"zero_force_ds_cpu_optimizer": false`, or accelerate puts its own in the place. `UnslothTrainer` makes '
+            "an AdamW where `embedding_learning_rate` is set: unset it."
+        )
+    return prm
+
+
+def tell_in_effect(prm: PRM, n_processes: int, is_main: bool) -> bool:
+    """Logs that PRM trains, which tensors and with which settings; False before its first step, when it cannot know.
+
+    Settings are the learning rate, and the hyperparameters of the first group that are not the defaults.
+    """
+    path = prm.describe_sharding()
+    if path is None:
+        return False
+    if is_main:
+        group = prm.param_groups[0]
+        chosen = [name for name in NAMES if name != "lr" and group[name] != getattr(Hyperparameters, name)]
+        settings = {"lr": prm.defaults["lr"], **{name: group[name] for name in chosen}}
+        text = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        processes = "1 process" if n_processes == 1 else f"{n_processes} processes"
+        notes.warning("PRM trains %s on %s. It has %s.", path, processes, text)
+    return True
 
 
 class PopulationRiskStoppingCallback(TrainerCallback):

@@ -1,0 +1,63 @@
+"""axolotl: its own command with the configurations that users copy, in an environment of its own."""
+
+from typing import Any
+
+import pytest
+import yaml
+
+from .tool_runs import ROOT, check_log, pairs, save_model, write_lines
+from .tools import environment_of, logged
+
+
+pytestmark = pytest.mark.slow
+
+# Not all that axolotl names: xformers, flash-linear-attention and the clients of clouds are of no use on a CPU.
+PINNED = ["axolotl==0.19.0", "axolotl-contribs-lgpl==0.0.7", "axolotl-contribs-mit==0.0.6"]
+NEEDED = """
+transformers==5.16.1 trl==1.9.0 peft==0.20.0 accelerate==1.13.0 datasets==4.8.4 huggingface_hub==1.17.0
+tokenizers==0.23.1 torchao==0.17.0 bitsandbytes==0.50.2 pydantic==2.12.5 packaging==26.0 PyYAML==6.0.3 typer==0.25.1
+python-dotenv==1.0.1 posthog==6.7.11 schedulefree==1.4.1 mistral-common==1.11.5 evaluate==0.4.1 nvidia-ml-py==12.560.30
+kernels>=0.16,<0.17 triton>=3.4 numba>=0.63.1,<1 numpy>=2.1,<3 addict art colorama einops fastcore fire pillow requests
+scipy sentencepiece wandb xxhash zstandard
+""".split()
+
+
+@pytest.fixture(scope="module")
+def axolotl(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tools")
+    with environment_of("axolotl", folder, *NEEDED, without_dependencies=PINNED) as tool:
+        yield tool
+
+
+def rows(task: str) -> list[dict[str, Any]]:
+    if task == "sft":
+        return [{"instruction": row["prompt"], "input": "", "output": row["chosen"]} for row in pairs()]
+    return [
+        {
+            "conversation": [{"role": "user", "content": row["prompt"]}],
+            "chosen": {"role": "assistant", "content": row["chosen"]},
+            "rejected": {"role": "assistant", "content": row["rejected"]},
+        }
+        for row in pairs()
+    ]
+
+
+def local_config(tmp_path, task: str, **changes: Any) -> str:
+    """The example with a tiny model, local rows and two steps, as a file."""
+    config = yaml.safe_load((ROOT / "examples" / "axolotl" / f"{task}.yaml").read_text())
+    path = write_lines(tmp_path / "rows.jsonl", rows(task))
+    config["datasets"][0] |= {"path": path, "ds_type": "json"}
+    config.pop("val_set_size", None)
+    config |= {"base_model": save_model(tmp_path / "model"), "output_dir": str(tmp_path / "out")}
+    config |= {"dataset_prepared_path": str(tmp_path / "prepared"), "bf16": False, "sequence_len": 256}
+    config |= {"max_steps": 2, "logging_steps": 1, "gradient_accumulation_steps": 1, **changes}
+    (file := tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    return str(file)
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo"])
+def test_the_examples_train_with_prm(axolotl, tmp_path, task):
+    printed = axolotl.call("python", "-m", "axolotl.cli.train", local_config(tmp_path, task), cwd=tmp_path)
+    assert "PRM trains 26 tensors with per_row masks as whole tensors on 1 process." in printed
+    assert "signal_beta=0.98, relative_eps=10" in printed
+    check_log(logged(tmp_path / "out"), 2)
