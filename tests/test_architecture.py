@@ -23,7 +23,8 @@ ALLOWED = {
     "suspects": {"noise", "metrics", "runs"},
     "trainers": {"optim", "sharding", "metrics", "noise"},
     "experiments": {"optim", "sharding", "trainers", "metrics", "noise", "demo", "runs", "compare", "suspects"},
-    "cli": {"experiments", "runs", "compare"},
+    "doctor": {"optim", "sharding"},
+    "cli": {"experiments", "runs", "compare", "doctor"},
     "__main__": {"cli"},
 }
 # Files beside the rooms, which know nothing of them and which every room may import.
