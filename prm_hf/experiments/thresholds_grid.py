@@ -25,6 +25,7 @@ from ..trainers.presets import with_preset
 from . import OUT_OF_TIME
 from .console import messages_shown, show_notes, silenced
 from .controls import WHOLE_TENSORS, set_up_optimizer
+from .engine import current_engine
 from .ensembles import Setting, Stack, can_stack, final_metrics_of, train_stack
 from .grid import Grid, Made, MadeRuns, configure, defaults_of, settings_of
 from .progress import hardware
@@ -213,9 +214,12 @@ class ThresholdCallback(TrainerCallback):
 
 
 def make_stacks(grid: ThresholdGrid, deadline: float | None = None) -> None:
-    """Makes the runs that can be stacked, `models_at_once` of one method together; the runner finds them finished."""
+    """Makes the runs that can be stacked, `models_at_once` of one method together; the runner finds them finished.
+
+    None where an engine makes the runs, one by one.
+    """
     size, state = grid.task.args.models_at_once, PartialState()
-    if size == 1:
+    if size == 1 or current_engine() is not None:
         return
     locks = grid.output_dir / ".locks"
     locks.mkdir(parents=True, exist_ok=True)
