@@ -1,4 +1,4 @@
-"""`prm-hf dpo | sft | suspects | regression | … | sweep | compare …`; `python -m prm_hf …` is the same."""
+"""`prm-hf dpo | sft | suspects | regression | … | sweep | compare | doctor`; `python -m prm_hf …` is the same."""
 
 from __future__ import annotations
 
@@ -59,6 +59,16 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--verbose", action="store_true", help="list the caveats that apply, too")
     compare.add_argument("--output", metavar="FILE", help="write to this file instead of the standard output")
+    doctor = commands.add_parser(
+        "doctor",
+        help="what is installed, which way of sharding would run, and how PRM gets into each tool",
+        description="Says what is installed and on which devices, which way of sharding a configuration of accelerate "
+        "stands for, what PRM refuses there and why, and how PRM gets into each tool. The exit code is 1 if PRM with "
+        "its defaults is refused.",
+    )
+    doctor.add_argument(
+        "--config_file", metavar="FILE", help="of `accelerate launch`; without it accelerate's own default file"
+    )
     return parser
 
 
@@ -78,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Callable[[], int | None] = partial(_run_command, room, argv)
     if command not in {**EXPERIMENTS, **TOOLS}:
         arguments = _make_parser().parse_args(argv)
-        command, run = arguments.command, partial(_compare, arguments)
+        command = arguments.command
+        run = partial({"compare": _compare, "doctor": _doctor}[command], arguments)
     try:
         return run() or 0
     except KeyboardInterrupt:
@@ -95,6 +106,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_command(room: str, argv: list[str]) -> int | None:
     return importlib.import_module(f"prm_hf.{room}.{argv[0]}").main(argv[1:])
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from prm_hf.doctor import main
+
+    return main(arguments.config_file)
 
 
 def _compare(arguments: argparse.Namespace) -> None:

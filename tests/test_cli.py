@@ -170,7 +170,7 @@ def test_of_several_processes_the_first_speaks_at_once(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["dpo", "sft", "randomization", "regression", "grokking", "pinn", "pairs", "sweep", "compare"]
+    "name", ["dpo", "sft", "randomization", "regression", "grokking", "pinn", "pairs", "sweep", "compare", "doctor"]
 )
 def test_help_is_readable(name, capsys):
     try:

@@ -28,6 +28,7 @@ from . import OUT_OF_TIME
 from .checks import check_data, check_experiment, folder_of_data, folder_of_rate
 from .console import messages_shown, show_notes, silenced
 from .data import load_data
+from .engine import current_engine
 from .experiment import Experiment
 from .grid import ComparisonGrid, Grid, Made, MadeRuns
 from .progress import make_run
@@ -61,7 +62,11 @@ def run_comparisons(task: type[Experiment], arguments: list[str]) -> int:
 
 @contextlib.contextmanager
 def workers_beside(n: int, work: Callable[..., Any], *arguments: Any) -> Iterator[None]:
-    """Has `n` processes call `work(*arguments)`, a function of a module, until this process is through too."""
+    """Has `n` processes call `work(*arguments)`, a function of a module, until this process is through too.
+
+    None where an engine makes the runs.
+    """
+    n = n if current_engine() is None else 0
     workers = [get_context("spawn").Process(target=work, args=arguments, daemon=True) for _ in range(n)]
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as workers inherit it: this process ends them
     for worker in workers:
@@ -134,12 +139,14 @@ class Runner:
         quiet: bool = False,
         reports: bool = True,
     ) -> None:
-        self.grid, self.deadline, self.overwrite, self.reports = grid, deadline, overwrite, reports
+        self.grid, self.deadline, self.overwrite = grid, deadline, overwrite
+        self.engine = current_engine()
+        self.reports = reports and (self.engine is None or self.engine.reports)
         self.started = time.time()
         self.made: dict[Path, Made] = {}
         self.rows: MadeRuns = {}  # the same, but for the controls
         self.state = PartialState()
-        is_hidden = quiet or not reports or not self.state.is_main_process
+        is_hidden = quiet or not self.reports or not self.state.is_main_process
         # In a file there is no bar.
         self.bar = tqdm(total=len(grid), disable=True if is_hidden else None, bar_format=BAR, smoothing=0)
 
@@ -179,6 +186,8 @@ class Runner:
 
     def _make_each(self, specs: list[RunSpec]) -> list[Made]:
         """Runs that were made. What another process is training, and what failed before, comes last."""
+        if self.engine is not None:
+            return self.engine.make_each(self, specs)
         made: dict[int, Made] = {}
         left = list(range(len(specs)))
         while left:
@@ -192,7 +201,7 @@ class Runner:
         """A run, made now or before; without `wait` None for one that comes last."""
         with contextlib.ExitStack() as held:
             # One process looks, so that all go the same way. It alone holds the lock.
-            decision = [self._decide(spec, wait, held) if self.state.is_main_process else None]
+            decision = [self.decide(spec, wait, held) if self.state.is_main_process else None]
             broadcast_object_list(decision)
             what, made, resume = decision[0]
             if what == "late":
@@ -200,12 +209,16 @@ class Runner:
             if what == "later":
                 return None
             if what == "make":
-                made = self._try(spec, made.folder, resume)
+                made = self.try_run(spec, made.folder, resume)
+        return self.take(spec, made, is_mine=what == "make")
+
+    def take(self, spec: RunSpec, made: Made, is_mine: bool) -> Made:
+        """Counts a run that has ended, and says so in a line. `is_mine` is whether this process has just made it."""
         self.made[made.folder] = made
         self.bar.n = len(self.made)
         self.bar.refresh()
         if self.state.is_main_process:
-            self.tell(self._line(spec, made, self._when(made, what == "make")))
+            self.tell(self._line(spec, made, self._when(made, is_mine)))
         return made
 
     def _when(self, made: Made, is_mine: bool) -> str:
@@ -217,8 +230,14 @@ class Runner:
             return "finished before"
         return f"{made.metrics['wall_seconds']:.0f} s{'' if is_mine else ', in another process'}"
 
-    def _decide(self, spec: RunSpec, wait: bool, held: contextlib.ExitStack) -> tuple[str, Made, bool]:
-        """`"make"`, `"made"`, `"later"` or `"late"`; the run so far; and whether it has a checkpoint."""
+    def decide(
+        self, spec: RunSpec, wait: bool, held: contextlib.ExitStack, retry: bool = False
+    ) -> tuple[str, Made, bool]:
+        """`"make"`, `"made"`, `"later"` or `"late"`; the run so far; and whether it has a checkpoint.
+
+        `held` takes the lock of a run that is to be made, and of one that is not. What failed before comes later,
+        unless there is nothing left but to `wait` or to `retry`.
+        """
         place = self.grid.place(spec)
         with lock_of(place, "folders"):
             folder, others = find_folder(spec, place, self.tell)
@@ -237,7 +256,7 @@ class Runner:
             problem, failed_at = failure
             if failed_at >= self.started:  # in another process
                 return "made", Made(folder, None, problem), False
-            if not wait:
+            if not (wait or retry):
                 return "later", so_far, False
         if left == 0:
             return "late", so_far, False
@@ -257,7 +276,7 @@ class Runner:
                 busy[folder] = changed
         return busy
 
-    def _try(self, spec: RunSpec, folder: Path, resume: bool) -> Made:
+    def try_run(self, spec: RunSpec, folder: Path, resume: bool) -> Made:
         """A run that is made now. An error goes into its folder, and the runs after it are made all the same.
 
         An error is raised where these have no chance: other processes of this run wait for this one, or the device is

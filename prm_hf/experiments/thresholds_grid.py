@@ -24,6 +24,7 @@ from ..trainers.presets import with_preset
 from . import OUT_OF_TIME
 from .console import messages_shown, show_notes, silenced
 from .controls import WHOLE_TENSORS, set_up_optimizer
+from .engine import current_engine
 from .ensembles import Setting, Stack, can_stack, final_metrics_of, train_stack
 from .grid import Grid, Made, MadeRuns, configure, defaults_of, settings_of
 from .progress import hardware
@@ -214,9 +215,10 @@ class ThresholdCallback(TrainerCallback):
 def make_stacks(grid: ThresholdGrid, deadline: float | None = None) -> None:
     """Makes the runs that can be stacked, `models_at_once` of one method together; the runner finds them finished.
 
-    Several processes may share a grid: a stack has runs that no other process is training.
+    Several processes may share a grid: a stack has runs that no other process is training. None where an engine makes
+    the runs, one by one.
     """
-    if grid.task.args.models_at_once == 1:
+    if grid.task.args.models_at_once == 1 or current_engine() is not None:
         return
     runs = grid.specify_runs()
     for method in grid.methods:

@@ -4,6 +4,10 @@ FLAT_PARAMETERS = (
     "PRM cannot tell the tensors in FSDP1's flat parameters apart. Set `fsdp_use_orig_params: true` "
     "(`use_orig_params=True`), or use FSDP2 (`fsdp_version: 2`)."
 )
+LOST_STATE = (
+    "accelerate loads no optimizer state from an FSDP1 checkpoint of `SHARDED_STATE_DICT`, so the optimizer would "
+    "start anew. Use `fsdp_state_dict_type: FULL_STATE_DICT`, or FSDP2 (`fsdp_version: 2`)."
+)
 
 
 def check_plugin(fsdp_version: int, use_orig_params: bool | None) -> None:

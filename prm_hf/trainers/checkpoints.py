@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, Trai
 from ..optim import PRM, masks
 from ..optim.hyperparameters import check_checkpoint_group
 from ..sharding.checkpoint import is_sharded, load_model, load_optimizer, saved_variance_shapes
+from ..sharding.fsdp import LOST_STATE
 from .callbacks import find_prm, innermost_optimizer
 from .completeness import (
     OPTIMIZERS,
@@ -171,11 +172,7 @@ class CheckpointMixin:
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if is_sharded(checkpoint):
             if plugin is not None and plugin.fsdp_version == 1:
-                raise ValueError(
-                    "accelerate loads no optimizer state from an FSDP1 checkpoint of `SHARDED_STATE_DICT`, so the "
-                    "optimizer would start anew. Use `fsdp_state_dict_type: FULL_STATE_DICT`, or FSDP2 "
-                    "(`fsdp_version: 2`)."
-                )
+                raise ValueError(LOST_STATE)
             self._check_sharded_reduction(prm, checkpoint)
         if self._was_written_elsewhere(checkpoint) or is_sharded(checkpoint):
             load_optimizer(self.model, prm, checkpoint)

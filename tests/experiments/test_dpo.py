@@ -269,13 +269,13 @@ def test_a_run_is_the_same_wherever_its_files_lie(tmp_path, no_pictures):
 
 
 def test_time_that_is_over_ends_between_runs(pairs, tmp_path, monkeypatch, capsys, no_pictures):
-    make = runner.Runner._try
+    make = runner.Runner.try_run
 
     def last(self, *args):
         self.deadline = 0.0
         return make(self, *args)
 
-    monkeypatch.setattr(runner.Runner, "_try", last)
+    monkeypatch.setattr(runner.Runner, "try_run", last)
     arguments = ("--methods", "adamw", "prm_debiased", "constant_q", "--max_minutes", "60", "--eval_strategy", "no")
     for done, code in ((1, 75), (2, 75), (3, 0)):
         assert run_dpo(tmp_path, *on_files(pairs), *arguments) == code
