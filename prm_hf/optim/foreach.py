@@ -4,7 +4,6 @@ A step has two halves where masks are decided between them: from sums over a who
 processes hold parts of.
 """
 
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from torch.optim.optimizer import _default_to_fused_or_foreach
 from ..sharding import is_fake
 from . import masks
 from .hyperparameters import Hyperparameters
-from .quantized import flat_slice, is_quantized, read, write
+from .quantized import REDUCED, Quantized, is_quantized, random_bits, read, write
 from .reductions import row_mean_squares, row_sums_of_squares, sums_of_squares
 
 
@@ -53,8 +52,8 @@ class TensorLists(NamedTuple):
 class ForeachStep:
     """A step on the tensors of one parameter group, in blocks.
 
-    The step is computed in the dtype of `exp_avg_sqs` (float32 if they are quantized). What is kept in less is rounded
-    once, when the step is done, and never between the halves.
+    The step is computed in the dtype of `exp_avg_sqs` (float32 or more if `state_dtype` keeps them in less). What is
+    kept in less is rounded once, when a half has formed it, and what the second half reads is never rounded between.
 
     Args:
         lists: the tensors; `grads` may be replaced before each step by others of the same layout.
@@ -66,20 +65,21 @@ class ForeachStep:
     def __init__(self, lists: TensorLists, h: Hyperparameters, halves: bool, one_by_one: bool) -> None:
         self._lists, self._h, self._halves = lists, h, halves
         self._quantized = any(map(is_quantized, lists.exp_avgs))
-        self._dtype = torch.float32 if self._quantized else lists.exp_avg_sqs[0].dtype
+        dtype = lists.exp_avg_sqs[0].dtype
+        self._rounds = h.state_dtype != "float32" and dtype in REDUCED
+        self._dtype = torch.promote_types(lists.params[0].dtype, torch.float32) if self._rounds else dtype
         # Whether the first half leaves m and v alone, and the second computes them: what it reads must not be rounded.
         # Without a pause between the halves for sums, that also spares the memory a second pass.
-        self._moments_last = not halves or self._quantized or lists.exp_avgs[0].dtype != self._dtype
+        self._moments_last = not halves or self._rounds or lists.exp_avgs[0].dtype != self._dtype
         size = DEVICE_BLOCK if lists.params[0].device.type != "cpu" else CPU_BLOCK
         size = min(size, QUANTIZED_BLOCK) if self._quantized else size
         self._by_rows = h.masked and h.reduction == "per_row"
-        self._blocks = divide([x for x in lists if x], size, self._by_rows, one_by_one)
+        self._cuts_rows = self._by_rows or self._quantized
+        self._blocks = divide([x for x in lists if x], size, self._cuts_rows, one_by_one)
 
     def _take(self, block: list[tuple[int, slice | None]]) -> tuple[TensorLists, TensorLists]:
         """The shares of all lists in a block, as they are kept and as the step computes with them."""
-        cut = Tensor.__getitem__ if self._by_rows else flat_slice
-        lists = [[(xs[i], span) for i, span in block] if xs else [] for xs in self._lists]
-        kept = TensorLists(*([x if span is None else cut(x, span) for x, span in xs] for xs in lists))
+        kept = TensorLists(*([cut(xs[i], span, self._cuts_rows) for i, span in block if xs] for xs in self._lists))
         # Promoted, as the variances of rows are more precise than the step
         working = ([read(x, torch.promote_types(x.dtype, self._dtype)) for x in tensors] for tensors in kept)
         return kept, TensorLists(*working)
@@ -101,6 +101,8 @@ class ForeachStep:
                     exp_avg_sqs=_copies(working.exp_avg_sqs, kept.exp_avg_sqs),
                 )
             sums.append(advance_moments(working, scalars.take([i for i, _ in block]), self._h, sums_wanted=True))
+            for old, new in zip(kept.exp_avg_signals, working.exp_avg_signals, strict=True):
+                write(old, new)
         sums = torch.cat(sums)
         if self._by_rows or len(sums) == len(self._lists.params):
             return sums
@@ -127,13 +129,32 @@ class ForeachStep:
             elif q is not None and len(self._blocks) > 1:
                 q_of_block = torch.stack([q[i] for i in positions])
             apply_update(working, c, self._h, lr, eps, q_of_block)
-            kept, working = (itertools.chain(*x._replace(grads=[])) for x in (kept, working))
-            for old, new in zip(kept, working, strict=True):
-                write(old, new)
+            self._keep(block, kept, working, c)
+
+    def _keep(
+        self, block: list[tuple[int, slice | None]], kept: TensorLists, working: TensorLists, c: masks.StepScalars
+    ) -> None:
+        """Writes what a step has computed elsewhere than in the tensors themselves."""
+        for name, old_ones, new_ones in zip(TensorLists._fields, kept, working, strict=True):
+            if name == "grads" or (name == "exp_avg_signals" and self._halves):  # kept by the first half
+                continue
+            for (_, span), old, new, step in zip(block, old_ones, new_ones, c.step, strict=False):
+                noise = None
+                if self._rounds and name == "exp_avg_sqs":
+                    in_row = new.numel() // max(masks.n_rows(new), 1) if self._cuts_rows else 1
+                    noise = random_bits(new, 0 if span is None else span.start * in_row, step)
+                write(old, new, noise)
 
 
 def _copies(working: list[Tensor], kept: list[Tensor]) -> list[Tensor]:
     return [x.clone() if x is old else x for x, old in zip(working, kept, strict=True)]
+
+
+def cut(tensor: Tensor | Quantized, span: slice | None, by_rows: bool) -> Tensor | Quantized:
+    """A span of a tensor, see [`divide`]; shares its memory."""
+    if span is None:
+        return tensor
+    return tensor[span] if by_rows else tensor.view(-1)[span]
 
 
 def divide(

@@ -231,16 +231,6 @@ class Hyperparameters:
         if dtype != "float32":
             allowed = "autograd cannot run through what it rounds; use state_dtype='float32'"
             _check(not self.differentiable, "state_dtype", dtype, allowed)
-        if dtype != "8bit":
-            return
-        if self.reduction == "per_row":
-            allowed = (
-                "blocks of 8-bit values do not end where rows do; use 'bf16' or 'float32', or reduction='per_tensor'"
-            )
-            _check(False, "state_dtype", dtype, allowed)
-        _check(not self.fused, "state_dtype", dtype, "the fused kernel does not read it; leave fused=None")
-        allowed = "it needs torchao; install it with `pip install \"prm-hf[torchao]\"`, or use 'bf16'"
-        _check(importlib.util.find_spec("torchao") is not None, "state_dtype", dtype, allowed)
 
     def _check_implementation(self) -> None:
         if self.fused:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..sharding import FlatVariances, Locator, UnitTable, is_dtensor, is_fake, local_tensors, with_local
 from . import masks
 from .foreach import ForeachStep, TensorLists
-from .quantized import read, write
+from .quantized import moment_of, read, write
 from .reference import reference_step
 from .state import STATE_KEYS
 
@@ -204,7 +204,8 @@ class PlanList:
             "exp_avg_signal": h.masked and h.signal_beta is not None,
         }
         self._states = {
-            key: [member.state[key] for member in members] if needed.get(key, True) else [] for key in STATE_KEYS
+            key: [moment_of(member.state, key) for member in members] if needed.get(key, True) else []
+            for key in STATE_KEYS
         }
         by_rows = halves and h.reduction == "per_row"
         self.slices = [

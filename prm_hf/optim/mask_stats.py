@@ -15,7 +15,7 @@ from ..sharding import FlatVariances, Locator, UnitTable, local_tensors
 from . import foreach, masks
 from .functional import buckets
 from .hyperparameters import Hyperparameters
-from .quantized import flat_slice, is_quantized, read
+from .quantized import is_quantized, moment_of, read
 from .reductions import row_sums_of_squares, sums_of_squares
 
 
@@ -62,7 +62,7 @@ def _table_of_elements(states: _States, h: Hyperparameters, locator: Locator) ->
         pieces = [(piece.units.tensor, piece.of) for piece in locator.slices(p)]
         if locator.flat:  # a row also for tensors of which this process holds nothing
             pieces += [(number, lambda x: x.narrow(0, 0, 0)) for number in locator.members(p)]
-        found += [(number, {name: of(own[name]) for name in names}, own["step"]) for number, of in pieces]
+        found += [(number, {name: of(moment_of(own, name)) for name in names}, own["step"]) for number, of in pieces]
     numbers, slices, steps = map(list, zip(*found, strict=True))
     table = torch.zeros(len(slices), len(COLUMNS), dtype=torch.float64)
     table[:, 0] = torch.tensor([tensors["exp_avg"].numel() for tensors in slices])
@@ -119,7 +119,9 @@ def _sums_of_squares(states: _States, table: UnitTable, h: Hyperparameters, loca
     """Σa² of each unit of the table; a is the average that the signal is estimated from. Collective."""
     by_rows = h.reduction == "per_row"
     name = "exp_avg" if h.signal_beta is None else "exp_avg_signal"
-    pieces = [(piece.of(own[name]), piece.units) for p, own in states for piece in locator.slices(p, by_rows)]
+    pieces = [
+        (piece.of(moment_of(own, name)), piece.units) for p, own in states for piece in locator.slices(p, by_rows)
+    ]
     sums = []
     for index in buckets([average for average, _ in pieces]):
         values = _by_list(row_sums_of_squares if by_rows else sums_of_squares, [pieces[i][0] for i in index])
@@ -140,12 +142,13 @@ def _masks_of_elements(slices: list[dict[str, Tensor]], steps: list[Tensor], h: 
     owners, blocks = [], []
     for age in sorted(set(ages)):  # one, but for tensors that skipped steps
         members = [i for i, other in enumerate(ages) if other == age]
-        lists = [[slices[i][name] for i in members] for name in ("exp_avg", "grad_var")]
-        for block in foreach.divide(lists, size):
+        lists = [[slices[i][name] for i in members] for name in ("grad_var", "exp_avg")]
+        by_rows = any(map(is_quantized, lists[1]))
+        for block in foreach.divide(lists, size, by_rows):
             owners += [members[j] for j, _ in block]
-            pieces = [[xs[j] if span is None else flat_slice(xs[j], span) for j, span in block] for xs in lists]
+            pieces = [[foreach.cut(xs[j], span, by_rows) for j, span in block] for xs in lists]
             lengths = [x.numel() for x in pieces[0]]
-            m, s = map(_together, pieces)
+            s, m = map(_together, pieces)
             q, signal, noise = masks.compute_mask(m.square_(), s, masks.step_scalars(age, h), h)
             # None is negative, so that a norm of order 1 is a sum
             columns = [part for x in (q, (q > 0).to(q.dtype), signal, noise) for part in x.split(lengths)]

@@ -74,6 +74,7 @@ def averaging_variance(beta1: float, t: float | Tensor) -> float | Tensor:
 class StepScalars(NamedTuple):
     """What step t contributes to the formulas: one entry a parameter tensor, floats or 0-dim tensors."""
 
+    step: list | Tensor  # t
     bias1: list | Tensor  # m_hat = m / bias1
     bias2: list | Tensor  # v_hat = v / bias2
     center: list | Tensor  # the variance is taken around center * m_prev ...
@@ -128,6 +129,7 @@ def step_scalars(t: float | Tensor, h: Hyperparameters, numel: float | Tensor = 
         noise = 1 / (1 - rho**t) if h.bias_correction else one
         signal = 1 / bias1**2 if h.bias_correction else one
     return StepScalars(
+        step=t,
         bias1=bias1 if h.bias_correction else one,
         bias2=1 - beta2**t if h.bias_correction else one,
         center=center,

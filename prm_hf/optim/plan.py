@@ -19,7 +19,7 @@ from ..sharding import FlatVariances, Locator, local_tensors
 from .foreach import uses_foreach
 from .hyperparameters import NAMES, Hyperparameters, check_lr
 from .lists import Clock, ForeachList, Member, PlanList, ReferenceList, UnitMasks
-from .quantized import is_quantized
+from .quantized import REDUCED
 
 
 _OTHERS = operator.itemgetter(*sorted({*NAMES} - {"lr", "betas"}))
@@ -144,12 +144,12 @@ class StepPlan:
         """What must be equal for two tensors to be in one list; the first is the implementation."""
         p, grad, state, settings = member.param, member.grad, member.state, member.settings
         h, m, v = settings.h, state["exp_avg"], state["exp_avg_sq"]
-        tensors = (p.device, p.dtype, grad.dtype, m.dtype, v.dtype, is_quantized(m))
+        tensors = (p.device, p.dtype, grad.dtype, m.dtype, v.dtype)
         if self._transform is None and _use_fused(member):
             return ("fused", *tensors, *settings.form)
         foreach = uses_foreach([p], h, settings.lr)
         whole = not self._locator.sharded and self._transform is None
-        if whole and not foreach and m.dtype == v.dtype and not is_quantized(m):
+        if whole and not foreach and m.dtype == v.dtype and v.dtype not in REDUCED:
             return ("reference", *tensors, id(settings))
         return ("foreach", *tensors, id(settings))
 
@@ -232,7 +232,7 @@ def _use_fused(member: Member) -> bool:
         return False
     from .triton.launch import supports
 
-    if supports(*local_tensors([member.param, member.grad, member.state["exp_avg"]])):
+    if supports(*local_tensors([member.param, member.grad])):
         return True
     if h.fused:
         raise ValueError(

@@ -18,7 +18,7 @@ from .hyperparameters import Hyperparameters, Options, check_checkpoint_group, n
 from .mask_stats import group_table, mask_summary, mean_masks
 from .masks import statistics_dtype
 from .plan import StepPlan
-from .state import check_state, check_variances, complete, load_state, new_state
+from .state import check_state, check_variances, complete, convert, load_state, new_state
 
 
 class PRM(Optimizer):
@@ -243,6 +243,7 @@ class PRM(Optimizer):
             state.update(new_state(p, group, flat=self._locator.flat))
         else:
             check_state(state, group, flat=self._locator.flat)
+            convert(p, state, group["state_dtype"])
         return state
 
     def transform_unit_masks(self, q: Tensor) -> Tensor:

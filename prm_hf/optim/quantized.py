@@ -1,56 +1,192 @@
-"""State tensors as the step computes with them, and as they are kept: bfloat16, or 8 bits a value by torchao.
+r"""State tensors as the step computes with them, and as they are kept: in bfloat16, or in 8 bits a value.
 
-torchao's `OptimState8bit` keeps a code of 8 bits a value, the position in a table that it scales to the largest value
-of each block of 256 (Dettmers et al., *8-bit Optimizers via Block-wise Quantization*, arXiv 2110.02861). Blocks lie in
-the flattened tensor. The file needs torchao only where such a tensor is made.
+A value of 8 bits is a float of 3 mantissa bits, in units of the `scale` of its block. A block is 256 neighbours in one
+row (the last one of a row may be shorter), and its largest value has the largest code. Blocks end where rows do, so
+that a step may take any rows.
+
+==========  ====================================  ==================================  ========
+            bits                                  smallest, of the block's largest    zero
+==========  ====================================  ==================================  ========
+signed      sign, 4 of the exponent, 3            :math:`2^{-15} / 1.875`             code 0
+unsigned    5 of the exponent, 3                  :math:`2^{-31} / 1.875`             none
+==========  ====================================  ==================================  ========
+
+`exp_avg_sq` has no zero: a value that is small within its block would be rounded to 0, and its update divided by eps
+(Li et al., *Memory Efficient Optimizers with 4-bit States*, arXiv 2309.01507). It is rounded stochastically, in
+bfloat16 too: β₂ = 0.999 changes it by a thousandth a step, which rounding to the nearest would take back each time.
+The random numbers follow from the step and the position of the value in its tensor alone, so a run can be repeated
+and resumed bit for bit. All else is rounded to the nearest.
+
+Blocks: Dettmers et al., *8-bit Optimizers via Block-wise Quantization*, arXiv 2110.02861. Their map of codes is finer
+near the largest value of a block and coarser elsewhere. This one needs no table, so that a kernel forms and reads
+codes by shifts of a float's bits.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-# As bitsandbytes and torchao: smaller tensors stay in float32, which costs nothing and is safer for norms and biases.
-BLOCK, SMALLEST = 256, 4096
+from .masks import as_rows, n_rows
 
 
-def is_quantized(tensor: Tensor) -> bool:
-    return hasattr(tensor, "dequantize") and hasattr(tensor, "codes")
+BLOCK = 256
+# Smaller tensors stay in float32, which costs nothing and is safer for norms and biases; and so do those of rows so
+# short that the scales would take as much as a tenth of the codes.
+SMALLEST, SHORTEST_ROW = 4096, 64
+MANTISSA, LARGEST = 3, 1.875  # bits; the largest float of so many below 2
+SHIFT = 23 - MANTISSA  # of the bits that float32 has beyond
+TINY = torch.finfo(torch.float32).tiny
+SIGNED = ("exp_avg", "exp_avg_signal")
+MOMENTS = (*SIGNED, "exp_avg_sq")  # what `state_dtype` is about
+REDUCED = (torch.uint8, torch.bfloat16)
 
 
-def quantized_zeros(like: Tensor, signed: bool) -> Tensor:
-    """Zeros of a tensor's shape in 8 bits, or in float32 where it is too small or not made of whole blocks."""
-    if like.numel() < SMALLEST or like.numel() % BLOCK or not like.is_contiguous():
-        return torch.zeros_like(like, dtype=torch.float32, memory_format=torch.preserve_format)
-    from torchao.optim.subclass_8bit import OptimState8bit
-
-    return OptimState8bit.zeros(like.shape, signed, BLOCK, like.device)
+def lowest(signed: bool) -> int:
+    """The mantissa and exponent bits of a float that code 0 stands for: 16 or 32 powers of two end with 1."""
+    return (127 + 1 - (16 if signed else 32)) << MANTISSA
 
 
-def flat_slice(tensor: Tensor, span: slice) -> Tensor:
-    """Elements of a contiguous tensor, flattened, sharing its memory. 8-bit tensors are only cut between blocks."""
-    if not is_quantized(tensor):
-        return tensor.view(-1)[span]
-    blocks = slice(span.start // BLOCK, -(-span.stop // BLOCK))
-    return type(tensor)(tensor.codes.view(-1)[span], tensor.scale[blocks], tensor.qmap, tensor.signed)
+@dataclass(frozen=True)
+class Quantized:
+    """A tensor in 8 bits.
+
+    Attributes:
+        codes: uint8, of the tensor's shape.
+        scale: float32 `(rows, blocks of a row)`.
+        signed: whether values may be negative.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    signed: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.codes.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def numel(self) -> int:
+        return self.codes.numel()
+
+    def __getitem__(self, rows: slice) -> "Quantized":
+        if self.codes.dim() < 2:
+            return self
+        return Quantized(self.codes[rows], self.scale[rows], self.signed)
 
 
-def read(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def is_quantized(tensor: Tensor | Quantized) -> bool:
+    return tensor.dtype == torch.uint8
+
+
+def is_quantizable(p: Tensor) -> bool:
+    """Whether the state of a parameter is kept in 8 bits where it is asked for."""
+    large = p.numel() >= SMALLEST and p.numel() // n_rows(p) >= SHORTEST_ROW
+    return large and p.is_contiguous() and p.dtype != torch.float64
+
+
+def scale_key(key: str) -> str:
+    return f"{key}_scale"
+
+
+def moment_of(state: dict[str, Tensor], key: str) -> Tensor | Quantized:
+    """A moment as a state keeps it; one in 8 bits is two tensors of it, `exp_avg` and `exp_avg_scale`."""
+    tensor = state[key]
+    return Quantized(tensor, state[scale_key(key)], key in SIGNED) if is_quantized(tensor) else tensor
+
+
+def quantized_zeros(like: Tensor, key: str) -> dict[str, Tensor]:
+    """The two tensors of a moment of zeros."""
+    rows = n_rows(like)
+    blocks = -(-like.numel() // (rows * BLOCK))
+    scale = torch.zeros(rows, blocks, dtype=torch.float32, device=like.device)
+    return {key: torch.zeros_like(like, dtype=torch.uint8), scale_key(key): scale}
+
+
+def read(tensor: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
     """The values in `dtype`: the tensor itself where it is kept so."""
-    if is_quantized(tensor):
-        return tensor.dequantize(dtype)
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+    if not is_quantized(tensor):
+        return tensor if tensor.dtype == dtype else tensor.to(dtype)
+    codes = tensor.codes.to(torch.int32)
+    bits = (codes & 127 if tensor.signed else codes).add_(lowest(tensor.signed)).bitwise_left_shift_(SHIFT)
+    values = bits.view(torch.float32)
+    if tensor.signed:
+        values.mul_(1 - (codes >> 6 & 2))  # the sign is bit 7
+        values.mul_(codes & 127 != 0)
+    rows, scale = as_rows(values), tensor.scale
+    for whole, part in _blocks(rows):
+        part.mul_(scale[:, whole].unsqueeze(2))
+    return values.to(dtype)
 
 
-def write(tensor: Tensor, values: Tensor) -> None:
-    """Keeps `values`, rounded to the nearest that `tensor` can hold; nothing where `values` is `tensor`."""
+def write(tensor: Tensor | Quantized, values: Tensor, noise: Tensor | None = None) -> None:
+    """Keeps `values`, rounded to the nearest that `tensor` can hold; nothing where `values` is `tensor`.
+
+    Args:
+        noise: int32, uniform random bits of each value, by which it is rounded stochastically instead.
+    """
     if tensor is values:
         return
-    if not is_quantized(tensor) or is_quantized(values):  # codes are copied as they are
+    if is_quantized(tensor):
+        _quantize(tensor, values.float(), noise)
+    elif noise is not None and tensor.dtype == torch.bfloat16:
+        exact = values.float()
+        bits = exact.view(torch.int32) + (noise & 0xFFFF)
+        rounded = (bits & -0x10000).view(torch.float32)
+        tensor.copy_(torch.where(exact.isfinite(), rounded, exact))
+    else:
         tensor.copy_(values)
-        return
-    # The same as `tensor.copy_(values)`, which if not compiled takes 40 passes over temporaries of 8 bytes a value.
-    scale = values.reshape(-1, BLOCK).abs().amax(1).clip_(1e-12)
-    borders = (tensor.qmap[1:] + tensor.qmap[:-1]) / 2
-    scaled = values.reshape(-1, BLOCK) / scale.unsqueeze(1)
-    tensor.codes.copy_(torch.bucketize(scaled, borders, right=True, out_int32=True).view(tensor.shape))
-    tensor.scale.copy_(scale)
+
+
+def _quantize(tensor: Quantized, values: Tensor, noise: Tensor | None) -> None:
+    magnitudes = values.abs() if tensor.signed else values.clone(memory_format=torch.contiguous_format)
+    rows = as_rows(magnitudes)
+    for whole, part in _blocks(rows):
+        scale = part.amax(2).mul_(1 / LARGEST)
+        scale.masked_fill_(scale < TINY, 0.0)  # not where it is NaN
+        tensor.scale[:, whole] = scale
+        part.mul_(torch.where(scale == 0, 0.0, 1 / scale).unsqueeze(2))
+    bits = magnitudes.view(torch.int32)
+    bits.add_(1 << (SHIFT - 1) if noise is None else noise & ((1 << SHIFT) - 1))
+    lo = lowest(tensor.signed)
+    codes = bits.bitwise_right_shift_(SHIFT).sub_(lo).clamp_(0, (128 << MANTISSA) - 1 - lo)
+    if tensor.signed:
+        codes.add_(values.signbit(), alpha=128)
+    tensor.codes.copy_(codes)
+
+
+def _blocks(rows: Tensor) -> list[tuple[slice, Tensor]]:
+    """The blocks of rows as views `(rows, blocks, elements)`: the whole ones, and those that are left at the ends."""
+    n, end = rows.shape[1] // BLOCK, rows.shape[1] // BLOCK * BLOCK
+    parts = [(slice(0, n), rows[:, :end].unflatten(1, (n, BLOCK)))] if n else []
+    if end < rows.shape[1]:
+        parts.append((slice(n, n + 1), rows[:, end:].unsqueeze(1)))
+    return parts
+
+
+def random_bits(values: Tensor, start: int, step: float | Tensor) -> Tensor:
+    """32 random bits for each value at a step, int32 of the shape of `values`: the same whenever it is called.
+
+    Args:
+        start: the position of the first of them in the flattened tensor.
+        step: the number of the step, or a 0-dim tensor of it.
+    """
+    key = step.to(torch.int64) if isinstance(step, Tensor) else torch.tensor(int(step), device=values.device)
+    index = torch.arange(values.numel(), dtype=torch.int32, device=values.device)
+    index += (start + 2**31) % 2**32 - 2**31
+    # With a whole period of the golden ratio between the steps
+    bits = _scramble(index.mul_(-0x61C88647).add_(_scramble(key.to(torch.int32))))
+    return bits.view(values.shape)
+
+
+def _scramble(x: Tensor) -> Tensor:
+    """A permutation of the 32-bit numbers without visible pattern: `lowbias32` of C. Wellons' hash-prospector."""
+    x = x ^ (x >> 16 & 0xFFFF)
+    x *= 0x7FEB352D
+    x ^= x >> 15 & 0x1FFFF
+    x *= 0x846CA68B - 2**32
+    x ^= x >> 16 & 0xFFFF
+    return x

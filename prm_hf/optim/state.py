@@ -1,22 +1,23 @@
 """The state of a parameter: how it begins, and how it comes from a checkpoint.
 
 `step` (0-dim float32), `exp_avg`, `exp_avg_sq` and with `amsgrad` `max_exp_avg_sq` (the parameter's shape; float32 for
-bfloat16 and float16 parameters, or as `state_dtype` says); unless `mask="none"`, `grad_var` (the parameter's shape for
-`per_param`, 0-dim float64 for `per_tensor`, float64 `(rows,)` for `per_row`, a DTensor where each process holds whole
-rows); with `signal_beta` `exp_avg_signal` (as `exp_avg`, but never in bfloat16). `grad_var` estimates the variance of
-the gradient of the batch *mean*: with per-example gradients at hand its long-run mean is their population variance
-over b - 1.
+bfloat16 and float16 parameters, or the first two as `state_dtype` says, where `"8bit"` adds `exp_avg_scale` and
+`exp_avg_sq_scale`); unless `mask="none"`, `grad_var` (the parameter's shape for `per_param`, 0-dim float64 for
+`per_tensor`, float64 `(rows,)` for `per_row`, a DTensor where each process holds whole rows); with `signal_beta`
+`exp_avg_signal` (as `exp_avg`). `grad_var` estimates the variance of the gradient of the batch *mean*: with per-example
+gradients at hand its long-run mean is their population variance over b - 1.
 """
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..sharding import shard_rows
+from ..sharding import is_dtensor, shard_rows
 from . import masks
 from .hyperparameters import Hyperparameters
-from .quantized import is_quantized, quantized_zeros, read, write
+from .quantized import MOMENTS, is_quantizable, is_quantized, moment_of, quantized_zeros, read, scale_key, write
 
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad_var", "exp_avg_signal")
@@ -27,7 +28,7 @@ def new_state(p: Tensor, group: dict[str, Any], flat: bool) -> dict[str, Tensor]
     """The state before the first step of a local tensor; of a `flat` buffer `grad_var` of units lies elsewhere."""
     state = {"step": torch.zeros((), dtype=torch.float32, device=_step_device(p, group))}
     for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]:
-        state[key] = _new_moment(p, key, group["state_dtype"])
+        state |= _new_moment(p, key, group["state_dtype"])
     if group["mask"] == "none":
         return state
     if group["reduction"] == "per_param":
@@ -37,35 +38,75 @@ def new_state(p: Tensor, group: dict[str, Any], flat: bool) -> dict[str, Tensor]
         zeros = torch.zeros(shape, dtype=masks.statistics_dtype(p.device), device=p.device)
         state["grad_var"] = shard_rows(zeros, p) if shape else zeros
     if group["signal_beta"] is not None:
-        state["exp_avg_signal"] = _new_moment(p, "exp_avg_signal", group["state_dtype"])
+        state |= _new_moment(p, "exp_avg_signal", group["state_dtype"])
     return state
 
 
 def load_state(param_groups: list[dict[str, Any]], state: dict[Tensor, dict], state_dict: dict[str, Any]) -> None:
     """Takes the values of a state dict again that torch has loaded, in the precision that they were saved in.
 
-    torch casts floating-point state to the parameter's dtype: bfloat16 for state that we keep in float32, and float32
-    for the float64 `grad_var`. The values are copied, so that two optimizers never share the tensors that their steps
-    change in place.
+    torch casts state to the parameter's dtype: bfloat16 for state that we keep in float32, and float32 for the float64
+    `grad_var` and for codes. The values are copied, so that two optimizers never share the tensors that their steps
+    change in place. Moments that were kept otherwise than `state_dtype` says are converted, with a warning.
+
+    Raises:
+        ValueError: moments in 8 bits are loaded for a parameter that is sharded.
     """
+    converted: set[tuple[str, str]] = set()
     saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
     params = [(p, group) for group in param_groups for p in group["params"]]
     for saved_id, (p, group) in zip(saved_ids, params, strict=True):
         if p in state:
             # torch moves it to the device for any optimizer with `fused`, where ours would have to wait for it.
             state[p]["step"] = state[p]["step"].clone().to(_step_device(p, group))
-        for key in STATE_KEYS:
-            saved = state_dict["state"].get(saved_id, {}).get(key)
-            if saved is None:
+        saved, is_torchaos = state_dict["state"].get(saved_id, {}), False
+        for key in (*STATE_KEYS, *map(scale_key, MOMENTS)):
+            if key not in saved:
                 continue
-            dtype = torch.promote_types(saved.dtype, _state_dtype(p))
-            if key != "grad_var" and (group["state_dtype"] != "float32" or is_quantized(saved)):
-                state[p][key] = _new_moment(p, key, group["state_dtype"])
-                write(state[p][key], saved if is_quantized(state[p][key]) else read(saved, dtype))
-            else:
-                state[p][key] = saved.detach().clone().to(device=p.device, dtype=dtype)
+            value = saved[key].detach()
+            if hasattr(value, "codes"):  # of torchao, which earlier versions took for 8 bits
+                value, is_torchaos = value.dequantize(torch.float32), True
+                converted |= {("torchao's 8 bits", _dtype_name(_wanted_dtype(p, key, group["state_dtype"])))}
+            as_saved = key in MOMENTS and value.dtype in (torch.uint8, torch.bfloat16)
+            dtype = value.dtype if as_saved else torch.promote_types(value.dtype, _state_dtype(p))
+            if is_quantized(value) and is_dtensor(p):
+                raise ValueError(
+                    "The checkpoint keeps moments in 8 bits, and the parameters are sharded now, for which these "
+                    "cannot be read: go on with one process or DDP, or start from the weights alone with a fresh "
+                    "optimizer."
+                )
+            state[p][key] = torch.clone(value).to(device=p.device, dtype=dtype)
             if key == "grad_var" and group["reduction"] == "per_row":  # whole in a checkpoint of whole tensors
                 state[p][key] = shard_rows(state[p][key], p)
+        if p in state:
+            changes = convert(p, state[p], group["state_dtype"])
+            converted |= set() if is_torchaos else changes
+    for theirs, ours in sorted(converted):
+        warnings.warn(
+            f"Moments that the checkpoint keeps in {theirs} are kept in {ours} by this optimizer, as its "
+            "`state_dtype` says. They were converted, so training goes on from nearly the same state, and not bit for "
+            "bit as it would have.",
+            stacklevel=2,
+        )
+
+
+def convert(p: Tensor, state: dict[str, Tensor], state_dtype: str) -> set[tuple[str, str]]:
+    """Keeps the moments of a parameter as `state_dtype` says, rounded to the nearest where they were kept otherwise.
+
+    Returns:
+        From which dtypes to which, for people.
+    """
+    converted = set()
+    for key in (key for key in MOMENTS if key in state):
+        wanted, old = _wanted_dtype(p, key, state_dtype), moment_of(state, key)
+        if old.dtype == wanted or (old.dtype.itemsize >= 4 and wanted.itemsize >= 4):
+            continue
+        values = read(old, _state_dtype(p))
+        state.pop(scale_key(key), None)
+        state |= _new_moment(p, key, state_dtype)
+        write(moment_of(state, key), values)
+        converted.add((_dtype_name(old.dtype), _dtype_name(wanted)))
+    return converted
 
 
 def complete(group: dict[str, Any], state: dict[Tensor, dict], defaults: dict[str, Any]) -> None:
@@ -94,12 +135,22 @@ def _state_dtype(p: Tensor) -> torch.dtype:
     return torch.float32 if p.dtype in _LOW_PRECISION else p.dtype
 
 
-def _new_moment(p: Tensor, key: str, state_dtype: str) -> Tensor:
+def _wanted_dtype(p: Tensor, key: str, state_dtype: str) -> torch.dtype:
+    if key not in MOMENTS or state_dtype == "float32" or (state_dtype == "8bit" and not is_quantizable(p)):
+        return _state_dtype(p)
+    return torch.bfloat16 if state_dtype == "bf16" else torch.uint8
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return "8 bits" if dtype == torch.uint8 else str(dtype).removeprefix("torch.")
+
+
+def _new_moment(p: Tensor, key: str, state_dtype: str) -> dict[str, Tensor]:
     """Zeros for a state of a parameter's shape, as `state_dtype` says that it is kept."""
-    if state_dtype == "8bit" and p.dtype != torch.float64:
-        return quantized_zeros(p, signed=key == "exp_avg")
-    dtype = torch.bfloat16 if state_dtype == "bf16" and key == "exp_avg" else _state_dtype(p)
-    return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+    dtype = _wanted_dtype(p, key, state_dtype)
+    if dtype == torch.uint8:
+        return quantized_zeros(p, key)
+    return {key: torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)}
 
 
 def check_variances(number: int, group: dict[str, Any], states: list[dict[str, Tensor] | None]) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput, has_length
@@ -25,6 +26,26 @@ _DESCRIPTION = (
     "([arXiv 2605.01172](https://arxiv.org/abs/2605.01172), Algorithm 1).\n"
 )
 _TIMINGS = ("_runtime", "_per_second", "_preparation_time")
+
+
+def groups_with_embeddings_apart(model: nn.Module, decaying: list[str], weight_decay: float) -> list[dict[str, Any]]:
+    """The parameter groups of `Trainer.create_optimizer`, and beside them those of embeddings, with float32 state.
+
+    As Trainer does for bitsandbytes' optimizers: the rows of rare tokens see gradients of other sizes than those of
+    frequent ones, and rarely.
+
+    Args:
+        decaying: the names of the parameters that have weight decay.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {(False, True): [], (False, False): []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups.setdefault((id(p) in embeddings, name in decaying), []).append(p)
+    return [
+        {"params": params, "weight_decay": weight_decay * decays} | ({"state_dtype": "float32"} if apart else {})
+        for (apart, decays), params in groups.items()
+    ]
 
 
 class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
@@ -105,6 +126,10 @@ class PRMTrainerMixin(CheckpointMixin, EvaluationMixin):
         optimizer_cls, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(settings, self.model)
         if optimizer_cls is not PRM:
             optimizer_kwargs = scaled_by_relative_eps(settings, optimizer_kwargs, self._trained_numel)
+        elif settings.prm_state_dtype == "8bit":
+            model = args[0] if args else kwargs.get("model") or self.model
+            decaying = self.get_decay_parameter_names(model)
+            optimizer_kwargs["params"] = groups_with_embeddings_apart(model, decaying, settings.weight_decay)
         self.optimizer_cls_and_kwargs = optimizer_cls, optimizer_kwargs | self._sizes()
         try:
             optimizer = super().create_optimizer(*args, **kwargs)

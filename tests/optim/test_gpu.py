@@ -18,7 +18,6 @@ from .optimizer_runs import MEASURED, SHAPES, schedule
 
 
 pytestmark = pytest.mark.gpu
-IN_8_BITS = ("per_param", "per_tensor")
 
 
 def make_params(dtype=torch.float32, extra=((5000, 33), (37, 896), (4096,), (4097,), (300_003,))):
@@ -297,14 +296,16 @@ def test_kernels_of_liger_are_no_drift(tmp_path):
     assert trainer.last_eval_metrics["eval_drift/kl"] == 0
 
 
-@pytest.mark.parametrize("reduction", IN_8_BITS)
-def test_8bit_state(reduction):
-    """On the GPU as on the CPU."""
-    pytest.importorskip("torchao")
+@pytest.mark.parametrize("settings", MEASURED, ids=lambda s: f"{s['reduction']}-{s['estimator']}")
+@pytest.mark.parametrize("implementation", ["fused", "foreach"])
+def test_8bit_state(implementation, settings):
+    """On the GPU as on the CPU, by either implementation."""
+    extra = ((512, 64), (37, 896), (5, 4099), (4096,), (4097,))
+    start = [p.detach().cpu() for p in make_params(extra=extra)]
     results = []
-    for device in ("cpu", "cuda"):
-        params = [p.detach().to(device).requires_grad_() for p in make_params(extra=((512, 64), (4096,), (4097,)))]
-        optimizer = PRM(params, reduction=reduction, state_dtype="8bit")
+    for device, how in (("cpu", "foreach"), ("cuda", implementation)):
+        params = [p.to(device, copy=True).requires_grad_() for p in start]
+        optimizer = PRM(params, state_dtype="8bit", **settings, **{how: True})
         generator = torch.Generator().manual_seed(1)
         for _ in range(4):
             for p in params:
@@ -312,8 +313,8 @@ def test_8bit_state(reduction):
             optimizer.step()
         results.append([p.detach().cpu() for p in params])
     for p, q in zip(*results, strict=True):
-        if p.numel():  # where rounding decides on another code, a moment differs by about 1 %
-            assert ((p - q).abs() > 1e-6).float().mean() < 1e-2 and (p - q).abs().max() < 1e-4
+        if p.numel():  # where rounding decides on another code, a moment differs by up to 6 or 12 %
+            assert ((p - q).abs() > 1e-6).float().mean() < 1e-2 and (p - q).abs().max() < 1e-3
 
 
 def test_drift_is_measured_on_tensor_cores_and_exact_enough():

@@ -518,7 +518,6 @@ ERRORS = [
         r"Invalid signal_beta=0.98: it needs reduction='per_row'.*'per_param'.*signal_beta=None",
     ),
     ({**SIGNAL, "estimator": "ema"}, r"Invalid signal_beta=0.98: .*estimator='debiased'.*'ema'"),
-    ({"reduction": "per_row", "state_dtype": "8bit"}, r"Invalid state_dtype='8bit'.*use 'bf16' or 'float32'"),
     ({"estimator": "map"}, r"Invalid estimator='map'.*'ema', 'debiased'"),
     ({"boundary": "finite"}, r"Invalid boundary='finite'.*'batch', 'empirical'"),
     ({"boundary": "empirical"}, r"Invalid batch_size=None.*boundary='empirical' needs it"),

@@ -76,10 +76,6 @@ def test_prm_with_relative_eps_is_prm_with_that_eps_and_learning_rate(tmp_path, 
             {"prm_preset": "noisy_labels", "prm_reduction": "per_param"},
             "`prm_reduction='per_param'` and `prm_preset='noisy_labels'`, which sets it to 'per_row', contradict",
         ),
-        (
-            {"prm_preset": "noisy_labels", "prm_state_dtype": "8bit"},
-            "state_dtype='8bit'.*`prm_preset='noisy_labels'` sets `prm_reduction='per_row'`",
-        ),
     ],
 )
 def test_contradictions_raise(tmp_path, kwargs, message):

@@ -140,7 +140,6 @@ def test_drift_is_measured_by_default_with_prm_alone(tmp_path):
             {"prm_signal_beta": 0.98, "prm_reduction": "per_tensor"},
             "Invalid prm_signal_beta=0.98: it needs prm_reduction='per_row' and prm_estimator='debiased'",
         ),
-        ({"prm_reduction": "per_row", "prm_state_dtype": "8bit"}, "prm_state_dtype='8bit'.*rows.*'per_tensor'"),
         ({"prm_estimator": "mean"}, "prm_estimator='mean'"),
         ({"prm_boundary": "epoch"}, "prm_boundary='epoch'"),
         ({"prm_softness": -1.0}, "prm_softness=-1.0"),

@@ -90,6 +90,17 @@ def test_prm_is_built_from_the_arguments_with_decay_groups(tmp_path):
         assert {key: group[key] for key in expected} == expected
 
 
+def test_with_8_bits_embeddings_are_a_group_with_float32_state(tmp_path):
+    trainer = dpo_trainer(tmp_path, weight_decay=0.1, prm_state_dtype="8bit")
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    decay, no_decay, embeddings = trainer.create_optimizer().param_groups
+    assert [names[id(p)] for p in embeddings["params"]] == ["model.embed_tokens.weight"]
+    assert [g["state_dtype"] for g in (decay, no_decay, embeddings)] == ["8bit", "8bit", "float32"]
+    assert [g["weight_decay"] for g in (decay, no_decay, embeddings)] == [0.1, 0.0, 0.1]
+    assert sum(len(g["params"]) for g in (decay, no_decay, embeddings)) == len(names)
+    trainer.train()
+
+
 def test_the_control_trains_exactly_as_the_parent(tmp_path):
     control = dpo_trainer(tmp_path, optim="adamw_torch_fused", prm_mask="hard", eval_dataset=HELDOUT)
     parent = DPOTrainer(

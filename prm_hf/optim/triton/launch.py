@@ -12,8 +12,8 @@ from .. import masks
 from ..foreach import TensorLists
 from ..hyperparameters import MASKS, Hyperparameters
 from ..lists import PlanList
-from ..quantized import is_quantized
-from .kernels import SCALARS, STATES, row_kernel, step_kernel
+from ..quantized import BLOCK, is_quantized
+from .kernels import SCALARS, SCALES, STATES, row_kernel, step_kernel
 
 
 CHUNK = 4096  # elements an item,
@@ -22,18 +22,20 @@ LAG = 768  # statistics items between a tensor's last and its first update: abou
 PROGRAMS_PER_MULTIPROCESSOR = 6
 # Rows and columns of an item of `per_row`: the first tile that a row fits in, or the last one again and again.
 ROW_TILES = ((64, 64), (4, 1024), (1, 4096))
+ROW_TILES_8BIT = ((16, 256), (4, 1024), (1, 4096))  # of whole blocks
 N_WARPS = 4
 # `TRITON_INTERPRET=1`: the kernel runs on a CPU, slowly, to be tested.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _MASKS = {name: number for number, name in enumerate(MASKS)}
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_STATE_DTYPES = {**_DTYPES, torch.uint8: tl.uint8}
 
 
 class KernelTables:
-    """The tables of a list of tensors on one device, of one parameter dtype and one dtype of `exp_avg`.
+    """The tables of a list of tensors on one device, of one parameter dtype and one dtype of each moment.
 
-    All other state is float32. The tables hold as long as the tensors keep their storages; the gradients may be new
-    tensors at every step.
+    `exp_avg_signal` is kept as `exp_avg`, all other state in float32. The tables hold as long as the tensors keep
+    their storages; the gradients may be new tensors at every step.
 
     Args:
         lists: contiguous tensors; `grads` are not used. Without `grad_vars` masks are decided between the halves of a
@@ -52,10 +54,17 @@ class KernelTables:
         self._lists = lists._replace(grads=[])  # keeps their storages
         other_kernels = {"PER_TENSOR"} if code["PER_ROW"] else {"SIGNAL"}
         self._code = {name: value for name, value in code.items() if name not in {"PER_ROW", *other_kernels}}
-        self._dtypes = {"P": _DTYPES[params[0].dtype], "M": _DTYPES[lists.exp_avgs[0].dtype]}
+        kinds = {"P": params, "M": lists.exp_avgs, "V": lists.exp_avg_sqs}
+        self._dtypes = {name: _STATE_DTYPES[tensors[0].dtype] for name, tensors in kinds.items()}
+        self._quantized = is_quantized(lists.exp_avgs[0])
         numels = np.array([p.numel() for p in params], dtype=np.int64)
         self._chunk = CHUNK if numels.max(initial=0) > SMALL else SMALL_CHUNK
+        rows = np.array([masks.n_rows(p) for p in params], dtype=np.int64)
+        widths = numels // np.maximum(rows, 1)
         n_chunks = -(-numels // self._chunk)
+        if self._quantized:  # of whole blocks, which end where rows do
+            n_chunks = -(-rows * -(-widths // BLOCK) // (self._chunk // BLOCK))
+        self._even = self._quantized and bool((widths % 16 == 0).all())
         first = np.concatenate([[0], np.cumsum(n_chunks)]).astype(np.int32)
         chunk_tensors = np.repeat(np.arange(n, dtype=np.int32), n_chunks)
         statistics = 2 * np.arange(first[-1], dtype=np.int32)
@@ -65,8 +74,8 @@ class KernelTables:
         self._addresses = _addresses(lists)
         # The scalars of a tensor or a row are read by themselves
         by_unit = code["PER_TENSOR"] or code["PER_ROW"]
-        self._aligned = all(_are_aligned(x) for key, x in self._addresses.items() if key != "grad_var" or not by_unit)
-        rows = np.array([masks.n_rows(p) for p in params], dtype=np.int64)
+        unaligned = {*SCALES, "grad_var"} if by_unit else {*SCALES}
+        self._aligned = all(_are_aligned(x) for key, x in self._addresses.items() if key not in unaligned)
         self._tiles = self._cut_rows(rows, numels) if code["PER_ROW"] else []
         columns = (*self._addresses.values(), numels, first[:-1], rows, np.cumsum(rows) - rows)  # as `TENSOR` says
         self._table = self._upload(np.stack([x if len(x) else np.zeros_like(numels) for x in columns], axis=1))
@@ -87,10 +96,10 @@ class KernelTables:
     def _cut_rows(self, rows: np.ndarray, numels: np.ndarray) -> list[tuple[Tensor, dict[str, Any]]]:
         """The items of each launch of the rows' kernel, and what is compiled in for it."""
         columns = numels // np.maximum(rows, 1)
-        widths = np.array([width for _, width in ROW_TILES[:-1]])
-        kinds = np.searchsorted(widths, columns)
+        shapes = ROW_TILES_8BIT if self._quantized else ROW_TILES
+        kinds = np.searchsorted(np.array([width for _, width in shapes[:-1]]), columns)
         tiles = []
-        for kind, (height, width) in enumerate(ROW_TILES):
+        for kind, (height, width) in enumerate(shapes):
             members = np.flatnonzero((kinds == kind) & (numels > 0))
             if len(members):
                 items = [np.stack(np.broadcast_arrays(i, np.arange(0, rows[i], height)), axis=1) for i in members]
@@ -175,7 +184,8 @@ class KernelTables:
         self._counters.zero_()
         n_items, tables = len(items), (self._chunk_tensors, self._table, len(addresses), self._grads_there, scalars)
         results = self._counters, self._partials, self.sums, self.q, found_inf
-        step_kernel[(min(n_items, self._programs),)](items, n_items, *tables, *results, CHUNK=self._chunk, **given)
+        given |= {"CHUNK": self._chunk, "EVEN": self._even}
+        step_kernel[(min(n_items, self._programs),)](items, n_items, *tables, *results, **given)
 
 
 class TritonList(PlanList):
@@ -280,22 +290,23 @@ def scalar_row(c: masks.StepScalars, settings) -> list[float | Tensor]:
     return [values[name] if name in values else getattr(h, name) for name in SCALARS]
 
 
-def supports(param: Tensor, grad: Tensor, exp_avg: Tensor) -> bool:
+def supports(param: Tensor, grad: Tensor) -> bool:
     """Whether a tensor can be stepped by the kernel: contiguous, float32 or less, on a GPU (or interpreted)."""
     return (
-        param.dtype in _DTYPES
-        and param.is_contiguous()
-        and (param.is_cuda or INTERPRETED)
-        and grad.dtype in _DTYPES
-        and not is_quantized(exp_avg)
+        param.dtype in _DTYPES and param.is_contiguous() and (param.is_cuda or INTERPRETED) and grad.dtype in _DTYPES
     )
 
 
 def _addresses(lists: TensorLists) -> dict[str, np.ndarray]:
-    """Where the tensors are, by the names of `STATES`."""
-    states = [lists.params, *lists[2:]]
-    addresses = [np.array([x.data_ptr() for x in tensors], dtype=np.int64) for tensors in states]
-    return dict(zip(STATES, addresses, strict=True))
+    """Where the tensors are, by the names of `STATES` and `SCALES`."""
+    states = dict(zip(STATES, (lists.params, *lists[2:]), strict=True))
+    scales = {}
+    for key, tensors in states.items():
+        if tensors and is_quantized(tensors[0]):
+            scales[f"{key}_scale"] = [x.scale for x in tensors]
+            states[key] = [x.codes for x in tensors]
+    states |= {key: scales.get(key, []) for key in SCALES}
+    return {key: np.array([x.data_ptr() for x in xs], dtype=np.int64) for key, xs in states.items()}
 
 
 def _are_aligned(addresses: np.ndarray) -> bool:
