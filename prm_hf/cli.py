@@ -1,4 +1,4 @@
-"""`prm-hf dpo | sft | suspects | regression | … | sweep | compare | doctor`; `python -m prm_hf …` is the same."""
+"""`prm-hf dpo | sft | suspects | … | diagnose | sweep | compare | doctor`; `python -m prm_hf …` is the same."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ EXPERIMENTS = {
     "regression": "does an optimizer follow the signal, or the labels that are wrong?",
     "pinn": "in how many steps does a network solve a differential equation from noisy values?",
     "pairs": "make preference pairs of a model's right and wrong answers",
+    "diagnose": "how simple is what a run learnt? Effective dimension of its trained model",
     "sweep": "run `dpo`, `sft`, `suspects` or `grokking` on every GPU of this machine, one process each",
 }
 # Training scripts of other packages, which run with `optim="prm"`

@@ -42,14 +42,14 @@ def read_batches(data: Any, loss: str | Callable, batch_size: int, max_batches: 
     Raises:
         ValueError: there are none, or they lack what the loss needs.
     """
-    if isinstance(data, DataLoader):
-        raw = iter(data)
-    elif isinstance(data, Iterable):
-        raw = (_collate(rows, loss) for rows in _chunks(iter(data), batch_size))
-    else:
+    if not isinstance(data, Iterable):
         raise TypeError(f"`data` is a {type(data).__name__}: pass a dataset, a list of rows or a DataLoader.")
     prepare = _PREPARE.get(loss, _plain) if isinstance(loss, str) else _plain
-    batches = [prepare(batch) for batch in itertools.islice(raw, max_batches)]
+    with torch.random.fork_rng(devices=[]):  # a dataloader draws from it
+        raw = iter(data)
+        if not isinstance(data, DataLoader):
+            raw = (_collate(rows, loss) for rows in _chunks(raw, batch_size))
+        batches = [prepare(batch) for batch in itertools.islice(raw, max_batches)]
     if not batches:
         raise ValueError("`data` has no rows.")
     return batches

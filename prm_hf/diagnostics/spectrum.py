@@ -84,13 +84,15 @@ class Spectrum:
 
     def dimension(self, alpha: float) -> tuple[float, float, float]:
         """Σ λ/(λ+α) over the positive eigenvalues: the value, and the ends of an interval."""
-        if self.quadrature is not None:
-            return self._by_quadrature(alpha)
+        value, lower, upper = self._dimension(alpha) if self.quadrature is None else self._by_quadrature(alpha)
+        return float(value), float(lower), float(upper)
+
+    def _dimension(self, alpha: float) -> tuple[float, float, float]:
         known = self.eigenvalues[self.eigenvalues > 0]
-        captured = float((known / (known + alpha)).sum())
+        captured = (known / (known + alpha)).sum()
         # The slope of λ/(λ+α) is nowhere steeper than 1/α
         slopes = alpha / (np.maximum(self.eigenvalues - self.residuals, 0) + alpha) ** 2
-        slack = float((self.residuals * slopes).sum())
+        slack = (self.residuals * slopes).sum()
         low, high = (0.0, 0.0) if self.tail is None else self._of_tail(self.tail, alpha)
         lower, upper = max(captured + low - slack, 0.0), captured + high + slack
         return (captured if self.tail is None else (lower + upper) / 2), lower, upper
@@ -128,7 +130,7 @@ class Spectrum:
         below = above if self.quadrature.radau is None else sums(self.quadrature.radau)
         largest = max(nodes.max(initial=0.0) for nodes, _ in self.quadrature.gauss)
         largest /= largest + alpha
-        value = float(above.mean() + below.mean()) / 2
+        value = (above.mean() + below.mean()) / 2
         return value, interval(below, largest)[0], min(interval(above, largest)[1], float(self.count))
 
 
