@@ -27,7 +27,7 @@ def kl_inverse(risk: float, c: float) -> float:
 
     highest = 1 - 1e-16
     if risk < 1e-300:
-        return -math.expm1(-c)
+        return max(risk, -math.expm1(-c))
     if risk >= highest or divergence(highest) <= c:
         return 1.0
     if divergence(risk) >= c:

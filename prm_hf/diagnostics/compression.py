@@ -104,6 +104,7 @@ def compression_bound(
     task: Task,
     *,
     subspace: Subspace | None = None,
+    base: nn.Module | None = None,
     levels: int | Sequence[int] = LEVELS,
     qat_steps: int = 0,
     qat_learning_rate: float = 0.05,
@@ -140,6 +141,8 @@ def compression_bound(
         task: `"lm"` (bits a token), `"classification"` (share of errors) or `"preference"` (share of pairs ranked
             wrongly by the implicit reward of DPO; a tie counts as ½).
         subspace: What the model was trained in.
+        base: The model that training started from, of a checkpoint or a seed; then the differences from it are
+            compressed. For a model of which all parameters were trained, without an adapter or a subspace.
         levels: How many values the compressed weights may have, 2 to 255; each number is tried.
         qat_steps: Steps of quantisation-aware fine-tuning, with Adam and batches of `batch_size` rows.
         qat_learning_rate: In units of the root mean square of the compressed values.
@@ -171,7 +174,9 @@ def compression_bound(
     choices = _Choices(levels, alphas if task == "lm" else (0.0,), qat_steps, delta, bound, prior)
     choices.check(task, n_evaluate, configurations, qat_learning_rate)
     accelerator = _one_process(model)
-    vector = TrainedVector(model) if subspace is None else subspace
+    if subspace is not None and base is not None:
+        raise ValueError("`base` and `subspace` both say what training started from: pass one of them.")
+    vector = TrainedVector(model, base) if subspace is None else subspace
     vector.check()
     of_row, unit = units_of(dataset, task, unit)
     if prior_data is not None:
@@ -181,7 +186,13 @@ def compression_bound(
     risk = RiskOf(task, collate, batch_size, choices.alphas, beta, ref_model, accelerator)
 
     described = {"dim": vector.dim, "projector": vector.projector_name, "seed": getattr(vector, "seed", None)}
-    described |= {"prior": prior, "bound": bound, "delta": delta, "alphas": list(choices.alphas)}
+    described |= {
+        "base": base is not None,
+        "prior": prior,
+        "bound": bound,
+        "delta": delta,
+        "alphas": list(choices.alphas),
+    }
     tried = Tried(output_dir, configurations).count(described, len(choices.alphas))
     judge = _Judge(choices, sample, tried)
     own = vector.read()
@@ -202,18 +213,21 @@ def compression_bound(
     return best if output_dir is None else _save(best, data, Path(output_dir))
 
 
-def load_compressed(model: nn.Module, path: str | Path, subspace: Subspace | None = None) -> None:
+def load_compressed(
+    model: nn.Module, path: str | Path, subspace: Subspace | None = None, base: nn.Module | None = None
+) -> None:
     """Gives a model the weights of a file that [`compression_bound`] wrote.
 
     Args:
         model: The model as it was before training, with its adapter or in its subspace.
         path: The file.
         subspace: What the model is trained in, of the same `dim`, `projector` and `seed`.
+        base: The model that training started from, if the bound had it.
 
     Raises:
         ValueError: the file does not hold as many values as the model or subspace has.
     """
-    vector = TrainedVector(model) if subspace is None else subspace
+    vector = TrainedVector(model, base) if subspace is None else subspace
     values = decode(Path(path).read_bytes(), vector.dim).values
     vector.write(torch.from_numpy(values).to(next(iter(vector.parameters)).device))
 

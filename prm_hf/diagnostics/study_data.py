@@ -99,11 +99,10 @@ def _rows(images: np.ndarray, labels: np.ndarray) -> Dataset:
 
 
 def documents(n: int, random_tokens: bool = False, seed: int = 0) -> Dataset:
-    """Documents of 12 of 17 words that count in a step of 1 to 3, a tenth of the words random; or random words."""
+    """Documents of 12 words that count up through 17, a tenth of the words random; or random words alone."""
     rng = np.random.default_rng(seed)
-    start, step = rng.integers(VOCABULARY, size=(n, 1)), rng.integers(1, 4, size=(n, 1))
     noise = rng.integers(VOCABULARY, size=(n, DOCUMENT_LENGTH))
-    counted = (start + step * np.arange(DOCUMENT_LENGTH)) % VOCABULARY
+    counted = (rng.integers(VOCABULARY, size=(n, 1)) + np.arange(DOCUMENT_LENGTH)) % VOCABULARY
     ids = noise if random_tokens else np.where(rng.random(counted.shape) < 0.1, noise, counted)
     return Dataset.from_dict({"input_ids": ids.tolist()})
 
@@ -129,13 +128,12 @@ def make_language_model(adapter: str, seed: int = 0) -> nn.Module:
             num_hidden_layers=1,
             num_attention_heads=2,
             num_key_value_heads=2,
+            initializer_range=0.2,  # 1/√32, since the output embedding stays as it is
         )
         model = LlamaForCausalLM(config)
         if adapter == "lora":
             return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
         if not hasattr(peft, "UniLoraConfig"):
             raise ImportError(f'peft {peft.__version__} has no UniLoraConfig: pip install "peft>=0.21".', name="peft")
-        adapter_config = peft.UniLoraConfig(
-            r=16, theta_d_length=256, target_modules="all-linear", init_theta_d_bound=0.3
-        )
+        adapter_config = peft.UniLoraConfig(r=16, theta_d_length=256, target_modules="all-linear")
         return peft.get_peft_model(model, adapter_config)

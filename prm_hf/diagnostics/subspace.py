@@ -17,15 +17,18 @@ class TrainedVector:
 
     Args:
         model: with at least one parameter that requires a gradient.
+        base: the model that training started from; then the vector has the differences from it. Default: the values.
 
     Raises:
-        ValueError: no parameter is trainable, or a layer keeps statistics of the data that no file would hold.
+        ValueError: no parameter is trainable, `base` lacks one, or a layer keeps statistics of the data that no file
+            would hold.
     """
 
     projector_name = "none"
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, base: nn.Module | None = None) -> None:
         self.parameters = trainable_parameters(model)
+        self.start: torch.Tensor | float = 0.0 if base is None else _values_of(base, model)
         learnt = [name for name, m in model.named_modules() if _keeps_statistics(m)]
         if learnt:
             raise ValueError(
@@ -40,11 +43,11 @@ class TrainedVector:
 
     def read(self) -> torch.Tensor:
         """The vector as the model has it. Shape `(dim,)`, float32."""
-        return torch.cat([p.detach().float().flatten() for p in self.parameters])
+        return flat_values(self.parameters) - self.start
 
     def write(self, vector: torch.Tensor) -> None:
         """Sets the model's parameters to what the vector stands for, in their own dtype."""
-        write_flat(self.parameters, vector)
+        write_flat(self.parameters, self.start + vector)
 
     def gradient(self) -> torch.Tensor:
         """The gradient with respect to the vector, of the parameters' own; zeros where a parameter has none."""
@@ -79,7 +82,7 @@ class Subspace(TrainedVector):
     def __init__(self, model: nn.Module, dim: int, projector: Kind = "kronecker", seed: int = 0) -> None:
         super().__init__(model)
         device = self.parameters[0].device
-        self.start = torch.cat([p.detach().float().flatten() for p in self.parameters])
+        self.start = flat_values(self.parameters)
         self.projector: Projector = make_projector(projector, self.start.numel(), dim, seed).to(device)
         self.projector_name, self.seed = projector, seed
         self.vector = nn.Parameter(torch.zeros(dim, device=device))
@@ -119,7 +122,7 @@ class Subspace(TrainedVector):
     def check(self) -> None:
         """Raises a ValueError if the parameters are not θ₀ + P w, as after training by another optimizer."""
         expected = self.start + self.projector.project(self.vector.detach())
-        found = torch.cat([p.detach().float().flatten() for p in self.parameters])
+        found = flat_values(self.parameters)
         eps = torch.finfo(self.parameters[0].dtype).eps
         if not torch.allclose(found, expected, rtol=8 * eps, atol=8 * eps * max(expected.abs().max().item(), 1e-30)):
             raise ValueError(
@@ -137,6 +140,23 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
             "`PeftModel.from_pretrained(..., is_trainable=True)`."
         )
     return found
+
+
+def _values_of(base: nn.Module, model: nn.Module) -> torch.Tensor:
+    """The values in `base` of the parameters that are trained in `model`."""
+    own = dict(base.named_parameters())
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    for name, p in model.named_parameters():
+        if p.requires_grad and (name not in own or own[name].shape != p.shape):
+            raise ValueError(
+                f"`base` has no {name} of shape {tuple(p.shape)}, which `model` trains: it is another one."
+            )
+    return flat_values([own[name] for name in names]).to(next(model.parameters()).device)
+
+
+def flat_values(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """The values of several parameters in one float32 vector."""
+    return torch.cat([p.detach().float().flatten() for p in parameters])
 
 
 def write_flat(parameters: Iterable[nn.Parameter], flat: torch.Tensor) -> None:

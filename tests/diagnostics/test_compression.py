@@ -12,7 +12,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from prm_hf.diagnostics import CompressionBound, Subspace, compression_bound, load_compressed
+from prm_hf.diagnostics.compression import CompressionBound, compression_bound, load_compressed
+from prm_hf.diagnostics.study_data import VOCABULARY, documents
+from prm_hf.diagnostics.subspace import Subspace
 
 
 peft = pytest.importorskip("peft")
@@ -208,18 +210,6 @@ def test_a_condition_that_fails_is_refused(learnt):
         bound_of((rows, outside, subspace))
 
 
-VOCABULARY, LENGTH = 17, 12
-
-
-def make_documents(n: int, random_tokens: bool, seed: int = 0) -> Dataset:
-    """Documents that count up from a random token in a step of 1 to 3, with 10 % noise; or random tokens."""
-    rng = np.random.default_rng(seed)
-    start, step = rng.integers(VOCABULARY, size=(n, 1)), rng.integers(1, 4, size=(n, 1))
-    noise = rng.integers(VOCABULARY, size=(n, LENGTH))
-    ids = np.where(rng.random((n, LENGTH)) < 0.1, noise, (start + step * np.arange(LENGTH)) % VOCABULARY)
-    return Dataset.from_dict({"input_ids": (noise if random_tokens else ids).tolist()})
-
-
 def unilora_model(dim: int) -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -229,11 +219,10 @@ def unilora_model(dim: int) -> nn.Module:
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=2,
+        initializer_range=0.2,
     )
-    return peft.get_peft_model(
-        LlamaForCausalLM(config),
-        peft.UniLoraConfig(r=16, theta_d_length=dim, target_modules="all-linear", init_theta_d_bound=0.3),
-    )
+    adapter = peft.UniLoraConfig(r=16, theta_d_length=dim, target_modules="all-linear")
+    return peft.get_peft_model(LlamaForCausalLM(config), adapter)
 
 
 def train_documents(model: nn.Module, rows: Dataset, steps: int, learning_rate: float = 0.05) -> None:
@@ -249,7 +238,7 @@ def train_documents(model: nn.Module, rows: Dataset, steps: int, learning_rate: 
 
 @needs_unilora
 def test_bits_a_token_of_a_unilora_adapter():
-    rows = make_documents(40, False)
+    rows = documents(40)
     model = unilora_model(32)
     train_documents(model, rows, 5)
     found = compression_bound(model, rows, "lm", levels=3, alphas=(0.1, 0.5), batch_size=7, unit="row")
@@ -295,37 +284,45 @@ def pairs(n: int, seed: int = 0) -> Dataset:
 
 
 @needs_unilora
-def test_pairs_of_a_prompt_are_one_unit_and_fine_tuning_goes_down_dpos_loss():
-    rows = pairs(60)
-    twice = Dataset.from_list([*rows, *rows.select(range(20))])
-    model = unilora_model(64)
-    options = {"levels": 5, "batch_size": 60, "beta": 1.0}
-    before = compression_bound(model, twice, "preference", **options)
-    tuned = compression_bound(model, twice, "preference", qat_steps=12, qat_learning_rate=0.3, **options)
-    assert before.n == tuned.n == 60 and before.guess == 0.5
-    assert tuned.qat_steps == 12 and tuned.empirical_risk < before.empirical_risk
-    assert "each prompt_ids" in str(tuned)
+def test_pairs_of_a_prompt_are_one_unit():
+    rows = pairs(30)
+    found = compression_bound(
+        unilora_model(16), Dataset.from_list([*rows, *rows.select(range(20))]), "preference", levels=3, batch_size=50
+    )
+    assert found.n == 30 and found.guess == 0.5 and "each prompt_ids" in str(found)
+    assert 0 <= found.empirical_risk < found.bound <= 1
     with pytest.raises(ValueError, match="`unit` is needed: pairs of one prompt are not independent"):
-        compression_bound(model, rows.rename_column("prompt_ids", "ids"), "preference")
+        compression_bound(unilora_model(16), rows.rename_column("prompt_ids", "ids"), "preference")
+
+
+@needs_unilora
+@pytest.mark.slow
+def test_fine_tuning_goes_down_dpos_loss():
+    options = {"levels": 5, "batch_size": 60, "beta": 1.0}
+    model, rows = unilora_model(64), pairs(60)
+    before = compression_bound(model, rows, "preference", **options)
+    tuned = compression_bound(model, rows, "preference", qat_steps=20, qat_learning_rate=0.3, **options)
+    assert tuned.qat_steps == 20 and tuned.empirical_risk < before.empirical_risk
 
 
 @needs_unilora
 @pytest.mark.slow
 @pytest.mark.parametrize("random_tokens", [False, True])
 def test_a_language_model_of_counting_documents_is_certified_and_one_of_random_tokens_is_not(random_tokens):
-    """The setting of the recorded mini reproduction: 20,000 documents, 2,000 evaluated, guess 4.087 bits."""
-    rows = make_documents(20_000, random_tokens)
+    """In kind the recorded mini reproduction: 20,000 documents, 2,000 of them evaluated, a guess has 4.087 bits.
+
+    There, 5 levels gave 3.99 bits without and 3.05 with fine-tuning, and 4.64 on random tokens.
+    """
+    rows = documents(20_000, random_tokens)
     model = unilora_model(256)
-    train_documents(model, rows, 600)
-    options = {"levels": 5, "n_evaluate": 2000, "unit": "row", "batch_size": 64}
-    plain = compression_bound(model, rows, "lm", **options)
-    tuned = compression_bound(model, rows, "lm", qat_steps=150, **options)
-    recorded = compression_bound(model, rows, "lm", bound="subsampling", **options)
-    assert plain.bound < recorded.bound  # KL-inverse is tighter than SubLoRA's form
+    train_documents(model, rows, 400)
+    options = {"levels": 5, "n_evaluate": 2000, "unit": "row", "batch_size": 200, "alphas": (0.1, 0.25, 0.5)}
+    plain = compression_bound(model, rows, "lm", bound="subsampling", **options)
+    tuned = compression_bound(model, rows, "lm", qat_steps=100, **options)
     if random_tokens:
-        assert plain.vacuous and tuned.vacuous and recorded.vacuous
+        assert plain.vacuous and tuned.vacuous
     else:
-        assert tuned.bound < plain.bound and not tuned.vacuous
+        assert tuned.bound < plain.bound - 0.2 and tuned.bound < 3.5 and not tuned.vacuous
 
 
 def test_every_field_is_documented():
