@@ -275,5 +275,5 @@ def check_methods(methods: Sequence[Method], seeds: Sequence[int], max_grad_norm
             raise ValueError(
                 f"`{method.name}` says what wrong labels cost `{method.base}`: add `{method.base}` to `methods`."
             )
-        if not max_grad_norm and (method.value_setting == "relative_eps" or method.key == "msvag"):
+        if not max_grad_norm and (method.value_setting == "relative_eps" or method.key in ("msvag", "sven")):
             raise ValueError(f"`{method.key}` is scaled by the clipped gradient: set `max_grad_norm` above 0.")

@@ -14,6 +14,7 @@ from .. import PRM
 from ..runs.methods import Method
 from ..runs.schema import MASKS_FILE
 from .baselines import Interpolation
+from .sven import SVEN, rate_factor
 
 
 THIRD_PARTY = {
@@ -22,7 +23,7 @@ THIRD_PARTY = {
     "grokadamw": "grokadamw",
 }
 # These read, scale or move whole tensors
-WHOLE_TENSORS = (*THIRD_PARTY, "adamw_embedding", "interpolate", "shuffled_q", "fixed_q")
+WHOLE_TENSORS = (*THIRD_PARTY, SVEN, "adamw_embedding", "interpolate", "shuffled_q", "fixed_q")
 PACKAGES = {"pytorch_optimizer": "pytorch-optimizer", "casmo": "casmo-optimizer", "grokadamw": "grokadamw"}
 
 
@@ -64,7 +65,11 @@ def set_up_optimizer(trainer: Trainer, method: Method, seed: int, multipliers: d
         trainer.add_callback(Interpolation(trainer, method.value))
         return
     optimizer = trainer.create_optimizer()
-    if method.key == "adamw_embedding":
+    if method.key == SVEN:
+        factor = rate_factor(trainer)
+        params = (p for group in optimizer.param_groups for p in group["params"])
+        scale_learning_rates(optimizer, dict.fromkeys(params, factor))
+    elif method.key == "adamw_embedding":
         scale_embedding(trainer, method.name, method.value)
     elif method.key == "fixed_q":
         named = dict(trainer.model.named_parameters())

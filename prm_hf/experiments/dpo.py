@@ -16,6 +16,7 @@ from ..runs.methods import FLIP, SOFT, Method, find_method
 from ..runs.read import read_json
 from ..runs.write import RunSpec, evaluation_metrics, write_json
 from ..suspects.repair import repair
+from ..sven.checks import check_pair_arguments
 from ..trainers.checks import check_losses
 from ..trainers.pair_losses import check_swappable
 from . import interruptible
@@ -26,6 +27,7 @@ from .rows import Columns
 from .runner import run_comparisons
 from .selection import mislabelled
 from .solve import SolveArguments, Solving
+from .sven import SVEN, trainer_class
 
 
 EARLY_STOPPING = ("early_stopping", CLEAN := "early_stopping_clean")
@@ -113,6 +115,8 @@ class DPOExperiment(Experiment):
         if method.key in PAIR_LOSSES or method.repair == SOFT:
             check_swappable(config, f"`{method.key}`", "leave it out of `methods`")
         self.script_args.check_method(method, config)
+        if method.key == SVEN:
+            check_pair_arguments(config)
         check_losses(config.loss_type)
         if "exo_pair" in config.loss_type and not config.label_smoothing:
             raise ValueError("`loss_type` is 'exo_pair', which needs a `label_smoothing` above 0, as 1e-3.")
@@ -151,7 +155,7 @@ class DPOExperiment(Experiment):
     def make_trainer(self, config: PRMDPOConfig, spec: RunSpec, data: Data) -> PRMDPOTrainer:
         train = self.noisy_rows(spec, data) if data.given is None else data.given
         if spec.method not in EARLY_STOPPING:
-            trainer = self._trainer(config, data, train)
+            trainer = self._trainer(config, data, train, trainer_class(PRMDPOTrainer, spec.method))
             set_pair_loss(trainer, find_method(spec.method))
             if "fold" not in spec.settings:
                 self.solving.before(trainer, data.model_key)
@@ -163,8 +167,10 @@ class DPOExperiment(Experiment):
         trainer.add_callback(KeepBest(trainer, validation, Path(config.output_dir)))
         return trainer
 
-    def _trainer(self, config: PRMDPOConfig, data: Data, train: Dataset) -> PRMDPOTrainer:
-        return PRMDPOTrainer(
+    def _trainer(
+        self, config: PRMDPOConfig, data: Data, train: Dataset, kind: type[PRMDPOTrainer] = PRMDPOTrainer
+    ) -> PRMDPOTrainer:
+        return kind(
             model=data.model,
             args=config,
             train_dataset=train,

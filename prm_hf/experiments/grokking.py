@@ -128,6 +128,9 @@ class GrokkingTask(ThresholdTask):
     published: ClassVar = {"AdamW": 29_450, "PRM": 5_950}
     published_source = "For a·b⁻¹ mod 97 with 25 % of the pairs to train on, by the authors of PRM."
     arguments_class = GrokkingArguments
+    row_losses = staticmethod(
+        lambda outputs, rows: nn.functional.cross_entropy(outputs["logits"], rows["labels"], reduction="none")
+    )
     curves: ClassVar = {TRAIN_ACCURACY: "training accuracy"}
     presets: ClassVar = {
         "cpu": {

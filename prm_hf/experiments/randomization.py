@@ -33,20 +33,24 @@ from ..noise.corrupt import KINDS
 from ..runs.methods import parse_method
 from ..runs.schema import HELDOUT_FIT, TRAIN_FIT
 from ..runs.write import RunSpec, check_seed, history_of
+from ..sven import SvenTrainer
 from ..trainers import MemorizationCallback
 from . import interruptible
 from .arguments import check_lists, check_ranges
 from .command_line import CommandLine
 from .console import silenced
+from .controls import set_up_optimizer
 from .data import BUILT_IN_WAIT
 from .grid import Grid, Made
 from .randomization_report import FITTED, report
 from .runner import Runner, workers_beside
+from .sven import SvenWholeBatchTrainer, trainer_class
 
 
 CLASSES = 10
 INPUT_KINDS = tuple(kind for kind in KINDS if kind.endswith("_inputs"))  # for a text they change its tokens
 METHODS = ("adamw", "prm_per_tensor", "prm_per_param", "prm_debiased", "prm_debiased_per_param")
+KNOWN_METHODS = (*METHODS, "sven")
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,14 @@ class Model:
 
 
 def rates(*values: float) -> dict[str, float]:
-    return dict(zip(METHODS, values, strict=True))
+    return dict(zip(KNOWN_METHODS, values, strict=True))
 
 
 MODELS = {
-    "vit": Model(rates(3e-3, 3e-2, 3e-2, 1e-2, 3e-3), 400, 32, 128, 256),
-    "resnet": Model(rates(3e-3, 3e-2, 1e-2, 3e-2, 3e-3), 320, 32, 256, 256),
-    "sft": Model(rates(3e-3, 3e-2, 3e-2, 1e-2, 1e-2), 400, 16, 48, 128),
-    "dpo": Model(rates(3e-3, 3e-2, 3e-2, 3e-2, 1e-2), 240, 16, 100, 192),
+    "vit": Model(rates(3e-3, 3e-2, 3e-2, 1e-2, 3e-3, 3e-3), 400, 32, 128, 256),
+    "resnet": Model(rates(3e-3, 3e-2, 1e-2, 3e-2, 3e-3, 3e-3), 320, 32, 256, 256),
+    "sft": Model(rates(3e-3, 3e-2, 3e-2, 1e-2, 1e-2, 3e-3), 400, 16, 48, 128),
+    "dpo": Model(rates(3e-3, 3e-2, 3e-2, 3e-2, 1e-2, 3e-3), 240, 16, 100, 192),
 }
 # Of random weights: 40,000 parameters the ViT, 74,000 the ResNet.
 CLASSIFIERS = {
@@ -115,7 +119,7 @@ class Arguments:
     models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": f"Among {', '.join(MODELS)}."})
     kinds: list[str] = field(default_factory=lambda: list(KINDS), metadata={"help": f"Among {', '.join(KINDS)}."})
     methods: list[str] = field(
-        default_factory=lambda: list(METHODS), metadata={"help": f"Among {', '.join(METHODS)}."}
+        default_factory=lambda: list(METHODS), metadata={"help": f"Among {', '.join(KNOWN_METHODS)}."}
     )
     seeds: list[int] = field(
         default_factory=lambda: [0], metadata={"help": "Seeds of noise, weights and order of the data."}
@@ -128,7 +132,7 @@ class Arguments:
     )
 
     def __post_init__(self):
-        check_lists(self, models=MODELS, kinds=KINDS, methods=METHODS, seeds=None)
+        check_lists(self, models=MODELS, kinds=KINDS, methods=KNOWN_METHODS, seeds=None)
         check_ranges(
             self,
             ("noise_rate", lambda x: 0 < x <= 1, "in (0, 1]"),
@@ -210,9 +214,12 @@ class RandomizationGrid(Grid):
             data = corrupt(digits(settings["rows"], settings["heldout_rows"]), **noise).with_format("torch")
             torch.manual_seed(spec.seed)
             prm = {name.removeprefix("prm_"): value for name, value in method.items() if name.startswith("prm_")}
-            trainer = Trainer(
+            kind = trainer_class(Trainer, spec.method)
+            if kind is SvenTrainer and settings["model"] == "resnet":
+                kind = SvenWholeBatchTrainer
+            trainer = kind(
                 AutoModelForImageClassification.from_config(CLASSIFIERS[settings["model"]]),
-                TrainingArguments(**config),
+                TrainingArguments(**config, **({"optim": method["optim"]} if kind is not Trainer else {})),
                 train_dataset=data["train"],
                 eval_dataset=data["test"],
                 optimizer_cls_and_kwargs=(PRM, {"lr": spec.learning_rate, **prm}) if prm else None,
@@ -223,15 +230,17 @@ class RandomizationGrid(Grid):
                 "train": demo.train.select(range(settings["rows"])),
                 "test": demo.test.select(range(settings["heldout_rows"])),
             }
-            trainer_class, config_class = PRMDPOTrainer, PRMDPOConfig
+            kind, config_class = PRMDPOTrainer, PRMDPOConfig
             if settings["model"] == "sft":
                 data = {name: completion_rows(split) for name, split in data.items()}
-                trainer_class, config_class = PRMSFTTrainer, PRMSFTConfig
+                kind, config_class = PRMSFTTrainer, PRMSFTConfig
             if settings["kind"] in INPUT_KINDS:
                 noise["tokenizer"] = AutoTokenizer.from_pretrained(demo.model_path)
             data = corrupt(DatasetDict(data), **noise)
             args = config_class(**config, **method, max_length=64, drift_metrics=False, gradient_checkpointing=False)
-            trainer = trainer_class(demo.model_path, args=args, train_dataset=data["train"], eval_dataset=data["test"])
+            kind = trainer_class(kind, spec.method)
+            trainer = kind(demo.model_path, args=args, train_dataset=data["train"], eval_dataset=data["test"])
+        set_up_optimizer(trainer, parse_method(spec.method), spec.seed)
         trainer.add_callback(MemorizationCallback(trainer))
         trainer.add_callback(StopWhenFitted())
         return trainer

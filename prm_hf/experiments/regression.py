@@ -80,6 +80,7 @@ class Regression(ThresholdTask):
     description = __doc__.splitlines()[0]
     threshold = Threshold(ERROR, 0.35, larger_is_better=False, label="held-out error")
     arguments_class = RegressionArguments
+    row_losses = staticmethod(lambda outputs, rows: (outputs["predictions"] - rows["y"]).square())
     curves: ClassVar = {CORRUPTED_FIT: "corrupted fit", CLEAN_FIT: "clean fit"}
     presets: ClassVar = {
         "cpu": {

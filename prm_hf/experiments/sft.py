@@ -16,6 +16,7 @@ from ..demo import completion_rows
 from ..noise import corrupt
 from ..runs.methods import LOSS, METHODS, Method
 from ..runs.write import RunSpec
+from ..sven.checks import check_row_arguments
 from ..trainers import MemorizationCallback
 from ..trainers.config import with_help
 from . import interruptible
@@ -26,6 +27,7 @@ from .experiment import BUILT_IN, Experiment
 from .rows import Columns
 from .runner import run_comparisons
 from .solve import check_whole_weights, solve
+from .sven import SVEN, trainer_class
 
 
 @with_help
@@ -154,6 +156,8 @@ class SFTExperiment(Experiment):
     def check_method(self, method: Method, config: PRMSFTConfig) -> None:
         if config.loss_type not in ("nll", "dft"):
             raise ValueError(f"`loss_type` is {config.loss_type!r}: TRL knows nll and dft.")
+        if method.key == SVEN:
+            check_row_arguments(config)
         if self.script_args.checker is not None:
             check_whole_weights(config, "answer_checker" if self.script_args.answer_checker else "answer_pattern")
 
@@ -184,7 +188,7 @@ class SFTExperiment(Experiment):
             loading = {key: value for key, value in config.model_init_kwargs.items() if value is not None}
             loading = {"dtype": "float32", "trust_remote_code": config.trust_remote_code, **loading}
             reference = AutoModelForCausalLM.from_pretrained(data.model, **loading)
-        trainer = PRMSFTTrainer(
+        trainer = trainer_class(PRMSFTTrainer, spec.method)(
             model=data.model,
             args=config,
             train_dataset=self.noisy_rows(spec, data) if data.given is None else data.given,

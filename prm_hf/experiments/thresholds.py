@@ -8,10 +8,12 @@ import argparse
 import dataclasses
 import os
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from .._extras import require
@@ -26,6 +28,7 @@ from .controls import THIRD_PARTY
 from .ensembles import can_stack
 from .grid import configure
 from .problems import Problem, ProblemTrainer
+from .sven import SVEN, SvenProblemTrainer
 
 
 # Methods that are more than an optimizer, or end before the threshold
@@ -172,6 +175,8 @@ class ThresholdTask:
         arguments_class: the arguments; a task with its own subclasses [`ThresholdArguments`]. All that the subclass
             adds is a setting of the runs: two values are two experiments.
         curves: further metrics of the history that the report draws over the steps, with their titles.
+        row_losses: from what a problem's model returns, and the rows of a batch, to the loss of each row, `(rows,)`.
+            The method `sven` needs it.
         args, training_args: the parsed arguments.
     """
 
@@ -183,6 +188,7 @@ class ThresholdTask:
     presets: ClassVar[dict[str, dict[str, Any]]]
     arguments_class: ClassVar[type[ThresholdArguments]] = ThresholdArguments
     curves: ClassVar[dict[str, str]] = {}
+    row_losses: ClassVar[Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor] | None] = None
 
     def __init__(self, args: ThresholdArguments, training_args: ThresholdConfig) -> None:
         self.args, self.training_args = args, training_args
@@ -197,7 +203,7 @@ class ThresholdTask:
         preset = cls.presets[cls._preset(arguments)]
         own = [f.name for f in fields(cls.arguments_class) if f.init]
         shown = {"the runs": own, "training": _TRAINING, "PRM": _PRM}
-        known = optimizer_methods()
+        known = [name for name in optimizer_methods() if name != SVEN or cls.row_losses is not None]
         types = (cls.arguments_class, ThresholdConfig)
         parser = CommandLine(cls.command, cls.description, types, shown, methods_help(known))
         defaults = {"output_dir": f"runs/{cls.command}", **_DEFAULTS, **preset}
@@ -289,6 +295,8 @@ class ThresholdTask:
         problem = self.problem(spec.seed)
         if problem is None:
             raise TypeError(f"{type(self).__name__} needs a method `make_trainer` or `problem`.")
+        if parse_method(spec.method).key == SVEN:
+            return SvenProblemTrainer(problem, config, self.row_losses)
         return ProblemTrainer(problem, config)
 
     def outcomes(self, trainer: Trainer) -> dict[str, float]:

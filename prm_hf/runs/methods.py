@@ -237,6 +237,8 @@ register(
     _adamw("casmo", "CASMO", OTHER),
     _adamw("grokfast", "Grokfast", OTHER),
     _adamw("grokadamw", "GrokAdamW", OTHER),
+    # SGD takes the steps, which are those of a trainer.
+    Method("sven", "Sven", OTHER, {"optim": "sgd"}),
     # AdamW's weights at the end, moved back to where they came from, or beyond: a run of another KL for no training.
     _adamw("interpolate", "AdamW, part of the way", OTHER, value_help="the part, as in `interpolate:0.5`"),
     _prm("prm_per_tensor", "PRM per_tensor", {**_TENSOR, "prm_estimator": "ema"}),

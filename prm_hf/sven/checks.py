@@ -43,3 +43,21 @@ def check_trainer(trainer: Any) -> None:
             "Sven needs the loss of each row, and `compute_loss_func` and `label_smoothing_factor` give that of a "
             "batch: leave them out, and pass `per_sample_loss_func` to a SvenTrainer."
         )
+
+
+def check_pair_arguments(args: Any) -> None:
+    """Raises ValueError where TRL's DPO arguments give no loss of each pair, or put several pairs into a row."""
+    losses = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
+    together = [name for name in losses if name in ("sft", "aot", "aot_unpaired")]
+    if together:
+        raise ValueError(f"The loss of a pair in `loss_type={together[0]!r}` depends on the others: set 'sigmoid'.")
+    if args.padding_free:
+        raise ValueError("Sven needs one sequence a row: set `padding_free=False`.")
+
+
+def check_row_arguments(args: Any) -> None:
+    """Raises ValueError where TRL's SFT arguments give no loss of each row, or put several samples into a row."""
+    if args.packing or args.padding_free:
+        raise ValueError("Sven needs one sample a row: set `packing=False` and `padding_free=False`.")
+    if args.loss_type != "nll":
+        raise ValueError(f"Sven knows the loss 'nll' of each row, got `loss_type={args.loss_type!r}`: set 'nll'.")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from trl import DPOTrainer, SFTTrainer
 
+from .checks import check_pair_arguments, check_row_arguments
 from .head import plain_head
 from .losses import MeansRecorder, Recorder, losses_by_type
 from .mixin import SvenMixin
@@ -61,13 +62,8 @@ class SvenSFTMixin(SvenMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.args.packing or self.padding_free:
-            raise ValueError("Sven needs one sample a row: set `packing=False` and `padding_free=False`.")
-        _check_language_model(self)
-        if self.args.loss_type != "nll":
-            raise ValueError(
-                f"Sven knows the loss `nll` of each row, got `loss_type={self.args.loss_type!r}`: set 'nll'."
-            )
+        check_row_arguments(self.args)
+        _prepare_language_model(self)
 
     def per_sample_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """The loss of each row of a batch, `(B,)`."""
@@ -82,14 +78,10 @@ class SvenDPOMixin(SvenMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        together = [name for name in self.loss_types if name in ("sft", "aot", "aot_unpaired")]
-        if together:
-            raise ValueError(
-                f"The loss of a pair in `loss_type={together[0]!r}` depends on the others: set 'sigmoid'."
-            )
-        if self.padding_free or getattr(self, "_packing_is_due", False):
+        check_pair_arguments(self.args)
+        if getattr(self, "_packing_is_due", False):  # of a PRMDPOTrainer, which takes it out of its arguments
             raise ValueError("Sven needs one sequence a row: set `padding_free=False`.")
-        _check_language_model(self)
+        _prepare_language_model(self)
 
     def per_sample_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """The loss of each pair of a batch, `(B,)`."""
@@ -122,7 +114,7 @@ class SvenDPOTrainer(SvenDPOMixin, DPOTrainer):
     """
 
 
-def _check_language_model(trainer: Any) -> None:
+def _prepare_language_model(trainer: Any) -> None:
     if getattr(trainer, "aux_loss_enabled", False):
         raise ValueError("The load-balancing loss of experts is that of a batch: set `router_aux_loss_coef` to 0.")
     plain_head(trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model)
