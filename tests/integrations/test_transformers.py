@@ -27,7 +27,7 @@ OPTIM_ARGS = "reduction=per_row,relative_eps=10"
 
 
 @pytest.fixture(autouse=True)
-def registered(forget_the_name):
+def registered(unregistered):
     integration.register()
 
 
