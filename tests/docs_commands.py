@@ -25,6 +25,7 @@ from prm_hf.experiments.regression import Regression
 from prm_hf.experiments.sft import SFTExperiment
 from prm_hf.experiments.suspects import SHORT, SuspectsArguments, in_full
 from prm_hf.experiments.thresholds import ThresholdConfig, ThresholdTask
+from prm_hf.integrations.trl import SCRIPTS
 from prm_hf.runs.methods import parse_method
 from research import mask_search
 
@@ -138,6 +139,8 @@ def _check_prm_hf(arguments: list[str]) -> None:
         _check_script("recipes/pairs.py", arguments[1:])
     elif arguments[0] == "suspects":
         _check_suspects(arguments[1:])
+    elif arguments[0] in cli.TOOLS:
+        _check_tool(arguments)
     else:
         cli._make_parser().parse_args(arguments)
 
@@ -189,14 +192,24 @@ def _check_suspects(arguments: list[str]) -> None:
     parse_method(parser.parse_args(in_full(arguments)).method)
 
 
+def _check_tool(arguments: list[str]) -> None:
+    """A command of another tool: which it knows, and the file of this repository that it ends with."""
+    *command, file = arguments
+    commands = {f"trl {script} --config" for script in SCRIPTS} | {"llamafactory train", "llamafactory sft"}
+    assert " ".join(command) in commands | {"sft", "rlhf", "train"}, arguments
+    _check_file(file)
+
+
 def _check_file(path: str) -> None:
     assert (ROOT / path).exists(), path
 
 
 CHECKS: dict[str, Callable[[list[str]], None]] = {
     "accelerate": _check_accelerate,
+    "axolotl": _check_tool,
     "pip": _check_pip,
     "prm-hf": _check_prm_hf,
     "pytest": _check_pytest,
     "python": _check_python,
+    "swift": _check_tool,
 }

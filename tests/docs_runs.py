@@ -13,9 +13,10 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = ("accelerate", "mkdocs", "pip", "prm-hf", "pytest", "python", "ruff", ".ci/run")
+PROGRAMS = ("accelerate", "axolotl", "mkdocs", "pip", "prm-hf", "pytest", "python", "ruff", "swift", ".ci/run")
 
 INDEX = "it downloads from an index; tests/test_installation.py has the metadata, and .ci/run installs the wheel"
+OTHER_TOOL = "the tool needs an environment of its own, in which tests/integrations/ runs this file"
 # What is checked against its parser alone.
 NOT_HERE = {
     "pip install -c constraints.txt -e .": INDEX,
@@ -23,6 +24,11 @@ NOT_HERE = {
     "pip install -c constraints.txt -e .[dev]": INDEX,
     "pip install liger-kernel": INDEX,
     ".ci/run": "it runs these tests",
+    "swift sft examples/swift/sft.yaml": OTHER_TOOL,
+    "swift rlhf examples/swift/dpo.yaml": OTHER_TOOL,
+    "axolotl train examples/axolotl/dpo.yaml": OTHER_TOOL,
+    "prm-hf llamafactory train examples/llamafactory/dpo.yaml": OTHER_TOOL,
+    "prm-hf llamafactory sft examples/llamafactory/v1_sft.yaml": OTHER_TOOL,
     "python -m tests.distributed.matrix": "it launches all that `pytest -m slow tests/distributed` does",
     "accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 2 recipes/dpo_noisy.py": (
         "accelerate has FSDP on GPUs alone; tests/distributed/test_recipes.py runs it, around accelerate's check"
@@ -47,6 +53,7 @@ DPO_CONFIGURATION = ["--noise_rate", "0.3", "--dataset_train_split", "train"]
 SFT_CONFIGURATION = ["--noise_rate", "0.3", "--dataset_train_split", "train[:30]"]
 SFT_CONFIGURATION += ["--dataset_test_split", "train[30:]", "--max_new_tokens", "4"]
 SUSPECTS = ["--folds", "2", "--num_train_epochs", "1", "--max_length", "64", *ON_A_CPU]
+TRL = [*ON_A_CPU, "--max_steps", "2", "--max_length", "64", "--dtype", "float32", "--report_to", "none"]
 PAIRS = ["--max_new_tokens", "16"]
 ONE_RUN = ["--max_steps", "2", "--methods", "adamw", "prm_rows", "--seeds", "0", "--learning_rates", "1e-2"]
 ONE_RUN += ["--prm_learning_rates", "1e-2", "--weight_decays", "0", "--prm_weight_decays", "0"]
@@ -62,6 +69,8 @@ def shortened(program: str, arguments: Sequence[str]) -> list[str]:
         return command
     if program == "accelerate" and "--config_file" in names:
         command[2:2] = ["--main_process_port", str(_free_port())]
+    if "trl" in names:
+        return command + TRL
     if names & (DPO | SFT):
         command += STEPS + ([] if "--methods" in names else METHODS)
         if "--config" in names:

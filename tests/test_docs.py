@@ -22,6 +22,7 @@ from prm_hf.runs.methods import METHODS
 from prm_hf.trainers.config import RENAMED, PRMArguments
 
 from .docs_commands import calls_of, check_call, known_flags
+from .integrations.registered import forget_the_name
 from .tiny import make_model, make_tokenizer, preference_dataset
 
 
@@ -164,6 +165,7 @@ def stand_ins(tmp_path, monkeypatch, quiet):
     pairs.to_json("pairs.jsonl")
     yield {"dataset": completions}
     AcceleratorState._reset_state(True)
+    forget_the_name()
 
 
 @pytest.mark.parametrize("page", of_language("python"), ids=name_of)
@@ -242,6 +244,8 @@ WRONG = (
     "python recipes/sweep.py dpo --config recipes/qwen.yaml",
     "python benchmarks/step.py --shape 0.5b",
     "python -m tests.distributed.matrices",
+    "prm-hf trl ppo --config examples/trl/dpo.yaml",
+    "swift sft examples/swift/grpo.yaml",
 )
 
 

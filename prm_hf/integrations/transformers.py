@@ -3,30 +3,16 @@
 transformers has no public way to add an optimizer. What is extended here are the two places where it keeps its own.
 """
 
-from typing import Any
-
-import torch
 import transformers
 import transformers.trainer
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from .._names import did_you_mean
-from ..optim import PRM
-from ..optim.hyperparameters import NAMES
 from ..trainers.callbacks import PRMCallback
+from .optim_args import optimizer_cls_and_kwargs
 
 
 NAME = "prm"
-# Hyperparameters of PRM that are arguments of transformers: the names that these have there.
-FLAGS = {
-    "lr": "learning_rate",
-    "betas": "adam_beta1` and `adam_beta2",
-    "eps": "adam_epsilon",
-    "weight_decay": "weight_decay",
-    "max_grad_norm": "max_grad_norm",
-}
-_WORDS = {"true": True, "false": False, "none": None}
 
 
 class OptimCallback(PRMCallback):
@@ -34,8 +20,7 @@ class OptimCallback(PRMCallback):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if _is_asked_for(args):
-            cls, settings = optimizer_cls_and_kwargs(args)
-            cls([torch.zeros(1, requires_grad=True)], **settings)
+            optimizer_cls_and_kwargs(args)  # raises where PRM would refuse one
 
     def on_train_begin(self, args: TrainingArguments, *others, **kwargs) -> None:
         if _is_asked_for(args):
@@ -59,8 +44,6 @@ def register() -> None:
     Raises:
         ImportError: this version of transformers keeps its optimizers elsewhere.
     """
-    if NAME in OptimizerNames._value2member_map_:
-        return
     handlers = getattr(transformers.trainer, "_OPTIMIZER_HANDLERS", None)
     callbacks = getattr(transformers.trainer, "DEFAULT_CALLBACKS", None)
     if handlers is None or callbacks is None:
@@ -69,58 +52,10 @@ def register() -> None:
             "optimizers or callbacks in other places than 5.4 to 5.23. Pass PRM as "
             "`Trainer(optimizer_cls_and_kwargs=(PRM, {...}))`, or use `PRMDPOTrainer` and `PRMSFTTrainer`."
         )
-    handlers[_new_member()] = lambda context: optimizer_cls_and_kwargs(context.args)
-    callbacks.append(OptimCallback)
-
-
-def optimizer_cls_and_kwargs(args: TrainingArguments) -> tuple[type[PRM], dict[str, Any]]:
-    """[`PRM`] and the keyword arguments that `args` stand for, as `Trainer(optimizer_cls_and_kwargs=…)` takes them.
-
-    Args:
-        args (`TrainingArguments`): `learning_rate`, `adam_beta1`, `adam_beta2` and `adam_epsilon` are taken from them,
-            with `relative_eps` also `max_grad_norm`, and all other hyperparameters from `optim_args`.
-
-    Raises:
-        ValueError: `optim_args` names what PRM does not know, or what has a flag of its own; a value is out of its
-            range.
-    """
-    settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    settings |= _parse(args.optim_args)
-    if settings.get("relative_eps") is not None:
-        settings["max_grad_norm"] = args.max_grad_norm
-    try:
-        PRM([torch.zeros(1, requires_grad=True)], **settings)
-    except ValueError as error:
-        raise ValueError(f"{error} PRM was made from `optim_args={args.optim_args!r}` and the flags.") from error
-    return PRM, settings
-
-
-def _parse(optim_args: str | None) -> dict[str, Any]:
-    """The hyperparameters in `"name=value,name=value"`. PRM itself checks the values."""
-    settings = {}
-    for entry in filter(None, (optim_args or "").replace(" ", "").split(",")):
-        name, equals, text = entry.partition("=")
-        if not equals or name not in NAMES:
-            known = ", ".join(known for known in NAMES if known not in FLAGS)
-            raise ValueError(
-                f"`optim_args` has {entry!r}, which is no hyperparameter of PRM: write `name=value`, with one of "
-                f"{known}.{did_you_mean(name, NAMES)}"
-            )
-        if name in FLAGS:
-            raise ValueError(f"`optim_args` has {entry!r}, which has an argument of its own: set `{FLAGS[name]}`.")
-        settings[name] = _value(text)
-    return settings
-
-
-def _value(text: str) -> Any:
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            pass
-    return text
+    if NAME not in OptimizerNames._value2member_map_:
+        handlers[_new_member()] = lambda context: optimizer_cls_and_kwargs(context.args)
+    if OptimCallback not in callbacks:
+        callbacks.append(OptimCallback)
 
 
 def _new_member() -> OptimizerNames:

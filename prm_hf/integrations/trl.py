@@ -8,7 +8,8 @@ import importlib
 from collections.abc import Sequence
 
 from .._extras import require
-from .transformers import NAME, optimizer_cls_and_kwargs, register
+from .optim_args import optimizer_cls_and_kwargs
+from .transformers import NAME, register
 
 
 require("prm_hf.integrations.trl", "trl")

@@ -90,7 +90,8 @@ def _check_in_effect(optimizer: Optimizer | None) -> PRM:
         raise RuntimeError(
             f"The run is to train with PRM, but the optimizer in effect is {found}. With DeepSpeed's CPU offload, set "
             '`"zero_force_ds_cpu_optimizer": false`, or accelerate puts its own in the place. `UnslothTrainer` makes '
-            "an AdamW where `embedding_learning_rate` is set: unset it."
+            "another one where `q_galore_config` is set, and before 2026.10 where `embedding_learning_rate` is: unset "
+            "it."
         )
     return prm
 

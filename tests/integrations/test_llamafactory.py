@@ -15,7 +15,7 @@ EXAMPLES = ROOT / "examples" / "llamafactory"
 
 @pytest.fixture(scope="module")
 def llamafactory(tmp_path_factory):
-    with environment_of("llamafactory", tmp_path_factory.mktemp("tools"), "llamafactory==0.9.5") as tool:
+    with environment_of("llamafactory", tmp_path_factory.mktemp("tools")) as tool:
         yield tool
 
 

@@ -1,6 +1,6 @@
 """What `prm_hf.integrations.llamafactory` gives to LLaMA-Factory, beside a stand-in of it."""
 
-import importlib
+import importlib.machinery
 import logging
 import sys
 from types import ModuleType

@@ -16,7 +16,7 @@ SHORT += ["--model_type", "qwen2", "--template", "qwen2_5"]
 
 @pytest.fixture(scope="module")
 def swift(tmp_path_factory):
-    with environment_of("swift", tmp_path_factory.mktemp("tools"), "ms-swift==4.6.0") as tool:
+    with environment_of("swift", tmp_path_factory.mktemp("tools")) as tool:
         yield tool
 
 

@@ -16,6 +16,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, TrlParser
 
 from prm_hf import PRM
 from prm_hf.integrations import transformers as integration
+from prm_hf.integrations.optim_args import optimizer_cls_and_kwargs
 from prm_hf.trainers import PRMDPOConfig
 
 from ..tiny import make_model, make_tokenizer
@@ -26,7 +27,7 @@ OPTIM_ARGS = "reduction=per_row,relative_eps=10"
 
 
 @pytest.fixture(autouse=True)
-def registered(forget_the_name):
+def registered(unregistered):
     integration.register()
 
 
@@ -55,7 +56,6 @@ def test_the_enum_has_one_more_member():
 
 
 def test_another_version_of_transformers_is_refused(monkeypatch):
-    monkeypatch.setattr(integration, "NAME", "prm_of_tomorrow")
     monkeypatch.delattr(transformers.trainer, "_OPTIMIZER_HANDLERS")
     with pytest.raises(
         ImportError, match="cannot be registered in transformers .* Pass PRM as .Trainer.optimizer_cls_and_kwargs"
@@ -82,7 +82,7 @@ def test_values_have_their_types(tmp_path):
         "signal_beta=0.98, alpha=none, amsgrad=true, foreach=False, mask_warmup_steps=3, state_dtype=bf16, mask=hard"
     )
     args = arguments(tmp_path, optim_args=text, adam_beta1=0.8, adam_epsilon=1e-6)
-    _, found = integration.optimizer_cls_and_kwargs(args)
+    _, found = optimizer_cls_and_kwargs(args)
     assert found == {
         "lr": 1e-2,
         "betas": (0.8, 0.999),

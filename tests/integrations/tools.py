@@ -60,15 +60,13 @@ class Tool:
 
 
 @contextmanager
-def environment_of(
-    name: str, temporary: Path, *requirements: str, without_dependencies: Sequence[str] = ()
-) -> Iterator[Tool]:
-    """The environment of a tool, which is made unless `PRM_HF_TOOLS` has it."""
+def environment_of(name: str, temporary: Path, without_dependencies: Sequence[str] = ()) -> Iterator[Tool]:
+    """The environment of a tool with what is in `requirements/`, which is made unless `PRM_HF_TOOLS` has it."""
     tool = Tool(Path(KEPT or temporary) / f"tools-{name}")
     if not (tool.folder / "bin" / "python").exists():
         subprocess.run([sys.executable, "-m", "venv", str(tool.folder)], check=True)
         try:
-            tool.install(*requirements)
+            tool.install("-r", str(Path(__file__).parent / "requirements" / f"{name}.txt"))
             if without_dependencies:
                 tool.install("--no-deps", *without_dependencies)
             tool.remove_builds_for_cuda()
