@@ -24,7 +24,7 @@ EXPERIMENTS = {
     "regression": "does an optimizer follow the signal, or the labels that are wrong?",
     "pinn": "in how many steps does a network solve a differential equation from noisy values?",
     "pairs": "make preference pairs of a model's right and wrong answers",
-    "sweep": "run `dpo`, `sft`, `suspects` or `grokking` on every GPU of this machine, one process each",
+    "sweep": "run `dpo`, `sft`, `suspects` or `grokking` on every GPU of this machine or of a Ray cluster",
 }
 WAIT_FOR_LAUNCHER = 10.0  # seconds
 
