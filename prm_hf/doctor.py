@@ -20,13 +20,13 @@ from ._extras import require
 PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed", "torchao")
 # By the name of a tool its package, and how PRM gets into it.
 TOOLS = {
-    "transformers": ("transformers", "`Trainer(optimizer_cls_and_kwargs=(PRM, {...}))` and `PRMCallback()`"),
-    "TRL": ("trl", "`PRMDPOTrainer` and `PRMSFTTrainer`, or any of its trainers as any Trainer"),
+    "transformers": ("transformers", '`optim="prm"` after `prm_hf.integrations.transformers.register()`'),
+    "TRL": ("trl", "`PRMDPOTrainer`, `PRMSFTTrainer`; its own scripts as `prm-hf trl dpo ...`"),
     "PEFT": ("peft", '`peft_config` of a trainer; `prm_preset="noisy_labels"` knows LoRA'),
     "DeepSpeed": ("deepspeed", "a configuration of accelerate without a section `optimizer`"),
-    "axolotl": ("axolotl", "a plugin that sets `trainer.optimizer_cls_and_kwargs` in `post_trainer_create`"),
-    "ms-swift": ("ms-swift", "`--external_plugins FILE --optimizer prm`"),
-    "LLaMA-Factory": ("llamafactory", "`optim: prm`"),
+    "axolotl": ("axolotl", "`optimizer: prm` and `plugins: [prm_hf.integrations.axolotl.PRMPlugin]`"),
+    "ms-swift": ("ms-swift", "`--external_plugins FILE --optimizer prm`; FILE imports `prm_hf.integrations.swift`"),
+    "LLaMA-Factory": ("llamafactory", "`optim: prm`, by `prm-hf llamafactory train FILE.yaml`"),
     "Unsloth": ("unsloth", "as TRL, but not `UnslothTrainer` with `embedding_learning_rate`, which trains with AdamW"),
     "Ray": ("ray", "`prm-hf sweep --ray auto`"),
 }

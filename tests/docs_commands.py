@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 from trl import ModelConfig, TrlParser
 
 from prm_hf import cli
+from prm_hf.experiments import sweep
 from prm_hf.experiments.dpo import DPOExperiment
 from prm_hf.experiments.experiment import Experiment
 from prm_hf.experiments.grokking import GrokkingTask
@@ -75,7 +76,7 @@ def known_flags() -> set[str]:
     classes = {cls for e in EXPERIMENTS.values() for cls in (e.arguments_class, e.config_class)}
     classes |= {cls for task in TASKS.values() for cls in (task.arguments_class, ThresholdConfig)}
     parsers = [HfArgumentParser(cls) for cls in (*classes, ModelConfig, Arguments, PairsArguments, SuspectsArguments)]
-    parsers += [launch_command_parser(), *_subparsers(cli._make_parser())]
+    parsers += [launch_command_parser(), sweep.make_parser(), *_subparsers(cli._make_parser())]
     flags = {flag for parser in parsers for flag in parser._option_string_actions} | {"--config", *SHORT}
     scripts = [script.read_text(encoding="utf-8") for script in (ROOT / "benchmarks").glob("*.py")]
     return flags | {flag for text in scripts for flag in re.findall(r'"(--\w+)"', text)}
@@ -148,9 +149,9 @@ def _check_prm_hf(arguments: list[str]) -> None:
 def _check_script(script: str, arguments: list[str]) -> None:
     _check_file(script)
     if script == "recipes/sweep.py":
-        name, *rest = arguments
+        name, *rest = sweep.make_parser().parse_args(arguments).experiment
         if name in (*EXPERIMENTS, *TASKS, "suspects"):
-            _check_prm_hf(arguments)
+            _check_prm_hf([name, *rest])
         else:
             _check_script(name, rest)
     elif script in EXPERIMENTS:

@@ -36,6 +36,10 @@ NOT_HERE = {
     "accelerate launch --config_file accelerate_configs/fsdp2.yaml benchmarks/sharded.py --output fsdp2.json": (
         "it measures GPUs; tests/distributed/test_recipes.py has FSDP2"
     ),
+    "prm-hf sweep --ray auto dpo --config recipes/qwen2.5-0.5b/gsm8k_pairs.yaml --model_name_or_path models/qwen "
+    "--dataset_name gsm8k_pairs.train.jsonl --eval_dataset_name gsm8k_pairs.test.jsonl --max_minutes 25": (
+        "it needs a Ray cluster; tests/experiments/test_ray.py has one"
+    ),
     "python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state "
     "--input_folder out/checkpoint-100/global_step100 --output_folder out/universal": (
         "it needs a checkpoint of DeepSpeed; tests/distributed/test_checkpoints.py converts some"

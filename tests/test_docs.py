@@ -200,7 +200,7 @@ def inline_code(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name_of)
 def test_flags_in_the_text_exist(page):
     for code in inline_code(page):
-        if not code.startswith(("mkdocs", "pip", "ruff")):
+        if not code.startswith(("mkdocs", "pip", "ruff", "ray ", "sbatch ", "#SBATCH ")):
             assert not set(re.findall(r"(?<!\S)--\w+", code)) - known_flags(), code
 
 

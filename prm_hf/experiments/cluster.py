@@ -269,7 +269,8 @@ class Flights:
         if solved in files:
             _add_solved(folder.parent / SOLVE_BEFORE_FILE, json.loads(files.pop(solved)))
         name = str((folder / RUN_FILE).relative_to(root))
-        record = {**json.loads(files[name]), "command": self.runner.grid.info_of(self.specs[i])["command"]}
+        # In which the task has named another folder
+        record = {**json.loads(files[name]), **self.runner.grid.info_of(self.specs[i])}
         files[name] = json.dumps(record, indent=1).encode()
         (folder / FAILED_FILE).unlink(missing_ok=True)
         write_files(files, root)
@@ -302,6 +303,7 @@ def sweep_on_ray(command: str, arguments: list[str], address: str, gpus: float |
     require("--ray", "ray", extra="ray")
     import ray
 
+    # What is wrong is said before a cluster is asked for
     training_args = _parse(command, arguments).training_args
     try:
         ray.init(address, log_to_driver=False, logging_level="error")

@@ -3,6 +3,7 @@
 import math
 import os
 import platform
+import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -107,6 +108,15 @@ def hardware(state: PartialState) -> dict[str, Any]:
         "world_size": state.num_processes,
         "distributed_type": str(state.distributed_type),
     }
+
+
+def end_reports() -> None:
+    """Ends what trackers have open: W&B would take the next run of this process for the same one."""
+    wandb, trackio = sys.modules.get("wandb"), sys.modules.get("trackio")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
+    if trackio is not None and trackio.context_vars.current_run.get() is not None:
+        trackio.finish()
 
 
 class RunProgress(TrainerCallback):

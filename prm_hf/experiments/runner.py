@@ -31,7 +31,7 @@ from .data import load_data
 from .engine import current_engine
 from .experiment import Experiment
 from .grid import ComparisonGrid, Grid, Made, MadeRuns
-from .progress import make_run
+from .progress import end_reports, make_run
 
 
 BAR = "{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
@@ -296,6 +296,7 @@ class Runner:
         return Made(folder, metrics, problem)
 
     def _clean_up(self) -> None:
+        end_reports()
         # A trainer holds references to itself, by way of its callbacks.
         clear_device_cache(garbage_collection=True)
         if self.state.distributed_type != DistributedType.NO:

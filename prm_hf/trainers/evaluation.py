@@ -63,7 +63,8 @@ class EvaluationMixin:
             if any(p.requires_grad for p in self.model.parameters()):
                 self.parameter_drift = ParameterDrift(self.model, self.accelerator)
         self.add_callback(DriftStart())
-        self.add_callback(DriftCallback(self))
+        # First: at the end of training it evaluates, and then the callbacks of trackers end their runs
+        self.callback_handler.callbacks.insert(0, DriftCallback(self))
 
     def train(self, *args, **kwargs) -> TrainOutput:
         if self.args.use_liger_kernel and self.ref_model is not None:

@@ -1,8 +1,7 @@
-"""A sweep on a Ray cluster of two machines, of which one is lost while it trains: nothing is lost, nothing made twice."""
+"""A sweep on a Ray cluster of two machines, one of which is lost while it trains: no run is lost, none made twice."""
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -13,12 +12,10 @@ import pytest
 from .comparisons import ONE_RATE, ROOT, SHORT, infos, stamps
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-SEEDS = ["0", "1", "2"]
-COMMAND = ["dpo", *SHORT, *ONE_RATE, "--methods", "adamw", "prm_debiased", "constant_q", "--seeds", *SEEDS]
-COMMAND += ["--max_steps", "40", "--eval_steps", "40"]
-RUNS = 3 * len(SEEDS)
+METHODS = ["adamw", "prm_debiased", "constant_q"]
+COMMAND = ["dpo", *SHORT, *ONE_RATE, "--max_steps", "30", "--eval_steps", "30"]
 LINE = re.compile(r"^(\S+_seed\d) .*\((\d+ s|finished before)\)$", re.MULTILINE)
 
 
@@ -46,7 +43,7 @@ def at_work(node):
     return [x for x in daemon.children(recursive=True) if x.is_running() and x.name().startswith("ray::make_one")]
 
 
-def wait_for(what, process, folder, seconds=200):
+def wait_for(what, process, folder, seconds=400):
     end = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < end and process.poll() is None, (folder / "out.txt").read_text()[-3000:]
@@ -56,32 +53,26 @@ def wait_for(what, process, folder, seconds=200):
 
 def test_a_machine_is_lost_in_the_middle_of_a_sweep(cluster, tmp_path):
     runs = tmp_path / "runs"
-    process = sweep(cluster, tmp_path)
-    wait_for(lambda: len(stamps(runs)) >= 2, process, tmp_path)
+    process = sweep(cluster, tmp_path, "--methods", *METHODS, "--seeds", "0", "1")
+    wait_for(lambda: stamps(runs), process, tmp_path)
     before = stamps(runs)
     lost = wait_for(lambda: at_work(cluster.second), process, tmp_path)
     cluster.remove_node(cluster.second, allow_graceful=False)
-    assert process.wait(timeout=200) == 0, (tmp_path / "out.txt").read_text()[-3000:]
+    assert process.wait(timeout=400) == 0, (tmp_path / "out.txt").read_text()[-3000:]
     assert not any(worker.is_running() for worker in lost)
     output = (tmp_path / "out.txt").read_text()
+    assert "retries remaining" in output  # says Ray of a task that was lost
     made = LINE.findall(output)
-    # Nothing is lost, and nothing was made twice
-    assert len(stamps(runs)) == len(infos(runs)) == len(made) == len({name for name, _ in made}) == RUNS
+    assert len(stamps(runs)) == len(infos(runs)) == len(made) == len({name for name, _ in made}) == 6
     assert all(when != "finished before" for _, when in made) and "Report:" in output
     assert {name: stamp for name, stamp in stamps(runs).items() if name in before} == before
     assert not list(runs.glob("*/failed.json")) and {".locks"} == {x.name for x in runs.glob(".*")}
     assert all("prm-hf dpo" in info["command"] and "prm_hf_" not in info["command"] for info in infos(runs).values())
 
-
-def test_it_goes_on_where_it_was_interrupted(cluster, tmp_path):
-    runs = tmp_path / "runs"
-    process = sweep(cluster, tmp_path, "--seeds", "0")
-    wait_for(lambda: stamps(runs), process, tmp_path)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130, (tmp_path / "out.txt").read_text()[-3000:]
+    # The same command with one more seed makes one more run on the machine that is left
     before = stamps(runs)
-    assert 0 < len(before) < 3
-    assert sweep(cluster, tmp_path, "--seeds", "0").wait(timeout=200) == 0
-    assert len(stamps(runs)) == 3 and {name: stamps(runs)[name] for name in before} == before
-    finished = [name for name, when in LINE.findall((tmp_path / "out.txt").read_text()) if when == "finished before"]
-    assert len(finished) == len(before)
+    more = sweep(cluster, tmp_path, "--methods", "adamw", "--seeds", "0", "1", "2")
+    assert more.wait(timeout=400) == 0, (tmp_path / "out.txt").read_text()[-3000:]
+    made = LINE.findall((tmp_path / "out.txt").read_text().removeprefix(output))
+    assert sorted(when == "finished before" for _, when in made) == [False, True, True]
+    assert len(stamps(runs)) == 7 and {name: stamps(runs)[name] for name in before} == before
