@@ -25,7 +25,7 @@ EXPERIMENTS = {
     "pinn": "in how many steps does a network solve a differential equation from noisy values?",
     "pairs": "make preference pairs of a model's right and wrong answers",
     "diagnose": "how simple is what a run learnt? Effective dimension of its trained model",
-    "sweep": "run one of these on every GPU of this machine or of a Ray cluster",
+    "sweep": "run `dpo`, `sft`, `suspects` or a task with a threshold on every GPU, also of a Ray cluster",
 }
 # Training scripts of other packages, which run with `optim="prm"`
 TOOLS = {

@@ -3,7 +3,7 @@
     python -m research.wrong_labels_rounds OUT.json --seeds 0 1 2    # a minute a task and seed
 
 Each round trains on the labels of the round before, cross-fitted in five folds, and flips the labels that are wrong
-with a probability above one half. `current` doubts the labels that were trained on, `given` always those that were given.
+with a probability above one half. `current` doubts the labels that were trained on, `given` always those as given.
 The accuracy is that of a model that trains on all pairs with a round's labels; round 0 has the labels as given.
 """
 

@@ -27,7 +27,10 @@ def draw(rng, n, accuracy, exponent):
 
 
 def main():
-    """Prints bias and root mean square error of mean, median and mode, and how often the interval holds the share."""
+    """Prints bias and root mean square error of five numbers, and how often the interval holds the share.
+
+    They are the posterior's mean, median, mode and .6 quantile, and the midpoint of median and mode.
+    """
     for exponent in (1.0, 0.5):
         for n, repetitions in SIZES.items():
             for truth in TRUTHS:
@@ -43,13 +46,14 @@ def main():
                         likelihood = np.concatenate(curves, 1)
                         posterior = np.exp(logsumexp(likelihood, 1) - logsumexp(likelihood))
                         median, low, high = _share(posterior, likelihood.max(1))
-                        estimates = np.array([posterior @ SHARES, median, SHARES[posterior.argmax()]])
+                        mode = SHARES[posterior.argmax()]
+                        quantile = np.interp(0.6, np.cumsum(posterior) - posterior / 2, SHARES)
+                        estimates = np.array([posterior @ SHARES, median, mode, quantile, (median + mode) / 2])
                         found.append([*(estimates - wrong.mean()), low <= truth <= high])
                 errors = np.array(found)
-                bias, size = errors[:, :3].mean(0).round(3), np.sqrt(np.square(errors[:, :3]).mean(0)).round(3)
-                print(
-                    f"γ {exponent}, n {n}, share {truth}: bias {bias}, error {size}, covers {errors[:, 3].mean():.2f}"
-                )
+                errors, covers = errors[:, :-1], errors[:, -1].mean()
+                bias, size = errors.mean(0).round(3), np.sqrt(np.square(errors).mean(0)).round(3)
+                print(f"γ {exponent}, n {n}, share {truth}: bias {bias}, error {size}, covers {covers:.2f}")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ minutes=${MINUTES:+--max_minutes $MINUTES}
 pinn="python recipes/pinn.py $minutes"
 masks="prm_per_tensor prm_per_param prm_rows_ema prm_debiased prm_debiased_per_param prm_rows"
 
-cpu() { # what a user sees first: minutes on two cores
-    $pinn --output_dir "$out/cpu"
+cpu() { # what a user sees first, and one form more: minutes on two cores
+    $pinn --methods adamw prm_per_tensor prm_per_param prm_rows constant_q --output_dir "$out/cpu"
 }
 
 full() { # the claim: every reduction and estimator against AdamW, on a GPU; α of fresh batches, then of repeated data
