@@ -4,8 +4,8 @@
 bfloat16 and float16 parameters, or the first two as `state_dtype` says, where `"8bit"` adds `exp_avg_scale` and
 `exp_avg_sq_scale`); unless `mask="none"`, `grad_var` (the parameter's shape for `per_param`, 0-dim float64 for
 `per_tensor`, float64 `(rows,)` for `per_row`, a DTensor where each process holds whole rows); with `signal_beta`
-`exp_avg_signal` (as `exp_avg`). `grad_var` estimates the variance of the gradient of the batch *mean*: with per-example
-gradients at hand its long-run mean is their population variance over b - 1.
+`exp_avg_signal` (as `exp_avg`). `grad_var` estimates the variance of the gradient of the batch *mean*: with per-
+example gradients at hand its long-run mean is their population variance over b - 1.
 """
 
 import warnings
