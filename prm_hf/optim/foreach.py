@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from ..sharding import is_fake
-from . import masks
+from . import fused_cpu, masks
 from .hyperparameters import Hyperparameters
 from .quantized import REDUCED, Quantized, is_quantized, random_bits, read, write
 from .reductions import row_mean_squares, row_sums_of_squares, sums_of_squares
@@ -70,9 +70,12 @@ class ForeachStep:
         self._dtype = torch.promote_types(lists.params[0].dtype, torch.float32) if self._rounds else dtype
         # Whether the first half leaves m and v alone, and the second computes them: what it reads must not be rounded.
         # Without a pause between the halves for sums, that also spares the memory a second pass.
-        self._moments_last = not halves or self._rounds or lists.exp_avgs[0].dtype != self._dtype
+        self._by_adamw = fused_cpu.supports(lists, self._dtype, h)
+        self._moments_last = not halves or self._by_adamw or self._rounds or lists.exp_avgs[0].dtype != self._dtype
         size = DEVICE_BLOCK if lists.params[0].device.type != "cpu" else CPU_BLOCK
         size = min(size, QUANTIZED_BLOCK) if self._quantized else size
+        if self._by_adamw and fused_cpu.makes_no_temporaries(h) and not self._rounds:
+            size = sum(x.numel() for x in lists.params)
         self._by_rows = h.masked and h.reduction == "per_row"
         self._cuts_rows = self._by_rows or self._quantized
         self._blocks = divide([x for x in lists if x], size, self._cuts_rows, one_by_one)
@@ -95,12 +98,16 @@ class ForeachStep:
         sums = []
         for block in self._blocks:
             kept, working = self._take(block)
-            if self._moments_last:  # these are to be thrown away; the signal's average is never rounded
+            c = scalars.take([i for i, _ in block])
+            if self._moments_last and not self._by_adamw:  # these are to be thrown away
                 working = working._replace(
                     exp_avgs=_copies(working.exp_avgs, kept.exp_avgs),
                     exp_avg_sqs=_copies(working.exp_avg_sqs, kept.exp_avg_sqs),
                 )
-            sums.append(advance_moments(working, scalars.take([i for i, _ in block]), self._h, sums_wanted=True))
+            if self._by_adamw:
+                sums.append(fused_cpu.unit_sums(working, c, self._h))
+            else:
+                sums.append(advance_moments(working, c, self._h, sums_wanted=True))
             for old, new in zip(kept.exp_avg_signals, working.exp_avg_signals, strict=True):
                 write(old, new)
         sums = torch.cat(sums)
@@ -120,15 +127,18 @@ class ForeachStep:
             positions = [i for i, _ in block]
             c = scalars.take(positions)
             kept, working = self._take(block)
-            if self._moments_last:
-                advance_moments(working, c, self._h, sums_wanted=False, signal=not self._halves)
             q_of_block = q
             if q is not None and self._by_rows:  # blocks are of rows, in their order
                 n = sum(map(masks.n_rows, working.params))
                 q_of_block, row = q[row : row + n], row + n
             elif q is not None and len(self._blocks) > 1:
                 q_of_block = torch.stack([q[i] for i in positions])
-            apply_update(working, c, self._h, lr, eps, q_of_block)
+            if self._by_adamw:
+                step_by_adamw(working, c, self._h, float(lr), eps, q_of_block, signal=not self._halves)
+            else:
+                if self._moments_last:
+                    advance_moments(working, c, self._h, sums_wanted=False, signal=not self._halves)
+                apply_update(working, c, self._h, lr, eps, q_of_block)
             self._keep(block, kept, working, c)
 
     def _keep(
@@ -242,11 +252,7 @@ def apply_update(
         updates = _masks(torch._foreach_mul(x.exp_avgs, x.exp_avgs), x.grad_vars, c, h)
         torch._foreach_mul_(updates, x.exp_avgs)
     elif h.masked and h.reduction == "per_row":
-        if q is None:
-            qs = _masks(row_mean_squares(x.exp_avg_signals or x.exp_avgs), x.grad_vars, c, h)
-        else:
-            qs = q.split([masks.n_rows(m) for m in x.exp_avgs])
-        updates = torch._foreach_mul(x.exp_avgs, [masks.over_rows(q, m) for q, m in zip(qs, x.exp_avgs, strict=True)])
+        updates = torch._foreach_mul(x.exp_avgs, _row_masks(x, c, h, q))
     elif h.masked and q.device.type == "cpu" and not is_fake(q) and not isinstance(step_sizes[0], Tensor):
         # spares a pass
         step_sizes = [size * of_tensor for size, of_tensor in zip(step_sizes, q.tolist(), strict=True)]
@@ -260,6 +266,45 @@ def apply_update(
         torch._foreach_add_(x.params, updates)
     else:
         torch._foreach_addcdiv_(x.params, updates, denoms, step_sizes)
+
+
+def step_by_adamw(
+    x: TensorLists, c: masks.StepScalars, h: Hyperparameters, lr: float, eps: float, q: Tensor | None, signal: bool
+) -> None:
+    """[`advance_moments`] and [`apply_update`] by the kernel of torch's AdamW, see `fused_cpu.py`."""
+    decay = h.weight_decay / h.step_length
+    if not h.masked:
+        fused_cpu.adamw(x.params, x, c, h, lr, eps, decay)
+        return
+    if h.reduction == "per_tensor":
+        for i, of_tensor in enumerate(q.tolist()):
+            own = TensorLists(*(xs[i : i + 1] for xs in x))
+            scaled = lr * of_tensor or 1e-300  # with q = 0 weights decay, too
+            fused_cpu.adamw(own.params, own, c.take([i]), h, scaled, eps, decay * lr / scaled)
+        return
+    grads = torch._foreach_neg(x.grads) if h.maximize else x.grads
+    if x.grad_vars:
+        _advance_variances(x.grad_vars, fused_cpu.deviations(grads, x.exp_avgs, c), c, h)
+    if x.exp_avg_signals and signal:
+        torch._foreach_lerp_(x.exp_avg_signals, grads, 1 - h.signal_beta)
+    updates = [torch.zeros_like(p) for p in x.params]
+    fused_cpu.adamw(updates, x, c, h, lr, eps, decay=0.0)
+    if h.reduction == "per_param":
+        qs = _masks(torch._foreach_mul(x.exp_avgs, x.exp_avgs), x.grad_vars, c, h)
+    else:
+        qs = _row_masks(x, c, h, q)
+    if decay:
+        torch._foreach_mul_(x.params, 1 - lr * decay)
+    torch._foreach_addcmul_(x.params, updates, qs)
+
+
+def _row_masks(x: TensorLists, c: masks.StepScalars, h: Hyperparameters, q: Tensor | None) -> list[Tensor]:
+    """The masks of rows, given or from `grad_vars`, so that they can be multiplied with the tensors."""
+    if q is None:
+        qs = _masks(row_mean_squares(x.exp_avg_signals or x.exp_avgs), x.grad_vars, c, h)
+    else:
+        qs = q.split([masks.n_rows(m) for m in x.exp_avgs])
+    return [masks.over_rows(q, m) for q, m in zip(qs, x.exp_avgs, strict=True)]
 
 
 def _masks(signals: list[Tensor], grad_vars: list[Tensor], c: masks.StepScalars, h: Hyperparameters) -> list[Tensor]:

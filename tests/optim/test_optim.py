@@ -157,7 +157,7 @@ def test_per_row_state_is_a_number_a_row_and_the_signal():
             assert set(state) == {"step", "exp_avg", "exp_avg_sq", *more}
             assert state["grad_var"].shape == (rows,) and state["grad_var"].dtype == torch.float64
             if signal_beta is not None:
-                assert state["exp_avg_signal"].shape == p.shape and state["exp_avg_signal"].dtype == torch.float32
+                assert state["exp_avg_signal"].shape == p.shape and state["exp_avg_signal"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
