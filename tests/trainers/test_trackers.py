@@ -124,7 +124,8 @@ def test_what_a_tracker_shows(name, tracker, written):
     assert not SHOWN[name] - {*found}
     for key in SHOWN[name]:
         logged = [entry[old] for entry in history for old in entry if shown_name(old) == key]
-        assert found[key] == pytest.approx(logged, rel=1e-5), key
+        # NaN, as the ratio of the first step, is a text in two of them
+        assert [*map(float, found[key])] == pytest.approx(logged, rel=1e-5, nan_ok=True), key
 
 
 def test_nothing_is_logged_after_the_end_of_a_run(written):
@@ -138,7 +139,7 @@ def test_each_run_of_a_comparison_is_one_of_the_tracker(tmp_path):
     """Also where one process makes several."""
     arguments = ["--methods", "adamw", "prm_debiased", "--learning_rates", "1e-3", "--prm_learning_rates", "3e-3"]
     arguments += ["--seeds", "0", "--max_steps", "2", "--eval_steps", "2", "--logging_steps", "1", "--workers", "1"]
-    arguments += ["--max_extensions", "0", "--report_to", "tensorboard", "wandb", "trackio", "--output_dir", "runs"]
+    arguments += ["--max_extensions", "0", "--report_to", "all", "--output_dir", "runs"]
     run(tmp_path, "-m", "prm_hf", "dpo", *arguments)
     folders = {path.parent.name: path.parent for path in tmp_path.glob("runs/*/metrics.json")}
     assert len(folders) == 2
