@@ -15,7 +15,8 @@ from transformers import HfArgumentParser
 from trl import ModelConfig, TrlParser
 
 from prm_hf import cli
-from prm_hf.experiments import sweep
+from prm_hf.experiments import dimension_curves, sweep
+from prm_hf.experiments.diagnose import DiagnoseArguments
 from prm_hf.experiments.dpo import DPOExperiment
 from prm_hf.experiments.experiment import Experiment
 from prm_hf.experiments.grokking import GrokkingTask
@@ -41,6 +42,7 @@ EXPERIMENTS = {
     "sft": SFTExperiment,
     "recipes/sft_noisy.py": SFTExperiment,
 }
+OTHERS = (DiagnoseArguments, PairsArguments, SuspectsArguments)
 # Tasks that are judged by the steps to a threshold
 TASKS: dict[str, type[ThresholdTask]] = {"regression": Regression, "grokking": GrokkingTask, "pinn": PINNTask}
 
@@ -75,8 +77,9 @@ def known_flags() -> set[str]:
     """The flags of all commands that the documentation speaks of."""
     classes = {cls for e in EXPERIMENTS.values() for cls in (e.arguments_class, e.config_class)}
     classes |= {cls for task in TASKS.values() for cls in (task.arguments_class, ThresholdConfig)}
-    parsers = [HfArgumentParser(cls) for cls in (*classes, ModelConfig, Arguments, PairsArguments, SuspectsArguments)]
-    parsers += [launch_command_parser(), sweep.make_parser(), *_subparsers(cli._make_parser())]
+    parsers = [HfArgumentParser(cls) for cls in (*classes, ModelConfig, Arguments, *OTHERS)]
+    parsers += [dimension_curves.make_parser(), sweep.make_parser()]
+    parsers += [launch_command_parser(), *_subparsers(cli._make_parser())]
     flags = {flag for parser in parsers for flag in parser._option_string_actions} | {"--config", *SHORT}
     scripts = [script.read_text(encoding="utf-8") for script in (ROOT / "benchmarks").glob("*.py")]
     return flags | {flag for text in scripts for flag in re.findall(r'"(--\w+)"', text)}
@@ -138,6 +141,8 @@ def _check_prm_hf(arguments: list[str]) -> None:
         _check_experiment(EXPERIMENTS[arguments[0]], arguments[1:])
     elif arguments[0] == "pairs":
         _check_script("recipes/pairs.py", arguments[1:])
+    elif arguments[0] == "diagnose":
+        HfArgumentParser(DiagnoseArguments).parse_args(["--runs", *arguments[1:]])
     elif arguments[0] == "suspects":
         _check_suspects(arguments[1:])
     elif arguments[0] in cli.TOOLS:
@@ -161,6 +166,8 @@ def _check_script(script: str, arguments: list[str]) -> None:
         _check_experiment(EXPERIMENTS[recipe], arguments, mask_search.VARIANTS)
     elif script == "recipes/pairs.py":
         HfArgumentParser(PairsArguments).parse_args(arguments[1:])
+    elif script == "recipes/effective_dimension.py":
+        dimension_curves.make_parser().parse_args(arguments)
     elif (task := Path(script).stem) in TASKS:
         TASKS[task].parse(arguments)
     elif script == "recipes/randomization.py":

@@ -22,6 +22,7 @@ NOT_HERE = {
     "pip install -c constraints.txt -e .": INDEX,
     "pip install -c constraints.txt -e .[trl,report]": INDEX,
     "pip install -c constraints.txt -e .[dev]": INDEX,
+    "pip install -c constraints.txt -e .[trl,diagnostics]": INDEX,
     "pip install liger-kernel": INDEX,
     ".ci/run": "it runs these tests",
     "swift sft examples/swift/sft.yaml": OTHER_TOOL,
@@ -59,6 +60,8 @@ SFT_CONFIGURATION += ["--dataset_test_split", "train[30:]", "--max_new_tokens", 
 SUSPECTS = ["--folds", "2", "--num_train_epochs", "1", "--max_length", "64", *ON_A_CPU]
 TRL = [*ON_A_CPU, "--max_steps", "2", "--max_length", "64", "--dtype", "float32", "--report_to", "none"]
 PAIRS = ["--max_new_tokens", "16"]
+DIAGNOSE = ["--max_rows", "4", "--max_length", "64"]
+CURVES = ["--widths", "4", "--depths", "1", "--train_loss", "1.5", "--k", "3"]
 ONE_RUN = ["--max_steps", "2", "--methods", "adamw", "prm_rows", "--seeds", "0", "--learning_rates", "1e-2"]
 ONE_RUN += ["--prm_learning_rates", "1e-2", "--weight_decays", "0", "--prm_weight_decays", "0"]
 RANDOMIZATION = ["--models", "vit", "--kinds", "true_labels", "--methods", "adamw", "--max_steps", "2"]
@@ -85,6 +88,10 @@ def shortened(program: str, arguments: Sequence[str]) -> list[str]:
         return command + ([] if "--decisions" in names else [*SUSPECTS, *rates])
     if names & {"recipes/pairs.py", "pairs"}:
         return command + PAIRS
+    if "diagnose" in names:
+        return command + DIAGNOSE
+    if "recipes/effective_dimension.py" in names:
+        return command + CURVES
     if names & {"recipes/randomization.py", "randomization"}:
         return command + RANDOMIZATION
     if {Path(name).stem for name in names} & {"regression", "grokking", "pinn"}:

@@ -154,7 +154,9 @@ class Curvature:
         if not self.has_rows:
             raise ValueError(f"The matrix {self.kind!r} of this loss has more than one row a term.")
         _check_size(self.n_terms, "terms")
-        found = []
+        dtype = torch.promote_types(torch.float32, next(iter(self.parameters.values())).dtype)
+        found = torch.empty(self.n_terms, self.n_params, dtype=dtype)  # gigabytes of a large adapter: made once
+        filled = iter(found)
         with _evaluating(self._model):
             for batch in self._on_device():
                 predictions, pull = vjp(lambda point, batch=batch: self._predict(point, batch), self.parameters)
@@ -163,8 +165,8 @@ class Curvature:
                     one = torch.zeros_like(predictions)
                     one[i] = factors[i]
                     (row,) = pull(one)
-                    found.append(torch.cat([row[name].reshape(-1) for name in self.parameters]).cpu())
-        return torch.stack(found)
+                    next(filled).copy_(torch.cat([row[name].reshape(-1) for name in self.parameters]))
+        return found
 
     def loss_at(self, offset: torch.Tensor | None = None) -> float:
         """The loss where the parameters are moved by `offset`, `(n_params,)`; mean or sum as `reduction` says."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from .._extras import require
 from .checks import check_choice
@@ -89,20 +90,23 @@ def width_depth_grid(
         ValueError: `model` is not known, or a classifier does not reach the training loss.
     """
     check_choice("model", model, tuple(MODELS))
-    train, test = _digits()
+    _, test = _digits()
     found = []
     for depth, width, seed in itertools.product(depths, widths, seeds):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = (_mlp if model == "mlp" else _vit)(width, depth)
-        steps, loss = _fit(network, train, train_loss, max_steps)
+        network, steps, loss = train_classifier(model, width, depth, seed, train_loss, max_steps)
         with torch.no_grad():
             logits = _logits(network, test[0])
         of_test = nn.functional.cross_entropy(logits, test[1]).item()
         accuracy = (logits.argmax(-1) == test[1]).double().mean().item()
-        rows = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*train), batch_size=N_TRAIN)
         measured = effective_dimension(
-            network, rows, alphas[0], reduction="sum", k=k, method=MODELS[model], loss="classification", seed=seed
+            network,
+            training_rows(),
+            alphas[0],
+            reduction="sum",
+            k=k,
+            method=MODELS[model],
+            loss="classification",
+            seed=seed,
         )
         curve = [(x.alpha, x.value, x.lower, x.upper) for x in map(measured.at, alphas)]
         columns = map(list, zip(*curve, strict=True))
@@ -111,6 +115,25 @@ def width_depth_grid(
         if tell is not None:
             tell(done)
     return found
+
+
+def train_classifier(
+    model: str, width: int, depth: int, seed: int = 0, train_loss: float = 0.01, max_steps: int = 5000
+) -> tuple[nn.Module, int, float]:
+    """A classifier of digits that was trained to a training loss; the steps that it took, and the loss.
+
+    Raises:
+        ValueError: it does not get there.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = (_mlp if model == "mlp" else _vit)(width, depth)
+    return network, *_fit(network, _digits()[0], train_loss, max_steps)
+
+
+def training_rows() -> DataLoader:
+    """The training rows in one batch."""
+    return DataLoader(TensorDataset(*_digits()[0]), batch_size=N_TRAIN)
 
 
 def rank_correlations(found: Sequence[Classifier]) -> dict[str, float]:

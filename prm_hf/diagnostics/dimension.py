@@ -62,8 +62,11 @@ class EffectiveDimension:
 
     @property
     def eigenvectors(self) -> torch.Tensor:
-        """The eigenvectors of `eigenvalues`, `(n_params, k)`, in the order of the model's parameters."""
-        return torch.from_numpy(np.ascontiguousarray(self.spectrum.vectors))
+        """The eigenvectors, `(n_params, k)`, in the order of the model's parameters, those of the largest first.
+
+        They are as many as `eigenvalues`, or where `"exact"` took one gradient a term as many as are not 0.
+        """
+        return torch.from_numpy(np.ascontiguousarray(self.spectrum.vectors()))
 
     def at(self, alpha: float) -> EffectiveDimension:
         """The same for another α, from the same eigenvalues."""

@@ -55,7 +55,7 @@ class Spectrum:
 
     Attributes:
         eigenvalues: those that are known, float64 `(k,)`.
-        vectors: their eigenvectors `(n, k)`.
+        vectors: makes their eigenvectors, `(n, k)`; of few eigenvalues of many parameters they may be large.
         residuals: ‖Hv − λv‖ of each, `(k,)`: an eigenvalue lies that close.
         trace: the sum of all eigenvalues, estimated unless all are known.
         rounding: what is closer to 0 is 0.
@@ -65,7 +65,7 @@ class Spectrum:
     """
 
     eigenvalues: np.ndarray
-    vectors: np.ndarray | None
+    vectors: Callable[[], np.ndarray]
     residuals: np.ndarray
     trace: float
     rounding: float
@@ -155,7 +155,7 @@ def exact_spectrum(matrix: np.ndarray, eps: float, semidefinite: bool) -> Spectr
         eps: relative rounding of the matrix' entries.
     """
     eigenvalues, vectors = np.linalg.eigh(matrix)
-    return _of_all(eigenvalues[::-1], vectors[:, ::-1], len(matrix), eps, semidefinite)
+    return _of_all(eigenvalues[::-1], lambda: vectors[:, ::-1], len(matrix), eps, semidefinite)
 
 
 def exact_spectrum_of_rows(rows: np.ndarray, eps: float) -> Spectrum:
@@ -167,9 +167,8 @@ def exact_spectrum_of_rows(rows: np.ndarray, eps: float) -> Spectrum:
     eigenvalues, vectors = np.linalg.eigh(gram)
     eigenvalues, vectors = eigenvalues[::-1], vectors[:, ::-1]
     known = eigenvalues > _rounding(eigenvalues, len(rows), eps)
-    scaled = vectors[:, known] / np.sqrt(eigenvalues[known])
-    vectors = rows.T @ scaled.astype(rows.dtype)
-    return _of_all(eigenvalues, vectors, rows.shape[1], eps, semidefinite=True)
+    scaled = (vectors[:, known] / np.sqrt(eigenvalues[known])).astype(rows.dtype)
+    return _of_all(eigenvalues, lambda: rows.T @ scaled, rows.shape[1], eps, semidefinite=True)
 
 
 def lanczos_spectrum(
@@ -205,7 +204,7 @@ def lanczos_spectrum(
         tail = Tail(count, float(largest), (probes * curved).sum(axis=0), (curved**2).sum(axis=0))
         trace += float(tail.traces.mean())
     rounding = _rounding(eigenvalues, n, eps)
-    return Spectrum(eigenvalues, vectors, residuals, trace, rounding, n, semidefinite, tail=tail)
+    return Spectrum(eigenvalues, lambda: vectors, residuals, trace, rounding, n, semidefinite, tail=tail)
 
 
 def slq_spectrum(
@@ -231,7 +230,9 @@ def slq_spectrum(
     trace = n * float(np.mean([(nodes * weights).sum() for nodes, weights in gauss]))
     rule = Quadrature(gauss, radau if semidefinite else None)
     rounding = _rounding(eigenvalues, n, eps)
-    return Spectrum(eigenvalues, basis.T @ vectors, residuals, trace, rounding, n, semidefinite, quadrature=rule)
+    return Spectrum(
+        eigenvalues, lambda: basis.T @ vectors, residuals, trace, rounding, n, semidefinite, quadrature=rule
+    )
 
 
 def gauss_rule(diagonal: np.ndarray, beside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -304,7 +305,9 @@ def _tridiagonal(diagonal: np.ndarray, beside: np.ndarray) -> np.ndarray:
     return np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
 
 
-def _of_all(eigenvalues: np.ndarray, vectors: np.ndarray, n: int, eps: float, semidefinite: bool) -> Spectrum:
+def _of_all(
+    eigenvalues: np.ndarray, vectors: Callable[[], np.ndarray], n: int, eps: float, semidefinite: bool
+) -> Spectrum:
     zeros, rounding = np.zeros_like(eigenvalues), _rounding(eigenvalues, n, eps)
     return Spectrum(eigenvalues, vectors, zeros, float(eigenvalues.sum()), rounding, n, semidefinite)
 

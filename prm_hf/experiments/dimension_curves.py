@@ -1,4 +1,4 @@
-"""Effective dimension on small tasks: double descent, contraction of posteriors, and a grid of widths and depths.
+"""Effective dimension on small tasks: double descent, posteriors, perturbations, and a grid of widths and depths.
 
 recipes/effective_dimension.py has the commands.
 """
@@ -10,13 +10,24 @@ from pathlib import Path
 
 import numpy as np
 
-from ..diagnostics.digits import MODELS, rank_correlations, width_depth_grid
+from ..diagnostics.curvature import Curvature
+from ..diagnostics.digits import MODELS, rank_correlations, train_classifier, training_rows, width_depth_grid
+from ..diagnostics.dimension import effective_dimension
+from ..diagnostics.directions import loss_surface, perturb
 from ..diagnostics.linear import posterior_contraction, random_features
-from ..diagnostics.plots import plot_double_descent, to_png
+from ..diagnostics.plots import (
+    plot_double_descent,
+    plot_loss_surface,
+    plot_perturbation,
+    plot_spectral_density,
+    to_png,
+)
 
 
 ROWS = 200  # of the double descent
 FEATURES = [5, 25, 50, 100, 150, 175, 185, 190, 195, 199, 200, 201, 205, 210, 225, 250, 300, 399]
+TOP = 100  # eigenvectors along which parameters are moved
+STEPS = [0.1, 0.3, 1.0, 3.0]
 SIZES = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
 
 
@@ -38,6 +49,28 @@ def contraction(args: argparse.Namespace) -> dict:
     return asdict(found)
 
 
+def perturbation(args: argparse.Namespace) -> dict:
+    network, _, _ = train_classifier("mlp", 16, 1, train_loss=args.train_loss)
+    options = {"loss": "classification", "reduction": "sum"}
+    found = effective_dimension(network, training_rows(), method="exact", **options)
+    curvature = Curvature(network, training_rows(), **options)
+    moved = perturb(curvature, found.eigenvectors[:, :TOP], STEPS)
+    surface = loss_surface(curvature, found.eigenvectors[:, :2], radius=1.0, points=21)
+    figures = {
+        "spectral_density": plot_spectral_density(found),
+        "perturbation": plot_perturbation(moved),
+        "loss_surface": plot_loss_surface(surface),
+    }
+    for name, figure in figures.items():
+        (args.output / f"{name}.png").write_bytes(to_png(figure))
+    print(f"{found.n_params} parameters, effective dimension {found.value:.1f} at α = 1, {TOP} eigenvectors")
+    print(f"{'step':>5} {'changed along':>14} {'orthogonal':>11} {'loss along':>11} {'orthogonal':>11}")
+    columns = (moved.changed_along, moved.changed_orthogonal, moved.loss_along, moved.loss_orthogonal)
+    for step, *row in zip(moved.scales, *(x.mean(1) for x in columns), strict=True):
+        print(f"{step:5.1f} {row[0]:14.3f} {row[1]:11.3f} {row[2]:11.1f} {row[3]:11.1f}")
+    return {"eigenvalues": found.eigenvalues, "dimension": found.value, "surface": asdict(surface), **asdict(moved)}
+
+
 def grid(args: argparse.Namespace) -> dict:
     alphas = "".join(f"{f'N at α={alpha:g}':>14}" for alpha in args.alphas)
     print(f"{'width':>5} {'depth':>5} {'seed':>4} {'parameters':>10} {'test loss':>9} {'accuracy':>8}{alphas}")
@@ -54,11 +87,15 @@ def grid(args: argparse.Namespace) -> dict:
     return {"classifiers": [asdict(each) for each in found], "rank_correlations": correlations}
 
 
-EXPERIMENTS = {"double_descent": double_descent, "contraction": contraction, "grid": grid}
+EXPERIMENTS = {
+    "double_descent": double_descent,
+    "contraction": contraction,
+    "perturbation": perturbation,
+    "grid": grid,
+}
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command line; returns 0."""
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="effective_dimension.py", description=__doc__.splitlines()[0])
     parser.add_argument(
         "experiments", nargs="*", default=[*EXPERIMENTS], metavar="EXPERIMENT", help=", ".join(EXPERIMENTS)
@@ -71,6 +108,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--train_loss", type=float, default=0.01, help="where training stops: %(default)s")
     parser.add_argument("--alphas", type=float, nargs="+", default=[1, 10, 100, 1000], help="%(default)s")
     parser.add_argument("--k", type=int, default=100, help="eigenvalues of a ViT: %(default)s")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line; returns 0."""
+    parser = make_parser()
     args = parser.parse_args(arguments)
     if unknown := {*args.experiments} - {*EXPERIMENTS}:
         parser.error(f"{', '.join(sorted(unknown))}: the experiments are {', '.join(EXPERIMENTS)}")

@@ -76,7 +76,7 @@ def test_residuals_and_trace():
 
 
 def test_residuals_widen_the_interval():
-    known = {"trace": 1.0, "rounding": 0.0, "count": 1, "semidefinite": True, "vectors": None}
+    known = {"trace": 1.0, "rounding": 0.0, "count": 1, "semidefinite": True, "vectors": lambda: np.eye(1)}
     sure = Spectrum(np.array([1.0]), residuals=np.array([0.0]), **known).dimension(1.0)
     unsure = Spectrum(np.array([1.0]), residuals=np.array([0.2]), **known).dimension(1.0)
     assert sure == (0.5, 0.5, 0.5)
