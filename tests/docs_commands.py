@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 from trl import ModelConfig, TrlParser
 
 from prm_hf import cli
+from prm_hf.experiments.compression import CompressionArguments
 from prm_hf.experiments.dpo import DPOExperiment
 from prm_hf.experiments.experiment import Experiment
 from prm_hf.experiments.grokking import GrokkingTask
@@ -73,7 +74,8 @@ def known_flags() -> set[str]:
     """The flags of all commands that the documentation speaks of."""
     classes = {cls for e in EXPERIMENTS.values() for cls in (e.arguments_class, e.config_class)}
     classes |= {cls for task in TASKS.values() for cls in (task.arguments_class, ThresholdConfig)}
-    parsers = [HfArgumentParser(cls) for cls in (*classes, ModelConfig, Arguments, PairsArguments, SuspectsArguments)]
+    classes |= {ModelConfig, Arguments, CompressionArguments, PairsArguments, SuspectsArguments}
+    parsers = [HfArgumentParser(cls) for cls in classes]
     parsers += [launch_command_parser(), *_subparsers(cli._make_parser())]
     flags = {flag for parser in parsers for flag in parser._option_string_actions} | {"--config", *SHORT}
     scripts = [script.read_text(encoding="utf-8") for script in (ROOT / "benchmarks").glob("*.py")]
@@ -161,6 +163,8 @@ def _check_script(script: str, arguments: list[str]) -> None:
         TASKS[task].parse(arguments)
     elif script == "recipes/randomization.py":
         HfArgumentParser(Arguments).parse_args(arguments)
+    elif script == "recipes/compression.py":
+        HfArgumentParser(CompressionArguments).parse_args(arguments)
     else:
         text = (ROOT / script).read_text(encoding="utf-8")
         for flag in (argument for argument in arguments if argument.startswith("--")):
