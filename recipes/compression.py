@@ -13,8 +13,8 @@ vit` leaves out the language models. The table is printed, and written to `runs/
 
 import sys
 
-from prm_hf.diagnostics.study import main
+from prm_hf.experiments.compression import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -16,6 +16,7 @@ from trl import ModelConfig, TrlParser
 
 from prm_hf import cli
 from prm_hf.experiments import dimension_curves, sweep
+from prm_hf.experiments.compression import CompressionArguments
 from prm_hf.experiments.diagnose import DiagnoseArguments
 from prm_hf.experiments.dpo import DPOExperiment
 from prm_hf.experiments.experiment import Experiment
@@ -42,7 +43,7 @@ EXPERIMENTS = {
     "sft": SFTExperiment,
     "recipes/sft_noisy.py": SFTExperiment,
 }
-OTHERS = (DiagnoseArguments, PairsArguments, SuspectsArguments)
+OTHERS = (CompressionArguments, DiagnoseArguments, PairsArguments, SuspectsArguments)
 # Tasks that are judged by the steps to a threshold
 TASKS: dict[str, type[ThresholdTask]] = {"regression": Regression, "grokking": GrokkingTask, "pinn": PINNTask}
 
@@ -172,6 +173,8 @@ def _check_script(script: str, arguments: list[str]) -> None:
         TASKS[task].parse(arguments)
     elif script == "recipes/randomization.py":
         HfArgumentParser(Arguments).parse_args(arguments)
+    elif script == "recipes/compression.py":
+        HfArgumentParser(CompressionArguments).parse_args(arguments)
     else:
         text = (ROOT / script).read_text(encoding="utf-8")
         for flag in (argument for argument in arguments if argument.startswith("--")):

@@ -94,6 +94,8 @@ def shortened(program: str, arguments: Sequence[str]) -> list[str]:
         return command + CURVES
     if names & {"recipes/randomization.py", "randomization"}:
         return command + RANDOMIZATION
+    if "recipes/compression.py" in names:
+        return command + ["--models", "lenet", "--train_factor", "0.01", "--qat_steps", "1"]
     if {Path(name).stem for name in names} & {"regression", "grokking", "pinn"}:
         return command + ONE_RUN
     if "benchmarks/step.py" in names:

@@ -49,8 +49,14 @@ class CompressionBound:
         vacuous: Whether `bound` is not below `guess`.
         assumptions: What the bound rests on and nothing here could check.
         path: The file; None without `output_dir`.
-        task, kind, delta, dim, levels, qat_steps, alpha, configurations: What the bound is of. `alpha` is the
-            smoothing of a language model, `dim` the number of compressed values.
+        task: As it was asked for.
+        kind: `bound` as it was asked for.
+        delta: As it was asked for.
+        dim: Number of compressed values.
+        levels: How many different values the file has.
+        qat_steps: Steps of fine-tuning that the file rests on; 0 where it is better without.
+        alpha: The smoothing of a language model, else None.
+        configurations: Number of configurations that are paid for.
     """
 
     bound: float

@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from prm_hf.diagnostics.compression import CompressionBound, compression_bound, load_compressed
-from prm_hf.diagnostics.study_data import VOCABULARY, documents
 from prm_hf.diagnostics.subspace import Subspace
+from prm_hf.experiments.compression_data import VOCABULARY, documents
 
 
 peft = pytest.importorskip("peft")

@@ -1,16 +1,34 @@
-"""Data and models of `recipes/compression.py`: handwritten digits, rendered ones, documents, and small networks."""
+"""Data and models of `recipes/compression.py`: digits, documents, preferences, small networks and adapters."""
+
+from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import peft
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch import nn
-from transformers import AutoModelForImageClassification, LlamaConfig, LlamaForCausalLM, ViTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+)
 from transformers.modeling_outputs import ImageClassifierOutput
+from trl import DPOConfig, DPOTrainer
 
+from .. import flip_preferences
 from .._extras import require
+from ..demo import build_demo
+from .data import load_split
 
+
+if TYPE_CHECKING:
+    from .compression import CompressionArguments
 
 CLASSES = 10
 TRAIN_ROWS = 1500  # of the 1,797; the others are the test rows
@@ -117,8 +135,6 @@ def make_language_model(adapter: str, seed: int = 0) -> nn.Module:
     Raises:
         ImportError: this PEFT has no `UniLoraConfig`.
     """
-    import peft
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = LlamaConfig(
@@ -133,7 +149,65 @@ def make_language_model(adapter: str, seed: int = 0) -> nn.Module:
         model = LlamaForCausalLM(config)
         if adapter == "lora":
             return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
-        if not hasattr(peft, "UniLoraConfig"):
-            raise ImportError(f'peft {peft.__version__} has no UniLoraConfig: pip install "peft>=0.21".', name="peft")
-        adapter_config = peft.UniLoraConfig(r=16, theta_d_length=256, target_modules="all-linear")
-        return peft.get_peft_model(model, adapter_config)
+        return peft.get_peft_model(model, unilora(16, 256))
+
+
+def unilora(rank: int, dim: int, start: float = 0.02) -> peft.PeftConfig:
+    """The configuration of a UniLora adapter on all linear layers, whose vector starts between ± `start`.
+
+    Raises:
+        ImportError: this PEFT has no `UniLoraConfig`.
+    """
+    if not hasattr(peft, "UniLoraConfig"):
+        raise ImportError(f'peft {peft.__version__} has no UniLoraConfig: pip install "peft>=0.21".', name="peft")
+    return peft.UniLoraConfig(
+        r=rank, theta_d_length=dim, target_modules="all-linear", init_theta_d_bound=start, task_type="CAUSAL_LM"
+    )
+
+
+def preferences(args: CompressionArguments, random_labels: bool) -> tuple[str, Dataset, Dataset]:
+    """The model, the pairs to train on, half of them flipped for random labels, and the pairs to test on.
+
+    Of the built-in task 768 pairs to train on, whose prompts its reference policy has never seen.
+    """
+    if args.dataset_name is None:
+        demo = build_demo()
+        model, rows, test = demo.model_path, concatenate_datasets([demo.train, demo.test]), demo.validation
+    else:
+        model, paths = args.model_name_or_path, (args.dataset_name, args.eval_dataset_name)
+        rows, test = (load_split(path, None, "train") for path in paths)
+    if random_labels:
+        rows, test = (flip_preferences(pairs, 0.5, seed=0).remove_columns("flipped") for pairs in (rows, test))
+    return model, rows, test
+
+
+def train_pairs(data: tuple[str, Dataset, Dataset], dim: int, steps: int, args: CompressionArguments) -> DPOTrainer:
+    """A trainer that has trained a UniLora adapter by DPO, with AdamW."""
+    name, rows, test = data
+    on_gpu = torch.cuda.is_available()
+    config = DPOConfig(
+        output_dir=str(Path(args.output_dir) / "trainer"),
+        max_steps=steps,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        per_device_train_batch_size=args.batch_size,
+        max_length=args.max_length,
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+    trainer = DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32),
+        args=config,
+        train_dataset=rows,
+        eval_dataset=test,
+        processing_class=AutoTokenizer.from_pretrained(name),
+        # Each value stands in many places, divided by the root of their number: a short vector needs large values
+        peft_config=unilora(4, dim, start=1.0),
+    )
+    trainer.train()
+    return trainer
