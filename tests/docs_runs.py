@@ -98,6 +98,8 @@ def shortened(program: str, arguments: Sequence[str]) -> list[str]:
         return command + ["--models", "lenet", "--train_factor", "0.01", "--qat_steps", "1"]
     if {Path(name).stem for name in names} & {"regression", "grokking", "pinn"}:
         return command + ONE_RUN
+    if "benchmarks/sven.py" in names:
+        return [*command, "--widths", "8", "--batches", "2", "--repeats", "1"]
     if "benchmarks/step.py" in names:
         more = ["--time_limit", "1", "--seconds", "0.1", "--repeats", "1"]
         return command + more + (["--dpo_steps", "1"] if "--dpo_steps" in names else [])

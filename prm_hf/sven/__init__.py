@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from .._extras import require
+from .diagnostics import SampleGram, per_sample_gram
 from .polyak import PolyakSGD
 from .step import SvenStep
 from .sven import Sven
@@ -14,6 +15,7 @@ from .sven import Sven
 
 __all__ = [
     "PolyakSGD",
+    "SampleGram",
     "Sven",
     "SvenArguments",
     "SvenDPOConfig",
@@ -24,6 +26,7 @@ __all__ = [
     "SvenStep",
     "SvenTrainer",
     "SvenTrainingArguments",
+    "per_sample_gram",
 ]
 
 _LAZY = {

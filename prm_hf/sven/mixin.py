@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .arguments import SvenArguments, settings_of
 from .capture import Capture
 from .checks import check_trainer
+from .diagnostics import SampleGram, gram_of
 from .distributed import concatenate, gather_jacobians, gather_rows
 from .hyperparameters import SvenSettings
 from .jacobian import Jacobian
@@ -88,6 +89,15 @@ class SvenMixin:
         finally:
             self._passes = []
         return reported
+
+    def per_sample_gram(self, inputs: dict[str, Any]) -> SampleGram:
+        """The Gram matrix of the gradients of a batch's rows on this process, without training.
+
+        Args:
+            inputs: the batch, as the trainer's dataloader gives it.
+        """
+        one = self._first_pass(self.accelerator.unwrap_model(self.model), self._prepare_inputs(inputs))
+        return gram_of(one.jacobian, one.losses)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds `sven/*` to the logs of training steps."""

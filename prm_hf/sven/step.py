@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .hyperparameters import SvenSettings
 from .jacobian import Jacobian
@@ -68,6 +70,12 @@ def solve_samples(gram: Tensor, residuals: Residuals, settings: SvenSettings) ->
     k = settings.most_components(len(residuals.values))
     solution = solve_gram(of_rows, residuals.values, k, settings.rtol)
     return SvenStep(residuals.values, solution.singular_values, solution.components)
+
+
+def call_model(model: nn.Module, x: Any, params: dict[str, Tensor] | None = None) -> Any:
+    """What a model returns for x, or for `**x` where that is a mapping; with `params` in place of its own."""
+    args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
+    return model(*args, **kwargs) if params is None else functional_call(model, params, args, kwargs)
 
 
 def weighted_gradients(losses: Tensor, weights: Tensor, params: list[nn.Parameter]) -> list[Tensor]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim import Optimizer
 
 from .capture import Capture, JacobianMethod
 from .hyperparameters import SvenSettings
 from .selection import draw_masks
-from .step import SvenStep, check_jacobian, solve, weighted_gradients, without_worse_components
+from .step import SvenStep, call_model, check_jacobian, solve, weighted_gradients, without_worse_components
 
 
 class Sven(Optimizer):
@@ -182,10 +181,7 @@ class Sven(Optimizer):
         return losses.detach()
 
     def _losses(self, batch: tuple[Any, ...], params: dict[str, Tensor] | None = None) -> Tensor:
-        x, *rest = batch
-        args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
-        outputs = self.model(*args, **kwargs) if params is None else functional_call(self.model, params, args, kwargs)
-        return self.loss_fn(outputs, *rest)
+        return self.loss_fn(call_model(self.model, batch[0], params), *batch[1:])
 
     def _weights(self, gradients: Callable[[Tensor], list[Tensor]], rows: int) -> dict[nn.Parameter, Tensor] | None:
         """By parameter the diagonal of H, of the step H Mᵀ(M H Mᵀ)⁺R; None for 1: drawn elements, and RMSprop's."""

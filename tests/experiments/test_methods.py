@@ -19,7 +19,7 @@ from .comparisons import folder_of, infos, read, read_lines, run_dpo_on_files, w
 pytestmark = pytest.mark.slow
 
 CONTROLS = [name for name, method in METHODS.items() if method.group == "control"]
-ALONE = ["adamw_eps:0.3", "adamw_embedding:3", "cautious", "msvag", "early_stopping", "prm_stopping"]
+ALONE = ["adamw_eps:0.3", "adamw_embedding:3", "cautious", "msvag", "sven", "early_stopping", "prm_stopping"]
 ALONE += [
     "prm_rows",
     "prm_rows_eps:10",
@@ -75,6 +75,7 @@ def test_the_optimizer_in_effect_is_on_record(finished):
     assert (embedding["learning_rate"], embedding["smallest_learning_rate"]) == (pytest.approx(0.03), 0.01)
     assert optimizer["cautious_lr0.01_seed0"]["class"] == "AdamP"
     assert optimizer["msvag_lr0.01_seed0"]["learning_rate"] == pytest.approx(0.01 / scale)
+    assert optimizer["sven_lr0.01_seed0"] == {"class": "SGD", "learning_rate": pytest.approx(0.01 / scale)}
     assert optimizer["adamw_lr0.01_seed0"]["class"] == "AdamW" and optimizer["casmo_lr0.01_seed0"]["class"] == "CASMO"
     for name, eps in (("prm_rows", None), ("prm_rows_eps10", 10 * scale)):
         info = next(info for key, info in found.items() if key.startswith(f"{name}_lr"))
@@ -242,6 +243,9 @@ def test_interrupted_runs_go_on(pairs, finished, tmp_path):
         (["prm_rows_eps"], "'prm_rows_eps' needs a positive number behind a colon"),
         (["adamw", "prm_rows", "fixed_q"], "`fixed_q` is about the masks of tensors"),
         (["prm_debiased_eps:3", "--max_grad_norm", "0"], "`prm_debiased_eps` is scaled by the clipped gradient"),
+        (["sven", "--max_grad_norm", "0"], "`sven` is scaled by the clipped gradient: set `max_grad_norm`"),
+        (["sven", "--padding_free"], "`sven` of `methods`: Sven needs one sequence a row"),
+        (["sven", "--loss_type", "aot"], "`sven` of `methods`: The loss of a pair in `loss_type='aot'` depends"),
         (["msvag", "--max_grad_norm", "0"], "`msvag` is scaled by the clipped gradient: set `max_grad_norm`"),
     ],
 )
