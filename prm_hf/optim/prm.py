@@ -143,7 +143,7 @@ class PRM(Optimizer):
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """As of any optimizer. Under DeepSpeed ZeRO the variances of all tensors or rows go with each group.
+        """As of any optimizer. Under DeepSpeed ZeRO `grad_var` goes with the groups, on the first process that of all.
 
         That is collective there, from the first step on: every process must call it.
         """
