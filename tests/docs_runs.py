@@ -24,6 +24,7 @@ NOT_HERE = {
     "pip install liger-kernel": INDEX,
     ".ci/run": "it runs these tests",
     "python -m tests.distributed.matrix": "it launches all that `pytest -m slow tests/distributed` does",
+    "python -m tests.distributed.points": "it starts 14 processes; tests/distributed/test_traffic.py counts all paths",
     "accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 2 recipes/dpo_noisy.py": (
         "accelerate has FSDP on GPUs alone; tests/distributed/test_recipes.py runs it, around accelerate's check"
     ),

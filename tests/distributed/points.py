@@ -27,7 +27,7 @@ from .worker import prepare_backends
 
 PATHS = {"fsdp2": None, "zero1": 1, "zero2": 2, "zero3": 3}
 REDUCTIONS = {"per_tensor": PER_TENSOR, "per_row": PER_ROW}
-# 1.4 M parameters, whose sizes 8 does not divide
+# 1.6 M parameters, in sizes that 8 does not divide
 MODEL = Qwen2Config(
     vocab_size=5001,
     hidden_size=180,
