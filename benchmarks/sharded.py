@@ -24,6 +24,8 @@ one JSON object:
   the masks of the `--reference` run. Two halves add up to the same gradient on one GPU and on two, bit for bit where
   kernels are deterministic, as they are made to be here; but not the norm for `--max_grad_norm`, which each path adds
   up in another order.
+  `sent` are messages and bytes of the optimizer's last step, counted and as `traffic.py` says, and the bytes of
+  `grad_var` on the first process.
 - `optimizer_step_ms`: median time of the optimizer's step under this wrapper (under DeepSpeed of the engine's, which
   clips and gathers parameters too), by optimizer; `relative_to_adamw` the ratio; `train_step_ms` of the whole step.
 """
@@ -46,7 +48,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from prm_hf import PRM
-from prm_hf.sharding import Locator, Segment
+from prm_hf.sharding import Locator, Segment, local_tensor
 
 
 SIZES = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864}  # of the model, by flag
@@ -200,11 +202,49 @@ def batches(args: argparse.Namespace, accelerator: Accelerator, steps: int):
         yield mine.split(share_of(args, accelerator))
 
 
+def count_sent(prm: PRM) -> list:
+    """Makes an optimizer count what it sends; returns the list that gets an entry at each call of its step."""
+    from benchmarks.traffic import SentMode
+
+    step, sent = prm._step, []
+
+    def counted() -> None:
+        with SentMode() as mode:
+            step()
+        sent.append(mode)
+
+    prm._step = counted
+    return sent
+
+
+def describe_sent(args: argparse.Namespace, accelerator: Accelerator, prm: PRM, recorder: StepRecorder, sent) -> dict:
+    """What the optimizer's calls of one step sent, what the model says, and the bytes of `grad_var`."""
+    from benchmarks.traffic import step_traffic
+
+    path = "fsdp2" if prm._locator.sharded else "ddp"
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        path = f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
+    decays = [[shape for shape in recorder.shapes if (len(shape) > 1) is flag] for flag in (True, False)]
+    expected = step_traffic(
+        [list(map(tuple, group)) for group in decays], path, accelerator.num_processes, args.reduction
+    )
+    kept = [local_tensor(state["grad_var"]) for state in prm.state.values() if "grad_var" in state]
+    kept += prm._deepspeed.variances.tables.values()
+    return {
+        "messages": sum(sum(mode.messages.values()) for mode in sent),
+        "bytes": sum(sum(mode.bytes.values()) for mode in sent),
+        "model": expected._asdict(),
+        "grad_var": sum(x.nbytes for x in kept),
+    }
+
+
 def measure_agreement(args: argparse.Namespace, accelerator: Accelerator) -> tuple[dict, list[list[float]]]:
     settings = AGREEMENT[args.reduction]
     model, wrapped, prm, recorder = build(args, accelerator, PRM, settings, is_recorded=True)
+    sent = count_sent(prm)
     replayed, masks, mask_difference, weight_difference = None, [], 0.0, 0.0
     for batch in batches(args, accelerator, args.steps):
+        sent.clear()
         train_step(args, accelerator, model, wrapped, batch)
         tensors = recorder.whole_tensors()
         if replayed is None:
@@ -226,6 +266,7 @@ def measure_agreement(args: argparse.Namespace, accelerator: Accelerator) -> tup
         "parameters": sum(p.numel() for p in params),
         "mask_replay": mask_difference,
         "weight_replay": weight_difference,
+        "sent": describe_sent(args, accelerator, prm, recorder, sent),
     }
     if args.reference:
         reference = json.loads(Path(args.reference).read_text(encoding="utf-8"))

@@ -4,6 +4,7 @@ set -euo pipefail
 
 cpu() {
     python -m tests.distributed.matrix
+    python -m tests.distributed.points
     pytest -m slow -n 0 tests/distributed
 }
 

@@ -143,7 +143,10 @@ class PRM(Optimizer):
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """As of any optimizer. Under DeepSpeed ZeRO the variances of all tensors or rows go with each group."""
+        """As of any optimizer. Under DeepSpeed ZeRO `grad_var` goes with the groups, on the first process that of all.
+
+        That is collective there, from the first step on: every process must call it.
+        """
         self._absorb_loaded()
         state_dict = super().state_dict()
         self._deepspeed.add_variances(state_dict["param_groups"])
@@ -253,7 +256,7 @@ class PRM(Optimizer):
         are stepped. A subclass that overrides it steps with the multi-tensor implementation, and not with `per_param`.
 
         Args:
-            q: the masks, float64 `(units,)`, in the order of the tensors.
+            q: the masks, float64 `(units,)`, in the order of the tensors; under sharding those of all processes.
 
         Returns:
             The masks to be used, of the same shape.

@@ -82,10 +82,11 @@ class LifeCycle:
     """
 
     # Keys of ours in parameter groups, which wrappers and checkpoints carry along: the number that the group was
-    # created with, and in checkpoints of flat partitions `grad_var` of all tensors or of all of their rows (DeepSpeed
-    # drops or trims it in the state).
+    # created with, and in checkpoints of flat partitions `grad_var` (DeepSpeed drops or trims it in the state): of all
+    # tensors or of all of their rows in that of the first process, in others of what they hold of the group.
     NUMBER = "prm_group"
     VARIANCES: ClassVar = {"per_tensor": "prm_grad_var", "per_row": "prm_row_grad_var"}
+    HELD: ClassVar = {"per_tensor": "prm_held_grad_var", "per_row": "prm_held_row_grad_var"}
 
     def __init__(self, locator: Locator) -> None:
         self._locator = locator
@@ -125,9 +126,10 @@ class LifeCycle:
         """Takes over what a checkpoint put into the parameter groups, however DeepSpeed put it there."""
         self._restore(groups)
         for group in groups:
-            for reduction, key in self.VARIANCES.items():
-                if key in group:
-                    self.variances.load(reduction, group[self.NUMBER], group.pop(key))
+            for keys, is_whole in ((self.VARIANCES, True), (self.HELD, False)):
+                for reduction, key in keys.items():
+                    if key in group:
+                        self.variances.load(reduction, group[self.NUMBER], group.pop(key), is_whole)
 
     def _restore(self, groups: list[dict[str, Any]]) -> None:
         """Gives each group its own settings again, where all have those of the first.
@@ -149,20 +151,19 @@ class LifeCycle:
     def add_variances(self, groups: list[dict[str, Any]]) -> None:
         """Puts the variances of flat buffers into the groups of a state dict. Collective, if there are any.
 
-        Each group has those of all units of all groups, on every process: DeepSpeed's universal checkpoints keep the
-        groups of one process, and for stage 3 one group.
+        The first process has those of all units of all groups, in each group: DeepSpeed's universal checkpoints keep
+        the groups of one process, and for stage 3 one group. Each other process has what it holds of the group.
         """
-        for reduction, key in self.VARIANCES.items():
-            saved = self.variances.saved(reduction)
+        for reduction in self.VARIANCES:
+            whole = self.variances.whole(reduction)
             for group in groups:
-                loaded = self.variances.loaded(reduction, group[self.NUMBER])
-                table = saved if loaded is None else loaded.detach().cpu().clone()
+                table, is_whole = self.variances.saved(reduction, group[self.NUMBER], whole)
                 if table is not None:
-                    group[key] = table
+                    group[(self.VARIANCES if is_whole else self.HELD)[reduction]] = table
 
     def has_variances(self, group: dict[str, Any]) -> bool:
         """Whether a checkpoint's group carries variances of flat buffers."""
-        return any(key in group for key in self.VARIANCES.values())
+        return any(key in group for key in (*self.VARIANCES.values(), *self.HELD.values()))
 
     def prepare(self, groups: list[dict[str, Any]], state: dict[Tensor, dict], dtype: torch.dtype) -> None:
         """Makes the state of flat buffers ready for a step.

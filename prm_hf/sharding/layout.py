@@ -153,6 +153,10 @@ class Layout:
         begins_elsewhere = bool(self._spans[tensor][0] % self.in_unit(tensor, reduction))
         return UnitRange(number, first + begins_elsewhere, count - begins_elsewhere)
 
+    def is_first(self) -> bool:
+        """Whether this process is the first of each group that shares a tensor."""
+        return all(dist.get_rank(group=group) == 0 for groups in {*self.process_groups} for group in groups)
+
     def cut_units(self, tensor: int, reduction: str) -> list[UnitRange]:
         """The units whose sums have to be added up over processes, in their order, on every process the same.
 

@@ -140,24 +140,25 @@ class FlatVariances:
         self._locator = locator
         self.tables: dict[int, Tensor] = {}
         self._reductions: dict[int, str] = {}  # of the tables
-        # Of all units, from a checkpoint, by reduction and number of the group, until it is known where they are
-        self._loaded: dict[str, dict[int, Tensor]] = {}
+        # From a checkpoint, by reduction and number of the group, until it is known where they are, with whether they
+        # are of all units
+        self._loaded: dict[str, dict[int, tuple[Tensor, bool]]] = {}
 
-    def load(self, reduction: str, group: int, table: Tensor) -> None:
-        """Takes the units of one group over from a checkpoint's table, in which every group has those of all.
+    def load(self, reduction: str, group: int, table: Tensor, is_whole: bool) -> None:
+        """Takes the units of one group over from a checkpoint: of all groups, or what this process held of the group.
 
         Into the tables that are there, if there are: plans step with them.
 
         Raises:
             ValueError: as [`place`].
         """
-        self._loaded.setdefault(reduction, {})[group] = table
+        self._loaded.setdefault(reduction, {})[group] = table, is_whole
         there = [self.tables[id(flat)] for flat in self._flats(group) if id(flat) in self.tables]
         if there:
             self.place(reduction, group, there[0].dtype)
 
-    def saved(self, reduction: str) -> Tensor | None:
-        """`grad_var` of all units of all tensors, for [`load`]; None where there is none. Collective."""
+    def whole(self, reduction: str) -> Tensor | None:
+        """`grad_var` of all units of all tensors; None where there is none. Collective."""
         flats = [flat for flat in self._locator.layout.locals if self._reductions.get(id(flat)) == reduction]
         if not flats:
             return None
@@ -167,14 +168,21 @@ class FlatVariances:
             values[units.of_tensors(self._locator.members(flat))] = self.tables[id(flat)]
         return units.gather(values).cpu()
 
-    def loaded(self, reduction: str, group: int) -> Tensor | None:
-        """What was loaded for a group and has no place yet."""
-        return self._loaded.get(reduction, {}).get(group)
+    def saved(self, reduction: str, group: int, whole: Tensor | None) -> tuple[Tensor | None, bool]:
+        """What a checkpoint keeps with a group, for [`load`], and whether it is of all units."""
+        if group in self._loaded.get(reduction, {}):
+            table, is_whole = self._loaded[reduction][group]
+            return table.detach().cpu().clone(), is_whole
+        if whole is None or self._locator.layout.is_first():
+            return whole, True
+        flats = [flat for flat in self._flats(group) if self._reductions.get(id(flat)) == reduction]
+        held = [self.tables[id(flat)] for flat in flats]
+        return (torch.cat(held).cpu() if held else None), False
 
     def are_new(self, reduction: str, group: int) -> bool:
         """Whether no variances of a group are there, nor have any been loaded."""
         is_there = any(id(flat) in self.tables for flat in self._flats(group))
-        return not is_there and self.loaded(reduction, group) is None
+        return not is_there and group not in self._loaded.get(reduction, {})
 
     def place(self, reduction: str, group: int, dtype: torch.dtype) -> None:
         """Makes the tables of a group's flat buffers ready for a step.
@@ -182,22 +190,37 @@ class FlatVariances:
         Raises:
             ValueError: what was loaded is of other tensors.
         """
-        layout, loaded = self._locator.layout, self._loaded.get(reduction, {}).pop(group, None)
-        n_units = sum(layout.units(number, reduction) for number in range(len(layout.numels)))
+        flats = self._flats(group)
+        if not flats:  # a group without trained tensors
+            return
+        loaded, is_whole = self._loaded.get(reduction, {}).pop(group, (None, False))
+        for flat in flats:
+            if id(flat) in self.tables:  # it may have been offloaded in between
+                self.tables[id(flat)] = self.tables[id(flat)].to(flat.device)
+        if loaded is None and all(id(flat) in self.tables for flat in flats):
+            return
+        layout, members = self._locator.layout, [self._locator.members(flat) for flat in flats]
+        counts = [sum(layout.held_units(number, reduction).count for number in own) for own in members]
+        n_units = sum(counts)
+        if is_whole:
+            n_units = sum(layout.units(number, reduction) for number in range(len(layout.numels)))
         if loaded is not None and len(loaded) != n_units:
             raise ValueError(
                 f"The checkpoint has `grad_var` of {len(loaded)} {reduction.removeprefix('per_')}s and the optimizer "
-                f"holds {n_units}: it belongs to another model or to other trained parameters."
+                f"holds {n_units}: it belongs to another model, to other trained parameters or to another process."
             )
-        for flat in self._flats(group):
+        if is_whole:
+            units = self._units(reduction, flats[0].device, dtype)
+            held = units.take(loaded.to(flats[0].device))
+            parts = [held[units.of_tensors(own)] for own in members]
+        else:
+            parts = (torch.zeros(n_units, dtype=dtype) if loaded is None else loaded).split(counts)
+        for flat, part in zip(flats, parts, strict=True):
             self._reductions[id(flat)] = reduction
             if loaded is not None or id(flat) not in self.tables:
-                units = self._units(reduction, flat.device, dtype)
-                values = torch.zeros(n_units, dtype=dtype) if loaded is None else loaded
-                values = units.take(values.to(flat.device))[units.of_tensors(self._locator.members(flat))]
                 # In place, where plans step with it
-                self.tables.setdefault(id(flat), torch.empty_like(values, dtype=dtype)).copy_(values)
-            self.tables[id(flat)] = self.tables[id(flat)].to(flat.device)
+                table = self.tables.setdefault(id(flat), torch.empty_like(part, dtype=dtype, device=flat.device))
+                table.copy_(part)
 
     def _units(self, reduction: str, device: torch.device, dtype: torch.dtype) -> UnitTable:
         """The units of all tensors."""

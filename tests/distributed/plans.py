@@ -47,6 +47,7 @@ FSDP1 = {
     "FSDP_SYNC_MODULE_STATES": "false",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
+FULL_STATE = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 BF16_STATE = PLAIN | {"prm": PER_TENSOR | {"state_dtype": "bf16"}}
 REFUSED_STATE = {"prm": PER_TENSOR | {"state_dtype": "bf16"}}
 PURE_BF16 = PLAIN | {"dtype": "bfloat16"}  # parameters in bfloat16, without float32 copies
@@ -66,6 +67,7 @@ SPECIAL = {
         "bf16_state": BF16_STATE,
         "per_row_bf16_state": {"prm": PER_ROW | {"state_dtype": "bf16"}, **SAVED},
         "plain": PLAIN,
+        "per_row_full_state": {"prm": PER_ROW, "environment": FULL_STATE, **SAVED},
         "fsdp1": PLAIN | {"environment": FSDP1},
         "refused_state": REFUSED_STATE | {"environment": FSDP1},
         "refused_rows": REFUSED_ROWS | {"environment": FSDP1},

@@ -13,6 +13,7 @@ import pytest
 from .launch import launch_runs, read_run
 from .plans import COMMON, PATHS, PER_PARAM, plan
 from .records import assemble, compare_runs, replay
+from .test_traffic import sent_as_modelled
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -78,14 +79,16 @@ def test_fsdp2_on_four_processes(recorded, tmp_path):
         "hybrid": PLAIN | {"mesh": mesh},
         "hybrid_per_param": COMMON["per_param"] | {"mesh": mesh},
         "hybrid_per_row": PLAIN_ROWS | {"mesh": mesh},
+        "empty_shards": COMMON["per_row_lora"],  # of three rows
         "resumed": PLAIN | {"resume": str(recorded.checkpoint("fsdp2", "per_tensor"))},
         "resumed_per_row": PLAIN_ROWS | {"resume": str(recorded.checkpoint("fsdp2", "per_row"))},
     }
     results = launch_runs("fsdp2", runs, tmp_path, 4)
     resumes_like(results["resumed"], recorded.run("fsdp2", "per_tensor"), PLAIN["prm"])
     resumes_like(results["resumed_per_row"], recorded.run("fsdp2", "per_row"), PLAIN_ROWS["prm"])
-    for name in ("fresh", "hybrid", "hybrid_per_param", "hybrid_per_row"):
+    for name in ("fresh", "hybrid", "hybrid_per_param", "hybrid_per_row", "empty_shards"):
         assert results[name][0]["error"] is None, results[name][0]["error"]
+        sent_as_modelled(results[name], "fsdp2", runs[name])
         mask, weight = replay(results[name], runs[name]["prm"])
         assert mask < 1e-6
         assert weight < 1e-6
@@ -153,6 +156,7 @@ def test_universal_on_four_processes(recorded, universal, tmp_path):
     resumes_like(results["resumed"], recorded.run("zero3", "per_tensor"), PLAIN["prm"])
     resumes_like(results["resumed_per_row"], recorded.run("zero3", "per_row_universal"), rows["prm"])
     for name in ("fresh", "fresh_per_row"):
+        sent_as_modelled(results[name], "zero3", runs[name])
         mask, weight = replay(results[name], runs[name]["prm"])
         assert mask < 1e-6
         assert weight < 1e-6

@@ -126,6 +126,8 @@ def test_bench_sharded(tmp_path):
     in_rows = json.loads((tmp_path / "rows.json").read_text())["agreement"]
     assert in_rows["path"] == "26 tensors with per_row masks under DeepSpeed ZeRO-3"
     assert in_rows["mask_replay"] < 1e-6 and in_rows["weight_replay"] < 1e-6
+    sent = in_rows["sent"]
+    assert sent["bytes"] == sent["model"]["bytes"] > 0 and sent["messages"] == sent["model"]["messages"]
     result = json.loads((tmp_path / "zero3.json").read_text())
     assert result["processes"] == 2
     agreement = result["agreement"]

@@ -5,8 +5,8 @@
 The plan is `{"world_size": …, "output_dir": …, "runs": {name: options, …}}`; starting Python takes longer than a run,
 so one launch makes several. Every rank writes `<output_dir>/<name>/rank<i>.pt` with a record of each step: for each
 slice of an original tensor that this rank holds its gradient, its weights before and after and, where it is known of
-the slice alone, its mask; the masks of `per_tensor`, and of rows that may lie in several processes; and
-`get_mask_stats()`. Or with the error that ended the run.
+the slice alone, its mask; the masks of `per_tensor`, and of rows that may lie in several processes; what the optimizer
+sent; and `get_mask_stats()`. Or with the error that ended the run.
 """
 
 import json
@@ -28,6 +28,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.utils.data import Dataset
 from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from benchmarks.traffic import SentMode
 from prm_hf import PRM
 from prm_hf.optim import masks
 from prm_hf.optim.hyperparameters import Hyperparameters
@@ -59,7 +60,11 @@ class RecordingPRM(PRM):
                     number = sum(self._sizes()[: group["prm_group"]]) + position
                     grad, before = (_local(x).detach().clone().flatten() for x in (p.grad, p))
                     stepped.append((group, p, number, grad, before))
-        super()._step()
+        with SentMode() as sent:
+            super()._step()
+        for name, count in sent.messages.items():
+            messages, n_bytes = self.steps[-1]["sent"].get(name, (0, 0))
+            self.steps[-1]["sent"][name] = messages + count, n_bytes + sent.bytes[name]
         self._note_unit_masks()
         for group, p, number, grad, before in stepped:
             after = _local(p).detach().clone().flatten()
@@ -185,7 +190,7 @@ class Watch(TrainerCallback):
         self.options, self.output_dir = options, output_dir
 
     def on_step_begin(self, args, state, control, **kwargs):
-        RecordingPRM.steps.append({"step": state.global_step + 1, "q": {}, "row_q": {}, "slices": []})
+        RecordingPRM.steps.append({"step": state.global_step + 1, "q": {}, "row_q": {}, "slices": [], "sent": {}})
 
     def spoil_loss(self, model, inputs, output):
         """Makes the gradients of one step infinite, on the last process alone."""

@@ -128,6 +128,30 @@ def test_masks_of_rows_of_shards(process_group, placement, foreach):
     assert optimizers[0].get_mask_stats() == pytest.approx(optimizers[1].get_mask_stats(), rel=1e-6)
 
 
+def test_variances_of_rows_are_sharded_also_where_a_checkpoint_has_them_whole(process_group):
+    """As those of earlier versions, and of whole tensors."""
+    gradient = torch.randn(5, 3)
+
+    def step(p, optimizer):
+        p.grad = distribute_tensor(gradient, p.device_mesh, p.placements)
+        optimizer.step()
+
+    ours, theirs = (_sharded(torch.ones(5, 3), [Shard(0)]) for _ in range(2))
+    first, second = PRM([ours], reduction="per_row"), PRM([theirs], reduction="per_row")
+    step(ours, first)
+    state_dict = copy.deepcopy(first.state_dict())
+    kept = state_dict["state"][0]["grad_var"]
+    assert kept.shape == (5,) and kept.placements == ours.placements
+    state_dict["state"][0]["grad_var"] = kept.full_tensor()
+    second.load_state_dict(state_dict)
+    theirs.data.copy_(ours.data)
+    for each in ((ours, first), (theirs, second)):
+        step(*each)
+    assert second.state[theirs]["grad_var"].placements == theirs.placements
+    for x, y in ((ours, theirs), (first.state[ours]["grad_var"], second.state[theirs]["grad_var"])):
+        assert torch.equal(x.full_tensor(), y.full_tensor())
+
+
 def test_masks_of_rows_where_it_is_not_known_whose_they_are(process_group):
     p = _sharded(torch.ones(4, 3), [Shard(0)])
     p.grad = torch.ones_like(p)
