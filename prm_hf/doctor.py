@@ -27,7 +27,7 @@ TOOLS = {
     "axolotl": ("axolotl", "`optimizer: prm` and `plugins: [prm_hf.integrations.axolotl.PRMPlugin]`"),
     "ms-swift": ("ms-swift", "`--external_plugins FILE --optimizer prm`; FILE imports `prm_hf.integrations.swift`"),
     "LLaMA-Factory": ("llamafactory", "`optim: prm`, by `prm-hf llamafactory train FILE.yaml`"),
-    "Unsloth": ("unsloth", "as TRL, but not `UnslothTrainer` with `embedding_learning_rate`, which trains with AdamW"),
+    "Unsloth": ("unsloth", "as transformers; `PRMCallback` stops `UnslothTrainer` where it has its own optimizer"),
     "Ray": ("ray", "`prm-hf sweep --ray auto`"),
 }
 WIDTH, LABEL = 110, 14  # of a line, and of what stands before its text

@@ -336,5 +336,5 @@ def sweep_on_ray(command: str, arguments: list[str], address: str, gpus: float |
 def _parse(command: str, arguments: list[str]) -> Any:
     """The arguments of a command, checked by its own parser."""
     module = importlib.import_module(f"{__package__}.{command}")
-    names = {"dpo": "DPOExperiment", "sft": "SFTExperiment", "grokking": "GrokkingTask"}
-    return getattr(module, names[command]).parse(arguments) if command in names else module.parse(arguments)
+    tasks = [x for x in vars(module).values() if isinstance(x, type) and getattr(x, "command", None) == command]
+    return (tasks[0] if tasks else module).parse(arguments)
