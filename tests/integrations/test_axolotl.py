@@ -9,7 +9,7 @@ from .tool_runs import ROOT, check_log, pairs, save_model, write_lines
 from .tools import environment_of, logged
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the first test also waits for the environment
 
 PINNED = ["axolotl==0.19.0", "axolotl-contribs-lgpl==0.0.7", "axolotl-contribs-mit==0.0.6"]
 

@@ -8,7 +8,7 @@ from .tool_runs import ROOT, check_log, pairs, save_model
 from .tools import environment_of, logged
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the first test also waits for the environment
 
 EXAMPLES = ROOT / "examples" / "llamafactory"
 

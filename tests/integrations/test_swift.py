@@ -6,7 +6,7 @@ from .tool_runs import ROOT, check_log, pairs, save_model, write_lines
 from .tools import environment_of, logged
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the first test also waits for the environment
 
 SHORT = ["--max_steps", "2", "--logging_steps", "1", "--gradient_accumulation_steps", "1", "--use_cpu", "true"]
 SHORT += ["--torch_dtype", "float32", "--max_length", "512", "--check_model", "false"]

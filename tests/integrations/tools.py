@@ -39,7 +39,7 @@ class Tool:
         path = f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
         variables = {**os.environ, **QUIET, "PATH": path, "PYTHONPATH": str(ROOT), **environment}
         done = subprocess.run(
-            [program, *command[1:]], cwd=cwd, env=variables, capture_output=True, text=True, check=False, timeout=580
+            [program, *command[1:]], cwd=cwd, env=variables, capture_output=True, text=True, check=False, timeout=1100
         )
         printed = done.stdout + done.stderr
         assert done.returncode == 0, printed[-6000:]
