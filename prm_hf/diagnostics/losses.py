@@ -67,6 +67,11 @@ def _margins_by(beta: float) -> Callable[[torch.Tensor, Batch], torch.Tensor]:
 
 
 def _cross_entropy(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    if predictions.dim() != 2 or targets.shape != predictions.shape[:1]:
+        raise ValueError(
+            f"The model's logits have the shape {tuple(predictions.shape)} and the labels {tuple(targets.shape)}: "
+            "a class of each row takes (rows, classes) and (rows,). For other shapes pass a function as `loss`."
+        )
     return nn.functional.cross_entropy(predictions, targets, reduction="none")
 
 

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#333333"
-WIDTH = 0.05  # of the Gaussians that a density is made of, as a share of the spectrum's range
+WIDTH = 0.02  # of the Gaussians that a density is made of, as a share of the range of the eigenvalues
 
 
 def spectral_density(found: EffectiveDimension, points: int = 400) -> tuple[np.ndarray, np.ndarray]:
-    """The density of all eigenvalues, as a sum of Gaussians of a width of 5 % of their range.
+    """The density of all eigenvalues, as a sum of Gaussians of a width of 2 % of their range.
 
     Returns:
         A grid of `points` eigenvalues and the density there, with an integral of 1; float64.

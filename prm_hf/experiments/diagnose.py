@@ -209,14 +209,14 @@ def load_trained(run: Path, args: DiagnoseArguments) -> Trained:
     beta = settings.get("beta", 0.1) if args.beta is None else args.beta
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     is_adapter = (run / "adapter_config.json").is_file()
+    reference = _reference(info, args) if task == "preferences" and not is_adapter else None
+    rows = _rows(info, task, args)
     if is_adapter:
         model = AutoPeftModelForCausalLM.from_pretrained(run, dtype=torch.float32, is_trainable=True)
     else:
         model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32)
-    reference = None
-    if task == "preferences" and not is_adapter:
-        reference = AutoModelForCausalLM.from_pretrained(_reference(info, args), dtype=torch.float32).to(device)
-    rows = _rows(info, task, args)
+    if reference is not None:
+        reference = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).to(device)
     rows = rows.select(range(min(len(rows), args.max_rows)))
     batches = _tokenized(model, reference, rows, run, task, args)
     return Trained(model.to(device), reference, batches, TASKS[task], beta)

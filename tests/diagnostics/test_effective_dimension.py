@@ -297,6 +297,8 @@ def test_mistakes_about_data():
         effective_dimension(lora_model(), masked)
     with pytest.raises(ValueError, match="pass `ref_model`, or batches with `ref_chosen_logps`"):
         effective_dimension(lora_model().get_base_model(), pair_rows(), loss="dpo", params="all")
+    with pytest.raises(ValueError, match="logits have the shape .2, 2. and the labels .2, 1."):
+        effective_dimension(model, [(torch.zeros(4).double(), torch.tensor([0]))] * 2, loss="classification")
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="`params` is 'trainable', and the model has no such parameter"):
         effective_dimension(model, [(torch.zeros(4).double(), torch.tensor(0))], loss="classification")

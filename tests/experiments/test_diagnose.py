@@ -82,6 +82,7 @@ def test_completions_of_a_file(make_run, tmp_path):
     assert found["dataset"].endswith("rows.jsonl")
 
 
+@pytest.mark.slow
 def test_measures_are_added_to_the_file(make_run):
     folder = make_run("sft")
     (folder / DIAGNOSTICS_FILE).write_text('{"another": {"value": 3}}')
@@ -94,19 +95,16 @@ MISTAKES = [
     (["RUN"], "Nothing is to be measured: add `--effective-dimension`"),
     (["nowhere", "--effective-dimension"], "'nowhere', which holds no model.*--save_strategy epoch"),
     (["RUN", "--effective-dimension", "--max_rows", "0"], "`max_rows` must be at least 1"),
-    (["RUN", "--effective-dimension", "--kind", "gnn"], "`kind`"),
+    (["RUN", "--effective-dimension", "--kind", "gnn"], "`--kind` has no choice 'gnn'"),
     (["RUN", "--effective-dimension"], "has no run.json: say with `--task`"),
     (["RUN", "--effective-dimension", "--task", "sft"], "`dataset` is missing"),
-    (["RUN", "--effective-dimension", "--task", "preferences"], "`ref_model` is missing"),
+    (["RUN", "--effective-dimension", "--task", "preferences", "--dataset", "x"], "`ref_model` is missing"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[m for _, m in MISTAKES])
-def test_mistakes(make_run, arguments, message):
-    run = ""
-    if "RUN" in arguments:
-        folder = make_run("preferences")
-        (folder / "run.json").unlink()
-        run = str(folder)
+def test_mistakes(tmp_path, arguments, message):
+    """Before the model is read: there is none."""
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=message):
-        main([run if word == "RUN" else word for word in arguments])
+        main([str(tmp_path) if word == "RUN" else word for word in arguments])
