@@ -73,6 +73,8 @@ class SvenMixin:
     ) -> Tensor:
         """Sets the gradients at the last batch of a step, and returns the mean loss of this batch for the log."""
         model.train()
+        if callable(getattr(self.optimizer, "train", None)):  # of schedule-free optimizers
+            self.optimizer.train()
         # The gradients of all processes are summed here, so that DDP's own hooks have nothing to do
         module = self.accelerator.unwrap_model(model)
         one = self._first_pass(module, self._prepare_inputs(inputs))

@@ -69,7 +69,7 @@ def float64():
 NAMES = ["dense", "sequences", "tied", "image", "raw", "lstm", "llama", "tied_llama", "gpt2", "pairs"]
 
 
-@pytest.mark.parametrize("method", ["layers", "loop"])
+@pytest.mark.parametrize("method", ["layers", pytest.param("loop", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_and_gram(name, method):
     model, losses = cases()[name]
