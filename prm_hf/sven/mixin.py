@@ -63,6 +63,7 @@ class SvenMixin:
         self.last_step: SvenStep | None = None
         self._passes: list[_Pass] = []
         self._is_checked = False
+        self._looped: set[nn.Parameter] = set()
 
     def per_sample_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """The loss of each row of a batch, `(B,)`, at least 0, with its graph."""
@@ -119,7 +120,7 @@ class SvenMixin:
 
     def _first_pass(self, model: nn.Module, inputs: dict[str, Any]) -> _Pass:
         random = _random_state(self.args.device)
-        with Capture(model, self.sven_settings.jacobian) as capture:
+        with Capture(model, self.sven_settings.jacobian, self._looped) as capture:
             losses = self._losses(model, inputs)
         jacobian = capture.differentiate(losses)
         if not self._is_checked:
