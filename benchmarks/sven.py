@@ -2,7 +2,8 @@
 
     python benchmarks/sven.py --output speed.json
 
-For each batch size and model it measures, as the median of a few calls, the seconds until `p.grad` is the step:
+For each batch size and model it measures, as the median of a few calls, the seconds until `p.grad` is the step.
+They are CPU seconds of one thread, so that other programs on the machine count little:
 
 - `gram`: Sven as it is, by the inner products of per-sample gradients and one weighted backward pass;
 - `svd`: Sven with `svd="svd"`, which keeps the gradients of all samples;
@@ -110,13 +111,13 @@ def steps(model: LlamaForCausalLM, ids: Tensor) -> dict[str, Callable[[], Tensor
 
 
 def measure(step: Callable[[], Tensor | None], repeats: int) -> dict[str, float]:
-    """Median seconds of some calls after the first, and the peak of allocated MiB in another one."""
+    """Median CPU seconds of some calls after the first, and the peak of allocated MiB in another one."""
     step()
     seconds = []
     for _ in range(repeats):
-        started = time.perf_counter()
+        started = time.process_time()
         step()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     return {"seconds": round(statistics.median(seconds), 4), "peak_mib": round(peak_memory(step), 1)}
 
 

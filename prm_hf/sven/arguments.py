@@ -68,7 +68,7 @@ class SvenArguments:
     jacobian: Literal["layers", "loop"] = "layers"
 
     def __post_init__(self) -> None:
-        settings_of(self).check()
+        SvenSettings(**{name: getattr(self, name) for name in _OWN}).check()
         if self.max_norm is not None:
             if self.max_grad_norm not in (0.0, self.max_norm):
                 raise ValueError(
@@ -76,13 +76,16 @@ class SvenArguments:
                     "set one of them."
                 )
             self.max_grad_norm = self.max_norm
-        super().__post_init__()
+        if hasattr(super(), "__post_init__"):  # of the trainer's arguments
+            super().__post_init__()
+
+
+_OWN = {f.name for f in fields(SvenArguments)} & {*SvenSettings.names()}
 
 
 def settings_of(args: SvenArguments) -> SvenSettings:
     """The settings of the step; the seed of what is drawn is that of the run."""
-    own = {f.name for f in fields(SvenArguments)} & set(SvenSettings.names())
-    return SvenSettings(**{name: getattr(args, name) for name in own}, seed=args.seed)
+    return SvenSettings(**{name: getattr(args, name) for name in _OWN}, seed=args.seed)
 
 
 @with_help

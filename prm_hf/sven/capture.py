@@ -26,11 +26,12 @@ _OPAQUE = (nn.RNNBase, nn.MultiheadAttention)
 
 @dataclass
 class _Call:
-    """One call of a layer: its input, and where the gradient of its output will be."""
+    """One call of a layer: its input, where the gradient of its output will be, and the rows of the model's input."""
 
     layer: nn.Module
     given: Tensor
     output: GradientEdge
+    rows: int | None
 
 
 @dataclass
@@ -41,6 +42,8 @@ class Capture:
         model: the model that is called.
         method: `"layers"` takes the gradients of parameters from what goes in and out of their layers; parameters that
             do not belong to a layer by itself, and with `"loop"` all of them, need a backward pass for each sample.
+        looped: parameters that need one too. Those of a batch belong here in the next ones, so that a layer whose rows
+            are samples by chance, as an expert that a few tokens are sent to, is not taken for one.
 
     Raises:
         ValueError: with `"layers"`, the model has batch normalization in training mode.
@@ -48,6 +51,7 @@ class Capture:
 
     model: nn.Module
     method: JacobianMethod = "layers"
+    looped: set[nn.Parameter] = field(default_factory=set)
     calls: list[_Call] = field(default_factory=list)
     rows: int | None = None
 
@@ -88,7 +92,7 @@ class Capture:
         if len(given) == 1 != self.rows and self.rows is not None:  # positions, which all samples share
             given = given.expand(self.rows, *given.shape[1:])
             output = shared = output.expand(self.rows, *output.shape[1:])
-        self.calls.append(_Call(layer, given, get_gradient_edge(output)))
+        self.calls.append(_Call(layer, given, get_gradient_edge(output), self.rows))
         return shared
 
     def differentiate(self, losses: Tensor) -> Jacobian:
@@ -100,17 +104,18 @@ class Capture:
         n, uses = len(losses), {}
         edges = [call.output for call in self.calls]
         grads = torch.autograd.grad(losses.sum(), edges, retain_graph=True, allow_unused=True) if edges else ()
-        left_out: set[nn.Parameter] = set()
         for call, grad in zip(self.calls, grads, strict=True):
             for name, p in call.layer.named_parameters(recurse=False):
                 if not p.requires_grad or grad is None:
                     continue
-                if len(call.given) % n or len(grad) != len(call.given):
-                    left_out.add(p)
+                if call.rows is None or call.rows % n or not len(grad) == len(call.given) == call.rows:
+                    self.looped.add(p)
                     continue
                 uses.setdefault(p, []).append(_use(call, name, p, _full(grad), n))
         params = [p for p in self.model.parameters() if p.requires_grad]
-        rest = [p for p in params if p not in uses or p in left_out]
+        self.looped.update(p for p in params if p not in uses)
+        rest = [p for p in params if p in self.looped]
+        uses = {p: of_p for p, of_p in uses.items() if p not in self.looped}
         return Jacobian(params, {**uses, **_by_loop(losses, rest)}, n)
 
 

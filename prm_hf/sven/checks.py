@@ -23,6 +23,8 @@ def check_trainer(trainer: Any) -> None:
         )
     if args.fp16:
         raise ValueError("`fp16=True` scales losses, and small per-sample gradients vanish in it: set `bf16=True`.")
+    if args.torch_compile:
+        raise ValueError("`torch_compile=True` fuses the layers that Sven looks into: leave it out.")
     kwargs = args.gradient_checkpointing_kwargs or {}
     if args.gradient_checkpointing and kwargs.get("use_reentrant", False):
         raise ValueError(

@@ -63,6 +63,7 @@ class SvenMixin:
         self.last_step: SvenStep | None = None
         self._passes: list[_Pass] = []
         self._is_checked = False
+        self._looped: set[nn.Parameter] = set()
 
     def per_sample_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """The loss of each row of a batch, `(B,)`, at least 0, with its graph."""
@@ -73,6 +74,8 @@ class SvenMixin:
     ) -> Tensor:
         """Sets the gradients at the last batch of a step, and returns the mean loss of this batch for the log."""
         model.train()
+        if callable(getattr(self.optimizer, "train", None)):  # of schedule-free optimizers
+            self.optimizer.train()
         # The gradients of all processes are summed here, so that DDP's own hooks have nothing to do
         module = self.accelerator.unwrap_model(model)
         one = self._first_pass(module, self._prepare_inputs(inputs))
@@ -117,7 +120,7 @@ class SvenMixin:
 
     def _first_pass(self, model: nn.Module, inputs: dict[str, Any]) -> _Pass:
         random = _random_state(self.args.device)
-        with Capture(model, self.sven_settings.jacobian) as capture:
+        with Capture(model, self.sven_settings.jacobian, self._looped) as capture:
             losses = self._losses(model, inputs)
         jacobian = capture.differentiate(losses)
         if not self._is_checked:

@@ -105,6 +105,7 @@ class Sven(Optimizer):
         self.model, self.loss_fn = model, loss_fn
         self.last_step: SvenStep | None = None
         self._is_checked = False
+        self._looped: set[nn.Parameter] = set()
         super().__init__(params, {"lr": lr, **own, "n_steps": 0})
 
     def __repr__(self) -> str:
@@ -151,7 +152,7 @@ class Sven(Optimizer):
         """Sets `p.grad` to M⁺R, for another optimizer to take a step with; arguments and return value as of `step`."""
         settings, params = self._settings, self.param_groups[0]["params"]
         with torch.enable_grad():
-            with Capture(self.model, settings.jacobian) as capture:
+            with Capture(self.model, settings.jacobian, self._looped) as capture:
                 losses = self._losses(batch)
             jacobian = capture.differentiate(losses)
         residuals = settings.residuals(losses)

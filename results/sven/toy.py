@@ -10,13 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from prm_hf.sven import PolyakSGD, Sven
 
 
 BATCH, ROWS = 128, 10_000
-METHODS = ("adam", "polyak", "sven", "sven_kappa1")
+NAMES = {"adam": "Adam", "polyak": "SGD, Polyak's step", "sven": "Sven, κ = 2", "sven_kappa1": "Sven, κ = 1"}
 
 
 def make_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -76,13 +77,27 @@ def train(method: str, epochs: int = 20) -> list[dict[str, float]]:
     return history
 
 
+def plot(found: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """The held-out error over the epochs."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for method, history in found.items():
+        axes.semilogy([row["epoch"] for row in history], [row["heldout_mse"] for row in history], label=NAMES[method])
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("held-out mean squared error")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    found = {method: train(method) for method in METHODS}
+    found = {method: train(method) for method in NAMES}
     for method, history in found.items():
         print(method, *(f"epoch {history[i]['epoch']}: {history[i]['heldout_mse']:.3g}" for i in (4, 9, 19)))
     about = {"torch": torch.__version__, "batch": BATCH, "rows": ROWS}
-    Path(sys.argv[1]).write_text(json.dumps({"about": about, "methods": found}, indent=1) + "\n", encoding="utf-8")
+    file = Path(sys.argv[1])
+    plot(found, file.with_suffix(".png"))
+    file.write_text(json.dumps({"about": about, "methods": found}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,22 @@ import torch
 from torch import nn
 
 from prm_hf.sven import Sven, capture
+from prm_hf.sven.capture import Capture
 from prm_hf.sven.factors import Outer, Rows, inner_products
 
-from .models import Borrowed, Raw, Tied, gpt2, jacobian_of, llama, padded_batch, seeded, token_losses, true_rows
+from .models import (
+    Borrowed,
+    Experts,
+    Raw,
+    Tied,
+    gpt2,
+    jacobian_of,
+    llama,
+    padded_batch,
+    seeded,
+    token_losses,
+    true_rows,
+)
 
 
 IDS = torch.randint(0, 7, (4, 5), generator=torch.Generator().manual_seed(0))
@@ -69,7 +82,7 @@ def float64():
 NAMES = ["dense", "sequences", "tied", "image", "raw", "lstm", "llama", "tied_llama", "gpt2", "pairs"]
 
 
-@pytest.mark.parametrize("method", ["layers", "loop"])
+@pytest.mark.parametrize("method", ["layers", pytest.param("loop", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_and_gram(name, method):
     model, losses = cases()[name]
@@ -144,6 +157,20 @@ def test_what_layers_cannot_see_is_refused(make, words):
     rows = true_rows(model, squares(model, x))
     torch.testing.assert_close(jacobian_of(model, squares(model, x), "loop").rows(), rows)
     Sven(model, losses, jacobian="loop").step((x,))
+
+
+def test_experts_that_get_as_many_tokens_as_there_are_samples():
+    """In the second batch a token of each of two samples, the later one's first."""
+    model, generator = seeded(Experts), torch.Generator().manual_seed(0)
+    first, second = (torch.randn(2, 4, 3, generator=generator) for _ in range(2))
+    first[..., 0] = torch.tensor([[1.0, 1, 1, -1], [1, -1, -1, -1]])
+    second[..., 0] = torch.tensor([[-1.0, -1, -1, -1], [1, 1, -1, -1]])
+    looped: set[nn.Parameter] = set()
+    for x in (first, second):
+        with Capture(model, looped=looped) as found:
+            losses = squares(model, x)()
+        torch.testing.assert_close(found.differentiate(losses).rows(), true_rows(model, squares(model, x)))
+    assert looped == {*model.expert.parameters()}
 
 
 def test_samples_that_depend_on_each_other_are_refused():
