@@ -333,3 +333,26 @@ def test_a_task_makes_the_run_that_its_command_would(pairs, tmp_path, no_picture
         assert {k: v for k, v in one.items() if k not in times} == {k: v for k, v in other.items() if k not in times}
         assert read(folder / "margins.json") == read(tmp_path / "there" / name / "margins.json")
     assert not list(monkey.iterdir()) and len(infos(tmp_path / "there")) == 5
+
+
+ONE_SETTING = ["--learning_rates", "1e-2", "--prm_learning_rates", "1e-2", "--weight_decays", "0"]
+ONE_SETTING += ["--prm_weight_decays", "0", "--methods", "adamw", "prm_rows", "constant_q", "--seeds", "0"]
+OTHERS = {
+    grokking: [*ONE_SETTING, "--max_steps", "4", "--eval_steps", "2", "--models_at_once", "1", "--workers", "1"],
+    suspects: ["--folds", "2", "--max_steps", "2", "--max_length", "64", "--learning_rates", "1e-3", "--workers", "1"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", OTHERS, ids=lambda module: module.__name__.rpartition(".")[2])
+def test_a_task_of_another_command(module, tmp_path, no_pictures, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert module.main([*OTHERS[module], "--output_dir", "here"]) == 0
+    root = tmp_path / "here"
+    *others, folder = sorted((path.parent for path in root.rglob(METRICS_FILE)), key=lambda x: "constant_q" in x.name)
+    given = cluster.read_files([other / name for other in others for name in cluster.RECORDS], root)
+    name = str(folder.relative_to(root))
+    work = cluster.Work(module.__name__.rpartition(".")[2], OTHERS[module], name, str(tmp_path))
+    cluster.write_files(cluster.make_one(work, given), tmp_path / "there")
+    one, other = read(folder / METRICS_FILE), read(tmp_path / "there" / name / METRICS_FILE)
+    assert {k for k in one if one[k] != other.get(k)} <= {"wall_seconds", "seconds", "seconds_to_threshold"}
