@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 # What an sdist needs besides the package, so that it can be tested where it is unpacked.
-ROOTS = ("prm_hf", "tests", "recipes", "benchmarks", "research", "accelerate_configs", "docs")
+ROOTS = ("prm_hf", "tests", "recipes", "benchmarks", "research", "accelerate_configs", "docs", "examples")
 FILES = ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "constraints-lowest.txt")
 
 

@@ -5,6 +5,7 @@ registered. For several GPUs: `torchrun --nproc_per_node 2 -m prm_hf llamafactor
 """
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -12,13 +13,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from .._extras import require
 from ..optim import PRM
 from ..trainers.callbacks import tell_in_effect
 from .transformers import NAME, register
 
-
-require("prm_hf.integrations.llamafactory", "llamafactory")
 
 # By version, the commands of `llamafactory-cli` that train.
 COMMANDS = {0: ("train",), 1: ("train", "sft", "rm")}
@@ -32,8 +30,11 @@ def main(argv: Sequence[str]) -> None:
             as `learning_rate=1e-5`. The environment variable `USE_V1=1` chooses LLaMA-Factory's version 1.
 
     Raises:
+        ImportError: LLaMA-Factory is not installed.
         ValueError: the command does not train, or PRM would refuse an argument.
     """
+    if importlib.util.find_spec("llamafactory") is None:
+        raise ImportError("`prm-hf llamafactory` needs LLaMA-Factory: pip install llamafactory")
     version = int(importlib.import_module("llamafactory.extras.misc").is_env_enabled("USE_V1"))
     if not argv or argv[0] not in COMMANDS[version]:
         given = repr(argv[0]) if argv else "nothing"

@@ -80,3 +80,9 @@ def test_version_1_gets_its_plugin(factory, caplog):
 def test_other_commands_are_refused(factory, capsys, arguments):
     assert cli.main(["llamafactory", *arguments]) == 2
     assert "prm-hf llamafactory: error: `prm-hf llamafactory` got " in capsys.readouterr().err
+
+
+def test_without_llamafactory_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "llamafactory", None)
+    assert cli.main(["llamafactory", "train", "config.yaml"]) == 2
+    assert "needs LLaMA-Factory: pip install llamafactory" in capsys.readouterr().err
