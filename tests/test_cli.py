@@ -100,7 +100,7 @@ def test_runs_as_a_module(tmp_path, capsys, monkeypatch):
     ("name", "code"),
     [
         *[("dpo", 75), ("sft", 0), ("suspects", 1), ("randomization", None), ("pairs", 0), ("sweep", 1)],
-        *[("regression", 0), ("grokking", 1), ("pinn", 0)],
+        *[("regression", 0), ("grokking", 1), ("pinn", 0), ("diagnose", 1)],
     ],
 )
 def test_experiments_get_their_arguments(name, code, monkeypatch):
@@ -109,7 +109,7 @@ def test_experiments_get_their_arguments(name, code, monkeypatch):
     monkeypatch.setattr(experiment, "main", lambda arguments: given.append(arguments) or code)
     assert cli.main([name, "--methods", "adamw", "--help"]) == (code or 0)
     assert given == [["--methods", "adamw", "--help"]]
-    others = {"suspects", "pairs", "randomization", "regression", "grokking", "pinn"}
+    others = {"suspects", "diagnose", "pairs", "randomization", "regression", "grokking", "pinn"}
     assert set(cli.EXPERIMENTS) == {"dpo", "sft", "sweep", *others}
 
 

@@ -25,7 +25,7 @@ from .recorded import read, recorded_mlp
 @pytest.fixture(scope="module")
 def mlp():
     model, rows, _ = recorded_mlp()
-    found = effective_dimension(model, rows, method="exact", loss="classification")
+    found = effective_dimension(model, rows, method="exact", loss="classification", batch_size=60)
     return model, Curvature(model, rows, loss="classification", batch_size=40), found
 
 
@@ -60,7 +60,7 @@ def test_the_loss_on_a_plane(mlp):
     assert surface.losses[1, 1] == pytest.approx(found.loss, abs=1e-15)
     # The second difference along an eigenvector of the Hessian is its eigenvalue
     _, rows, _ = recorded_mlp()
-    hessian = effective_dimension(model, rows, kind="hessian", method="exact", loss="classification")
+    hessian = effective_dimension(model, rows, kind="hessian", method="exact", loss="classification", batch_size=60)
     surface = loss_surface(curvature, hessian.eigenvectors[:, [0, 1]], radius=1e-3, points=3).losses
     curved = [surface[0, 1] - 2 * surface[1, 1] + surface[2, 1], surface[1, 0] - 2 * surface[1, 1] + surface[1, 2]]
     np.testing.assert_allclose(np.array(curved) / 1e-6, hessian.eigenvalues[:2], rtol=1e-3)
@@ -117,10 +117,10 @@ def test_spectral_densities(mlp):
     grid, density = spectral_density(found)
     assert np.trapezoid(density, grid) == pytest.approx(1, abs=1e-3)
     assert np.trapezoid(density * grid, grid) == pytest.approx(found.trace / found.n_params, rel=1e-3)
-    estimated = effective_dimension(model, rows, method="slq", k=44, n_probes=64, loss="classification")
+    estimated = effective_dimension(model, rows, method="slq", k=44, n_probes=64, loss="classification", batch_size=60)
     _, smooth = spectral_density(estimated)
     assert np.abs(smooth - density).mean() < 0.15 * density.mean()
-    lanczos = effective_dimension(model, rows, k=5, loss="classification")
+    lanczos = effective_dimension(model, rows, k=5, loss="classification", batch_size=60)
     with pytest.raises(ValueError, match="`method` was 'lanczos'"):
         plot_spectral_density(lanczos)
 

@@ -30,7 +30,7 @@ def test_recorded_eigenvalues(kind, name, batch_size):
 
 def test_recorded_effective_dimensions():
     model, rows, recorded = recorded_mlp()
-    options = {"kind": "hessian", "method": "exact", "loss": "classification"}
+    options = {"kind": "hessian", "method": "exact", "loss": "classification", "batch_size": 60}
     of_all = effective_dimension(model, rows, **options)
     weights = effective_dimension(model, rows, **options, params=["0.weight", "2.weight"])
     for expected in recorded["effdim"]:
@@ -45,7 +45,7 @@ def test_lanczos_finds_the_recorded_eigenvalues():
     found = effective_dimension(model, rows, kind="hessian", k=10, loss="classification", batch_size=50)
     np.testing.assert_allclose(found.eigenvalues, recorded["curvlinops"]["top10"], rtol=0, atol=1e-12)
     assert found.residuals.max() < 1e-12
-    exact = effective_dimension(model, rows, kind="hessian", method="exact", loss="classification")
+    exact = effective_dimension(model, rows, kind="hessian", method="exact", loss="classification", batch_size=60)
     for alpha in ALPHAS:
         assert found.at(alpha).lower <= exact.at(alpha).value <= found.at(alpha).upper
 
@@ -202,8 +202,8 @@ def test_the_fisher_matrix_is_the_ggn_on_average():
 
 def test_fisher_and_a_function_agree_with_the_named_losses():
     model, rows, _ = recorded_mlp()
-    named = Curvature(model, rows, loss="classification")
-    function = Curvature(model, rows, loss=nn.CrossEntropyLoss(reduction="none"))
+    named = Curvature(model, rows, loss="classification", batch_size=60)
+    function = Curvature(model, rows, loss=nn.CrossEntropyLoss(reduction="none"), batch_size=60)
     torch.testing.assert_close(named.matrix(), function.matrix())
     assert named.is_semidefinite
     assert not function.is_semidefinite  # nobody knows
