@@ -81,7 +81,7 @@ def test_catoni_finds_the_minimum_where_pactl_stops_at_one():
         assert found <= bounds.kl_bound(risk, kl, n) + 0.01
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.floats(0, 1), st.floats(0, 20))
 def test_kl_inverse_is_the_inverse(risk, c):
     p = bounds.kl_inverse(risk, c)
@@ -95,7 +95,7 @@ KINDS = ("kl", "catoni", "subsampling")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.floats(0, 1), st.floats(1, 1e4), st.integers(10, 10**6), st.floats(1e-4, 0.5), st.floats(0.1, 1))
 def test_a_bound_is_monotone_and_not_below_the_empirical_risk(kind, risk, kl, n, delta, share):
     evaluated = max(2, int(share * n))

@@ -36,7 +36,7 @@ def check_roundtrip(symbols: np.ndarray, levels: int) -> None:
     assert np.array_equal(found.values, quantized.values)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_file_gives_back_its_vector(data):
     levels = data.draw(st.integers(1, 255))
@@ -68,12 +68,14 @@ def test_levels_are_the_best_there_are(case):
     assert error <= case["mse"] + 5e-7
 
 
-@pytest.mark.parametrize("case", RECORDED["quantize_vector"], ids=lambda c: f"{c['vec']}-{c['levels']}")
+# scikit-learn's levels, the other half of the cases, were not recorded
+BINS = [case for case in RECORDED["quantize_vector"] if not case["use_kmeans"]]
+
+
+@pytest.mark.parametrize("case", BINS, ids=lambda c: f"{c['vec']}-{c['levels']}")
 def test_a_file_is_not_much_longer_than_pactls_message(case):
     """With pactl's own levels; its message has a table of frequencies and no end."""
     vector, levels = VECTORS[case["vec"]], case["levels"]
-    if case["use_kmeans"]:
-        pytest.skip("scikit-learn's levels were not recorded")
     most = vector.abs().max().item() + 1e-6
     edges = np.linspace(-most, most, levels + 1)
     symbols = (np.digitize(vector.numpy(), edges) - 1).astype(np.int32)

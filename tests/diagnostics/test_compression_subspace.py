@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.func import functional_call
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from prm_hf.diagnostics.projectors import KroneckerProjector, hadamard, make_projector
 from prm_hf.diagnostics.subspace import Subspace, TrainedVector
@@ -138,6 +138,25 @@ def test_training_by_pulled_back_gradients_is_training_of_the_vector():
     torch.testing.assert_close(subspace.vector.detach(), w.detach(), rtol=0, atol=2e-6)
     assert loss.item() < 3.61
     subspace.check()
+
+
+def test_a_subspace_is_trained_by_a_trainer(tmp_path, quiet):
+    model = lora_model()
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    subspace = Subspace(model, 25)
+    optimizer = subspace.attach(torch.optim.Adam([subspace.vector], lr=0.3))
+    ids = [[i % 5] * 6 for i in range(16)]
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=8, use_cpu=True, report_to="none", save_strategy="no", logging_steps=1
+    )
+    rows = [{"input_ids": torch.tensor(row), "labels": torch.tensor(row)} for row in ids]
+    trainer = Trainer(model, args=args, train_dataset=rows, optimizers=(optimizer, None))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    assert subspace.vector.abs().min() > 0
+    subspace.check()
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
 
 
 def test_a_model_that_was_trained_outside_is_refused():
