@@ -121,13 +121,15 @@ class Trained:
     """A trained model, with the rows that it is measured on.
 
     Attributes:
+        run: its folder.
         model: on the device that it is measured on, float32.
         ref_model: the reference policy; None for SFT, and for an adapter, which is its own.
-        batches: dataloader of the tokenized rows, in their order.
+        batches: dataloader of the tokenized rows, in their order; its `dataset` has the rows.
         loss: `"dpo"` or `"causal_lm"`.
         beta: of DPO.
     """
 
+    run: Path
     model: torch.nn.Module
     ref_model: torch.nn.Module | None
     batches: DataLoader
@@ -219,7 +221,7 @@ def load_trained(run: Path, args: DiagnoseArguments) -> Trained:
         reference = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).to(device)
     rows = rows.select(range(min(len(rows), args.max_rows)))
     batches = _tokenized(model, reference, rows, run, task, args)
-    return Trained(model.to(device), reference, batches, TASKS[task], beta)
+    return Trained(run, model.to(device), reference, batches, TASKS[task], beta)
 
 
 def _rows(info: dict[str, Any], task: str, args: DiagnoseArguments) -> Dataset:
