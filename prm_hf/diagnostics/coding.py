@@ -9,8 +9,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import constriction
 import numpy as np
+
+from .._extras import require
+
+
+require("prm_hf.diagnostics.compression", "constriction", "kmeans1d", extra="diagnostics")
+
+import constriction  # noqa: E402
 
 
 MOST_LEVELS = 255
