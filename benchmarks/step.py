@@ -10,6 +10,14 @@ would move the bytes that the step has to: every gradient read once, every weigh
 once. For `per_tensor` the statistics need g and m a second time, since no weight can change before the sums over its
 tensor are known; the floor does not count that. "Peak" is what the step allocates beside weights, gradients and state.
 
+"ms" is a step from an idle device, with what the host does before its first launch. "queued" is one of ten steps that
+wait in the device's queue, so that the kernels alone count (CUDA only). "clip + step" is `clip_grad_norm_` and the
+step. "GB/s" are the bytes of the floor by the time of a queued step, or where there is none of an idle one.
+
+The whole table of state dtypes and peers, in one call on one GPU:
+
+    python benchmarks/step.py --time_limit 550 --optimizers AdamW "PRM per_tensor" "PRM per_row" --skip foreach
+
 torch's AdamW keeps its state in the dtype of the parameters, PRM in float32 unless `state_dtype` says otherwise: with
 bfloat16 parameters their floors differ.
 """
@@ -62,12 +70,18 @@ SHAPES = {  # title and shapes
 }
 LARGE = ("7b",)  # in bfloat16 alone
 PER_TENSOR = {"reduction": "per_tensor", "estimator": "ema"}
+PER_ROW = {"reduction": "per_row", "estimator": "debiased", "signal_beta": 0.98}
 PRM_SETTINGS = {
     "per_tensor": PER_TENSOR,
     "per_param": {"reduction": "per_param", "estimator": "ema"},
     "per_tensor bf16 state": {**PER_TENSOR, "state_dtype": "bf16"},
-    "per_row": {"reduction": "per_row", "estimator": "debiased", "signal_beta": 0.98},
+    "per_row": PER_ROW,
+    "per_row bf16 state": {**PER_ROW, "state_dtype": "bf16"},
+    "per_tensor 8bit state": {**PER_TENSOR, "state_dtype": "8bit"},
+    "per_row 8bit state": {**PER_ROW, "state_dtype": "8bit"},
 }
+QUEUED = 10  # steps that wait in the queue, behind a kernel that waits for so many cycles
+SLEEP = 200_000_000
 
 
 def installed(name: str, module: str, optimizer: str) -> dict[str, Callable]:
@@ -85,10 +99,8 @@ def optimizers(device: str) -> list[dict[str, Callable]]:
     if device == "cuda":
         quick["PRM per_tensor debiased fused"] = partial(PRM, reduction="per_tensor", estimator="debiased", fused=True)
         quick |= installed("AdamW8bit (bitsandbytes)", "bitsandbytes.optim", "AdamW8bit")
-    slow = {}
-    if importlib.util.find_spec("torchao"):
-        slow["PRM per_tensor 8bit state"] = partial(PRM, **PER_TENSOR, state_dtype="8bit")
-    slow |= installed("MSVAG (pytorch-optimizer)", "pytorch_optimizer", "MSVAG")
+        quick |= installed("PagedAdamW8bit (bitsandbytes)", "bitsandbytes.optim", "PagedAdamW8bit")
+    slow = installed("MSVAG (pytorch-optimizer)", "pytorch_optimizer", "MSVAG")
     slow |= installed("AdamW8bit (torchao)", "torchao.optim", "AdamW8bit")  # compiles for each shape of a tensor
     return [quick, slow]
 
@@ -125,6 +137,22 @@ def milliseconds(
             function()
             times.append((time.perf_counter() - clock) * 1e3)
     return times
+
+
+def queued_milliseconds(function: Callable[[], None], prepare: Callable[[], None], repeats: int = 5) -> float:
+    """The time of a call on a CUDA device whose queue is never empty: the median of `repeats` times ten calls."""
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(SLEEP)
+        begin.record()
+        for _ in range(QUEUED):
+            prepare()
+            function()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / QUEUED)
+    return statistics.median(times)
 
 
 def copy_bandwidth(device: str) -> float:
@@ -169,6 +197,14 @@ def measure(
         optimizer.step()
         peak = torch.cuda.max_memory_allocated() - before
     times = milliseconds(optimizer.step, device, repeats, seconds, prepare=backward)
+
+    def clip_and_step() -> None:
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+
+    clipped = milliseconds(clip_and_step, device, repeats, seconds, prepare=backward)
+    queued = queued_milliseconds(optimizer.step, backward) if device == "cuda" else None
+    bytes_moved = count * dtype.itemsize * 3 + 2 * state_bytes
     return {
         "parameters": count,
         "tensors": len(params),
@@ -178,7 +214,10 @@ def measure(
         "repeats": len(times),
         "state_bytes": state_bytes,
         "step_peak_bytes": peak,
-        "bytes_moved": count * dtype.itemsize * 3 + 2 * state_bytes,
+        "clip_step_ms": statistics.median(clipped),
+        "queued_ms": queued,
+        "bytes_moved": bytes_moved,
+        "bytes_per_second": bytes_moved / (queued or statistics.median(times)) * 1e3,
     }
 
 
@@ -196,6 +235,7 @@ def parse(argv: list[str] | None, device: str) -> argparse.Namespace:
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES) if cuda else ["float32"])
     parser.add_argument("--optimizers", nargs="+", help="names, or parts of names, as the table shows them")
+    parser.add_argument("--skip", nargs="+", default=[], help="names or parts of names to leave out")
     parser.add_argument("--repeats", type=int, default=30 if cuda else 10)
     parser.add_argument("--seconds", type=float, default=0.5 if cuda else 10, help="of timing a row, at most")
     parser.add_argument("--time_limit", type=float, default=60 if cuda else 1e9, help="s, then no new row begins")
@@ -212,8 +252,11 @@ def main(argv: list[str] | None = None) -> None:
     bandwidth = copy_bandwidth(device)
     name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     print(f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads; copy {bandwidth / 1e9:.0f} GB/s\n")
-    print(f"| parameters | optimizer | ms | × {BASE} | floor ms | × floor | state GB | peak + GB |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        f"| parameters | optimizer | ms | × {BASE} | queued ms | × {BASE} | clip + step ms | × {BASE} | floor ms | "
+        "GB/s | state GB | peak + GB |"
+    )
+    print("|---" * 12 + "|")
     rows = []
     for half in optimizers(device):
         for shapes in arguments.shapes:
@@ -221,7 +264,8 @@ def main(argv: list[str] | None = None) -> None:
                 if shapes in LARGE and dtype != "bfloat16":
                     continue
                 for optimizer, make in half.items():
-                    if arguments.optimizers and not any(part in optimizer for part in arguments.optimizers):
+                    wanted = not arguments.optimizers or any(part in optimizer for part in arguments.optimizers)
+                    if not wanted or (optimizer != BASE and any(part in optimizer for part in arguments.skip)):
                         continue
                     row = {"shapes": shapes, "dtype": dtype, "optimizer": optimizer}
                     if time.perf_counter() - begun > arguments.time_limit:
@@ -257,16 +301,21 @@ def print_row(rows: list[dict], bandwidth: float) -> None:
     row = rows[-1]
     start = f"| {SHAPES[row['shapes']][0]}, {row['dtype']} | {row['optimizer']} |"
     if "error" in row:
-        print(f"{start} {row['error']} | | | | | |", flush=True)
+        print(f"{start} {row['error']} |" + " |" * 9, flush=True)
         return
     key = (BASE, row["shapes"], row["dtype"])
     base = [r for r in rows if (r["optimizer"], r["shapes"], r["dtype"]) == key and "median_ms" in r]
-    row["ratio_to_adamw_fused"] = row["median_ms"] / base[0]["median_ms"] if base else None
+    times = {"median_ms": "ratio_to_adamw_fused", "queued_ms": "queued_ratio", "clip_step_ms": "clip_step_ratio"}
+    row |= {ratio: row[ms] / base[0][ms] if base and row[ms] else None for ms, ratio in times.items()}
     row["floor_ms"] = row["bytes_moved"] / bandwidth * 1e3
-    ratio = f"{row['ratio_to_adamw_fused']:.2f}" if base else ""
+    cells = [
+        "" if row[name] is None else f"{row[name]:.{digits}f}"
+        for pair in times.items()
+        for name, digits in zip(pair, (3, 2), strict=True)
+    ]
     peak = "" if row["step_peak_bytes"] is None else f"{row['step_peak_bytes'] / 1e9:.3f}"
     print(
-        f"{start} {row['median_ms']:.3f} | {ratio} | {row['floor_ms']:.3f} | {row['median_ms'] / row['floor_ms']:.2f} "
+        f"{start} {' | '.join(cells)} | {row['floor_ms']:.3f} | {row['bytes_per_second'] / 1e9:.0f} "
         f"| {row['state_bytes'] / 1e9:.3f} | {peak} |",
         flush=True,
     )

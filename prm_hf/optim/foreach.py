@@ -273,9 +273,6 @@ def step_by_adamw(
 ) -> None:
     """[`advance_moments`] and [`apply_update`] by the kernel of torch's AdamW, see `fused_cpu.py`."""
     decay = h.weight_decay / h.step_length
-    if not h.masked:
-        fused_cpu.adamw(x.params, x, c, h, lr, eps, decay)
-        return
     if h.reduction == "per_tensor":
         for i, of_tensor in enumerate(q.tolist()):
             own = TensorLists(*(xs[i : i + 1] for xs in x))

@@ -31,6 +31,7 @@ def supports(lists: "TensorLists", dtype: torch.dtype, h: Hyperparameters) -> bo
         and dtype in (torch.float32, torch.float64)
         and all(torch.promote_types(x.dtype, dtype) == dtype for x in tensors)
         and all(is_quantized(x) or x.is_contiguous() for x in tensors)
+        and h.masked  # without a mask the numbers are those of AdamW(foreach=True), bit for bit
         and not h.capturable
         and (h.decoupled_weight_decay or h.weight_decay == 0)
     )
@@ -60,7 +61,7 @@ def unit_sums(x: "TensorLists", c: masks.StepScalars, h: Hyperparameters) -> Ten
 
 def makes_no_temporaries(h: Hyperparameters) -> bool:
     """Whether a step with these settings needs no block to keep what it makes in the cache."""
-    return (not h.masked or h.reduction == "per_tensor") and not h.maximize
+    return h.reduction == "per_tensor" and not h.maximize
 
 
 def _dots(xs: list[Tensor], ys: list[Tensor]) -> Tensor:

@@ -78,10 +78,11 @@ class PRM(Optimizer):
             unless `foreach` or `differentiable` is set.
         capturable (`bool`): keep `step` on the device and let no value decide control flow, for CUDA graphs.
         differentiable (`bool`): let autograd run through the step.
-        state_dtype (`str` or `torch.dtype`): how the moments are kept: `"float32"`; `"bf16"`, `exp_avg` in bfloat16;
-            or `"8bit"`, `exp_avg` and `exp_avg_sq` in torchao's 8-bit blocks (not for `"per_row"`). The step is
-            computed in float32, and what is kept is rounded once. `"bf16"` is not for DeepSpeed ZeRO and FSDP1,
-            `"8bit"` for whole tensors alone (one process, DDP).
+        state_dtype (`str` or `torch.dtype`): how `exp_avg`, `exp_avg_sq` and `exp_avg_signal` are kept: `"float32"`;
+            `"bf16"`; or `"8bit"`, codes of 8 bits with a scale for each 256 of them, but in float32 tensors of fewer
+            than 4096 elements or with rows of fewer than 64. The step is computed in float32, and what is kept is
+            rounded once. `"bf16"` is not for DeepSpeed ZeRO and FSDP1, `"8bit"` for whole tensors alone (one process,
+            DDP).
 
     All arguments may differ between parameter groups.
 

@@ -107,8 +107,8 @@ class PRMArguments:
             Tensors of fewer elements are updated as by AdamW, with the debiased estimator and one mask a row or a
             tensor; 0 masks all tensors.
         prm_state_dtype (`str`, *optional*, defaults to `"float32"`):
-            How the moments are kept: `"float32"`; `"bf16"` for the first moment in bfloat16 (not under DeepSpeed ZeRO
-            and FSDP1); or `"8bit"` for both in 8 bits (on one process and under DDP; needs torchao).
+            How the moments are kept: `"float32"`; `"bf16"` (not under DeepSpeed ZeRO and FSDP1); or `"8bit"` (on one
+            process and under DDP), where those of embeddings stay in float32.
 
         drift_metrics (`bool`, *optional*):
             Whether to measure how far the policy drifts (for preference pairs also rewards and memorization) at each

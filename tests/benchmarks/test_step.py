@@ -20,7 +20,8 @@ def no_bfloat16_for_others():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures the GPU if there is one")
 @pytest.mark.slow
 def test_bench_step_writes_what_it_says(tmp_path, capsys):
-    names = ["AdamW fused", "AdamW foreach", "PRM per_tensor foreach", "PRM per_param", "bf16 state"]
+    names = ["AdamW fused", "AdamW foreach", "PRM per_tensor foreach", "PRM per_param"]
+    names += ["PRM per_tensor bf16", "PRM per_tensor 8bit"]
     arguments = ["--shapes", "tiny", "--dtypes", "float32", "bfloat16", "--repeats", "5", "--dpo_steps", "2"]
     step.main([*arguments, "--optimizers", *names, "--output", str(tmp_path)])
     record = json.loads((tmp_path / "bench_step.json").read_text(encoding="utf-8"))
@@ -31,13 +32,17 @@ def test_bench_step_writes_what_it_says(tmp_path, capsys):
         ("AdamW fused", 8, 4),
         ("PRM per_tensor foreach", 8, 12),
         ("PRM per_param foreach", 12, 4),
-        ("PRM per_tensor bf16 state foreach", 6, 12),
+        ("PRM per_tensor bf16 state foreach", 4, 12),
     ):
         row = rows["float32", name]
         assert row["state_bytes"] == each * numel + tensor * tensors
+        assert row["clip_step_ms"] > 0 and row["queued_ms"] is None
+        assert row["bytes_per_second"] == row["bytes_moved"] / row["median_ms"] * 1e3
         assert row["bytes_moved"] == 12 * numel + 2 * row["state_bytes"]
         assert row["ratio_to_adamw_fused"] == row["median_ms"] / rows["float32", "AdamW fused"]["median_ms"]
         assert row["floor_ms"] == row["bytes_moved"] / record["copy_bytes_per_second"] * 1e3
+    eight = rows["float32", "PRM per_tensor 8bit state foreach"]
+    assert 2 * numel < eight["state_bytes"] < 3 * numel  # with the tensors that stay in float32
     dpo = record["dpo"]
     for name in ("PRM", "AdamW"):
         assert len(dpo[name]["steps_ms"]) == 2 and 0 < dpo[name]["optimizer_ms"] < dpo[name]["step_ms"]
