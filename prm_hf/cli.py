@@ -24,7 +24,7 @@ EXPERIMENTS = {
     "regression": "does an optimizer follow the signal, or the labels that are wrong?",
     "pinn": "in how many steps does a network solve a differential equation from noisy values?",
     "pairs": "make preference pairs of a model's right and wrong answers",
-    "diagnose": "how simple is what a run learnt? Effective dimension of its trained model",
+    "diagnose": "how simple is what a run learnt? Effective dimension and compression bound of its model",
     "sweep": "run `dpo`, `sft`, `suspects` or a task with a threshold on every GPU, also of a Ray cluster",
 }
 # Training scripts of other packages, which run with `optim="prm"`

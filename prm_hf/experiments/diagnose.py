@@ -1,7 +1,8 @@
-"""What a trained run's curvature says: `prm-hf diagnose RUN --dataset … --effective-dimension`."""
+"""How simple a trained model is: `prm-hf diagnose RUN --dataset … --effective-dimension --bound`."""
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from ..demo import build_demo, completion_rows
 from ..diagnostics import effective_dimension
 from ..diagnostics.checks import check_choice
+from ..diagnostics.compression import LEVELS
+from ..diagnostics.run_bound import bound_of_run
 from ..runs.read import read_json
 from ..runs.schema import RUN_FILE
 from ..runs.write import write_json
@@ -29,8 +32,9 @@ from .data import check_split, load_split
 
 
 DESCRIPTION = (
-    "Measures what the curvature of trained models says about them, and writes it into `diagnostics.json` in their "
-    "folders. A run of `prm-hf dpo` or `sft` keeps its model with `--save_strategy epoch`."
+    "Measures how simple trained models are, by the curvature of their loss and by how far they can be compressed. "
+    "`diagnostics.json` in their folders gets the numbers. A run of `prm-hf dpo` or `sft` keeps its model with "
+    "`--save_strategy epoch`."
 )
 DIAGNOSTICS_FILE = "diagnostics.json"
 TASKS = {"preferences": "dpo", "sft": "causal_lm"}  # and their losses
@@ -78,8 +82,17 @@ class DiagnoseArguments:
             `lanczos`, `slq` or `exact`.
         k (`int`, *optional*):
             Eigenvalues of `lanczos`, or steps of `slq`. Default: 50.
+        bound (`bool`):
+            Compresses what was trained, and bounds the share of new pairs that is ranked wrongly, or bits a token.
+            The rows must be those of training, or rows that nothing was trained on.
+        levels (`list[int]`, *optional*):
+            How many values the compressed weights may have; each number is tried. Default: 3 5 7 11 17.
+        qat_steps (`int`):
+            Steps of quantisation-aware fine-tuning.
+        delta (`float`):
+            The probability that the bound fails.
         seed (`int`):
-            Seed of random vectors.
+            Seed of random vectors, and of the batches of fine-tuning.
     """
 
     runs: list[str] | None = None
@@ -98,6 +111,10 @@ class DiagnoseArguments:
     reduction: Literal["mean", "sum"] = "mean"
     method: Literal["lanczos", "slq", "exact"] = "lanczos"
     k: int | None = None
+    bound: bool = False
+    levels: list[int] | None = None
+    qat_steps: int = 0
+    delta: float = 0.05
     seed: int = 0
 
     def check(self) -> None:
@@ -164,8 +181,31 @@ def _measure_dimension(trained: Trained, args: DiagnoseArguments) -> dict[str, A
     return {**found.to_dict(), "by_alpha": curve}
 
 
+def _measure_bound(trained: Trained, args: DiagnoseArguments) -> dict[str, Any]:
+    base = trained.ref_model
+    if base is None and not hasattr(trained.model, "peft_config"):  # of SFT, whose loss has no reference
+        name = _reference(read_json(trained.run / RUN_FILE) or {}, args)
+        base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(trained.model.device)
+    found = bound_of_run(
+        trained.run,
+        trained.batches.dataset,
+        model=trained.model,
+        base=base,
+        task={"dpo": "preference", "causal_lm": "lm"}[trained.loss],
+        beta=trained.beta,
+        data_collator=trained.batches.collate_fn,
+        levels=args.levels or LEVELS,
+        qat_steps=args.qat_steps,
+        delta=args.delta,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    print("  " + str(found).replace("\n", "\n  "))
+    return dataclasses.asdict(found)
+
+
 # What can be measured: by the name of its flag a function of a trained model and the arguments.
-DIAGNOSES = {"effective_dimension": _measure_dimension}
+DIAGNOSES = {"effective_dimension": _measure_dimension, "bound": _measure_bound}
 
 
 @interruptible

@@ -90,9 +90,24 @@ def test_measures_are_added_to_the_file(make_run):
     assert json.loads((folder / DIAGNOSTICS_FILE).read_text())["another"] == {"value": 3}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "lora", "guess"), [("preferences", True, 0.5), ("preferences", False, 0.5), ("sft", False, None)]
+)
+def test_bound(make_run, capsys, task, lora, guess):
+    """Of an adapter, and of the differences from the model that the run started from."""
+    folder = make_run(task, lora)
+    assert main([str(folder), "--bound", "--max_rows", "6", "--max_length", "64", "--levels", "3", "5"]) == 0
+    found = json.loads((folder / DIAGNOSTICS_FILE).read_text())["bound"]
+    assert found["empirical_risk"] <= found["bound"] and found["vacuous"] and found["levels"] in (3, 5)
+    assert guess is None or found["guess"] == guess
+    assert 0 < found["n"] <= 6 and (folder / "bound").is_dir()
+    assert "risk ≤" in capsys.readouterr().out
+
+
 MISTAKES = [
     ([], "`runs` is missing"),
-    (["RUN"], "Nothing is to be measured: add `--effective-dimension`"),
+    (["RUN"], "Nothing is to be measured: add `--effective-dimension`, `--bound`"),
     (["nowhere", "--effective-dimension"], "'nowhere', which holds no model.*--save_strategy epoch"),
     (["RUN", "--effective-dimension", "--max_rows", "0"], "`max_rows` must be at least 1"),
     (["RUN", "--effective-dimension", "--kind", "gnn"], "`--kind` has no choice 'gnn'"),
