@@ -37,7 +37,7 @@ COUPLED = {"amsgrad": True, "decoupled_weight_decay": False}
 @pytest.mark.parametrize(
     "settings",
     [
-        *(pytest.param(x, marks=() if x in MEASURED[2::2] else pytest.mark.slow) for x in MEASURED),
+        *(pytest.param(x, marks=() if x == SIGNAL else pytest.mark.slow) for x in MEASURED),
         *(pytest.param(x, marks=pytest.mark.slow) for x in OTHERS),
         pytest.param({**SIGNAL, **COUPLED}, marks=pytest.mark.slow),
         pytest.param({**MEASURED[0], **COUPLED, "maximize": True}, marks=pytest.mark.slow),
