@@ -77,6 +77,7 @@ class SearchedPRM(PRM):
         self.fixed = {} if fixed is None else dict(zip(every, fixed, strict=True))
         self.pools = dict(zip(every, range(len(every)) if pools is None else pools, strict=True))
         self.mean_qs: list[Tensor] = []
+        self._versions: dict[Tensor, int] = {}  # of the average gradients, before a step
         self._micro: dict[Tensor, tuple[Tensor, float, int]] = {}  # gradient so far, sum of squares, micro-batches
         if within_step:
             for p in every:
@@ -87,6 +88,17 @@ class SearchedPRM(PRM):
         squares += (p.grad - before).double().square().sum().item()
         self._micro[p] = p.grad.detach().clone(), squares, count + 1
 
+    def step(self, closure=None):
+        self._versions = {p: state["exp_avg"]._version for p, state in self.state.items() if "exp_avg" in state}
+        return super().step(closure)
+
+    def _advanced(self, p: Tensor, h: Hyperparameters) -> dict[str, Tensor]:
+        """The state with the average gradient of this step, which some implementations form after the masks."""
+        state = self.state[p]
+        if h.signal_beta is not None or state["exp_avg"]._version != self._versions.get(p, 0):
+            return state
+        return {**state, "exp_avg": torch.lerp(state["exp_avg"], p.grad.to(state["exp_avg"].dtype), 1 - h.beta1)}
+
     def transform_unit_masks(self, q: Tensor) -> Tensor:
         stepped = {p: group for group in self.param_groups for p in group["params"] if p.grad is not None}
         qs = dict(zip(stepped, q.split([masks.n_rows(p) for p in stepped]), strict=True))
@@ -96,8 +108,9 @@ class SearchedPRM(PRM):
             elif self.within_step:
                 qs[p] = self._within_step(p, Hyperparameters.of_group(group)).expand(len(qs[p]))
             elif not self.rows:
-                pool = [(x, self.state[x]) for x in stepped if self.pools[x] == self.pools[p]]
-                qs[p] = _masks(pool, Hyperparameters.of_group(group), rows=False).expand(len(qs[p]))
+                h = Hyperparameters.of_group(group)
+                pool = [(x, self._advanced(x, h)) for x in stepped if self.pools[x] == self.pools[p]]
+                qs[p] = _masks(pool, h, rows=False).expand(len(qs[p]))
         mean = sum(x.mean() * p.numel() for p, x in qs.items()) / sum(p.numel() for p in qs)
         self.mean_qs.append(mean)
         if self.shuffle:

@@ -204,9 +204,9 @@ def _check_suspects(arguments: list[str]) -> None:
 
 
 def _check_tool(arguments: list[str]) -> None:
-    """A command of another tool: which it knows, and the file of this repository that it ends with."""
-    *command, file = arguments
+    """A command of another tool: which it knows, and the file of this repository that it trains by."""
     commands = {f"trl {script} --config" for script in SCRIPTS} | {"llamafactory train", "llamafactory sft"}
+    command, file = next((arguments[:i], x) for i, x in enumerate(arguments) if x.endswith(".yaml"))
     assert " ".join(command) in commands | {"sft", "rlhf", "train"}, arguments
     _check_file(file)
 

@@ -53,7 +53,7 @@ def unit_sums(x: "TensorLists", c: masks.StepScalars, h: Hyperparameters) -> Ten
     # Of a tensor both follow from three products, which are formed without writing anything
     gg, mm = sums_of_squares(grads), sums_of_squares(x.exp_avgs)
     gm = _dots(grads, x.exp_avgs)
-    center = torch.tensor(c.center, dtype=gg.dtype)
+    center = torch.tensor(c.center, dtype=gg.dtype, device=gg.device)
     beta, rest = h.beta1, 1 - h.beta1
     squares = (gg - 2 * center * gm + center**2 * mm).clamp(min=0)
     return torch.stack([squares, (beta**2 * mm + 2 * beta * rest * gm + rest**2 * gg).clamp(min=0)], dim=1)
@@ -89,7 +89,7 @@ def adamw(
     decay: float,
 ) -> None:
     """A step of AdamW's kernel: w ← (1 - lr·decay) w - lr·m̂ / (√v̂ + eps), and m and v."""
-    steps = [torch.tensor(float(t) if h.bias_correction else torch.inf) for t in c.step]
+    steps = [torch.tensor(float(t) if h.bias_correction else torch.inf, device="cpu") for t in c.step]
     torch._fused_adamw_(
         params,
         x.grads,

@@ -25,6 +25,7 @@ def simulated(rng, ratio, seeds=4, groups=50):
     return ratio * 0.2 + shared + noise(0.05), 0.2 + shared + noise(0.05), group
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_ratio_covers_what_it_says():
     rng, misses, repeats = np.random.default_rng(0), 0, 250
     for repeat in range(repeats):
@@ -90,6 +91,7 @@ def test_recovery_of_every_method_but_adamw(tmp_path):
     assert comparison.recovery(BEST_LR, best.row) is best
 
 
+@pytest.mark.slow
 def test_recovery_in_the_reports(tmp_path):
     write_experiment(tmp_path)
     comparison = compare_runs(tmp_path)

@@ -102,6 +102,7 @@ def test_a_part_of_the_way():
     assert torch.equal(model.weight, expected) and torch.equal(model.bias.float(), start["bias"])
 
 
+@pytest.mark.slow
 def test_the_saved_model_is_the_one_that_was_moved(pairs, tmp_path, no_pictures):
     assert run_dpo_on_files(pairs, tmp_path, "--methods", "adamw", "interpolate:0.5") == 0
     folders = [folder_of(tmp_path, f"{name}_lr0.001_seed0") for name in ("adamw", "interpolate0.5")]

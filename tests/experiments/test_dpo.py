@@ -268,6 +268,7 @@ def test_a_run_is_the_same_wherever_its_files_lie(tmp_path, no_pictures):
     assert run() != before
 
 
+@pytest.mark.slow
 def test_time_that_is_over_ends_between_runs(pairs, tmp_path, monkeypatch, capsys, no_pictures):
     make = runner.Runner.try_run
 
@@ -284,6 +285,7 @@ def test_time_that_is_over_ends_between_runs(pairs, tmp_path, monkeypatch, capsy
         assert len(stamps(tmp_path)) == len(reported["runs"]) == done and reported["unfinished"] == []
 
 
+@pytest.mark.slow
 def test_processes_share_the_runs(pairs, tmp_path, no_pictures):
     """What another process is training is left to it, and waited for at the end."""
     arguments = [*on_files(pairs), "--methods", "adamw", "prm_debiased", "--eval_strategy", "no"]

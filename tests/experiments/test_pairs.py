@@ -84,6 +84,7 @@ def pairs_data(experiment):
     return found
 
 
+@pytest.mark.slow
 def test_the_batch_size_and_the_number_of_samples_change_no_completion(place):
     make("one.jsonl", "--batch_size", "1", "--top_p", "0.9")
     make("many.jsonl", "--batch_size", "32", "--top_p", "0.9")

@@ -197,6 +197,7 @@ def test_a_threshold_that_is_reached_ends_the_run(tmp_path, capsys):
     assert "3,300" not in capsys.readouterr().out  # which is of another threshold
 
 
+@pytest.mark.slow
 def test_the_solution_is_found():
     """Without noise, and at a slow speed, AdamW's error falls far in 300 steps."""
     problem = PINNTask.parse(["--noise", "0", "--beta", "1", "--max_steps", "300"]).problem(0)

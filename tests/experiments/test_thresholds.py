@@ -146,6 +146,7 @@ def test_published_numbers_belong_to_the_threshold(tmp_path):
 
 
 @pytest.mark.parametrize("models_at_once", [1, 8])
+@pytest.mark.slow
 def test_the_control_is_adamw_at_the_mean_mask(tmp_path, models_at_once):
     arguments = ("--methods", "adamw", "prm_rows", "constant_q", "--weight_decays", 0.1, "--seeds", 0, 1)
     runs = run(tmp_path, *arguments, "--models_at_once", models_at_once)
@@ -448,6 +449,7 @@ def test_wrong_arguments_of_the_regression(arguments, message):
         regression.main(arguments)
 
 
+@pytest.mark.slow
 def test_the_regression_shows_its_effect(tmp_path):
     """With as low an error on true labels, PRM has learnt fewer wrong labels by heart, and does not lose it later."""
     arguments = [

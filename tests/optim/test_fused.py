@@ -44,10 +44,11 @@ def small_chunks(monkeypatch):
 
 
 # The interpreter takes about a millisecond an item, so only the variants that change the kernel's code or its scalars.
-SLOW_VARIANTS = [pytest.param(v, marks=pytest.mark.slow) for v in ("amsgrad", "maximize", "warmup", "alpha")]
+VARIANTS_HERE = ("amsgrad", "coupled_weight_decay", "maximize", "warmup", "alpha")
 
 
-@pytest.mark.parametrize("variant", ["coupled_weight_decay", *SLOW_VARIANTS])
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS_HERE)
 def test_equals_float64_reference(variant):
     for combination in COMBINATIONS:
         # The second variant changes the gradient alone, for which one mask is enough
@@ -286,6 +287,7 @@ def test_no_mask_is_adamw():
         assert_close(p, q.detach().double().numpy(), 1e-7)
 
 
+@pytest.mark.slow
 def test_low_precision_parameters_and_gradients():
     dtype = torch.float16  # the interpreter cuts bfloat16 off instead of rounding it
     for reduction in REDUCTIONS:

@@ -125,8 +125,11 @@ DPO = {
 }
 
 
+QUICK = ("conversational", "precompute", "padding_free", "lora", "bfloat16")
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("loss_") else name for name in DPO]
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in DPO]
 )
 def test_dpo(name, tmp_path):
     config, given = DPO[name]

@@ -348,6 +348,7 @@ def test_which_direction_of_a_metric_is_better(tmp_path, metric, direction):
         assert PRMDPOConfig(**settings(tmp_path, **best, greater_is_better=chosen)).greater_is_better is chosen
 
 
+@pytest.mark.slow
 def test_a_resumed_run_measures_drift_from_where_training_started(tmp_path):
     """Not from the weights of the checkpoint, if these are passed as the model."""
     saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_dataset": HELDOUT}
