@@ -21,6 +21,7 @@ from prm_hf import PRMDPOConfig, PRMDPOTrainer
 from prm_hf.demo import task
 from prm_hf.demo.model import make_tokenizer
 from prm_hf.metrics import ParameterDrift
+from prm_hf.trainers.callbacks import PRMCallback
 
 
 PAIRS = 32  # a step
@@ -153,6 +154,7 @@ def measure(model_name: str, steps: int, device: str) -> dict:
             eval_dataset=pairs(EVALUATED_PAIRS, prompt, completion),
             processing_class=tokenizer,
         )
+        trainer.remove_callback(PRMCallback)  # which stops a run where another optimizer steps
         turns = TakeTurns(trainer)
         trainer.add_callback(turns)
         trainer.train()  # and evaluates at the end, which is the warm-up of what is measured now

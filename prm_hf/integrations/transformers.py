@@ -49,7 +49,7 @@ def register() -> None:
     if handlers is None or callbacks is None:
         raise ImportError(
             f'`optim="prm"` cannot be registered in transformers {transformers.__version__}, which keeps its '
-            "optimizers or callbacks in other places than 5.4 to 5.23. Pass PRM as "
+            "optimizers or callbacks in other places than 5.6 to 5.23. Pass PRM as "
             "`Trainer(optimizer_cls_and_kwargs=(PRM, {...}))`, or use `PRMDPOTrainer` and `PRMSFTTrainer`."
         )
     if NAME not in OptimizerNames._value2member_map_:

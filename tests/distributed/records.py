@@ -1,8 +1,10 @@
 """What the ranks of a run recorded, put together and compared: with another run, or with PRM written a second time."""
 
+import numpy as np
 import torch
 
 from ..optim.reference_prm import ReferenceTensor
+from ..optim.reference_quantized import bf16_stochastic
 
 
 def assemble(ranks: list[dict], step: int, field: str) -> dict[int, torch.Tensor]:
@@ -103,6 +105,16 @@ def compare_scalar_masks(a: list[dict], b: list[dict]) -> float:
     return largest
 
 
+def _round(reference: ReferenceTensor, lengths: dict[int, int]) -> None:
+    """Keeps the moments as `state_dtype="bf16"` does, in segments of these lengths by their offsets."""
+    for moment in "ma":
+        rounded = torch.from_numpy(getattr(reference, moment)).to(torch.bfloat16)
+        setattr(reference, moment, rounded.double().numpy())
+    v = reference.v.ravel()
+    parts = [bf16_stochastic(v[offset : offset + length], reference.t) for offset, length in sorted(lengths.items())]
+    reference.v = np.concatenate(parts).reshape(reference.v.shape)
+
+
 def replay(ranks: list[dict], prm: dict) -> tuple[float, float]:
     """Feeds the gradients that the ranks saw to the float64 reference: largest difference of masks and of weights."""
     tensors, mask, weight = {}, 0.0, 0.0
@@ -119,7 +131,8 @@ def replay(ranks: list[dict], prm: dict) -> tuple[float, float]:
             arguments.pop("fused", None)
             reference.step(gradient.view(shape).double().numpy(), **arguments)
             if is_rounded:
-                reference.m = torch.from_numpy(reference.m).to(torch.bfloat16).double().numpy()
+                segments = [x for rank in ranks for x in rank["steps"][step]["slices"] if x["tensor"] == number]
+                _round(reference, {x["offset"]: len(x["grad"]) for x in segments if x["grad"] is not None})
             q, w = (torch.from_numpy(x).flatten() for x in (reference.q, reference.w))
             expected_masks[number] = q[:1] if prm["reduction"] == "per_tensor" else q
             expected_weights[number] = w

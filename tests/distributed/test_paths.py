@@ -72,7 +72,9 @@ def test_like_one_process(recorded, path, name):
     leave_out = (UNUSED,) if name == "frozen" else ()
     noise_mask, noise_weight = compare_runs(ddp, single, prm, leave_out)
     mask, weight = compare_runs(ranks, single, prm, leave_out)
-    assert weight < max(2 * noise_weight, 5e-6)  # of a learning rate of 1e-2
+    # The step of flat buffers on a CPU, by AdamW's kernel, rounds otherwise than that of single tensors
+    more = 2 if path.endswith("offload") else 1
+    assert weight < more * max(2 * noise_weight, 5e-6)  # of a learning rate of 1e-2
     if prm["reduction"] == "per_row":
         assert mask < 1e-5  # of a difference of nearly equal numbers, where gradients are added up in another order
     elif prm["reduction"] == "per_tensor":
@@ -80,7 +82,7 @@ def test_like_one_process(recorded, path, name):
         assert mask < max(1e-6, 2 * noise_mask)
     else:
         assert compare_scalar_masks(ddp, single) < 3e-6
-        assert compare_scalar_masks(ranks, single) < 3e-6
+        assert compare_scalar_masks(ranks, single) < more * 3e-6
 
 
 def test_masks_of_rows_are_refused_under_fsdp1(recorded):

@@ -244,11 +244,22 @@ def test_interrupted_runs_go_on(pairs, finished, tmp_path):
         (["adamw", "prm_rows", "fixed_q"], "`fixed_q` is about the masks of tensors"),
         (["prm_debiased_eps:3", "--max_grad_norm", "0"], "`prm_debiased_eps` is scaled by the clipped gradient"),
         (["sven", "--max_grad_norm", "0"], "`sven` is scaled by the clipped gradient: set `max_grad_norm`"),
-        (["sven", "--padding_free"], "`sven` of `methods`: Sven needs one sequence a row"),
-        (["sven", "--loss_type", "aot"], "`sven` of `methods`: The loss of a pair in `loss_type='aot'` depends"),
         (["msvag", "--max_grad_norm", "0"], "`msvag` is scaled by the clipped gradient: set `max_grad_norm`"),
     ],
 )
 def test_wrong_methods_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         dpo.DPOExperiment.parse(["--methods", *arguments])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--padding_free"], "`sven` of `methods`: Sven needs one sequence a row"),
+        (["--loss_type", "aot"], "`sven` of `methods`: The loss of a pair in `loss_type='aot'` depends"),
+    ],
+)
+def test_losses_that_sven_cannot_take_are_named(arguments, message, no_pictures, tmp_path):
+    """Before a model is loaded."""
+    with pytest.raises(ValueError, match=message):
+        dpo.main(["--methods", "sven", "--output_dir", str(tmp_path / "runs"), *arguments])
