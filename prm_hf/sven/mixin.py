@@ -214,7 +214,7 @@ def _of_the_first_process(step: SvenStep) -> SvenStep:
     found = [step]
     dist.broadcast_object_list(found, src=0)
     device = step.residuals.device
-    return SvenStep(*(x.to(device) for x in (found[0].residuals, found[0].singular_values, found[0].components)))
+    return SvenStep(*(x.to(device) for x in (found[0].components, found[0].singular_values, found[0].residuals)))
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -12,33 +12,19 @@ from torch.func import functional_call
 
 from .hyperparameters import SvenSettings
 from .jacobian import Jacobian
-from .pseudoinverse import solve_gram, solve_rows
+from .pseudoinverse import Solution, solve_gram, solve_rows
 from .residuals import Residuals
 
 
 @dataclass(frozen=True)
-class SvenStep:
+class SvenStep(Solution):
     """A step, by the rows of M that it solves for.
 
     Attributes:
         residuals: R, `(rows,)`, float64.
-        singular_values: the largest min(k, rows) of M, `(≤ rows,)`, float64, in descending order.
-        components: `(rows, rank)`, float64: what each of the kept singular values adds to the coefficients.
     """
 
     residuals: Tensor
-    singular_values: Tensor
-    components: Tensor
-
-    @property
-    def rank(self) -> int:
-        """The number of singular values that the step uses."""
-        return self.components.shape[1]
-
-    @property
-    def coefficients(self) -> Tensor:
-        """c of the step Mᵀc, `(rows,)`, float64."""
-        return self.components.sum(1)
 
     def first(self, rank: int) -> SvenStep:
         """The same step with its first components alone."""
@@ -60,7 +46,7 @@ def solve(
     rows = residuals.factors.to(jacobian_rows) @ jacobian_rows
     more = (settings.svd, settings.power_iterations, 1_000_003 * settings.seed + n_steps)
     solution = solve_rows(rows, residuals.values, k, settings.rtol, *more)
-    return SvenStep(residuals.values, solution.singular_values, solution.components)
+    return SvenStep(solution.components, solution.singular_values, residuals.values)
 
 
 def solve_samples(gram: Tensor, residuals: Residuals, settings: SvenSettings) -> SvenStep:
@@ -69,7 +55,7 @@ def solve_samples(gram: Tensor, residuals: Residuals, settings: SvenSettings) ->
     of_rows = (factors @ gram.double() @ factors.T).to(gram.dtype)
     k = settings.most_components(len(residuals.values))
     solution = solve_gram(of_rows, residuals.values, k, settings.rtol)
-    return SvenStep(residuals.values, solution.singular_values, solution.components)
+    return SvenStep(solution.components, solution.singular_values, residuals.values)
 
 
 def call_model(model: nn.Module, x: Any, params: dict[str, Tensor] | None = None) -> Any:

@@ -16,6 +16,7 @@ from prm_hf.sven import (
 )
 
 from ..tiny import make_model, make_tokenizer, preference_dataset
+from ..trainers.trainer_runs import settings as common_settings
 from .models import flat, llama, padded_batch
 
 
@@ -59,21 +60,7 @@ class OrderedSFTTrainer(InOrder, SvenSFTTrainer):
 
 
 def settings(output_dir, **kwargs) -> dict:
-    return {
-        "output_dir": str(output_dir),
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "max_steps": 3,
-        "logging_steps": 1,
-        "lr_scheduler_type": "constant",
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.05,
-        **kwargs,
-    }
+    return common_settings(output_dir, **{"lr_scheduler_type": "constant", "learning_rate": 0.05, **kwargs})
 
 
 def trainer_of(output_dir, model=None, rows: int = 22, trainer_kwargs=None, **kwargs) -> SvenTrainer:
