@@ -115,6 +115,7 @@ def run(script: str, clone: Path, **environment: str) -> str:
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_CACHE": str(clone.parent / "datasets"),
         "NO_MKDOCS_2_WARNING": "1",
+        "WANDB_MODE": "offline",  # as someone who is logged in has it, but for what is sent
         "CUDA_VISIBLE_DEVICES": "",
         "GLOO_SOCKET_IFNAME": "lo",
         **environment,
