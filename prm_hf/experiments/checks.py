@@ -18,7 +18,7 @@ from .controls import THIRD_PARTY, WHOLE_TENSORS
 from .data import Data
 from .experiment import Experiment
 from .grid import configure, defaults_of
-from .step import SETTINGS as SELECTION
+from .selection import SETTINGS as SELECTION
 
 
 # Arguments that a Trainer has and a comparison does not use, each with the reason.
