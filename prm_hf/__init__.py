@@ -3,8 +3,9 @@
 Every name is loaded when it is first used: importing the package costs nothing, not even torch.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from ._extras import load_late
 
 
 __version__ = "0.2.0"
@@ -44,11 +45,4 @@ if TYPE_CHECKING:
     )
 
 
-def __getattr__(name: str):
-    if name in _LAZY:
-        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = load_late(__name__, _LAZY)

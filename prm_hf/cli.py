@@ -16,16 +16,16 @@ from . import __version__
 
 
 EXPERIMENTS = {
-    "dpo": "DPO on preferences with flipped labels: PRM against AdamW",
-    "sft": "SFT on prompts with wrong completions: PRM against AdamW",
-    "suspects": "which labels of a dataset are wrong?",
-    "grokking": "modular division: the steps until a model generalizes, PRM against AdamW",
-    "randomization": "can a model fit pure noise, and what does PRM change?",
-    "regression": "does an optimizer follow the signal, or the labels that are wrong?",
-    "pinn": "in how many steps does a network solve a differential equation from noisy values?",
+    "dpo": "compare PRM with AdamW in DPO on preferences with flipped labels",
+    "sft": "compare PRM with AdamW in SFT on prompts with wrong completions",
+    "suspects": "find the labels of a dataset that are probably wrong, and repair them",
+    "grokking": "compare the steps until a model generalizes in modular arithmetic",
+    "randomization": "train on true labels and on pure noise, with PRM and with AdamW",
+    "regression": "compare the steps to a held-out error where training labels are wrong",
+    "pinn": "compare the steps to a solution of a differential equation from noisy values",
     "pairs": "make preference pairs of a model's right and wrong answers",
-    "diagnose": "how simple is what a run learnt? Effective dimension and compression bound of its model",
-    "sweep": "run `dpo`, `sft`, `suspects` or a task with a threshold on every GPU, also of a Ray cluster",
+    "diagnose": "measure how simple a trained model is: effective dimension, compression bound",
+    "sweep": "run `dpo`, `sft`, `suspects`, `regression`, `grokking` or `pinn` on every GPU, also of a Ray cluster",
 }
 # Training scripts of other packages, which run with `optim="prm"`
 TOOLS = {
@@ -51,18 +51,18 @@ def _make_parser() -> argparse.ArgumentParser:
         "folders",
         nargs="+",
         metavar="DIR",
-        help="run folders (of the recipes), folders of any transformers Trainer (trainer_state.json), or "
-        "folders that hold such folders",
+        help="folders of runs of this package or of any transformers Trainer (trainer_state.json), or folders that "
+        "hold such folders",
     )
     # The formats are spelled out, for `--help` is to answer without numpy.
     compare.add_argument(
         "--format", choices=("table", "json", "markdown", "html"), default="table", help="%(default)s"
     )
-    compare.add_argument("--verbose", action="store_true", help="list the caveats that apply, too")
+    compare.add_argument("--verbose", action="store_true", help="also list the caveats that apply")
     compare.add_argument("--output", metavar="FILE", help="write to this file instead of the standard output")
     doctor = commands.add_parser(
         "doctor",
-        help="what is installed, which way of sharding would run, and how PRM gets into each tool",
+        help="show what is installed, which way of sharding would run, and how PRM gets into each tool",
         description="Says what is installed and on which devices, which way of sharding a configuration of accelerate "
         "stands for, what PRM refuses there and why, and how PRM gets into each tool. The exit code is 1 if PRM with "
         "its defaults is refused.",

@@ -105,6 +105,10 @@ def share(value: float) -> str:
     return f"{value:.3f}" if finite(value) else "-"
 
 
+def p_text(p: float) -> str:
+    return "<0.001" if p < 0.001 else share(p)
+
+
 def number(value: float) -> str:
     """Three significant digits, for what spans orders of magnitude; `-` if it was not measured."""
     if not finite(value):
@@ -125,8 +129,7 @@ def row_cells(row: Row) -> list[str]:
 
 
 def _contrast_cells(contrast: Contrast) -> list[str]:
-    p = "<0.001" if contrast.p_holm < 0.001 else share(contrast.p_holm)
-    return [contrast.judged, contrast.against, contrast.text, p, contrast.verdict]
+    return [contrast.judged, contrast.against, contrast.text, p_text(contrast.p_holm), contrast.verdict]
 
 
 def footnote(comparison: Comparison) -> str:

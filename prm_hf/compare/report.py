@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._files import write_whole
 from ..runs.read import load_runs
 from ..runs.run import DIVERGED, FAILED, UNREADABLE
 from ..runs.schema import SOLVED_BEFORE, VERSION
@@ -66,11 +67,11 @@ def write_report(comparison: Comparison, output_dir: str | os.PathLike) -> None:
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "comparison.json").write_text(as_json([comparison]), encoding="utf-8")
+    write_whole(output_dir / "comparison.json", [as_json([comparison])])
     pictures = plots.draw(comparison)
     if "frontier" in pictures:
         (output_dir / "frontier.png").write_bytes(pictures["frontier"])
-    (output_dir / "report.html").write_text(as_html([comparison], pictures), encoding="utf-8")
+    write_whole(output_dir / "report.html", [as_html([comparison], pictures)])
 
 
 def format_comparison(

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._files import write_whole
 from ..runs.methods import find_method
 from . import page, plots
+from .cells import p_text
 from .findings import Case, say
 from .report import align, wrap
 from .rows import format_rate
@@ -70,10 +72,6 @@ def _factor(value: float) -> str:
     return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
 
 
-def _p_text(p: float) -> str:
-    return "-" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
 def _label(row: Row) -> str:
     return find_method(row.method).label
 
@@ -91,7 +89,7 @@ def best_table(survival: Survival, published: Mapping[str, float]) -> tuple[list
         contrast = contrasts.get(row)
         seconds = "-" if row.seconds is None else median_text(row.seconds.median(), row.seconds.end).partition(" ")[0]
         versus = (
-            [ratio_text(contrast.ratio), _p_text(contrast.p_holm)]
+            [ratio_text(contrast.ratio), p_text(contrast.p_holm)]
             if contrast
             else ["1" if survival.baseline is row else "-", "-"]
         )
@@ -163,7 +161,7 @@ def _answers(survival: Survival) -> list[str]:
     found = []
     for contrast in survival.contrasts:
         label, ratio = _label(contrast.row), contrast.ratio
-        p, ratio_words = f"p {_p_text(contrast.p_holm)}", f"{ratio_text(ratio)} of AdamW's steps"
+        p, ratio_words = f"p {p_text(contrast.p_holm)}", f"{ratio_text(ratio)} of AdamW's steps"
         has_one = not (ratio.high < 1 or ratio.low > 1)
         if math.isnan(contrast.p_holm):
             found.append(f"neither {label} nor AdamW has a run that reaches the threshold")
@@ -324,7 +322,7 @@ def report(
     if more:
         print(f"{align(*more, {0})}\n\n{wrap(EXTREMES_NOTE)}\n")
     print("\n".join(wrap(text, "- ", "  ") for text in texts))
-    (output_dir / "survival.json").write_text(as_json(survival, published, texts, output_dir), encoding="utf-8")
+    write_whole(output_dir / "survival.json", [as_json(survival, published, texts, output_dir)])
     try:
         picture = draw(survival, curves or {})
     except ImportError as error:
@@ -344,5 +342,5 @@ def report(
     sections += [table(*more), page.quiet(EXTREMES_NOTE)] if more else []
     sections.append(page.bullets("What this shows, and what it does not", texts))
     sections.append(page.details("All settings", table(*all_table(survival, curves or {}))))
-    (output_dir / "report.html").write_text(page.document(title_of(survival), sections), encoding="utf-8")
+    write_whole(output_dir / "report.html", [page.document(title_of(survival), sections)])
     print(f"\nReport: {output_dir / 'report.html'}")

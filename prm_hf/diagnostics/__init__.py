@@ -1,9 +1,8 @@
 """What a trained model's loss says about how simple a solution it is: effective dimension and compression bounds."""
 
-import importlib
 from typing import TYPE_CHECKING
 
-from .._extras import require
+from .._extras import load_late, require
 
 
 require("prm_hf.diagnostics", "scipy", "numpy", extra="diagnostics")
@@ -66,11 +65,4 @@ if TYPE_CHECKING:
     )
 
 
-def __getattr__(name: str):
-    if name in _LAZY:
-        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = load_late(__name__, _LAZY)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..runs.methods import CONTROL, GROUPS, METHODS, Method, parse_method
+from ..runs.methods import CONTROL, GROUPS, METHODS, PRM, Method, parse_method
 from ..runs.write import check_seed
 from ..trainers.config import with_help
 
@@ -37,7 +37,8 @@ def methods_help(known: Collection[str]) -> str:
     lines = ["methods (controls take something from a PRM run):"]
     for method in (METHODS[name] for group in GROUPS for name in known if METHODS[name].group == group):
         value = ":VALUE" if method.value_help else ""
-        lines.append(f"  {method.name + value:<32}{method.title}, {method.group}")
+        group = "" if method.group == PRM else f" ({method.group})"
+        lines.append(f"  {method.name + value:<32}{method.title}{group}")
     more = "All arguments, of TRL's configuration and of its `ModelConfig`: --help-all."
     return "\n".join([*lines, "", f"{more} With --config they stand in a YAML file.", ""])
 
@@ -122,7 +123,7 @@ class ComparisonArguments:
             Rows of each prompt that are kept, the first ones, of training and held-out rows alike. With 1 no two
             rows share a prompt, so that each is an example of its own. Default: all.
         heldout_filter_column (`str`, *optional*):
-            Column of true and false. Held-out rows without true are left out, as those on which raters disagree.
+            Column of booleans: only held-out rows with true are kept, such as those on which all raters agree.
         label_votes_column (`str`, *optional*):
             Column with a list of the votes of several raters on each training pair: 1 for `chosen`, which is what most
             prefer, and -1 for `rejected`. With it the training labels are those of one rater, real noise in place of

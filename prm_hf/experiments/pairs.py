@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from .._files import write_whole
 from ..trainers.config import with_help
 from . import interruptible
 from .answers import Checker, checkable_rows, find_checker
@@ -248,9 +248,7 @@ def _write_pairs(output: Path, pairs: list[dict[str, Any]]) -> None:
     text = "".join(f"{json.dumps(pair, ensure_ascii=False)}\n" for pair in pairs)
     if output.exists() and output.read_text(encoding="utf-8") != text:
         raise ValueError(f"`output` {str(output)!r} exists, and holds other pairs: move it away, or name another.")
-    part = output.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, output)
+    write_whole(output, [text])
 
 
 def _summary(args: PairsArguments, n_pairs: int, n_prompts: int, counts: Counter[str]) -> str:

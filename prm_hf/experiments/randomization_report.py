@@ -1,11 +1,11 @@
 """What the runs of a randomization test say: tables, curves of the fit, and statements, from the runs' files alone."""
 
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 
+from .._files import write_whole
 from ..compare import page, plots
 from ..compare.findings import Case, say
 from ..compare.report import align, wrap
@@ -13,6 +13,7 @@ from ..compare.statistics import proportion_standard_error
 from ..runs.methods import find_method
 from ..runs.read import Run, load_runs
 from ..runs.schema import CLEAN_FIT, CORRUPTED_FIT, HELDOUT_FIT, TRAIN_FIT
+from ..runs.write import write_json
 
 
 FITTED = 0.99
@@ -296,7 +297,7 @@ def report(folders: list[Path], output_dir: Path) -> None:
         for run in members
     ]
     summary = {"schema": 1, "runs": runs, "statements": texts}
-    (output_dir / "randomization.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    write_json(output_dir / "randomization.json", summary)
     try:
         picture = plot_fits(groups)
     except ImportError as error:
@@ -309,5 +310,5 @@ def report(folders: list[Path], output_dir: Path) -> None:
         sections += [page.table(heads, {0, 1}, rows), page.quiet(note)]
     sections.append(page.figure(picture, "Fit over the steps of training."))
     sections.append(page.bullets("What this shows, and what it does not", texts))
-    (output_dir / "report.html").write_text(page.document("Randomization tests", sections), encoding="utf-8")
+    write_whole(output_dir / "report.html", [page.document("Randomization tests", sections)])
     print(f"\nReport: {output_dir / 'report.html'}")

@@ -4,10 +4,7 @@ A bool column says which rows are noisy: `flipped`, of `flip_preferences`, is ab
 `corrupted`, of `corrupt`, about anything in a row.
 """
 
-import importlib
-from typing import Any
-
-from .._extras import require
+from .._extras import load_late, require
 
 
 require("prm_hf.noise", "datasets")
@@ -20,8 +17,5 @@ from .raters import label_by_rater
 __all__ = ["corrupt", "find_wrong_labels", "flip_preferences", "label_by_rater"]
 
 
-def __getattr__(name: str) -> Any:
-    """`find_wrong_labels` is loaded when it is first used: it needs trainers, which noise does not."""
-    if name == "find_wrong_labels":
-        return importlib.import_module("..suspects", __name__).find_wrong_labels
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# It needs trainers, which noise does not.
+__getattr__, __dir__ = load_late(__name__, {"find_wrong_labels": ".suspects"})

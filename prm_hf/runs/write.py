@@ -197,7 +197,7 @@ def finish_run(
 ) -> None:
     """Writes all files of a run; `record` is what `start_run` returned, and what is known of the run since then."""
     write_json(folder / RUN_FILE, {**record, "finished": _now()})
-    (folder / HISTORY_FILE).write_text("".join(f"{json.dumps(row)}\n" for row in history), encoding="utf-8")
+    write_whole(folder / HISTORY_FILE, (f"{json.dumps(row)}\n" for row in history))
     write_json(folder / MARGINS_FILE, margins)
     write_json(folder / METRICS_FILE, metrics)  # last: a folder with it is finished
 

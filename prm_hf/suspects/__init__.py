@@ -8,8 +8,7 @@ from .._extras import require
 require("prm_hf.suspects", "transformers", "accelerate", "datasets", "scipy")
 
 from .files import Suspects, judge_rows
-from .find import find_wrong_labels
-from .folds import fold_of_rows
+from .find import find_wrong_labels, fold_of_rows
 from .margins import MarginRecorder, row_margins
 
 

@@ -3,10 +3,9 @@
 The optimizer needs torch alone; the trainers are loaded when they are first used.
 """
 
-import importlib
 from typing import TYPE_CHECKING
 
-from .._extras import require
+from .._extras import load_late, require
 from .diagnostics import SampleGram, per_sample_gram
 from .polyak import PolyakSGD
 from .step import SvenStep
@@ -46,8 +45,8 @@ if TYPE_CHECKING:
     from .trainers import SvenDPOTrainer, SvenSFTTrainer, SvenTrainer
 
 
-def __getattr__(name: str):
-    if name in _LAZY:
-        require(f"prm_hf.sven.{name}", "transformers", "trl", "accelerate", "datasets", "peft")
-        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def _check(name: str) -> None:
+    require(f"prm_hf.sven.{name}", "transformers", "trl", "accelerate", "datasets", "peft")
+
+
+__getattr__, __dir__ = load_late(__name__, _LAZY, _check)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call, vjp, vmap
 
-from .factors import Outer, Rows, Use
-from .jacobian import Jacobian
+from .jacobian import Jacobian, Outer, Rows, Use
 
 
 if TYPE_CHECKING:

@@ -8,8 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .factors import Outer, Rows, Use, total_rows
-from .jacobian import Jacobian
+from .jacobian import Jacobian, Outer, Rows, Use, total_rows
 
 
 def concatenate(parts: list[Jacobian]) -> Jacobian:

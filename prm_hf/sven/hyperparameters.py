@@ -7,8 +7,7 @@ from dataclasses import dataclass, fields
 from torch import Tensor
 
 from .capture import JacobianMethod
-from .pseudoinverse import SVD
-from .residuals import Residuals, residuals_of
+from .pseudoinverse import SVD, Residuals, residuals_of
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,16 @@ from .diagnostics import SampleGram, gram_of
 from .distributed import concatenate, gather_jacobians, gather_rows
 from .hyperparameters import SvenSettings
 from .jacobian import Jacobian
-from .residuals import Residuals
-from .selection import draw_masks
-from .step import SvenStep, check_jacobian, solve, solve_samples, weighted_gradients, without_worse_components
+from .pseudoinverse import Residuals
+from .step import (
+    SvenStep,
+    check_jacobian,
+    draw_masks,
+    solve,
+    solve_samples,
+    weighted_gradients,
+    without_worse_components,
+)
 
 
 @dataclass

@@ -11,8 +11,15 @@ from torch.optim import Optimizer
 
 from .capture import Capture, JacobianMethod
 from .hyperparameters import SvenSettings
-from .selection import draw_masks
-from .step import SvenStep, call_model, check_jacobian, solve, weighted_gradients, without_worse_components
+from .step import (
+    SvenStep,
+    call_model,
+    check_jacobian,
+    draw_masks,
+    solve,
+    weighted_gradients,
+    without_worse_components,
+)
 
 
 class Sven(Optimizer):

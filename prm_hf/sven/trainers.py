@@ -12,8 +12,7 @@ from transformers import Trainer
 from trl import DPOTrainer, SFTTrainer
 
 from .checks import check_pair_arguments, check_row_arguments
-from .head import plain_head
-from .losses import MeansRecorder, Recorder, losses_by_type
+from .losses import MeansRecorder, Recorder, losses_by_type, plain_head
 from .mixin import SvenMixin
 
 

@@ -4,11 +4,10 @@ Every name is loaded when it is first used: [`PRMCallback`] works in a Trainer o
 version, or not installed.
 """
 
-import importlib
 import importlib.util
 from typing import TYPE_CHECKING
 
-from .._extras import require
+from .._extras import load_late, require
 
 
 _NEEDS = ("transformers", "trl", "accelerate", "datasets", "peft")
@@ -50,9 +49,9 @@ if TYPE_CHECKING:
     from .sft import PRMSFTTrainer
 
 
-def __getattr__(name: str):
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def _check(name: str) -> None:
     if _LAZY[name] != "callbacks":
         require(__name__, *_NEEDS)
-    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+
+
+__getattr__, __dir__ = load_late(__name__, _LAZY, _check)

@@ -1,5 +1,6 @@
 """The recipes run under every configuration in `accelerate_configs/`, with the metrics of one process."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -15,8 +16,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SHORT = ["--max_steps", "2", "--logging_steps", "1", "--eval_steps", "2", "--warmup_steps", "1"]
 RATE = ["--learning_rates", "3e-3", "--prm_learning_rates", "3e-3", "--seeds", "0"]
-MASKED = ("prm_per_tensor", "prm_rows")
 PACKED = ("ddp", "fsdp2", "zero3")  # paths on which DPO runs without padding, with the numbers of one process with it
+# By name the command, its AdamW, and its methods with a mask
+COMPARISONS = {
+    "dpo": ("dpo", "adamw", ("prm_per_tensor", "prm_rows")),
+    "sft": ("sft", "adamw", ("prm_per_tensor", "prm_rows")),
+    "relative_eps": ("dpo", "adamw_eps:10", ("prm_rows_eps:10",)),
+}
+ONLY = {"relative_eps": ("single", "fsdp2", "zero2")}  # the paths of a comparison that is not on all
 # By recipe, metrics that are means over many tokens, and shares, in which one decision may tip over
 MEANS = {
     "dpo": ["drift/kl", "drift/reward_abs", "drift/logratio_abs", "drift/params_rel", "mask/mean_q"],
@@ -38,35 +45,44 @@ def run_of(folder: Path, name: str) -> Path:
     return found
 
 
-def launch(
-    recipe: str, path: str, folder: Path, adamw: str = "adamw", masked: tuple[str, ...] = MASKED
-) -> dict[str, dict[str, float]]:
-    """The metrics of the masked methods."""
+def launch(path: str, folder: Path) -> Path:
+    """Makes the comparisons of a path in one launch, each in a folder of its name."""
     build_demo()  # trains its model when it is first asked for, on one process sooner than on two
-    log = folder.with_suffix(".log")
-    more = ["--padding_free", "true"] if recipe == "dpo" and path in PACKED else []
-    module = ["tests.distributed.recipe", recipe, "--output_dir", str(folder), *SHORT, *RATE]
-    module += ["--methods", adamw, *masked, *more, "--log_level", "info"]
-    accelerate_launch(path, module, log, PATHS[path], timeout=600)
+    commands = []
+    for name, (command, adamw, masked) in COMPARISONS.items():
+        if path in ONLY.get(name, PATHS):
+            more = ["--padding_free", "true"] if command == "dpo" and path in PACKED else []
+            own = ["--output_dir", str(folder / name), "--methods", adamw, *masked, *more]
+            commands.append((command, [*SHORT, *RATE, *own, "--log_level", "info"]))
+    (folder / "plan.json").write_text(json.dumps(commands))
+    log = folder / "log"
+    accelerate_launch(path, ["tests.distributed.recipe", str(folder / "plan.json")], log, PATHS[path], timeout=600)
     # one run after the other in the same processes
+    n_masked = sum(len(masked) for name, (*_, masked) in COMPARISONS.items() if path in ONLY.get(name, PATHS))
+    assert log.read_text().count("PRM trains ") == n_masked
+    return folder
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """By path, the folder with a folder of each comparison. A path is launched when a test first asks for it."""
+    return functools.cache(lambda path: launch(path, tmp_path_factory.mktemp(path)))
+
+
+def metrics_of(name: str, path: str, folder: Path) -> dict[str, dict[str, float]]:
+    """The metrics of the masked methods."""
+    _, _, masked = COMPARISONS[name]
     assert len(list(folder.glob("*/metrics.json"))) == 1 + len(masked)
     runs = {method: run_of(folder, f"{method.replace(':', '')}_lr0.003_seed0") for method in masked}
     for run in runs.values():
         assert json.loads((run / "run.json").read_text())["hardware"]["world_size"] == PATHS[path]
-    assert log.read_text().count("PRM trains ") == len(masked)
     return {method: json.loads((run / "metrics.json").read_text()) for method, run in runs.items()}
 
 
-@pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    """The metrics of one process, by recipe."""
-    return {recipe: launch(recipe, "single", tmp_path_factory.mktemp(recipe) / "runs") for recipe in MEANS}
-
-
+@pytest.mark.parametrize("name", ["dpo", "sft"])
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "single"])
-@pytest.mark.parametrize("recipe", MEANS)
-def test_recipe(single, recipe, path, tmp_path):
-    check(recipe, launch(recipe, path, tmp_path / "runs"), single[recipe])
+def test_recipe(launched, path, name):
+    check(name, *(metrics_of(name, p, launched(p) / name) for p in (path, "single")))
 
 
 def check(recipe, found, expected_of):
@@ -80,31 +96,18 @@ def check(recipe, found, expected_of):
             assert metrics[name] == pytest.approx(expected[name], abs=0.02), (method, name)
 
 
-RELATIVE_EPS = {"adamw": "adamw_eps:10", "masked": ("prm_rows_eps:10",)}
-
-
-@pytest.fixture(scope="module")
-def single_with_relative_eps(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("relative_eps") / "runs"
-    return folder, launch("dpo", "single", folder, **RELATIVE_EPS)
-
-
 @pytest.mark.parametrize("path", ["fsdp2", "zero2"])
-def test_relative_eps(single_with_relative_eps, path, tmp_path):
+def test_relative_eps(launched, path):
     """Eps and learning rate follow from the size of the whole model, which no process holds."""
-    folder, expected = single_with_relative_eps
-    check("dpo", launch("dpo", path, tmp_path / "runs", **RELATIVE_EPS), expected)
+    folders = [launched(p) / "relative_eps" for p in (path, "single")]
+    check("dpo", *(metrics_of("relative_eps", p, folder) for p, folder in zip((path, "single"), folders, strict=True)))
     for name in ("adamw_eps10_lr0.003_seed0", "prm_rows_eps10_lr0.003_seed0"):
-        ours, theirs = (
-            json.loads((run_of(runs, name) / "run.json").read_text()) for runs in (tmp_path / "runs", folder)
-        )
+        ours, theirs = (json.loads((run_of(folder, name) / "run.json").read_text()) for folder in folders)
         assert (
             ours["optimizer"]["eps"] == pytest.approx(theirs["optimizer"]["eps"]) and ours["optimizer"]["eps"] > 1e-3
         )
         assert ours["optimizer"]["learning_rate"] == pytest.approx(0.033)
-        metrics = [
-            json.loads((run_of(runs, name) / "metrics.json").read_text()) for runs in (tmp_path / "runs", folder)
-        ]
+        metrics = [json.loads((run_of(folder, name) / "metrics.json").read_text()) for folder in folders]
         assert metrics[0]["drift/kl"] == pytest.approx(metrics[1]["drift/kl"], rel=1e-3)
 
 
@@ -116,13 +119,15 @@ def test_bench_sharded(tmp_path):
     halves = ["--gradient_accumulation_steps", "2"]
     rows = ["--reduction", "per_row", "--optimizers"]
     launches = {
-        "single": ("single", halves),
-        "zero3": ("zero3", ["--reference", str(reference)]),
-        "rows": ("zero3", rows),
+        "single": {"single": halves},
+        "zero3": {"zero3": ["--reference", str(reference)], "rows": rows},
     }
-    for name, (path, more) in launches.items():
-        module = ["tests.distributed.bench", *tiny, *more, "--output", str(tmp_path / f"{name}.json")]
-        accelerate_launch(path, module, tmp_path / f"{name}.log", PATHS[path])
+    for path, runs in launches.items():
+        plan = tmp_path / f"{path}.plan"
+        plan.write_text(
+            json.dumps([[*tiny, *more, "--output", str(tmp_path / f"{name}.json")] for name, more in runs.items()])
+        )
+        accelerate_launch(path, ["tests.distributed.bench", str(plan)], tmp_path / f"{path}.log", PATHS[path])
     in_rows = json.loads((tmp_path / "rows.json").read_text())["agreement"]
     assert in_rows["path"] == "26 tensors with per_row masks under DeepSpeed ZeRO-3"
     assert in_rows["mask_replay"] < 1e-6 and in_rows["weight_replay"] < 1e-6

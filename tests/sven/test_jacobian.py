@@ -6,7 +6,7 @@ from torch import nn
 
 from prm_hf.sven import Sven, capture
 from prm_hf.sven.capture import Capture
-from prm_hf.sven.factors import Outer, Rows, inner_products
+from prm_hf.sven.jacobian import Outer, Rows, inner_products
 
 from .models import (
     Borrowed,
@@ -134,7 +134,7 @@ def test_outer_products(one_hot, n):
 def test_large_products_are_made_in_blocks(monkeypatch):
     a = Outer(torch.randn(5, 3, 50), torch.randn(5, 3, 40), 50)
     whole = inner_products([a], [a])
-    monkeypatch.setattr("prm_hf.sven.factors._BLOCK", 2 * 3 * 5 * 3)
+    monkeypatch.setattr("prm_hf.sven.jacobian._BLOCK", 2 * 3 * 5 * 3)
     torch.testing.assert_close(inner_products([a], [a]), whole)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from prm_hf.sven import PolyakSGD, Sven, sven
-from prm_hf.sven.selection import draw_masks
+from prm_hf.sven.step import draw_masks
 
 from .models import flat, gpt2, llama, padded_batch, seeded, token_losses, true_rows
 
