@@ -194,14 +194,16 @@ def figure(counted: list[dict]) -> bytes:
                 _draw_curves(axes, path, reduction)
                 mine = [x for x in counted if (x["path"], x["reduction"]) == (path, reduction)]
                 found = [x["processes"] for x in mine], [x["bytes"] for x in mine]
-                axes.plot(*found, "o", markersize=7, color="#333333", markerfacecolor="#F0E442", label="1.6M, counted")
+                marks = {"markersize": 7, "color": "#333333", "markerfacecolor": "#F0E442"}
+                axes.plot(*found, "o", **marks, label="1.6M, counted on a CPU")
                 axes.set_title(f"{PATHS[path]}, {reduction}", loc="left")
         for axes in panels[1]:
             axes.set_xlabel("processes")
         for line in panels:
             line[0].set_ylabel("bytes a process sends in a step")
         drawn.legend(*panels[1][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
-        drawn.suptitle("What a step of PRM sends between processes: Qwen2.5's shapes", fontsize=11)
+        title = "What a step of PRM sends between processes, by the number of parameters (shapes of Qwen2.5)"
+        drawn.suptitle(title, fontsize=11)
     return to_png(drawn)
 
 
