@@ -43,7 +43,11 @@ def main(argv: Sequence[str]) -> None:
     script = importlib.import_module(f"trl.scripts.{argv[0]}")
     parser = script.make_parser(prog=f"prm-hf trl {argv[0]}")
     parser.set_defaults(optim=NAME)
-    arguments = parser.parse_args_and_config(list(argv[1:]))
+    try:
+        arguments = parser.parse_args_and_config(list(argv[1:]))
+    except (ValueError, ImportError) as error:  # of transformers and TRL
+        kind = ImportError if isinstance(error, ImportError) else ValueError
+        raise kind(" ".join(str(error).split())) from error
     for args in arguments:  # what is wrong with them is said before the model is loaded
         if isinstance(args, TrainingArguments):
             check_trackers(args.report_to, args.trackio_space_id)

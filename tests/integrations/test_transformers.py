@@ -1,8 +1,10 @@
 """`optim="prm"` in transformers itself: arguments, parsers, pickles, and any Trainer."""
 
 import copy
+import json
 import logging
 import pickle
+import runpy
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -21,6 +23,7 @@ from prm_hf.trainers import PRMCallback, PRMDPOConfig
 
 from ..tiny import make_model, make_tokenizer
 from ..trainers.trainer_runs import SENTENCES, TRAIN, dpo_trainer, settings
+from .tool_runs import ROOT, check_log, completions, save_model, write_lines
 
 
 OPTIM_ARGS = "reduction=per_row,relative_eps=10"
@@ -167,6 +170,17 @@ def test_trainers_train_with_prm(tmp_path, caplog, make):
     assert line.endswith("on 1 process. It has lr=0.01, weight_decay=0.0, relative_eps=10.")
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 3 and all(0 < entry["mask/mean_q"] <= 1 for entry in losses)
+
+
+def test_the_example_trains_with_prm(tmp_path, monkeypatch, quiet):
+    write_lines(tmp_path / "rows" / "train.jsonl", completions())
+    local = ["--model", save_model(tmp_path / "model"), "--dataset", str(tmp_path / "rows")]
+    short = ["--use_cpu", "--bf16", "false", "--max_steps", "2", "--logging_steps", "1"]
+    short += ["--gradient_accumulation_steps", "1", "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["sft.py", *local, *short])
+    runpy.run_path(str(ROOT / "examples" / "transformers" / "sft.py"), run_name="__main__")
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    check_log(state["log_history"], 2)
 
 
 def test_it_is_the_prm_that_is_made_by_hand(tmp_path):
