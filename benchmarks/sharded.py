@@ -1,33 +1,28 @@
 """Masks under data parallelism: do they agree with one GPU, and what does a step cost beside AdamW's?
 
-On one GPU, which takes the two GPUs' halves of a batch one after the other, then on two under each way of sharding,
-from the repository's root:
+On one GPU, which takes the halves of a batch that two GPUs take one after the other, and then on two:
 
-    launch="accelerate launch --config_file accelerate_configs"
-    halves="--num_processes 1 benchmarks/sharded.py --gradient_accumulation_steps 2"
-    $launch/single.yaml $halves --output single.json
-    for path in ddp fsdp2 zero2; do
-        $launch/$path.yaml benchmarks/sharded.py --reference single.json --output $path.json
-    done
-    $launch/zero3.yaml $halves --output zero3_1.json
-    $launch/zero3.yaml benchmarks/sharded.py --reference zero3_1.json --output zero3.json
+    launch="accelerate launch --config_file accelerate_configs/fsdp2.yaml"
+    $launch --num_processes 1 benchmarks/sharded.py --gradient_accumulation_steps 2 --output fsdp2_1.json
+    $launch --num_processes 2 benchmarks/sharded.py --reference fsdp2_1.json --output fsdp2.json
 
-The reference has to round as the path does, and DeepSpeed's stage 3 has linear layers of its own. So with `--precision
-bf16` the reference of each path but `ddp` is the same path on one GPU. The model is a Qwen2 of random weights, by
-default of the size of Qwen2.5-0.5B, the batches are random tokens: nothing is downloaded. Each run prints, and writes,
-one JSON object:
+`bash results/sharding.sh gpu` does so for every path. The reference has to round as the path does, and DeepSpeed's
+stage 3 has linear layers of its own. So it is the same path on one GPU; of `ddp` it is `single`. The model is a Qwen2
+of random weights, by default of the size of Qwen2.5-0.5B, the batches are random tokens: nothing is downloaded. Each
+run prints, and writes, one JSON object:
 
 - `agreement`: of `steps` training steps. `mask_replay` is the largest relative difference between the masks (their
   means over each tensor, by `PRM.get_tensor_masks`) and those of PRM on whole tensors in one process, fed with the
   gradients that the processes saw; `weight_replay` the largest difference of a weight. In these two is all that
-  sharding could do wrong. `mask_reference` is, step by step, the largest relative difference to
-  the masks of the `--reference` run. Two halves add up to the same gradient on one GPU and on two, bit for bit where
-  kernels are deterministic, as they are made to be here; but not the norm for `--max_grad_norm`, which each path adds
-  up in another order.
+  sharding could do wrong. `mask_reference` is, step by step, the largest relative difference to the masks of the
+  `--reference` run. Two halves add up to the same gradient on one GPU and on two, bit for bit where kernels are
+  deterministic, as they are made to be here; but not the norm for `--max_grad_norm`, which each path adds up in
+  another order.
   `sent` are messages and bytes of the optimizer's last step, counted and as `traffic.py` says, and the bytes of
   `grad_var` on the first process.
 - `optimizer_step_ms`: median time of the optimizer's step under this wrapper (under DeepSpeed of the engine's, which
   clips and gathers parameters too), by optimizer; `relative_to_adamw` the ratio; `train_step_ms` of the whole step.
+- `peak_memory_gib`: what torch allocated at most on the first GPU in these steps, by optimizer.
 """
 
 import argparse
@@ -284,19 +279,23 @@ def _relative(values: Iterable[float], expected: Iterable[float]) -> float:
 
 
 def measure_time(args: argparse.Namespace, accelerator: Accelerator) -> dict:
-    optimizer_ms, train_ms = {}, {}
+    optimizer_ms, train_ms, memory = {}, {}, {}
     for name in args.optimizers:
         with released_memory(accelerator):
             model, wrapped, *_ = build(args, accelerator, *OPTIMIZERS[name])
             times, wholes = [], []
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
             for batch in batches(args, accelerator, args.warmup + args.timed_steps):
                 begin = now()
                 times.append(train_step(args, accelerator, model, wrapped, batch))
                 wholes.append(now() - begin)
             optimizer_ms[name] = round(statistics.median(times[args.warmup :]), 3)
             train_ms[name] = round(statistics.median(wholes[args.warmup :]), 3)
+            if torch.cuda.is_available():
+                memory[name] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             del model, wrapped
-    result = {"optimizer_step_ms": optimizer_ms, "train_step_ms": train_ms}
+    result = {"optimizer_step_ms": optimizer_ms, "train_step_ms": train_ms, "peak_memory_gib": memory}
     if "adamw" in optimizer_ms:
         result["relative_to_adamw"] = {k: round(v / optimizer_ms["adamw"], 3) for k, v in optimizer_ms.items()}
     return result

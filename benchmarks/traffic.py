@@ -1,6 +1,7 @@
 """What a step of PRM sends between processes: a model of it by path, model and number of processes, and a counter.
 
-    python benchmarks/traffic.py    # the table of docs/distributed.md
+    python benchmarks/traffic.py                                 # the table of results/sharding_tables.md
+    python benchmarks/traffic.py --figure results/sharding.png    # its curves, with the points that were counted
 
 Only units that a border between two processes cuts are added up, 16 bytes each: Σ(g - center)² and Σm² in float64.
 (With `signal_beta` Σa² takes the place of Σm².) The model knows the shapes and how each path divides them, and nothing
@@ -9,12 +10,16 @@ of the optimizer; `tests/distributed/test_traffic.py` compares it with what is c
 
 import argparse
 import itertools
+import json
 import math
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from prm_hf.compare.plots import house_style, new_figure, to_png
 
 
 Shape = tuple[int, ...]
@@ -27,8 +32,11 @@ MODELS = {
     "7B": (3584, 18944, 28, 512, 152064, False),
     "72B": (8192, 29568, 80, 1024, 152064, False),
 }
-PATHS = ("fsdp2", "zero2", "zero3")
+# That on which `tests/distributed/points.py` counts
+COUNTED = (180, 499, 2, 60, 5001, True)
+PATHS = {"fsdp2": "FSDP2", "zero2": "ZeRO-1 and ZeRO-2", "zero3": "ZeRO-3"}
 PROCESSES = (1, 2, 8, 64, 1024)
+POINTS = Path(__file__).parents[1] / "results" / "sharding_points.json"
 
 
 class Traffic(NamedTuple):
@@ -118,7 +126,7 @@ def _steps_of_stage_3(group: list[Shape], processes: int, reduction: str, kept: 
 
 def shapes_of(model: str) -> list[list[Shape]]:
     """The tensors of a model by group: those with weight decay, and biases and the weights of norms without."""
-    hidden, inner, layers, keys, vocabulary, is_tied = MODELS[model]
+    hidden, inner, layers, keys, vocabulary, is_tied = COUNTED if model == "1.6M" else MODELS[model]
     attention = [(hidden, hidden), (keys, hidden), (keys, hidden), (hidden, hidden)]
     matrices = [*attention, (inner, hidden), (inner, hidden), (hidden, inner)]
     vectors = [(hidden,), (keys,), (keys,), (hidden,), (hidden,)]
@@ -166,10 +174,62 @@ def _readable(n: float) -> str:
     return f"{n:.3g} {unit}"
 
 
+# ---- The figure ----
+
+# By the name of a model its colour and line, told apart by colour-blind readers too
+STYLES = {"72B": ("#D55E00", "-"), "7B": ("#0072B2", "--"), "0.5B": ("#009E73", "-."), "1.6M": ("#333333", "-")}
+COUNTS = [2**i for i in range(11)]  # of processes
+
+
+def figure(counted: list[dict]) -> bytes:
+    """A PNG: bytes a step over the number of processes, a column a path and a row a reduction.
+
+    Args:
+        counted: points of `results/sharding_points.json`, which are marked.
+    """
+    with house_style():
+        drawn, panels = new_figure(10.0, 6.4, columns=len(PATHS), rows=2, sharex=True, sharey=True)
+        for line, reduction in zip(panels, ("per_tensor", "per_row"), strict=True):
+            for axes, path in zip(line, PATHS, strict=True):
+                _draw_curves(axes, path, reduction)
+                mine = [x for x in counted if (x["path"], x["reduction"]) == (path, reduction)]
+                found = [x["processes"] for x in mine], [x["bytes"] for x in mine]
+                marks = {"markersize": 7, "color": "#333333", "markerfacecolor": "#F0E442"}
+                axes.plot(*found, "o", **marks, label="1.6M, counted on a CPU")
+                axes.set_title(f"{PATHS[path]}, {reduction}", loc="left")
+        for axes in panels[1]:
+            axes.set_xlabel("processes")
+        for line in panels:
+            line[0].set_ylabel("bytes a process sends in a step")
+        drawn.legend(*panels[1][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+        title = "What a step of PRM sends between processes, by the number of parameters (shapes of Qwen2.5)"
+        drawn.suptitle(title, fontsize=11)
+    return to_png(drawn)
+
+
+def _draw_curves(axes, path: str, reduction: str) -> None:
+    for model, (color, line) in STYLES.items():
+        shapes = shapes_of(model)
+        sent = [step_traffic(shapes, path, n, reduction).bytes for n in COUNTS]
+        axes.plot(COUNTS, sent, line, color=color, linewidth=1.6, label=model)
+    if reduction == "per_row":
+        units = sum(_units(shape, reduction) for group in shapes_of("7B") for shape in group)
+        axes.plot(COUNTS[1:], [SUMS * units] * 10, ":", color=STYLES["7B"][0], label="7B, were all rows added up")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(COUNTS[::2], [f"{n:,}" for n in COUNTS[::2]])
+    axes.set_yscale("symlog", linthresh=10)
+    axes.set_yticks([0, 10**2, 10**4, 10**6, 10**8], ["0", "100 B", "10 kB", "1 MB", "100 MB"])
+    axes.set_ylim(-2, 3e8)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args(arguments)
-    print(table())
+    parser.add_argument("--figure", help="a PNG file to write in place of the table")
+    file = parser.parse_args(arguments).figure
+    if file is None:
+        print(table())
+    else:
+        Path(file).write_bytes(figure(json.loads(POINTS.read_text(encoding="utf-8"))["counted"]))
 
 
 if __name__ == "__main__":

@@ -18,17 +18,23 @@ from ._extras import require
 
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed", "torchao")
-# By the name of a tool its package, and how PRM gets into it.
+# By the name of a tool its package, and how one trains with PRM in it.
 TOOLS = {
-    "transformers": ("transformers", '`optim="prm"` after `prm_hf.integrations.transformers.register()`'),
-    "TRL": ("trl", "`PRMDPOTrainer`, `PRMSFTTrainer`; its own scripts as `prm-hf trl dpo ...`"),
-    "PEFT": ("peft", '`peft_config` of a trainer; `prm_preset="noisy_labels"` knows LoRA'),
-    "DeepSpeed": ("deepspeed", "a configuration of accelerate without a section `optimizer`"),
+    "transformers": ("transformers", 'call `prm_hf.integrations.transformers.register()`, then set `optim="prm"`'),
+    "TRL": ("trl", "`PRMDPOTrainer` and `PRMSFTTrainer`, or TRL's own scripts by `prm-hf trl dpo ...`"),
+    "PEFT": ("peft", "`peft_config` of `PRMDPOTrainer` and `PRMSFTTrainer`, as in TRL"),
+    "DeepSpeed": (
+        "deepspeed",
+        "`accelerate launch`; DeepSpeed's configuration may have no section `optimizer`",
+    ),
     "axolotl": ("axolotl", "`optimizer: prm` and `plugins: [prm_hf.integrations.axolotl.PRMPlugin]`"),
-    "ms-swift": ("ms-swift", "`--external_plugins FILE --optimizer prm`; FILE imports `prm_hf.integrations.swift`"),
-    "LLaMA-Factory": ("llamafactory", "`optim: prm`, by `prm-hf llamafactory train FILE.yaml`"),
-    "Unsloth": ("unsloth", "as transformers; `PRMCallback` stops `UnslothTrainer` where it has its own optimizer"),
-    "Ray": ("ray", "`prm-hf sweep --ray auto`"),
+    "ms-swift": (
+        "ms-swift",
+        "`--external_plugins FILE.py --optimizer prm`; FILE.py has `import prm_hf.integrations.swift`",
+    ),
+    "LLaMA-Factory": ("llamafactory", "`optim: prm` in FILE.yaml, and `prm-hf llamafactory train FILE.yaml`"),
+    "Unsloth": ("unsloth", "as in transformers; training stops where `UnslothTrainer` makes another optimizer"),
+    "Ray": ("ray", "`prm-hf sweep --ray auto dpo ...` makes the runs of a comparison on a cluster"),
 }
 WIDTH, LABEL = 110, 14  # of a line, and of what stands before its text
 
@@ -38,7 +44,7 @@ class Launch(NamedTuple):
 
     Attributes:
         title: the number of processes, and what shards.
-        path: the `ShardingPath` in words; None where every process holds whole tensors.
+        path: the way of sharding, and its `ShardingPath`; None where every process holds whole tensors.
         refused: why PRM with its defaults does not train there; empty where it does.
         limits: what is refused there beside the defaults.
         here: what is in the way on this machine.
@@ -57,7 +63,7 @@ def main(config_file: str | None) -> int:
     print(f"prm-hf {__version__}, Python {platform.python_version()}")
     for label, text in [*_machine(), *_launch_lines(launch)]:
         _print(label, text)
-    print("\ntool")
+    print("\nHow to train with PRM in each tool:")
     for name, (package, how) in TOOLS.items():
         version = version_of(package)
         _print(name, f"not installed: {how}" if version is None else f"{version}: {how}")
@@ -95,9 +101,11 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "devices", "; ".join(devices) or f"no GPU, {os.cpu_count()} CPU cores"
     has_triton = all(importlib.util.find_spec(name) is not None for name in ("triton", "numpy"))
     if names and not has_triton:
-        yield "step", 'torch\'s multi-tensor functions. `pip install "prm-hf[triton]"` makes it one kernel.'
+        yield "PRM's step", 'uses torch\'s multi-tensor functions. `pip install "prm-hf[triton]"` makes it one kernel.'
+    elif names:
+        yield "PRM's step", "is one Triton kernel"
     else:
-        yield "step", "one Triton kernel" if names else "torch's multi-tensor functions; on a GPU one Triton kernel"
+        yield "PRM's step", "uses torch's multi-tensor functions. On a GPU it is one Triton kernel."
 
 
 def _outside_of_range() -> list[str]:
@@ -123,15 +131,18 @@ def _outside_of_range() -> list[str]:
 
 def _launch_lines(launch: Launch | None) -> Iterator[tuple[str, str]]:
     if launch is None:
-        yield "launch", "no configuration of accelerate: one process or DDP, with whole tensors. Name a --config_file."
+        yield (
+            "launch",
+            "there is no configuration of accelerate, so nothing is sharded. `--config_file` names one.",
+        )
         return
     yield "launch", launch.title
-    yield "path", launch.path or "whole tensors on every process"
+    yield "sharding", launch.path or "every process holds whole tensors"
     yield "PRM", f"is refused: {launch.refused}" if launch.refused else "trains there with its defaults"
     for limit in launch.limits:
         yield "refused", limit
     for problem in launch.here:
-        yield "here", problem
+        yield "this machine", problem
 
 
 def _read_launch(config_file: str | None) -> Launch | None:
@@ -191,7 +202,7 @@ def _launch_of(args: argparse.Namespace, file: Path) -> Launch:
         refused = refused or _reason(lambda: path.check(defaults.reduction, defaults.state_dtype))
         settings = [(name, "float32") for name in REDUCTIONS] + [("per_tensor", dtype) for dtype in STATE_DTYPES]
         limits += _joined([_reason(lambda s=setting: path.check(*s)) for setting in settings])
-    words = path and f"ShardingPath.{path.name}: {path.value}"
+    words = path and f"{path.value}, ShardingPath.{path.name}"
     return Launch(f"{file}: {processes}, {what}", words, refused, limits, list(_in_the_way(args)))
 
 
@@ -242,13 +253,14 @@ def _in_the_way(args: argparse.Namespace) -> Iterator[str]:
 
     gpus, wanted = torch.cuda.device_count(), args.num_processes // (args.num_machines or 1)
     if args.use_deepspeed and version_of("deepspeed") is None:
-        yield 'DeepSpeed is not installed: `pip install "prm-hf[deepspeed]"`.'
+        yield 'has no DeepSpeed: `pip install "prm-hf[deepspeed]"`.'
     if args.use_cpu:
         return
     if args.use_fsdp and not gpus:
-        yield "accelerate has FSDP on GPUs alone, and there is none."
+        yield "has no GPU, and accelerate has FSDP on GPUs alone."
     elif args.use_deepspeed and not gpus:
         if os.environ.get("DS_ACCELERATOR") != "cpu":
-            yield "Without a GPU DeepSpeed needs `DS_ACCELERATOR=cpu`."
+            yield "has no GPU, and DeepSpeed then needs the environment variable `DS_ACCELERATOR=cpu`."
     elif (gpus or args.multi_gpu) and wanted > max(1, gpus):
-        yield f"{wanted} processes are to start on a machine, and this one has {gpus} GPUs."
+        found = f"{gpus} GPU{'s' * (gpus != 1)}"
+        yield f"has {found}, and {wanted} processes are to start on a machine."

@@ -14,6 +14,7 @@ from accelerate.commands.launch import launch_command_parser
 from transformers import HfArgumentParser
 from trl import ModelConfig, TrlParser
 
+from benchmarks import sharded
 from prm_hf import cli
 from prm_hf.experiments import dimension_curves, sweep
 from prm_hf.experiments.compression import CompressionArguments
@@ -171,6 +172,8 @@ def _check_script(script: str, arguments: list[str]) -> None:
         dimension_curves.make_parser().parse_args(arguments)
     elif (task := Path(script).stem) in TASKS:
         TASKS[task].parse(arguments)
+    elif script == "benchmarks/sharded.py":
+        sharded.parse(arguments)
     elif script == "recipes/randomization.py":
         HfArgumentParser(Arguments).parse_args(arguments)
     elif script == "recipes/compression.py":

@@ -31,7 +31,9 @@ NOT_HERE = {
     "prm-hf llamafactory train examples/llamafactory/dpo.yaml": OTHER_TOOL,
     "prm-hf llamafactory sft examples/llamafactory/v1_sft.yaml": OTHER_TOOL,
     "python -m tests.distributed.matrix": "it launches all that `pytest -m slow tests/distributed` does",
-    "python -m tests.distributed.points": "it starts 14 processes; tests/distributed/test_traffic.py counts all paths",
+    "python -m tests.distributed.points results/sharding_points.json": (
+        "it starts 21 processes; tests/distributed/test_traffic.py counts all paths"
+    ),
     "accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 2 recipes/dpo_noisy.py": (
         "accelerate has FSDP on GPUs alone; tests/distributed/test_recipes.py runs it, around accelerate's check"
     ),

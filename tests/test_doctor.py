@@ -15,7 +15,7 @@ from .test_installation import EXTRAS, run_without
 
 
 ROOT = Path(__file__).parents[1]
-WHOLE = "whole tensors on every process"
+WHOLE = "every process holds whole tensors"
 PATHS = {
     "single": None,
     "ddp": None,
@@ -58,7 +58,7 @@ def test_the_path_of_a_configuration(name, capsys, monkeypatch):
     code, found, out = report(capsys, "--config_file", f"accelerate_configs/{name}.yaml")
     path = PATHS[name]
     assert code == 0 and found["PRM"] == "trains there with its defaults"
-    assert found["path"] == (WHOLE if path is None else f"ShardingPath.{path.name}: {path.value}")
+    assert found["sharding"] == (WHOLE if path is None else f"{path.value}, ShardingPath.{path.name}")
     assert ("state_dtype='8bit': it is not" in found.get("refused", "")) == (path is not None)
     assert ("state_dtype='bf16', " in found.get("refused", "")) == (path not in (None, ShardingPath.FSDP2))
     assert len(out.splitlines()) < 35 and max(map(len, out.splitlines())) <= doctor.WIDTH
@@ -96,7 +96,7 @@ def test_a_refused_section_of_deepspeed(tmp_path, capsys):
     settings = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": str(file)}}
     code, found, _ = report(capsys, "--config_file", configuration(tmp_path, **settings))
     assert code == 1 and "a section `optimizer`, which would silently take PRM's place" in found["PRM"]
-    assert found["path"] == "ShardingPath.ZERO_3: DeepSpeed ZeRO-3"
+    assert found["sharding"] == "DeepSpeed ZeRO-3, ShardingPath.ZERO_3"
 
 
 def test_what_fsdp1_cannot_resume(tmp_path, capsys):
@@ -140,10 +140,10 @@ def test_without_a_configuration(capsys, monkeypatch, tmp_path):
     """What accelerate would take by itself is taken here too."""
     monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / "config.yaml"))
     code, found, _ = report(capsys)
-    assert code == 0 and found["launch"].startswith("no configuration of accelerate: ") and "path" not in found
+    assert code == 0 and "no configuration of accelerate" in found["launch"] and "sharding" not in found
     configuration(tmp_path, distributed_type="FSDP", fsdp_config={"fsdp_version": 2})
     code, found, _ = report(capsys)
-    assert code == 0 and found["path"] == "ShardingPath.FSDP2: FSDP2"
+    assert code == 0 and found["sharding"] == "FSDP2, ShardingPath.FSDP2"
 
 
 def test_devices_and_what_is_in_the_way(capsys, monkeypatch, tmp_path):
@@ -152,11 +152,11 @@ def test_devices_and_what_is_in_the_way(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     _, found, _ = report(capsys, "--config_file", "accelerate_configs/fsdp2.yaml")
-    assert found["devices"].startswith("no GPU, ") and found["here"].startswith("accelerate has FSDP on GPUs alone")
+    assert found["devices"].startswith("no GPU, ") and "has FSDP on GPUs alone" in found["this machine"]
     for name, key in (("zero2", "1"), ("ddp", "0")):
         monkeypatch.setenv("DS_ACCELERATOR", "cpu" if key == "0" else "")
         _, found, _ = report(capsys, "--config_file", f"accelerate_configs/{name}.yaml")
-        assert ("DS_ACCELERATOR" in found["here"]) == (key == "1")
+        assert ("DS_ACCELERATOR" in found["this machine"]) == (key == "1")
 
     class Card:
         total_memory = 140 * 2**30
@@ -165,7 +165,9 @@ def test_devices_and_what_is_in_the_way(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "H200")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Card)
     _, found, _ = report(capsys, "--config_file", "accelerate_configs/ddp.yaml")
-    assert found["devices"] == "GPU 0: H200, 140 GiB" and found["here"].startswith("2 processes are to start")
+    assert found["devices"] == "GPU 0: H200, 140 GiB" and found["this machine"].startswith(
+        "has 1 GPU, and 2 processes"
+    )
 
 
 def test_tools_and_versions(capsys, monkeypatch):

@@ -10,11 +10,12 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from .._names import did_you_mean
 from ..runs.text import one_line
+from ..trainers.trackers import check_trackers
 
 
 _OWN = ("help", "help_all", "config")
@@ -98,6 +99,7 @@ class CommandLine(HfArgumentParser):
 
         Raises:
             ValueError, TypeError: an argument is unknown or cannot be what it is given as.
+            ValueError, ImportError: a tracker of `report_to` cannot begin a run.
         """
         config = self._read_config(arguments)
         flags = {word.partition("=")[0] for word in arguments if word.startswith("--")}
@@ -112,6 +114,9 @@ class CommandLine(HfArgumentParser):
             raise (ImportError if isinstance(error, ImportError) else ValueError)(one_line(error)) from error
         if unknown:
             self._refuse(unknown[0].partition("=")[0])
+        for one in parsed:
+            if isinstance(one, TrainingArguments):
+                check_trackers(one.report_to, one.trackio_space_id)
         return tuple(parsed)
 
     def error(self, message: str) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..optim import PRM
 from ..trainers.callbacks import tell_in_effect
+from ..trainers.trackers import check_trackers
 from .transformers import NAME, register
 
 
@@ -30,8 +31,8 @@ def main(argv: Sequence[str]) -> None:
             as `learning_rate=1e-5`. The environment variable `USE_V1=1` chooses LLaMA-Factory's version 1.
 
     Raises:
-        ImportError: LLaMA-Factory is not installed.
-        ValueError: the command does not train, or PRM would refuse an argument.
+        ImportError: LLaMA-Factory is not installed, or a tracker of `report_to` in the YAML file.
+        ValueError: the command does not train, PRM would refuse an argument, or such a tracker has no login.
     """
     if importlib.util.find_spec("llamafactory") is None:
         raise ImportError("`prm-hf llamafactory` needs LLaMA-Factory: pip install llamafactory")
@@ -49,6 +50,7 @@ def main(argv: Sequence[str]) -> None:
     args = importlib.import_module("llamafactory.hparams").read_args()
     if isinstance(args, dict):
         args.setdefault("optim", NAME)
+        check_trackers(args.get("report_to"), args.get("trackio_space_id"))
     elif "--optim" not in args:
         args += ["--optim", NAME]
     importlib.import_module("llamafactory.train.tuner").run_exp(args)

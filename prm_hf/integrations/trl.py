@@ -7,7 +7,10 @@ process, so it is launched as any other: `accelerate launch -m prm_hf trl dpo â€
 import importlib
 from collections.abc import Sequence
 
+from transformers import TrainingArguments
+
 from .._extras import require
+from ..trainers.trackers import check_trackers
 from .optim_args import optimizer_cls_and_kwargs
 from .transformers import NAME, register
 
@@ -24,7 +27,9 @@ def main(argv: Sequence[str]) -> None:
         argv (`Sequence[str]`): the script's name, as `"dpo"` or `"sft"`, and its arguments.
 
     Raises:
-        ValueError: TRL has no such script, the script does not know an argument, or PRM would refuse one.
+        ValueError: TRL has no such script, the script does not know an argument, PRM would refuse one, or a tracker of
+            `report_to` has no login.
+        ImportError: such a tracker is not installed.
     """
     if not argv or argv[0] not in SCRIPTS:
         given = repr(argv[0]) if argv else "nothing"
@@ -38,8 +43,14 @@ def main(argv: Sequence[str]) -> None:
     script = importlib.import_module(f"trl.scripts.{argv[0]}")
     parser = script.make_parser(prog=f"prm-hf trl {argv[0]}")
     parser.set_defaults(optim=NAME)
-    arguments = parser.parse_args_and_config(list(argv[1:]))
-    for args in arguments:
-        if getattr(args, "optim", None) == NAME:
-            optimizer_cls_and_kwargs(args)  # raises before the model is loaded
+    try:
+        arguments = parser.parse_args_and_config(list(argv[1:]))
+    except (ValueError, ImportError) as error:  # of transformers and TRL
+        kind = ImportError if isinstance(error, ImportError) else ValueError
+        raise kind(" ".join(str(error).split())) from error
+    for args in arguments:  # what is wrong with them is said before the model is loaded
+        if isinstance(args, TrainingArguments):
+            check_trackers(args.report_to, args.trackio_space_id)
+            if args.optim == NAME:
+                optimizer_cls_and_kwargs(args)
     script.main(*arguments)

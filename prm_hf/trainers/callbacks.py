@@ -2,12 +2,13 @@
 
 import logging
 import math
+import sys
 from numbers import Real
 from typing import Any
 
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.trainer_utils import has_length
 
 from .._names import warn_renamed
@@ -38,8 +39,8 @@ class PRMCallback(TrainerCallback):
     """Checks that PRM is the optimizer in effect, when training begins and at each step, and that its masks are exact.
 
     After the first step it says so, with how PRM found the tensors and which of its hyperparameters are not the
-    defaults. Logs of training steps get the `mask/*` statistics. The trainers of this package have it; add it to any
-    other.
+    defaults. Logs of training steps get the `mask/*` statistics, which every tracker of `report_to` then shows. The
+    trainers of this package have it; add it to any other, by `callbacks=[PRMCallback()]` or `add_callback`.
 
     Raises:
         RuntimeError: another optimizer is in the place of PRM.
@@ -49,9 +50,13 @@ class PRMCallback(TrainerCallback):
     def __init__(self) -> None:
         self._has_told = False
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        _put_first(self)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs
     ) -> None:
+        _put_first(self)  # also where it was added to a finished trainer
         if args.deepspeed_plugin is not None:
             check_config(args.deepspeed_plugin.deepspeed_config)
         _check_in_effect(optimizer)
@@ -80,6 +85,20 @@ class PRMCallback(TrainerCallback):
             statistics = {f"mask/{name}": value for name, value in prm.get_mask_stats().items()}
             logs.update(statistics)
             state.log_history[-1].update(statistics)
+
+
+def _put_first(callback: TrainerCallback) -> None:
+    """Moves a callback before those of trackers, which a Trainer makes first, so that they see what it adds to logs.
+
+    Called in one of its events. A callback is given neither the trainer nor the handler that calls it: the handler is
+    found on the stack. The handler's loop over the list goes on with the callback that it would have come to.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
+        frame = frame.f_back
+    if frame is not None:
+        callbacks = frame.f_locals["self"].callbacks
+        callbacks.insert(0, callbacks.pop(callbacks.index(callback)))
 
 
 def _check_in_effect(optimizer: Optimizer | None) -> PRM:

@@ -58,6 +58,13 @@ def test_prm_is_the_default(factory, args, expected):
     assert seen == [expected] and sys.argv == ["llamafactory-cli", "config.yaml"]
 
 
+def test_a_tracker_that_is_not_there_is_said_first(factory, capsys):
+    seen, given, *_ = factory
+    given[0] = {"report_to": ["wanbd"]}
+    assert cli.main(["llamafactory", "train", "config.yaml"]) == 2 and not seen
+    assert "error: `report_to` has 'wanbd': wanbd is not supported, only " in capsys.readouterr().err
+
+
 def test_version_1_gets_its_plugin(factory, caplog):
     seen, _, variables, registry = factory
     variables.add("USE_V1")

@@ -1,8 +1,10 @@
 """`optim="prm"` in transformers itself: arguments, parsers, pickles, and any Trainer."""
 
 import copy
+import json
 import logging
 import pickle
+import runpy
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -17,10 +19,11 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, TrlParser
 from prm_hf import PRM
 from prm_hf.integrations import transformers as integration
 from prm_hf.integrations.optim_args import optimizer_cls_and_kwargs
-from prm_hf.trainers import PRMDPOConfig
+from prm_hf.trainers import PRMCallback, PRMDPOConfig
 
 from ..tiny import make_model, make_tokenizer
 from ..trainers.trainer_runs import SENTENCES, TRAIN, dpo_trainer, settings
+from .tool_runs import ROOT, check_log, completions, save_model, write_lines
 
 
 OPTIM_ARGS = "reduction=per_row,relative_eps=10"
@@ -169,6 +172,17 @@ def test_trainers_train_with_prm(tmp_path, caplog, make):
     assert len(losses) == 3 and all(0 < entry["mask/mean_q"] <= 1 for entry in losses)
 
 
+def test_the_example_trains_with_prm(tmp_path, monkeypatch, quiet):
+    write_lines(tmp_path / "rows" / "train.jsonl", completions())
+    local = ["--model", save_model(tmp_path / "model"), "--dataset", str(tmp_path / "rows")]
+    short = ["--use_cpu", "--bf16", "false", "--max_steps", "2", "--logging_steps", "1"]
+    short += ["--gradient_accumulation_steps", "1", "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["sft.py", *local, *short])
+    runpy.run_path(str(ROOT / "examples" / "transformers" / "sft.py"), run_name="__main__")
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    check_log(state["log_history"], 2)
+
+
 def test_it_is_the_prm_that_is_made_by_hand(tmp_path):
     """The optimizer of `optim="prm"` and PRM with these settings end in the same weights, bit for bit."""
     named = plain_trainer(arguments(tmp_path, optim_args=OPTIM_ARGS + ",signal_beta=0.98"))
@@ -181,18 +195,35 @@ def test_it_is_the_prm_that_is_made_by_hand(tmp_path):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_an_optimizer_in_its_place_raises(tmp_path):
-    """As `UnslothTrainer` makes one, whatever `optim` says."""
+class EmbeddingRate(Trainer):
+    """Makes its optimizer as `UnslothTrainer` does with `embedding_learning_rate`."""
 
-    class Replacing(Trainer):
-        def create_optimizer(self, model=None):
-            self.optimizer = torch.optim.AdamW(self.model.parameters())
-            return self.optimizer
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(self.args)
+            embedding = [*self.model.get_input_embeddings().parameters()]
+            others = [p for p in self.model.parameters() if p is not embedding[0]]
+            self.optimizer = optimizer_cls([{"params": others}, {"params": embedding, "lr": 5e-5}], **kwargs)
+        return self.optimizer
 
-    trainer = plain_trainer(arguments(tmp_path))
-    trainer.__class__ = Replacing
+
+@pytest.mark.parametrize("asked", ["optim", "optimizer_cls_and_kwargs"])
+def test_a_trainer_with_a_learning_rate_of_embeddings(tmp_path, asked):
+    """It makes the optimizer of `optim`, and drops `optimizer_cls_and_kwargs`: that may not be silent."""
+    kwargs = {"optim": "prm"} if asked == "optim" else {"optim": "adamw_torch"}
+    trainer = plain_trainer(TrainingArguments(**settings(tmp_path, **kwargs)))
+    trainer.__class__ = EmbeddingRate
+    if asked == "optim":
+        trainer.train()
+        assert type(trainer.optimizer.optimizer) is PRM
+        assert [group["initial_lr"] for group in trainer.optimizer.param_groups] == [1e-2, 5e-5]
+        return
+    trainer.optimizer_cls_and_kwargs = PRM, {"lr": 1e-2}
+    trainer.add_callback(PRMCallback)
+    before = [p.clone() for p in trainer.model.parameters()]
     with pytest.raises(RuntimeError, match="to train with PRM, but the optimizer in effect is AdamW.*UnslothTrainer"):
         trainer.train()
+    assert all(torch.equal(p, start) for p, start in zip(trainer.model.parameters(), before, strict=True))
 
 
 def test_an_optimizer_that_replaces_it_in_training_raises(tmp_path):

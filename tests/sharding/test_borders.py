@@ -20,17 +20,20 @@ from prm_hf.sharding.deepspeed import LifeCycle
 
 
 PROCESSES = 4
-# By group. The first has 45 elements, with rows of 5, 2 and 3.
-GROUPS = [[(4, 5), (3, 2), (9,), (1,), (2, 3), (3,)], [(3,), (1,)]]
+# By group. The first has 45 elements, with rows of 5, 2 and 3; the second one row of 3, which three processes share.
+GROUPS = [[(4, 5), (3, 2), (9,), (1,), (2, 3), (3,)], [(1, 3), (1,)]]
 SHAPES = [shape for group in GROUPS for shape in group]
 NUMELS = [math.prod(shape) for shape in SHAPES]
 OF_GROUPS = [range(6), range(6, 8)]
-# Elements of a process in the first group's buffer: borders at 12, 24 and 36, where they are
+# Elements of a process in the first group's buffer, and where the borders of this buffer then lie
+IN_A_ROW, AT_A_ROW, AT_A_TENSOR = "in a row", "at a row's edge", "at a tensor's edge"
+IN_A_VECTOR, IN_A_TINY_ONE, EMPTY = "in a vector", "in a tensor of 3 elements", "before a process with padding alone"
 SHARES = {
-    12: "in a row, at a row's edge, at a tensor's edge",
-    13: "in rows and in a vector",
-    15: "at a row's edge, in a vector, and a process with padding alone",
-    46: "none: one process has all",
+    12: [IN_A_ROW, AT_A_ROW, AT_A_TENSOR],
+    13: [IN_A_ROW, AT_A_TENSOR, AT_A_ROW],
+    15: [AT_A_ROW, IN_A_VECTOR, EMPTY],
+    22: [AT_A_ROW, IN_A_TINY_ONE, EMPTY],
+    46: [EMPTY, EMPTY, EMPTY],  # one process has all
 }
 SETTINGS = {
     "per_tensor": {"reduction": "per_tensor", "estimator": "ema"},
@@ -207,6 +210,25 @@ def single(values, settings):
     params = [torch.nn.Parameter(x.clone()) for x in values]
     groups = [{"params": [params[i] for i in numbers]} for numbers in OF_GROUPS]
     return params, PRM(groups, foreach=True, lr=0.01, **settings)
+
+
+def place_of(border):
+    """What is in the first group's buffer on both sides of a border."""
+    for shape, numel in zip(GROUPS[0], NUMELS, strict=False):
+        if border < numel:
+            row = numel // shape[0] if len(shape) > 1 else numel
+            if border % row == 0:
+                return AT_A_ROW if border else AT_A_TENSOR
+            if len(shape) > 1:
+                return IN_A_ROW
+            return IN_A_TINY_ONE if numel == 3 else IN_A_VECTOR
+        border -= numel
+    return EMPTY
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_the_borders_are_where_they_are_meant(share):
+    assert [place_of(share * i) for i in range(1, PROCESSES)] == SHARES[share]
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)

@@ -25,7 +25,7 @@ SHOWN = {
     },
     "other": {
         *("train/loss", "train/mean_token_accuracy", "eval/loss", "eval/memorization/corrupted_fit"),
-        *("eval/memorization/train_fit", "eval/suspects/auc"),
+        *("eval/memorization/train_fit", "eval/suspects/auc", "train/mask/mean_q", "train/mask/snr"),
     },
 }  # fmt: skip
 

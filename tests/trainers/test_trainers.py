@@ -13,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import Qwen2Config, Qwen2ForSequenceClassification, Trainer, TrainingArguments
+from transformers import Qwen2Config, Qwen2ForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from prm_hf.metrics import evaluate_pairs
@@ -511,6 +511,27 @@ def test_the_check_of_our_trainers_in_other_ones(tmp_path, caplog, make):
     trainer = make(tmp_path, make_model(), callbacks=[PRMCallback()])
     with pytest.raises(RuntimeError, match="to train with PRM, but the optimizer in effect is AdamW"):
         trainer.train()
+
+
+@pytest.mark.parametrize("how", ["instance", "class", "added"])
+def test_trackers_see_what_the_callback_adds(tmp_path, how):
+    """A Trainer calls those of `report_to` before the callbacks that it is given."""
+    seen = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    callbacks = {"instance": [PRMCallback()], "class": [PRMCallback], "added": []}[how]
+    trainer = plain_trainer(
+        tmp_path, make_model(), optimizer_cls_and_kwargs=(PRM, {}), callbacks=[Tracker, *callbacks]
+    )
+    if how == "added":
+        trainer.add_callback(PRMCallback)
+    names = sorted(type(callback).__name__ for callback in trainer.callback_handler.callbacks)
+    trainer.train()
+    assert [("mask/mean_q" in logs) for logs in seen] == [("loss" in logs) for logs in seen] and len(seen) > 3
+    assert sorted(type(callback).__name__ for callback in trainer.callback_handler.callbacks) == names
 
 
 # ---- Several processes ----

@@ -1,7 +1,7 @@
 """`python -m tests.trainers.tracked_runs FOLDER`: two short runs that report to all three trackers, in one process.
 
-One is of a trainer of this package, the other one of TRL's with `MemorizationCallback`. Their histories go to
-FOLDER/histories.json.
+One is of a trainer of this package, the other one of TRL's with `PRMCallback` and `MemorizationCallback`. Their
+histories go to FOLDER/histories.json.
 """
 
 import json
@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from prm_hf import PRM
 from prm_hf.experiments.progress import end_reports
 from prm_hf.noise import corrupt
-from prm_hf.trainers import MemorizationCallback
+from prm_hf.trainers import MemorizationCallback, PRMCallback
 
 from ..tiny import make_model, make_tokenizer
 from .trainer_runs import HELDOUT, SENTENCES, dpo_trainer, settings
@@ -35,6 +35,7 @@ def other(folder: Path):
         eval_dataset=SENTENCES,
         processing_class=make_tokenizer(),
         optimizer_cls_and_kwargs=(PRM, {"lr": 1e-2}),
+        callbacks=[PRMCallback()],
     )
     trainer.add_callback(MemorizationCallback(trainer))
     return trainer
