@@ -49,8 +49,8 @@ FSDP1 = {
 }
 FULL_STATE = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 BF16_STATE = PLAIN | {"prm": PER_TENSOR | {"state_dtype": "bf16"}}
-# Matrices of which some are in 8 bits wherever they lie, with rows of one block and of two
-LARGER = {"model": {"hidden_size": 64, "intermediate_size": 301}, **SAVED}
+# With matrices that are in 8 bits wherever they lie, and some that are in flat buffers alone
+LARGER = {"model": {"hidden_size": 64, "intermediate_size": 97}, **SAVED}
 IN_8_BITS = {
     f"{name}_8bit": {"prm": prm | {"state_dtype": "8bit"}, **LARGER}
     for name, prm in {"per_tensor": PER_TENSOR, "per_row": PER_ROW, "per_param": PER_PARAM}.items()

@@ -103,15 +103,13 @@ class RecordingPRM(PRM):
 
     def _note_unit_masks(self):
         per_row = self.param_groups[0]["reduction"] == "per_row"
-        in_halves = any(plan._masks for plan in self._plans.values())
-        if not self._locator.sharded and not in_halves:
+        if not self._locator.sharded:
             if self.param_groups[0]["reduction"] != "per_tensor":
                 return
             for group, values in zip(self.param_groups, self.get_tensor_masks(), strict=True):
                 before = sum(self._sizes()[: group["prm_group"]])
                 numbers = [before + i for i, p in enumerate(group["params"]) if self.state.get(p)]
                 self.steps[-1]["q"] |= dict(zip(numbers, values, strict=True))
-            return
         for unit_masks in (x for plan in self._plans.values() for x in plan._masks.values()):
             held = unit_masks.table.held
             parts = unit_masks.q.split([units.count for units in held.values()])
