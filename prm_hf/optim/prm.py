@@ -81,8 +81,7 @@ class PRM(Optimizer):
         state_dtype (`str` or `torch.dtype`): how `exp_avg`, `exp_avg_sq` and `exp_avg_signal` are kept: `"float32"`;
             `"bf16"`; or `"8bit"`, codes of 8 bits with a scale for each 256 of them, but in float32 tensors of fewer
             than 4096 elements or with rows of fewer than 64. The step is computed in float32, and what is kept is
-            rounded once. `"bf16"` is not for DeepSpeed ZeRO and FSDP1, `"8bit"` for whole tensors alone (one process,
-            DDP).
+            rounded once. FSDP1 takes float32 alone, and `"8bit"` is not for tensors that are sharded by columns.
 
     All arguments may differ between parameter groups.
 

@@ -70,6 +70,7 @@ SPECIAL = {
     "fsdp2": {
         **KERNELS,
         **IN_8_BITS,
+        "per_param_8bit": IN_8_BITS["per_param_8bit"] | {"environment": FULL_STATE},
         "pure_bf16": PURE_BF16,
         "bf16_state": BF16_STATE,
         "per_row_bf16_state": {"prm": PER_ROW | {"state_dtype": "bf16"}, **SAVED},
