@@ -102,7 +102,7 @@ class Stack:
         h, n = Hyperparameters(**self.kwargs), len(self.settings)
         alone = {name: x[0] for name, x in self.params.items()}
         group = {"params": [], **vars(h)}
-        states = {name: new_state(x, group, flat=False) for name, x in alone.items()}
+        states = {name: new_state(x, group, flat=None) for name, x in alone.items()}
         # All models have taken as many steps, which are counted once
         self.steps = {name: own.pop("step") for name, own in states.items()}
         self.state: dict[str, Tensors] = {

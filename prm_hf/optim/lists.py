@@ -2,6 +2,7 @@
 
 import itertools
 import operator
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..sharding import FlatVariances, Locator, UnitTable, is_dtensor, is_fake, local_tensors, with_local
+from ..sharding import FlatVariances, Locator, UnitRange, UnitTable, is_dtensor, is_fake, local_tensors, with_local
 from . import masks
 from .foreach import ForeachStep, TensorLists
-from .quantized import moment_of, read, write
+from .quantized import Quantized, is_quantized, moment_of, read, slices_of, write
 from .reference import reference_step
 from .state import STATE_KEYS
 
@@ -207,15 +208,17 @@ class PlanList:
             key: [moment_of(member.state, key) for member in members] if needed.get(key, True) else []
             for key in STATE_KEYS
         }
-        by_rows = halves and h.reduction == "per_row"
-        self.slices = [
-            (i, piece) for i, p in enumerate(self._params) for piece in locator.slices(p, by_rows, split=halves)
-        ]
+        by_rows, in_blocks = halves and h.reduction == "per_row", is_quantized(self._states["exp_avg"][0])
+        self._pieces = [locator.slices(p, by_rows, halves, in_blocks) for p in self._params]
+        self.slices = [(i, piece) for i, pieces in enumerate(self._pieces) for piece in pieces]
         if halves:
-            self.units = unit_masks.table.index([piece.units for _, piece in self.slices])
+            units, device = [piece.units for _, piece in self.slices], self._params[0].device
+            self.units, index = unit_masks.table.index(units), unit_masks.table.index
+            self._rounds = [(torch.tensor(x, device=device), index([units[i] for i in x])) for x in _rounds(units)]
         self._watched = self._params
         if locator.sharded:  # a library that shards may exchange storages
-            self._watched = [*self._params, *itertools.chain(*self._states.values())]
+            kept = [(x.codes, x.scale) if is_quantized(x) else (x,) for xs in self._states.values() for x in xs]
+            self._watched = [*self._params, *itertools.chain(*kept)]
         self._addresses = self._find()
 
     def _find(self) -> list[int]:
@@ -247,13 +250,35 @@ class PlanList:
     def drop_gradients(self) -> None:
         self._grads = []
 
-    def slices_of(self, tensors: list[Tensor]) -> list[Tensor]:
+    def slices_of(self, tensors: list[Tensor | Quantized]) -> list[Tensor | Quantized]:
         """The slices of tensors that are shaped as the members; of none, none."""
-        return [piece.of(tensors[i]) for i, piece in self.slices] if tensors else []
+        pairs = zip(tensors, self._pieces, strict=True) if tensors else ()
+        return [part for tensor, pieces in pairs for part in slices_of(tensor, pieces)]
+
+    def sums(self, scalars: list[masks.StepScalars]) -> list[tuple[slice | Tensor, Tensor]]:
+        """The first half of a step: the sums of shards, for [`UnitMasks.decide`].
+
+        In lists of which none has two of one unit, which a device would add up in any order.
+        """
+        sums = self.first_half(scalars)
+        if len(self._rounds) < 2:
+            return [(self.units, sums)]
+        return [(units, sums[which]) for which, units in self._rounds]
 
     def tensor_lists(self) -> TensorLists:
         """The slices of the members' tensors, without gradients."""
         return TensorLists(self.slices_of(self._params), [], *map(self.slices_of, self._states.values()))
+
+
+def _rounds(units: list[UnitRange]) -> list[list[int]]:
+    """The positions of units in lists without a repetition: of a tensor that a flat buffer cuts up there are three."""
+    seen, rounds = Counter(), []
+    for i, unit in enumerate(units):
+        if seen[unit] == len(rounds):
+            rounds.append([])
+        rounds[seen[unit]].append(i)
+        seen[unit] += 1
+    return rounds
 
 
 class ReferenceList(PlanList):

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from ..sharding import FlatVariances, Locator, UnitTable, local_tensors
+from ..sharding import FlatVariances, Locator, Slice, UnitRange, UnitTable, local_tensors
 from . import foreach, masks
 from .functional import buckets
 from .hyperparameters import Hyperparameters
-from .quantized import is_quantized, moment_of, read
+from .quantized import is_quantized, moment_of, read, slices_of
 from .reductions import row_sums_of_squares, sums_of_squares
 
 
@@ -59,10 +59,14 @@ def _table_of_elements(states: _States, h: Hyperparameters, locator: Locator) ->
     names = ["exp_avg", "exp_avg_sq"] + ["grad_var"] * per_param
     found = []
     for p, own in states:
-        pieces = [(piece.units.tensor, piece.of) for piece in locator.slices(p)]
+        pieces = _slices(p, own, locator)
         if locator.flat:  # a row also for tensors of which this process holds nothing
-            pieces += [(number, lambda x: x.narrow(0, 0, 0)) for number in locator.members(p)]
-        found += [(number, {name: of(moment_of(own, name)) for name in names}, own["step"]) for number, of in pieces]
+            pieces += [Slice(UnitRange(number, 0, 1), 0, 0, (0,)) for number in locator.members(p)]
+        values = zip(*(slices_of(moment_of(own, name), pieces) for name in names), strict=True)
+        found += [
+            (piece.units.tensor, dict(zip(names, tensors, strict=True)), own["step"])
+            for piece, tensors in zip(pieces, values, strict=True)
+        ]
     numbers, slices, steps = map(list, zip(*found, strict=True))
     table = torch.zeros(len(slices), len(COLUMNS), dtype=torch.float64)
     table[:, 0] = torch.tensor([tensors["exp_avg"].numel() for tensors in slices])
@@ -115,13 +119,18 @@ def _table_of_units(
     return _reduce(of_numbers, numbers, locator, states[0][0].device)[:, FIRST_MASKED:]
 
 
+def _slices(p: Tensor, own: dict[str, Tensor], locator: Locator, by_rows: bool = False) -> list[Slice]:
+    return locator.slices(p, by_rows, in_blocks=is_quantized(own["exp_avg"]))
+
+
 def _sums_of_squares(states: _States, table: UnitTable, h: Hyperparameters, locator: Locator) -> Tensor:
     """Σa² of each unit of the table; a is the average that the signal is estimated from. Collective."""
     by_rows = h.reduction == "per_row"
     name = "exp_avg" if h.signal_beta is None else "exp_avg_signal"
-    pieces = [
-        (piece.of(moment_of(own, name)), piece.units) for p, own in states for piece in locator.slices(p, by_rows)
-    ]
+    pieces = []
+    for p, own in states:
+        slices = _slices(p, own, locator, by_rows)
+        pieces += zip(slices_of(moment_of(own, name), slices), [piece.units for piece in slices], strict=True)
     sums = []
     for index in buckets([average for average, _ in pieces]):
         values = _by_list(row_sums_of_squares if by_rows else sums_of_squares, [pieces[i][0] for i in index])

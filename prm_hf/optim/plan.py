@@ -191,7 +191,8 @@ class StepPlan:
         scalars = self._clock.advance()
         for unit_masks in self._masks.values():
             own = [x for x in self._lists if x.unit_masks is unit_masks]
-            q = unit_masks.decide([(x.units, x.first_half(scalars)) for x in own], scalars, self._transform)
+            sums = [pair for x in own for pair in x.sums(scalars)]
+            q = unit_masks.decide(sums, scalars, self._transform)
             for x in own:
                 x.second_half(scalars, q[x.units])
         for x in self._lists:

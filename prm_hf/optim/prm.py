@@ -81,8 +81,7 @@ class PRM(Optimizer):
         state_dtype (`str` or `torch.dtype`): how `exp_avg`, `exp_avg_sq` and `exp_avg_signal` are kept: `"float32"`;
             `"bf16"`; or `"8bit"`, codes of 8 bits with a scale for each 256 of them, but in float32 tensors of fewer
             than 4096 elements or with rows of fewer than 64. The step is computed in float32, and what is kept is
-            rounded once. `"bf16"` is not for DeepSpeed ZeRO and FSDP1, `"8bit"` for whole tensors alone (one process,
-            DDP).
+            rounded once. FSDP1 takes float32 alone, and `"8bit"` is not for tensors that are sharded by columns.
 
     All arguments may differ between parameter groups.
 
@@ -151,6 +150,7 @@ class PRM(Optimizer):
         self._absorb_loaded()
         state_dict = super().state_dict()
         self._deepspeed.add_variances(state_dict["param_groups"])
+        self._deepspeed.mark_codes(state_dict["param_groups"], self.state.values())
         return state_dict
 
     @torch._disable_dynamo
@@ -163,6 +163,7 @@ class PRM(Optimizer):
                 other has none. Or it was not trained by PRM.
         """
         own = [{key: group[key] for key in (LifeCycle.NUMBER, "state_dtype")} for group in self.param_groups]
+        replaced = [self._locator.has_replaced(g[LifeCycle.NUMBER], g["params"]) for g in self.param_groups]
         given: dict[str, Any] = {}
 
         def before(_, state_dict: dict[str, Any]) -> None:
@@ -176,7 +177,8 @@ class PRM(Optimizer):
         def after(_) -> None:
             for group, kept in zip(self.param_groups, own, strict=True):
                 group.update(kept)
-            load_state(self.param_groups, self.state, given)
+                group.pop(LifeCycle.CODES, None)
+            load_state(self.param_groups, self.state, given, replaced)
 
         # Among the hooks of others: what those before have changed is loaded, what those after change stays.
         with (
@@ -242,12 +244,12 @@ class PRM(Optimizer):
         return plan
 
     def _init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        state = self.state[p]
+        state, flat = self.state[p], self._locator.buffer(p)
         if not state:
-            state.update(new_state(p, group, flat=self._locator.flat))
+            state.update(new_state(p, group, flat))
         else:
-            check_state(state, group, flat=self._locator.flat)
-            convert(p, state, group["state_dtype"])
+            check_state(state, group, flat)
+            convert(p, state, group["state_dtype"], flat)
         return state
 
     def transform_unit_masks(self, q: Tensor) -> Tensor:

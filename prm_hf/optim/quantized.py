@@ -2,7 +2,8 @@ r"""State tensors as the step computes with them, and as they are kept: in bfloa
 
 A value of 8 bits is a float of 3 mantissa bits, in units of the `scale` of its block. A block is 256 neighbours in one
 row (the last one of a row may be shorter), and its largest value has the largest code. Blocks end where rows do, so
-that a step may take any rows.
+that a step may take any rows, and so that a process that holds whole rows holds whole blocks. In a flat buffer they
+also begin and end where the part of a row does that the buffer holds.
 
 ==========  ====================================  ==================================  ========
             bits                                  smallest, of the block's largest    zero
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..sharding import FlatBuffer, Slice, UnitRange, has_whole_rows, is_dtensor, local_tensor, shard_rows
 from .masks import as_rows, n_rows
 
 
@@ -40,6 +42,7 @@ TINY = torch.finfo(torch.float32).tiny
 SIGNED = ("exp_avg", "exp_avg_signal")
 MOMENTS = (*SIGNED, "exp_avg_sq")  # what `state_dtype` is about
 REDUCED = (torch.uint8, torch.bfloat16)
+_WHOLE = Slice(UnitRange(0, 0, 1), 0, 0, None)  # of a tensor that is no flat buffer
 
 
 def lowest(signed: bool) -> int:
@@ -53,7 +56,7 @@ class Quantized:
 
     Attributes:
         codes: uint8, of the tensor's shape.
-        scale: float32 `(rows, blocks of a row)`.
+        scale: float32 `(rows, blocks of a row)`; of a flat buffer `(blocks,)`, slice by slice.
         signed: whether values may be negative.
     """
 
@@ -77,15 +80,47 @@ class Quantized:
             return self
         return Quantized(self.codes[rows], self.scale[rows], self.signed)
 
+    def slices(self, slices: list[Slice]) -> list["Quantized"]:
+        """[`slices_of`]."""
+        codes, scale = [piece.of(self.codes) for piece in slices], local_tensor(self.scale)
+        scales = scale.split([_n_blocks(x) for x in codes]) if scale.dim() == 1 else [scale]
+        by_row = [
+            x.view(n_rows(own), -(-own.shape[-1] // BLOCK)) if x.dim() == 1 else x
+            for own, x in zip(codes, scales, strict=True)
+        ]
+        return [Quantized(own, x, self.signed) for own, x in zip(codes, by_row, strict=True)]
+
 
 def is_quantized(tensor: Tensor | Quantized) -> bool:
     return tensor.dtype == torch.uint8
 
 
-def is_quantizable(p: Tensor) -> bool:
-    """Whether the state of a parameter is kept in 8 bits where it is asked for."""
-    large = p.numel() >= SMALLEST and p.numel() // n_rows(p) >= SHORTEST_ROW
-    return large and p.is_contiguous() and p.dtype != torch.float64
+def slices_of(tensor: Tensor | Quantized, slices: list[Slice]) -> list[Tensor | Quantized]:
+    """The slices of what is shaped as a local tensor, all of them where it is in 8 bits; they share its memory."""
+    return tensor.slices(slices) if is_quantized(tensor) else [piece.of(tensor) for piece in slices]
+
+
+def is_quantizable(p: Tensor, flat: FlatBuffer | None = None) -> bool:
+    """Whether the state of a local tensor is kept in 8 bits where it is asked for.
+
+    That of a flat buffer is if that of any of its tensors would be.
+
+    Raises:
+        ValueError: the rows of a tensor, so large that it is, are cut between processes.
+    """
+    shapes = [(n_rows(p), p.numel() // max(n_rows(p), 1))] if flat is None else flat.shapes
+    large = any(n * in_row >= SMALLEST and in_row >= SHORTEST_ROW for n, in_row in shapes)
+    if not large or not p.is_contiguous() or p.dtype == torch.float64:
+        return False
+    if not is_dtensor(p) or has_whole_rows(p):
+        return True
+    if p.dim() > 1:
+        raise ValueError(
+            f"Invalid state_dtype='8bit': a parameter of shape {tuple(p.shape)} has the placements {p.placements}, "
+            "which cut its rows, and with them blocks of 256 neighbours, whose scale would be that of two processes. "
+            "Shard dimension 0 (without `shard_placement_fn`), or use state_dtype='bf16'."
+        )
+    return False
 
 
 def scale_key(key: str) -> str:
@@ -98,12 +133,28 @@ def moment_of(state: dict[str, Tensor], key: str) -> Tensor | Quantized:
     return Quantized(tensor, state[scale_key(key)], key in SIGNED) if is_quantized(tensor) else tensor
 
 
-def quantized_zeros(like: Tensor, key: str) -> dict[str, Tensor]:
+def quantized_zeros(like: Tensor, key: str, flat: FlatBuffer | None = None) -> dict[str, Tensor]:
     """The two tensors of a moment of zeros."""
-    rows = n_rows(like)
-    blocks = -(-like.numel() // (rows * BLOCK))
-    scale = torch.zeros(rows, blocks, dtype=torch.float32, device=like.device)
-    return {key: torch.zeros_like(like, dtype=torch.uint8), scale_key(key): scale}
+    codes = torch.zeros_like(like, dtype=torch.uint8)
+    shape = (n_rows(like), _n_blocks(like) // n_rows(like)) if flat is None else (n_blocks_of(codes, flat),)
+    scale = torch.zeros(shape, dtype=torch.float32, device=like.device)
+    return {key: codes, scale_key(key): scale if flat is not None else shard_rows(scale, like)}
+
+
+def n_blocks_of(flat_tensor: Tensor, flat: FlatBuffer) -> int:
+    """How many blocks what is shaped as a flat buffer has."""
+    return sum(_n_blocks(piece.of(flat_tensor)) for piece in flat.slices)
+
+
+def _n_blocks(x: Tensor) -> int:
+    return n_rows(x) * -(-x.numel() // (max(n_rows(x), 1) * BLOCK))
+
+
+def requantize(old: Tensor | Quantized, new: Tensor | Quantized, dtype: torch.dtype, flat: FlatBuffer | None) -> None:
+    """Keeps in `new` what `old` keeps, rounded to the nearest; both are of one local tensor."""
+    slices = [_WHOLE] if flat is None else flat.slices
+    for source, target in zip(slices_of(old, slices), slices_of(new, slices), strict=True):
+        write(target, read(source, dtype))
 
 
 def read(tensor: Tensor | Quantized, dtype: torch.dtype) -> Tensor:

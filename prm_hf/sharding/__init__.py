@@ -7,24 +7,28 @@ from .layout import (
     UnitRange,
     find_layout,
 )
-from .locator import Locator
-from .tensors import is_dtensor, is_fake, local_tensor, local_tensors, shard_rows, with_local
+from .locator import FlatBuffer, Locator, Slice
+from .tensors import has_whole_rows, is_dtensor, is_fake, local_tensor, local_tensors, shard, shard_rows, with_local
 from .unit_masks import FlatVariances, UnitTable
 
 
 __all__ = [
+    "FlatBuffer",
     "FlatVariances",
     "Layout",
     "Locator",
     "Segment",
     "ShardingPath",
+    "Slice",
     "UnitRange",
     "UnitTable",
     "find_layout",
+    "has_whole_rows",
     "is_dtensor",
     "is_fake",
     "local_tensor",
     "local_tensors",
+    "shard",
     "shard_rows",
     "with_local",
 ]

@@ -16,8 +16,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from .tensors import shard, shard_rows
 
 
 # Where accelerate puts what FSDP saves as SHARDED_STATE_DICT
@@ -70,6 +72,8 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, folder: str | Path) -
         for number, group in enumerate(state["optimizer"]["param_groups"]):
             saved = saved_settings(folder, number)
             state["optimizer"]["param_groups"][number] = {key: group.get(key) for key in saved}
+        for name, own in state["optimizer"]["state"].items():
+            _follow_saved(own, f"optimizer.state.{name}.", _metadata(folder))
         dcp.load(state, checkpoint_id=Path(folder, SHARDED_OPTIMIZER))
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
         return
@@ -79,14 +83,29 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, folder: str | Path) -
     for i, (p, group) in zip(ids, params, strict=True):
         if isinstance(p, DTensor) and i in state_dict["state"]:
             state_dict["state"][i] = {
-                # Every process has read the whole: each keeps its part, and nobody need send any
-                key: distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-                # (`load_state_dict` does so for `grad_var` of rows)
-                if value.shape == p.shape and not (key == "grad_var" and group["reduction"] == "per_row")
+                # Each process has read the whole, and keeps its part
+                key: shard(value, p)
+                # (`load_state_dict` does so for `grad_var` of rows, and for codes, which have scales)
+                if value.shape == p.shape
+                and not (key == "grad_var" and group["reduction"] == "per_row")
+                and value.dtype != torch.uint8
                 else value
                 for key, value in state_dict["state"][i].items()
             }
     optimizer.load_state_dict(state_dict)
+
+
+def _follow_saved(own: dict[str, torch.Tensor], prefix: str, saved: dict[str, Any]) -> None:
+    """Makes what torch reads the state of a parameter into as it was saved: moments as codes with scales, or not."""
+    for key in [key for key in own if f"{key}_scale" in own and f"{prefix}{key}_scale" not in saved]:
+        del own[f"{key}_scale"]
+    for key, value in list(own.items()):
+        entry, scale = saved.get(f"{prefix}{key}"), saved.get(f"{prefix}{key}_scale")
+        if entry is not None and torch.uint8 in (value.dtype, entry.properties.dtype):
+            own[key] = torch.empty_like(value, dtype=entry.properties.dtype)
+        if scale is not None:
+            empty = torch.empty(scale.size, dtype=scale.properties.dtype, device=value.device)
+            own[f"{key}_scale"] = shard_rows(empty, value)
 
 
 def saved_settings(folder: str | Path, group: int) -> list[str]:

@@ -3,6 +3,7 @@
 (How its flat buffers are read is in `layout.py`.)
 """
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -87,6 +88,7 @@ class LifeCycle:
     NUMBER = "prm_group"
     VARIANCES: ClassVar = {"per_tensor": "prm_grad_var", "per_row": "prm_row_grad_var"}
     HELD: ClassVar = {"per_tensor": "prm_held_grad_var", "per_row": "prm_held_row_grad_var"}
+    CODES = "prm_codes"  # in checkpoints, where moments of flat buffers are codes of 8 bits with their scales
 
     def __init__(self, locator: Locator) -> None:
         self._locator = locator
@@ -123,7 +125,17 @@ class LifeCycle:
         return self._created[group[self.NUMBER]]
 
     def absorb(self, groups: list[dict[str, Any]]) -> None:
-        """Takes over what a checkpoint put into the parameter groups, however DeepSpeed put it there."""
+        """Takes over what a checkpoint put into the parameter groups, however DeepSpeed put it there.
+
+        Raises:
+            ValueError: DeepSpeed left the scales of 8-bit values out.
+        """
+        if any(self.CODES in group for group in groups):
+            raise ValueError(
+                "The checkpoint is a universal one of a run with state_dtype='8bit', of whose state DeepSpeed keeps "
+                "the codes without their scales. Resume the original one on as many processes as wrote it; with "
+                "state_dtype='float32' there, what is saved next can be converted."
+            )
         self._restore(groups)
         for group in groups:
             for keys, is_whole in ((self.VARIANCES, True), (self.HELD, False)):
@@ -160,6 +172,12 @@ class LifeCycle:
                 table, is_whole = self.variances.saved(reduction, group[self.NUMBER], whole)
                 if table is not None:
                     group[(self.VARIANCES if is_whole else self.HELD)[reduction]] = table
+
+    def mark_codes(self, groups: list[dict[str, Any]], states: Iterable[dict[str, Tensor]]) -> None:
+        """Says in the groups of a state dict if the state of flat buffers, whose scales are vectors, is in 8 bits."""
+        if any(key.endswith("_scale") and x.dim() == 1 for state in states for key, x in state.items()):
+            for group in groups:
+                group[self.CODES] = True
 
     def has_variances(self, group: dict[str, Any]) -> bool:
         """Whether a checkpoint's group carries variances of flat buffers."""

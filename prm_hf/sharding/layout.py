@@ -36,19 +36,20 @@ class ShardingPath(enum.Enum):
     def check(self, reduction: str, state_dtype: str) -> None:
         """Raises ValueError for what can't be had where this path shards tensors.
 
-        FSDP1 keeps to itself where in a tensor a shard begins. DeepSpeed's flat buffers and FSDP1's optimizer state
-        are converted and moved by these libraries as float32, and blocks of 8-bit values do not end where shards do.
+        FSDP1 keeps to itself where in a tensor a shard begins, and puts the optimizer's state together for a
+        checkpoint as float32 values of the parameter's shape, where codes have a scale beside them.
         """
-        if reduction == "per_row" and self is ShardingPath.FSDP1:
+        if self is not ShardingPath.FSDP1:
+            return
+        if reduction == "per_row":
             raise ValueError(
                 f"Invalid reduction='per_row': it is not supported under {self.value}, which does not say which rows "
                 "of a tensor a process holds. Use FSDP2 (`fsdp_version: 2`), or reduction='per_tensor'."
             )
-        if state_dtype == "8bit" or (state_dtype == "bf16" and self is not ShardingPath.FSDP2):
+        if state_dtype != "float32":
             raise ValueError(
-                f"Invalid state_dtype={state_dtype!r}: it is not supported under {self.value}. Use "
-                "state_dtype='float32'; or FSDP2, where 'bf16' works; or one process or DDP, where every state_dtype "
-                "does."
+                f"Invalid state_dtype={state_dtype!r}: it is not supported under {self.value}, which moves the state "
+                "into and out of checkpoints as float32. Use FSDP2 (`fsdp_version: 2`), or state_dtype='float32'."
             )
 
 

@@ -34,6 +34,18 @@ class Slice(NamedTuple):
         return tensor.narrow(0, self.start, self.length).view(self.shape)
 
 
+class FlatBuffer(NamedTuple):
+    """What a flat buffer holds.
+
+    Attributes:
+        slices: as what is kept in blocks of 8 bits has them.
+        shapes: rows, and elements a row, of the original tensors that it holds, or holds a part of.
+    """
+
+    slices: list[Slice]
+    shapes: list[tuple[int, int]]
+
+
 class Locator:
     """The parameters an optimizer was created with, and from its first step on the [`Layout`] of what it steps.
 
@@ -110,21 +122,24 @@ class Locator:
         # Under FSDP1 an optimizer may have been given shards alone
         return sum(self.layout.numels if self.layout.path is ShardingPath.FSDP1 else self._numels)
 
-    def slices(self, p: Tensor, by_rows: bool = False, split: bool = True) -> list[Slice]:
+    def slices(self, p: Tensor, by_rows: bool = False, split: bool = True, in_blocks: bool = False) -> list[Slice]:
         """This process' slices of local tensor `p`, each in one original tensor.
 
         Args:
             by_rows: slices are matrices of whole rows, or of a part of one row.
             split: whether a flat buffer is taken apart; else it is one slice.
+            in_blocks: those of a flat buffer are such matrices whatever their units are: what is kept in blocks of 8
+                bits can be cut at rows alone.
         """
-        if self.flat and not split:
+        if self.flat and not split and not in_blocks:
             return [Slice(UnitRange(self.members(p)[0], 0, 1), 0, p.numel(), None)]
         segments = self.layout.segments[id(p)] or [Segment(self.members(p)[0], 0, 0)]  # a buffer of padding alone
-        return [piece for segment in segments for piece in self._slices_of(p, segment, by_rows)]
+        return [piece for segment in segments for piece in self._slices_of(p, segment, by_rows, in_blocks)]
 
-    def _slices_of(self, p: Tensor, segment: Segment, by_rows: bool) -> Iterator[Slice]:
+    def _slices_of(self, p: Tensor, segment: Segment, by_rows: bool, in_blocks: bool) -> Iterator[Slice]:
         number, start, length, offset = segment
-        if not by_rows or not self.sharded or (self.flat and not length):
+        cuts_rows = (by_rows and self.sharded) or (in_blocks and self.flat)
+        if not cuts_rows or (self.flat and not length):
             units = UnitRange(number, 0, self.layout.rows[number] if by_rows and not self.sharded else 1)
             yield Slice(units, start, length, (length,) if self.flat else None)
             return
@@ -135,7 +150,7 @@ class Locator:
             yield Slice(UnitRange(number, offset // in_row, count), 0, length, (count, columns))
             return
         for begin, end, count in _cut_at_rows(offset, length, in_row):
-            units = UnitRange(number, (offset + begin) // in_row, count)
+            units = UnitRange(number, (offset + begin) // in_row, count) if by_rows else UnitRange(number, 0, 1)
             yield Slice(units, start + begin, end - begin, (count, (end - begin) // count))
 
     def describe(self, n_whole: int) -> tuple[int, str]:
@@ -147,6 +162,14 @@ class Locator:
     def numel(self, p: Tensor) -> int:
         """The elements of the original tensors that local tensor `p` holds, or holds a part of."""
         return sum(self.layout.numels[number] for number in self.members(p))
+
+    def buffer(self, p: Tensor) -> FlatBuffer | None:
+        """What local tensor `p` holds if it is a flat buffer."""
+        if not self.flat:
+            return None
+        rows, numels = ([values[i] for i in self.members(p)] for values in (self.layout.rows, self.layout.numels))
+        shapes = [(n, numel // max(n, 1)) for n, numel in zip(rows, numels, strict=True)]
+        return FlatBuffer(self.slices(p, in_blocks=True), shapes)
 
     def members(self, p: Tensor) -> list[int]:
         """The numbers of the original tensors that advance when local tensor `p` is stepped, also from elsewhere."""

@@ -38,8 +38,15 @@ def has_whole_rows(p: Tensor) -> bool:
     return all(type(x) is Replicate or (type(x) is Shard and x.dim == 0) for x in p.placements)
 
 
+def shard(values: Tensor, p: Tensor) -> Tensor:
+    """Values of the shape of a DTensor, which every process has whole, sharded as it is; nobody sends any."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(values.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+
+
 def shard_rows(values: Tensor, p: Tensor) -> Tensor:
-    """Values of the rows of a parameter, `(rows,)`, sharded as its rows are; as they are where those are not whole.
+    """Values of the rows of a parameter, `(rows, …)`, sharded as its rows are; as they are where those are not whole.
 
     Args:
         values: of all rows, on every process; or sharded already.

@@ -78,7 +78,7 @@ class PRMArguments:
             Mask: `"snr"`, `"soft"`, `"hard"`, or `"none"` for plain AdamW computed by PRM.
         prm_reduction (`str`, *optional*, defaults to `"per_row"`):
             `"per_row"` for one mask value an output row, which costs no more memory than AdamW and a number a row (not
-            under FSDP1, nor with 8-bit state); `"per_tensor"` for one a parameter tensor, at no cost; or
+            under FSDP1); `"per_tensor"` for one a parameter tensor, at no cost; or
             `"per_param"` for one a scalar parameter, which costs half as much again.
         prm_softness (`float`, *optional*, defaults to `1.0`):
             λ, how strongly noise closes the mask.
@@ -107,8 +107,8 @@ class PRMArguments:
             Tensors of fewer elements are updated as by AdamW, with the debiased estimator and one mask a row or a
             tensor; 0 masks all tensors.
         prm_state_dtype (`str`, *optional*, defaults to `"float32"`):
-            How the moments are kept: `"float32"`; `"bf16"` (not under DeepSpeed ZeRO and FSDP1); or `"8bit"` (on one
-            process and under DDP), where those of embeddings stay in float32.
+            How the moments are kept: `"float32"`; `"bf16"`; or `"8bit"`, where those of embeddings stay in float32.
+            Under FSDP1 in float32 alone.
 
         drift_metrics (`bool`, *optional*):
             Whether to measure how far the policy drifts (for preference pairs also rewards and memorization) at each

@@ -49,6 +49,12 @@ FSDP1 = {
 }
 FULL_STATE = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 BF16_STATE = PLAIN | {"prm": PER_TENSOR | {"state_dtype": "bf16"}}
+# With matrices that are in 8 bits wherever they lie, and some that are in flat buffers alone
+LARGER = {"model": {"hidden_size": 64, "intermediate_size": 97}, **SAVED}
+IN_8_BITS = {
+    f"{name}_8bit": {"prm": prm | {"state_dtype": "8bit"}, **LARGER}
+    for name, prm in {"per_tensor": PER_TENSOR, "per_row": PER_ROW, "per_param": PER_PARAM}.items()
+}
 REFUSED_STATE = {"prm": PER_TENSOR | {"state_dtype": "bf16"}}
 PURE_BF16 = PLAIN | {"dtype": "bfloat16"}  # parameters in bfloat16, without float32 copies
 UNIVERSAL_ROWS = {"prm": {"reduction": "per_row"} | DEBIASED, **SAVED}  # universal checkpoints keep all of its state
@@ -60,9 +66,11 @@ KERNELS = {
 }
 SPECIAL = {
     "single": {"pure_bf16": PURE_BF16},
-    "ddp": {"pure_bf16": PURE_BF16},
+    "ddp": {"pure_bf16": PURE_BF16, "per_tensor_8bit": IN_8_BITS["per_tensor_8bit"]},
     "fsdp2": {
         **KERNELS,
+        **IN_8_BITS,
+        "per_param_8bit": IN_8_BITS["per_param_8bit"] | {"environment": FULL_STATE},
         "pure_bf16": PURE_BF16,
         "bf16_state": BF16_STATE,
         "per_row_bf16_state": {"prm": PER_ROW | {"state_dtype": "bf16"}, **SAVED},
@@ -83,6 +91,8 @@ SPECIAL = {
     },
     "zero2": {
         **KERNELS,
+        **IN_8_BITS,
+        "per_row_bf16_state": {"prm": PER_ROW | {"state_dtype": "bf16"}, **SAVED},
         "per_row_universal": UNIVERSAL_ROWS,
         "bf16_fp32": BF16_FP32,
         "fp16": FP16,
@@ -94,7 +104,7 @@ SPECIAL = {
         "bf16_fp32": BF16_FP32,
         "fp16": FP16,
         "plain": PLAIN,
-        "refused_state": REFUSED_STATE,
+        "per_row_8bit": IN_8_BITS["per_row_8bit"],
         "sub_groups": PLAIN | {"deepspeed": SUB_GROUPS},
         "per_row_universal": UNIVERSAL_ROWS,
         "per_row_sub_groups": {"prm": PER_ROW, "deepspeed": SUB_GROUPS, **SAVED},

@@ -1,10 +1,12 @@
 """What the ranks of a run recorded, put together and compared: with another run, or with PRM written a second time."""
 
+import itertools
+
 import numpy as np
 import torch
 
 from ..optim.reference_prm import ReferenceTensor
-from ..optim.reference_quantized import bf16_stochastic
+from ..optim.reference_quantized import bf16_stochastic, dequantize, quantize, random_bits
 
 
 def assemble(ranks: list[dict], step: int, field: str) -> dict[int, torch.Tensor]:
@@ -115,6 +117,44 @@ def _round(reference: ReferenceTensor, lengths: dict[int, int]) -> None:
     reference.v = np.concatenate(parts).reshape(reference.v.shape)
 
 
+MOMENTS = {"exp_avg": "m", "exp_avg_sq": "v", "exp_avg_signal": "a"}
+
+
+def _in_8_bits(x: np.ndarray, in_row: int, offset: int, name: str, step: int) -> np.ndarray:
+    """Elements of a matrix from `offset` on in 8 bits: what is left of a row, whole rows, and the beginning of one."""
+    first = min(-offset % in_row, len(x))
+    cuts = [0, first, first + (len(x) - first) // in_row * in_row, len(x)]
+    parts = []
+    for begin, end in itertools.pairwise(cuts):
+        if end > begin:
+            part = x[begin:end].reshape(-1, min(in_row, end - begin))
+            noise = random_bits(part.size, step) if name == "exp_avg_sq" else None
+            codes, scales = quantize(part, name != "exp_avg_sq", noise)
+            parts.append(dequantize(codes, scales, name != "exp_avg_sq").ravel())
+    return np.concatenate([*parts, x[:0]])
+
+
+def _take_over(reference: ReferenceTensor, ranks: list[dict], step: int, number: int) -> None:
+    """Goes on from the moments that the ranks keep, which have to be the reference's in 8 bits or float32."""
+    shape, path = reference.w.shape, ranks[0]["path"] or ""
+    in_row = reference.w.size // shape[0] if len(shape) > 1 else reference.w.size
+    is_coded = len(shape) > 1 and (path.startswith("DeepSpeed") or (reference.w.size >= 4096 and in_row >= 64))
+    slices = [x for rank in ranks for x in rank["steps"][step]["slices"] if x["tensor"] == number]
+    for name in MOMENTS.keys() & slices[0].keys():
+        exact = getattr(reference, MOMENTS[name]).ravel()
+        expected = exact.copy()
+        for x in slices if is_coded else ():
+            span = slice(x["offset"], x["offset"] + len(x[name]))
+            expected[span] = _in_8_bits(exact[span], in_row, x["offset"], name, reference.t)
+        kept = assemble(ranks, step, name)[number].double().numpy()
+        # Where float32 and float64 lie on two sides of a border, there are two neighbouring codes
+        distance = np.abs(kept - expected)
+        differs = distance > 1e-5 * np.abs(expected) + 1e-7 * np.abs(exact).max()
+        assert differs.mean() < 2e-3 and (distance[differs] <= 0.13 * np.abs(expected[differs])).all()
+        assert is_coded == bool((np.abs(kept - exact) > 1e-5 * np.abs(exact)).mean() > 0.5)
+        setattr(reference, MOMENTS[name], kept.reshape(shape))
+
+
 def replay(ranks: list[dict], prm: dict) -> tuple[float, float]:
     """Feeds the gradients that the ranks saw to the float64 reference: largest difference of masks and of weights."""
     tensors, mask, weight = {}, 0.0, 0.0
@@ -127,15 +167,18 @@ def replay(ranks: list[dict], prm: dict) -> tuple[float, float]:
             reference = tensors.setdefault(number, ReferenceTensor(before[number].view(shape).double().numpy()))
             used = {key: settings[number][key] for key in ("lr", "weight_decay")}
             arguments = {"variance_beta": 0.9, **prm, **used}
-            is_rounded = arguments.pop("state_dtype", "float32") == "bf16"
+            state_dtype = arguments.pop("state_dtype", "float32")
             arguments.pop("fused", None)
             reference.step(gradient.view(shape).double().numpy(), **arguments)
-            if is_rounded:
+            if state_dtype == "8bit":
+                _take_over(reference, ranks, step, number)
+            if state_dtype == "bf16":
                 segments = [x for rank in ranks for x in rank["steps"][step]["slices"] if x["tensor"] == number]
                 _round(reference, {x["offset"]: len(x["grad"]) for x in segments if x["grad"] is not None})
             q, w = (torch.from_numpy(x).flatten() for x in (reference.q, reference.w))
             expected_masks[number] = q[:1] if prm["reduction"] == "per_tensor" else q
             expected_weights[number] = w
-        mask = max(mask, difference(masks_of(ranks, step), expected_masks, is_relative(prm)))
+        if prm["reduction"] != "per_param" or prm.get("state_dtype") != "8bit":  # of which what is kept does not tell
+            mask = max(mask, difference(masks_of(ranks, step), expected_masks, is_relative(prm)))
         weight = max(weight, difference(assemble(ranks, step, "after"), expected_weights, relative=False))
     return mask, weight

@@ -12,7 +12,7 @@ import pytest
 
 from .launch import launch_runs, read_run
 from .plans import COMMON, PATHS, PER_PARAM, plan
-from .records import assemble, compare_runs, replay
+from .records import assemble, compare_runs, difference, replay
 from .test_traffic import sent_as_modelled
 
 
@@ -171,10 +171,16 @@ def test_fsdp2_and_whole_tensors(recorded, path, other, tmp_path):
         name: COMMON[name] | {"resume": str(recorded.checkpoint(other, name))}
         for name in ("per_tensor", "per_param", "per_row", "lora")
     }
+    if path == "ddp":
+        runs["8bit"] = plan(path)["per_tensor_8bit"] | {"resume": str(recorded.checkpoint(other, "per_tensor_8bit"))}
     runs["to_per_param"] = COMMON["per_tensor"] | {"prm": PER_PARAM, "resume": runs["per_tensor"]["resume"]}
     results = launch_runs(path, runs, tmp_path, PATHS[path])
     for name in ("per_tensor", "per_param", "per_row"):
         resumes_like(results[name], recorded.run(path, name), COMMON[name]["prm"])
+    if path == "ddp":  # the codes of two shards; those of a step are rounded by other random numbers
+        (first, whole) = results["8bit"], recorded.run("fsdp2", "per_tensor_8bit")
+        weights = [assemble(ranks, step, "after") for ranks, step in ((first, 0), (whole, 3))]
+        assert first[0]["error"] is None and difference(*weights, relative=False) < 5e-6
     assert all("has adapters" in error for error in errors(results["lora"]))
     assert all(CONVERTED in error for error in errors(results["to_per_param"]))
 

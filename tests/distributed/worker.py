@@ -32,6 +32,7 @@ from benchmarks.traffic import SentMode
 from prm_hf import PRM
 from prm_hf.optim import masks
 from prm_hf.optim.hyperparameters import Hyperparameters
+from prm_hf.optim.quantized import MOMENTS, moment_of, requantize
 from prm_hf.optim.reductions import row_mean_squares
 from prm_hf.trainers.checkpoints import CheckpointMixin
 
@@ -68,7 +69,7 @@ class RecordingPRM(PRM):
         self._note_unit_masks()
         for group, p, number, grad, before in stepped:
             after = _local(p).detach().clone().flatten()
-            q = self._elementwise_masks(group, p)
+            q, kept = self._elementwise_masks(group, p), self._kept_moments(group, p)
             if self._locator.flat:
                 segments = self._locator.layout.segments[id(p)]
                 slices = [(x.tensor, x.offset, slice(x.start, x.start + x.length)) for x in segments]
@@ -84,10 +85,21 @@ class RecordingPRM(PRM):
                         "before": before[part],
                         "after": after[part],
                         "q": None if q is None else q[part],
+                        **{name: values[part] for name, values in kept.items()},
                         "lr": group["lr"],
                         "weight_decay": group["weight_decay"],
                     }
                 )
+
+    def _kept_moments(self, group, p):
+        """In 8 bits, what is kept of the moments of a local tensor."""
+        kept = {}
+        for name in MOMENTS if group["state_dtype"] == "8bit" else ():
+            if name in self.state[p]:
+                kept[name] = torch.zeros_like(_local(p).detach(), dtype=torch.float32)
+                moment = moment_of(self.state[p], name)
+                requantize(moment, kept[name], torch.float32, self._locator.buffer(p))
+        return {name: x.flatten() for name, x in kept.items()}
 
     def _note_unit_masks(self):
         per_row = self.param_groups[0]["reduction"] == "per_row"
@@ -98,7 +110,6 @@ class RecordingPRM(PRM):
                 before = sum(self._sizes()[: group["prm_group"]])
                 numbers = [before + i for i, p in enumerate(group["params"]) if self.state.get(p)]
                 self.steps[-1]["q"] |= dict(zip(numbers, values, strict=True))
-            return
         for unit_masks in (x for plan in self._plans.values() for x in plan._masks.values()):
             held = unit_masks.table.held
             parts = unit_masks.q.split([units.count for units in held.values()])
@@ -121,6 +132,8 @@ class RecordingPRM(PRM):
 
     def _elementwise_masks(self, group, p):
         if group["reduction"] == "per_tensor" or self._has_unit_masks(group) or p.numel() == 0:
+            return None
+        if group["state_dtype"] == "8bit":  # of what is kept they cannot be told
             return None
         state = {name: _local(value).double() for name, value in self.state[p].items()}
         h = Hyperparameters.of_group(group)

@@ -236,11 +236,10 @@ def test_a_checkpoint_of_torchaos_8_bits_is_converted_with_a_warning(ours):
     train(loaded, params, steps=1)
 
 
-def test_where_tensors_are_held_in_parts_it_is_refused():
-    for path in ShardingPath:
-        path.check("per_tensor", "float32")
-        with pytest.raises(ValueError, match="Invalid state_dtype='8bit'.*under " + path.value.split()[0]):
-            path.check("per_tensor", "8bit")
-    ShardingPath.FSDP2.check("per_tensor", "bf16")
-    with pytest.raises(ValueError, match="Invalid state_dtype='bf16'.*under DeepSpeed ZeRO-3"):
-        ShardingPath.ZERO_3.check("per_tensor", "bf16")
+def test_fsdp1_takes_float32_alone():
+    for path, state_dtype in itertools.product(ShardingPath, ("float32", "bf16", "8bit")):
+        if path is not ShardingPath.FSDP1 or state_dtype == "float32":
+            path.check("per_tensor", state_dtype)
+            continue
+        with pytest.raises(ValueError, match=f"Invalid state_dtype='{state_dtype}'.*under FSDP1"):
+            path.check("per_tensor", state_dtype)

@@ -8,6 +8,7 @@ ones.
 import copy
 import math
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from prm_hf.optim import PRM
+from prm_hf.optim.quantized import MOMENTS, moment_of, requantize
 from prm_hf.sharding.deepspeed import LifeCycle
 
 
@@ -106,7 +108,7 @@ class ZeRO12:
 
     def _make(self, originals, flats, settings):
         groups = [{"params": group} for group in [*originals, []]]  # the last one trains nothing, as with LoRA
-        self.optimizer = PRM(groups, foreach=True, lr=0.01, **settings)
+        self.optimizer = PRM(groups, **({"foreach": True, "lr": 0.01} | settings))
         self.flats, self.originals = flats, originals
         self._show(flats)
 
@@ -263,10 +265,102 @@ def test_what_is_cut_is_added_up_and_nothing_else(monkeypatch, way, share, setti
     assert n_units <= sum(kept) - paddings <= n_units + (PROCESSES - 1) * sum(sums) / 16
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+IN_8_BITS = {name: SETTINGS[name] for name in ("per_tensor", "signal")}
+IN_8_BITS |= {"per_param": {"reduction": "per_param"}, "none": {"mask": "none"}}
+
+
+@pytest.fixture
+def tiny_blocks(monkeypatch):
+    """All tensors are in 8 bits where a buffer has one of twelve elements, in blocks of up to two."""
+    for name, value in {"SMALLEST": 12, "SHORTEST_ROW": 1, "BLOCK": 2}.items():
+        monkeypatch.setattr(f"prm_hf.optim.quantized.{name}", value)
+
+
+def moments_of(one):
+    """By name of a moment, the values that a process keeps of each flat buffer."""
+    values = {}
+    for flat in one.flats:
+        state, buffer = one.optimizer.state[flat], one.optimizer._locator.buffer(flat)
+        for name in {*MOMENTS} & {*state}:
+            values.setdefault(name, {})[id(flat)] = x = torch.zeros_like(flat.detach())
+            requantize(moment_of(state, name), x, torch.float32, buffer)
+    return values
+
+
+@pytest.mark.parametrize("settings", IN_8_BITS.values(), ids=IN_8_BITS)
+@pytest.mark.parametrize(("way", "share"), CASES)
+def test_8_bits_are_one_process_step_from_what_is_kept(monkeypatch, tiny_blocks, way, share, settings):
+    values, *grads = draw(4)
+    params, expected = single(values, settings)  # in float32
+    processes = Processes(monkeypatch)
+    held = processes.run(lambda rank: way(rank, values, PROCESSES, share, settings | {"state_dtype": "8bit"}))
+    for own in grads:
+        processes.run(lambda rank, own=own: held[rank].step(own))
+        for p, grad in zip(params, own, strict=True):
+            p.grad = grad
+        expected.step()
+        kept = [moments_of(one) for one in held]
+        for found, p in zip(whole_of(held, lambda one: lambda flat: flat), params, strict=True):
+            torch.testing.assert_close(found, p.detach(), rtol=1e-6, atol=1e-7)
+        for name in kept[0]:
+            by_flat = {key: x for own in kept for key, x in own[name].items()}
+            whole = whole_of(held, lambda one, by_flat=by_flat: lambda flat: by_flat[id(flat)])
+            for i, (p, found) in enumerate(zip(params, whole, strict=True)):
+                exact = expected.state[p][name]
+                precision = 0 if i in OF_GROUPS[1] else 0.126 if name == "exp_avg_sq" else 0.0626
+                torch.testing.assert_close(found, exact, rtol=precision, atol=precision * 1e-6)
+                exact.copy_(found)
+    states = [one.optimizer.state[flat] for one in held for flat in one.flats]
+    assert [state["exp_avg"].dtype for state in states] == [torch.uint8, torch.float32] * PROCESSES
+    # Two neighbours of a row that lie in one process have a scale together
+    n_blocks = [0] * PROCESSES
+    for rank, one in enumerate(held):
+        for i, first, end, *_ in one.pieces:
+            in_row = NUMELS[i] // (SHAPES[i][0] if len(SHAPES[i]) > 1 else 1)
+            rows = Counter(element // in_row for element in range(first, end))
+            n_blocks[rank] += sum(-(-count // 2) for count in rows.values()) * (i in OF_GROUPS[0])
+    assert [len(state["exp_avg_scale"]) for state in states[::2]] == n_blocks
+    stats = processes.run(lambda rank: held[rank].optimizer.get_mask_stats())
+    assert len(set(map(repr, stats))) == 1
+    assert stats[0] == pytest.approx(expected.get_mask_stats(), rel=1e-5, abs=1e-9, nan_ok=True)
+
+
+REDUCED = {f"{name}_8bit": SETTINGS[name] | {"state_dtype": "8bit"} for name in ("per_tensor", "signal")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [x for name, x in IN_8_BITS.items() if name != "none"], ids=str)
+def test_the_kernels_step_slices_in_8_bits(monkeypatch, tiny_blocks, settings):
+    kernel = pytest.importorskip("prm_hf.optim.triton.launch", reason="needs triton")
+    if not kernel.INTERPRETED:
+        pytest.skip("its processes are threads of a CPU")
+    monkeypatch.setattr("prm_hf.optim.quantized.BLOCK", 256)  # as is compiled in
+    run, lock = kernel.KernelTables.run, threading.Lock()
+
+    def one_at_a_time(*args, **kwargs):  # as the interpreter has no threads
+        with lock:
+            return run(*args, **kwargs)
+
+    monkeypatch.setattr(kernel.KernelTables, "run", one_at_a_time)
+    values, *grads = draw(3)
+    found = []
+    for implementation in ({"foreach": True}, {"foreach": None, "fused": True}):
+        world, used = Processes(monkeypatch), settings | {"state_dtype": "8bit"} | implementation
+        held = world.run(lambda rank, used=used: ZeRO12(rank, values, PROCESSES, 13, used))
+        for own in grads:
+            world.run(lambda rank, held=held, own=own: held[rank].step(own))
+        found.append(whole_of(held, lambda one: lambda flat: flat))
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("settings", (SETTINGS | REDUCED).values(), ids=SETTINGS | REDUCED)
 @pytest.mark.parametrize(("way", "share", "other"), [(ZeRO12, 13, 23), (ZeRO12, 15, 45), (ZeRO3, None, None)])
-def test_a_checkpoint_is_read_by_as_many_processes_and_by_two(monkeypatch, way, share, other, settings):
-    """By as many to the last bit; by two as from a universal checkpoint, which has the groups of the first."""
+def test_a_checkpoint_is_read_by_as_many_processes_and_by_two(monkeypatch, tiny_blocks, way, share, other, settings):
+    """By as many to the last bit; by two as from a universal checkpoint, which has the groups of the first.
+
+    DeepSpeed keeps no scales in a universal one, so that 8 bits are refused.
+    """
     values, *grads = draw(6)
     names = ["exp_avg", "exp_avg_sq"] + ["exp_avg_signal"] * ("signal_beta" in settings)
     world = Processes(monkeypatch)
@@ -300,8 +394,36 @@ def test_a_checkpoint_is_read_by_as_many_processes_and_by_two(monkeypatch, way, 
         for name in names:
             one.read(moments[name], name)
         for group, first in zip(one.optimizer.param_groups, saved[0]["param_groups"], strict=True):
-            group.update({key: first[key] for key in LifeCycle.VARIANCES.values() if key in first})
+            group.update({key: first[key] for key in (LifeCycle.CODES, *LifeCycle.VARIANCES.values()) if key in first})
+    if "state_dtype" in settings:
+        with pytest.raises(ValueError, match="a universal one of a run with state_dtype='8bit'"):
+            two.run(lambda rank: moved[rank].step(grads[3]))
+        return
     for own in grads[3:]:
         two.run(lambda rank, own=own: moved[rank].step(own))
     for found, x in zip(whole_of(moved, lambda one: lambda flat: flat), expected, strict=True):
         torch.testing.assert_close(found, x, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("float32", "8bit"), ("8bit", "float32"), ("8bit", "bf16")])
+@pytest.mark.parametrize(("way", "share"), [(ZeRO12, 13), (ZeRO3, None)])
+def test_a_checkpoint_of_another_state_dtype_is_converted(monkeypatch, tiny_blocks, way, share, theirs, ours):
+    values, *grads = draw(4)
+    world = Processes(monkeypatch)
+    signal = SETTINGS["signal"]
+    held = world.run(lambda rank: way(rank, values, PROCESSES, share, signal | {"state_dtype": theirs}))
+    for own in grads[:2]:
+        world.run(lambda rank, own=own: held[rank].step(own))
+    saved = world.run(lambda rank: held[rank].optimizer.state_dict())
+    again = world.run(lambda rank: way(rank, values, PROCESSES, share, signal | {"state_dtype": ours}))
+    names = {"float32": "float32", "bf16": "bfloat16", "8bit": "8 bits"}
+    with pytest.warns(UserWarning, match=f"keeps in {names[theirs]} are kept in {names[ours]} by this optimizer"):
+        world.run(lambda rank: again[rank].optimizer.load_state_dict(saved[rank]))
+    for one in (held, again):
+        world.run(lambda rank, one=one: one[rank].step(grads[2]))
+    dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}[ours]
+    for before, after in zip(held, again, strict=True):
+        assert after.optimizer.state[after.flats[0]]["exp_avg"].dtype == dtype
+        pairs = zip(moments_of(before).values(), moments_of(after).values(), strict=True)
+        for x, y in ((x, y) for a, b in pairs for x, y in zip(a.values(), b.values(), strict=True)):
+            torch.testing.assert_close(x, y, rtol=0.25, atol=0.02)

@@ -2,17 +2,22 @@
 
 import copy
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from prm_hf.optim import PRM
+from prm_hf.optim.quantized import MOMENTS, moment_of, read
 from prm_hf.sharding import Layout, Segment, ShardingPath, find_layout
+from prm_hf.sharding.checkpoint import SHARDED_OPTIMIZER, load_optimizer
 from prm_hf.sharding.deepspeed import check_config
 from prm_hf.sharding.fsdp import check_plugin
 from prm_hf.sharding.locator import _cut_at_rows
@@ -150,6 +155,112 @@ def test_variances_of_rows_are_sharded_also_where_a_checkpoint_has_them_whole(pr
     assert second.state[theirs]["grad_var"].placements == theirs.placements
     for x, y in ((ours, theirs), (first.state[ours]["grad_var"], second.state[theirs]["grad_var"])):
         assert torch.equal(x.full_tensor(), y.full_tensor())
+
+
+LARGE = [(70, 300), (80, 8, 9), (5000,), (3, 5)]  # the last one is too small, the one before it has its row cut
+
+
+@pytest.mark.parametrize("settings", [{"reduction": "per_row", "signal_beta": 0.98}, {"reduction": "per_tensor"}])
+def test_8_bits_of_rows_that_are_whole(process_group, settings):
+    values = [torch.randn(shape) for shape in LARGE]
+    whole = [torch.nn.Parameter(x.clone()) for x in values]
+    parts = [_sharded(x, [Shard(0)]) for x in values]
+    optimizers = [PRM(ps, state_dtype="8bit", foreach=True, **settings) for ps in (whole, parts)]
+    for _ in range(3):
+        for x, y in zip(whole, parts, strict=True):
+            x.grad = torch.randn_like(x)
+            y.grad = distribute_tensor(x.grad, y.device_mesh, y.placements)
+        for optimizer in optimizers:
+            optimizer.step()
+    for i, (x, y) in enumerate(zip(whole, parts, strict=True)):
+        ours, theirs = (optimizer.state[p] for optimizer, p in zip(optimizers, (x, y), strict=True))
+        assert ("exp_avg_scale" in theirs) == (i < 2) and ("exp_avg_scale" in ours) == (i < 3)
+        if i != 2:
+            assert torch.equal(y.full_tensor(), x)
+            for key in {*theirs} - {"step", "grad_var"}:
+                assert theirs[key].placements == y.placements and torch.equal(theirs[key].full_tensor(), ours[key])
+    assert optimizers[0].get_mask_stats() == pytest.approx(optimizers[1].get_mask_stats(), rel=1e-3)
+    columns = _sharded(values[0], [Shard(1)])
+    columns.grad = distribute_tensor(values[0], columns.device_mesh, columns.placements)
+    with pytest.raises(
+        ValueError, match=r"Invalid state_dtype='8bit': a parameter of shape \(70, 300\).*cut its rows"
+    ):
+        PRM([columns], state_dtype="8bit").step()
+
+
+def _model_and_optimizer(is_sharded, state_dtype):
+    torch.manual_seed(0)
+    model = torch.nn.ParameterList([torch.randn(shape) for shape in LARGE])
+    if is_sharded:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    return model, PRM(model.parameters(), state_dtype=state_dtype, signal_beta=0.98)
+
+
+def _step(model, optimizer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        gradient = torch.randn(p.shape, generator=generator)
+        p.grad = distribute_tensor(gradient, p.device_mesh, p.placements) if isinstance(p, DTensor) else gradient
+    optimizer.step()
+
+
+def _whole(x):
+    return x.detach().full_tensor() if isinstance(x, DTensor) else x.detach()
+
+
+def _moments(optimizer):
+    states = [{key: _whole(x) for key, x in state.items()} for state in optimizer.state.values()]
+    return [read(moment_of(state, key), torch.float32) for state in states for key in MOMENTS]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "is_sharded", "was_sharded"),
+    [
+        ("8bit", "8bit", True, True),
+        ("8bit", "8bit", False, True),
+        ("8bit", "8bit", True, False),
+        ("8bit", "float32", True, True),
+        ("float32", "8bit", True, True),
+        ("float32", "8bit", True, False),
+        ("8bit", "bf16", False, True),
+    ],
+)
+def test_checkpoints_of_8_bits_move(process_group, tmp_path, theirs, ours, is_sharded, was_sharded):
+    model, optimizer = _model_and_optimizer(was_sharded, theirs)
+    for t in range(2):
+        _step(model, optimizer, t)
+    if was_sharded:
+        dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path / SHARDED_OPTIMIZER)
+    else:
+        torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    other, loaded = _model_and_optimizer(is_sharded, ours)
+    with warnings.catch_warnings(record=True) as caught:
+        load_optimizer(other, loaded, tmp_path)
+    # Also of the vector, which is in 8 bits where it is whole
+    is_converted = theirs != ours or is_sharded != was_sharded
+    assert any("were converted" in str(x.message) for x in caught) == is_converted
+    for i, (x, y) in enumerate(zip(_moments(optimizer), _moments(loaded), strict=True)):
+        bound = 0.07 if theirs != ours or (i // len(MOMENTS) == 2 and not is_sharded) else 0
+        assert ((x - y).abs() <= bound * y.abs() + bound * 1e-4).all()
+    for x, y in zip(model.parameters(), other.parameters(), strict=True):
+        y.data.copy_(distribute_tensor(_whole(x), y.device_mesh, y.placements) if is_sharded else _whole(x))
+    for each in ((model, optimizer), (other, loaded)):
+        _step(*each, 2)
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    assert max((_whole(x) - _whole(y)).abs().max() for x, y in pairs) <= (1e-3 if is_converted else 0)
+
+
+def test_codes_are_not_read_as_values(process_group):
+    """As torch does with whole checkpoints of shards, which it reads into what the optimizer has."""
+    for theirs, ours in (("8bit", "float32"), ("float32", "8bit")):
+        optimizers = []
+        for state_dtype in (theirs, ours):
+            model, optimizer = _model_and_optimizer(True, state_dtype)
+            _step(model, optimizer, 0)
+            optimizers.append(optimizer)
+        saved, other = (x.state_dict() for x in optimizers)
+        with pytest.raises(ValueError, match=f"with state_dtype='{theirs}', .* Resume with state_dtype='{theirs}'"):
+            optimizers[1].load_state_dict(saved | {"state": other["state"]})
 
 
 def test_masks_of_rows_where_it_is_not_known_whose_they_are(process_group):

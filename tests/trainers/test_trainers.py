@@ -189,16 +189,16 @@ def test_a_deepspeed_optimizer_raises(trainer_class, config, tmp_path):
         trainer_class(make_model(), args=args, train_dataset=TRAIN, processing_class=make_tokenizer())
 
 
-def test_bf16_state_under_deepspeed_zero_raises(tmp_path):
-    args = PRMDPOConfig(**settings(tmp_path, prm_state_dtype="bf16"))
-    args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 2}}, zero_stage=2)
-    with pytest.raises(ValueError, match="state_dtype='bf16'.*under DeepSpeed ZeRO-1/2"):
-        PRMDPOTrainer(make_model(), args=args, train_dataset=TRAIN, processing_class=make_tokenizer())
-
-
-def test_masks_of_rows_under_fsdp1_raise(tmp_path, monkeypatch):
-    args = PRMSFTConfig(**settings(tmp_path, prm_reduction="per_row", drift_metrics=False))
-    with pytest.raises(ValueError, match="'per_row': it is not supported under FSDP1.*Use FSDP2.*'per_tensor'"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prm_reduction": "per_row"}, "'per_row': it is not supported under FSDP1.*Use FSDP2.*'per_tensor'"),
+        ({"prm_reduction": "per_tensor", "prm_state_dtype": "8bit"}, "state_dtype='8bit': .* under FSDP1.*Use FSDP2"),
+    ],
+)
+def test_what_fsdp1_cannot_hold_raises(tmp_path, monkeypatch, changes, message):
+    args = PRMSFTConfig(**settings(tmp_path, drift_metrics=False, **changes))
+    with pytest.raises(ValueError, match=message):
         under_fsdp(monkeypatch, 1)(make_model(), args=args, train_dataset=SENTENCES, processing_class=make_tokenizer())
 
 

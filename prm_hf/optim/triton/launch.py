@@ -213,7 +213,7 @@ class TritonList(PlanList):
         self._scalars: np.ndarray | Tensor | None = None
         # Of slices of flat buffers, of which and from which of its elements on
         self._cuts = np.array([(i, piece.start) for i, piece in self.slices], dtype=np.int64).reshape(-1, 2).T
-        self._is_cut = locator.flat and unit_masks is not None
+        self._is_cut = locator.flat
 
     def set_gradients(self, grads: list[Tensor]) -> None:
         super().set_gradients(grads if all(map(Tensor.is_contiguous, grads)) else list(map(Tensor.contiguous, grads)))
