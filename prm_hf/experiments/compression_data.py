@@ -25,6 +25,7 @@ from .. import flip_preferences
 from .._extras import require
 from ..demo import build_demo
 from .data import load_split
+from .simplicity import unilora
 
 
 if TYPE_CHECKING:
@@ -150,19 +151,6 @@ def make_language_model(adapter: str, seed: int = 0) -> nn.Module:
         if adapter == "lora":
             return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
         return peft.get_peft_model(model, unilora(16, 256))
-
-
-def unilora(rank: int, dim: int, start: float = 0.02) -> peft.PeftConfig:
-    """The configuration of a UniLora adapter on all linear layers, whose vector starts between ± `start`.
-
-    Raises:
-        ImportError: this PEFT has no `UniLoraConfig`.
-    """
-    if not hasattr(peft, "UniLoraConfig"):
-        raise ImportError(f'peft {peft.__version__} has no UniLoraConfig: pip install "peft>=0.21".', name="peft")
-    return peft.UniLoraConfig(
-        r=rank, theta_d_length=dim, target_modules="all-linear", init_theta_d_bound=start, task_type="CAUSAL_LM"
-    )
 
 
 def preferences(args: CompressionArguments, random_labels: bool) -> tuple[str, Dataset, Dataset]:

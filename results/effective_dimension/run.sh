@@ -9,8 +9,8 @@ cpu() { # linear models, and classifiers of digits
     python recipes/effective_dimension.py --output "$out"
 }
 
-vit() { # the grid with a ViT
-    python recipes/effective_dimension.py grid --model vit --depths 1 2 --output "$out"
+vit() { # the grid with a ViT, all of its eigenvalues
+    python recipes/effective_dimension.py grid --model vit --widths 8 12 16 --depths 1 2 --output "$out"
 }
 
 gpu() { # Qwen2.5 0.5B with LoRA over 1,000 pairs: the top 50 eigenvalues, and all of them by one gradient a pair
