@@ -10,7 +10,7 @@ from .comparison import Comparison
 from .contrasts import BEST_LR, Contrast
 from .findings import LOST
 from .rows import Row, format_rate
-from .simplicity import MEASURES, mean_of, measures_in, simplest_rows
+from .simplicity import MEASURES, mean_of, measures_in, simplest_rows, span
 from .solved import best_solvers, problems, share_solved
 from .statistics import Interval, finite
 
@@ -102,17 +102,15 @@ def solved_table(comparison: Comparison) -> Table:
 
 
 def simplicity_table(comparison: Comparison) -> Table:
-    """A row a measure and difference, and one of each method without any, at its most accurate learning rate."""
-    heads, rows = ["simplicity", "mean [95 % interval]", "minus that of", "compared at"], []
+    """A row a difference, and one of each method without any; means are those at the most accurate learning rate."""
+    heads, rows = ["measure", "of", "mean [95 % interval]", "minus that of", "compared at"], []
     for measure in measures_in(comparison):
         for row in simplest_rows(comparison, measure):
-            mean = mean_of(row, measure)
-            ends = f" [{number(mean.low)}, {number(mean.high)}]" if mean.known else ""
             found = [c for c in comparison.simplicity if c.left is row and c.measure == measure]
-            name = f"{MEASURES[measure]}, {row.label}"
-            cells = [[c.against, c.kind, c.text if c.interval else c.missing, _p(c)] for c in found]
-            rows += [[name, f"{number(mean.mean)}{ends}", *of_one] for of_one in cells or [["", "", "", ""]]]
-    return Table([*heads, "difference [95 % interval]", "p (Holm)"], rows, {0, 2, 3})
+            cells = [[c.right.name, c.kind, c.text, _p(c)] for c in found] or [["", "", "", ""]]
+            mean = span(mean_of(row, measure), "")
+            rows += [[_MEASURED[measure], row.name, mean, *of_one] for of_one in cells]
+    return Table([*heads, "difference [95 % interval]", "p (Holm)"], rows, {0, 1, 3, 4})
 
 
 def contrast_table(comparison: Comparison) -> Table:

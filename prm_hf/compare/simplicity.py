@@ -26,8 +26,8 @@ from .statistics import Interval, finite
 if TYPE_CHECKING:
     from .comparison import Comparison
 
-MEASURES = {EFFECTIVE_DIMENSION: "effective dimension", CERTIFIED: "certified accuracy", BOUND: "bound, bits a token"}
-EQUAL_ACCURACY, EQUAL_LOSS = "equal accuracy", "equal training loss"
+MEASURES = (EFFECTIVE_DIMENSION, CERTIFIED, BOUND)
+EQUAL_ACCURACY, EQUAL_LOSS = "equal accuracy", "equal loss"
 UNBOUNDED = (-math.inf, math.inf)
 
 
@@ -38,8 +38,14 @@ class SimplicityContrast(Contrast):
     measure: str = EFFECTIVE_DIMENSION
 
     @property
-    def judged(self) -> str:
-        return self.left.label if self.kind == BEST_LR else self.left.name
+    def text(self) -> str:
+        return span(self.interval, "+") if self.interval else self.missing
+
+
+def span(interval: Interval, sign: str) -> str:
+    """`+12.5 [-3, +28]`, of three digits."""
+    ends = f" [{interval.low:{sign}.3g}, {interval.high:{sign}.3g}]" if interval.known else ""
+    return f"{interval.mean:{sign}.3g}{ends}"
 
 
 def measures_in(comparison: Comparison) -> list[str]:

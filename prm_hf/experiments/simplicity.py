@@ -180,7 +180,7 @@ def _dimension(trainer: Trainer, model: torch.nn.Module, alpha: float) -> tuple[
 
     rows, is_dpo = trainer.train_dataset, hasattr(trainer, "beta")
     taken = rows.select(memorization_rows(len(rows), ROWS))
-    size = trainer.args.per_device_eval_batch_size
+    size = 2 if is_dpo else trainer.args.per_device_eval_batch_size  # each gradient of a pair goes through its batch
     options = {"loss": "dpo", "method": "exact", "beta": trainer.beta, "ref_model": trainer.ref_model}
     found = effective_dimension(
         model,
