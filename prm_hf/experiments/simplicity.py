@@ -181,13 +181,15 @@ def _dimension(trainer: Trainer, model: torch.nn.Module, alpha: float) -> tuple[
     rows, is_dpo = trainer.train_dataset, hasattr(trainer, "beta")
     taken = rows.select(memorization_rows(len(rows), ROWS))
     size = 2 if is_dpo else trainer.args.per_device_eval_batch_size  # each gradient of a pair goes through its batch
-    options = {"loss": "dpo", "method": "exact", "beta": trainer.beta, "ref_model": trainer.ref_model}
+    options: dict[str, Any] = {"loss": "causal_lm", "k": None}  # 50, or as many as there are
+    if is_dpo:
+        options = {"loss": "dpo", "method": "exact", "beta": trainer.beta, "ref_model": trainer.ref_model}
     found = effective_dimension(
         model,
         DataLoader(taken, batch_size=size, collate_fn=trainer.data_collator),
         alpha,
         reduction="sum",
-        **(options if is_dpo else {"loss": "causal_lm", "k": EIGENVALUES}),
+        **options,
     )
     values = {name: getattr(found, name) for name in ("value", "lower", "upper", "trace", "loss", "n_params")}
     values["loss"] /= found.n_terms

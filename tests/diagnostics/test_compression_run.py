@@ -102,7 +102,7 @@ def test_a_folder_without_a_model_or_task_is_refused(rows, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_of_the_command(tmp_path, monkeypatch):
-    """A DPO run of the built-in task with a UniLora adapter: measured by the command, and afterwards from its folder."""
+    """A DPO run with a UniLora adapter: measured by the command, and afterwards from its folder."""
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
