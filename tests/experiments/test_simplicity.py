@@ -92,9 +92,9 @@ def test_a_run_without_them_is_another_run(tmp_path):
 
 
 def test_the_adapter_is_one_vector():
-    asked = DPOExperiment.parse([*BOUND, "--lora_r", "3", "--lora_target_modules", "q_proj"])
+    asked = DPOExperiment.parse([*BOUND, "--lora_r", "3", "--lora_target_modules", "q_proj", "v_proj"])
     config = asked.model_settings()["peft_config"]
-    assert (config.theta_d_length, config.r, config.target_modules) == (8, 3, {"q_proj"})
+    assert (config.theta_d_length, config.r, config.target_modules) == (8, 3, {"q_proj", "v_proj"})
     check_experiment(asked)
 
 
