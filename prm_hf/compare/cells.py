@@ -5,13 +5,20 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from ..runs.schema import CLEAN_FIT, COST, KL
+from ..runs.schema import BOUND, CERTIFIED, CLEAN_FIT, COST, EFFECTIVE_DIMENSION, KL
 from .comparison import Comparison
 from .contrasts import BEST_LR, Contrast
 from .findings import LOST
 from .rows import Row, format_rate
+from .simplicity import MEASURES, mean_of, measures_in, simplest_rows, span
 from .solved import best_solvers, problems, share_solved
 from .statistics import Interval, finite
+
+
+SIMPLICITY_NOTE = (
+    "eff. dim.: directions that 256 training rows determine; certified, bound: hold with probability .95 for new rows "
+    "labelled as in training, if the model that training started from has not seen these"
+)
 
 
 class Table(NamedTuple):
@@ -23,7 +30,7 @@ class Table(NamedTuple):
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """Of rows, what else they have, contrasts, recoveries and problems solved; all but the first may be empty."""
+    """Of rows, of what else they have, and those below in their order; all but the first may be empty."""
     heads = extra_header(comparison)
     more = [[*row_cells(row)[:2], *extra_cells(comparison, row)] for row in comparison.rows if heads]
     return [
@@ -32,6 +39,7 @@ def tables(comparison: Comparison) -> list[Table]:
         contrast_table(comparison),
         recovery_table(comparison),
         solved_table(comparison),
+        simplicity_table(comparison),
     ]
 
 
@@ -47,7 +55,11 @@ _MEASURED = {
     "suspects/average_precision": "suspects AP",
     "suspects/share_error": "share error",
     COST: "cost s",
+    EFFECTIVE_DIMENSION: "eff. dim.",
+    CERTIFIED: "certified",
+    BOUND: "bound",
 }
+_SHARES = {name for name in _MEASURED if name.startswith("suspects/")} | {CERTIFIED}
 
 
 def extra_header(comparison: Comparison) -> list[str]:
@@ -62,11 +74,12 @@ def extra_cells(comparison: Comparison, row: Row) -> list[str]:
     of_row = [r for r in recoveries if r.row is row and r.ratio]
     cells = [f"{of_row[0].ratio.mean:.2f}" if of_row else "-"] if comparison.recoveries else []
     cells += [interval_text(share_solved(row))] if problems(comparison) else []
-    return cells + [(number if name == COST else share)(row.mean(name)[0]) for name in _measured(comparison)]
+    return cells + [(share if name in _SHARES else number)(row.mean(name)[0]) for name in _measured(comparison)]
 
 
 def _measured(comparison: Comparison) -> list[str]:
-    return [name for name in _MEASURED if any(name in run.metrics for run in comparison.runs)]
+    found = [name for name in _MEASURED if any(name in run.metrics for run in comparison.runs)]
+    return [name for name in found if name not in MEASURES or name in measures_in(comparison)]
 
 
 def recovery_table(comparison: Comparison) -> Table:
@@ -86,6 +99,18 @@ def solved_table(comparison: Comparison) -> Table:
         of_row = [_contrast_cells(contrast)[1:4] for contrast in comparison.solved if contrast.left is row]
         rows += [[row.label, interval_text(share_solved(row)), *cells] for cells in of_row or [["", "", ""]]]
     return Table([*heads, "difference [95 % interval]", "p (Holm)"], rows, {0, 2})
+
+
+def simplicity_table(comparison: Comparison) -> Table:
+    """A row a difference, and one of each method without any; means are those at the most accurate learning rate."""
+    heads, rows = ["measure", "of", "mean [95 % interval]", "minus that of", "compared at"], []
+    for measure in measures_in(comparison):
+        for row in simplest_rows(comparison, measure):
+            found = [c for c in comparison.simplicity if c.left is row and c.measure == measure]
+            cells = [[c.right.name, c.kind, c.text, p_text(c.p_holm)] for c in found] or [["", "", "", ""]]
+            mean = span(mean_of(row, measure), "")
+            rows += [[_MEASURED[measure], row.name, mean, *of_one] for of_one in cells]
+    return Table([*heads, "difference [95 % interval]", "p (Holm)"], rows, {0, 1, 3, 4})
 
 
 def contrast_table(comparison: Comparison) -> Table:
@@ -145,6 +170,8 @@ def footnote(comparison: Comparison) -> str:
     )
     if comparison.recoveries:
         notes.append("recovery: (method - AdamW) / (AdamW on clean labels - AdamW), in accuracy")
+    if measured := measures_in(comparison):
+        notes.append(SIMPLICITY_NOTE if EFFECTIVE_DIMENSION in measured else SIMPLICITY_NOTE.partition("; ")[2])
     notes += [f"solved: {of_problems}"] if (of_problems := problems(comparison)) else []
     return f"{words} {'; '.join(notes)}." if notes else words
 

@@ -14,6 +14,7 @@ from . import statistics
 from .contrasts import RATE_CONTROLS, Contrast, frontier_contrasts, row_contrasts
 from .recovery import Recovery, find_recoveries
 from .rows import Row, format_rate, make_rows, row_key
+from .simplicity import SimplicityContrast, simplicity_contrasts
 from .solved import solved_contrasts
 
 
@@ -29,6 +30,7 @@ class Comparison:
         lost: those that diverged, failed, are unfinished or cannot be read.
         recoveries: what each method gives back of what wrong labels cost AdamW; none without `adamw_clean`.
         solved: differences in problems solved, where runs have them.
+        simplicity: differences in effective dimension and certified accuracy, likewise.
         apart: where several experiments were given, in what the runs of this one differ from those of the first.
         answer: the key of the answer among `verdict.ANSWERS`.
         verdict: its lines, at most three.
@@ -41,6 +43,7 @@ class Comparison:
     lost: list[Run] = field(default_factory=list)
     recoveries: list[Recovery] = field(default_factory=list)
     solved: list[Contrast] = field(default_factory=list)
+    simplicity: list[SimplicityContrast] = field(default_factory=list)
     apart: list[Difference] = field(default_factory=list)
     answer: str = ""
     verdict: list[str] = field(default_factory=list)
@@ -128,6 +131,7 @@ def build_comparison(runs: list[Run]) -> Comparison:
     comparison = Comparison(make_rows(finished, diverged), [], finished, lost)
     comparison.contrasts = [*row_contrasts(comparison), *frontier_contrasts(comparison)]
     comparison.recoveries, comparison.solved = find_recoveries(comparison), solved_contrasts(comparison)
+    comparison.simplicity = simplicity_contrasts(comparison)
     adjusted = statistics.holm([c.interval.p_value if c.interval else math.nan for c in comparison.contrasts])
     for contrast, p in zip(comparison.contrasts, adjusted, strict=True):
         contrast.p_holm = p

@@ -217,10 +217,13 @@ def groups_of(rows: list[Row], examples: int, outcomes: Outcomes = Run.outcomes)
 
 
 def interval_of(
-    values: np.ndarray, rows: list[Row], outcomes: Outcomes = Run.outcomes, least: float = -1.0
+    values: np.ndarray,
+    rows: list[Row],
+    outcomes: Outcomes = Run.outcomes,
+    bounds: tuple[float, float] = (-1.0, 1.0),
 ) -> Interval:
-    """The interval of a difference of shares, `[seeds, examples]`, of the runs of these rows; of a share from 0 on."""
-    return statistics.bootstrap_interval(values, groups_of(rows, values.shape[1], outcomes), bounds=(least, 1.0))
+    """The interval of the mean of `[seeds, examples]` of the runs of these rows, by default a difference of shares."""
+    return statistics.bootstrap_interval(values, groups_of(rows, values.shape[1], outcomes), bounds=bounds)
 
 
 def _kls(runs: list[Run]) -> np.ndarray:
@@ -240,7 +243,13 @@ def stack(outcomes: list[np.ndarray]) -> np.ndarray:
     return np.stack(outcomes)
 
 
-def between(kind: str, left: Row, right: Row, outcomes: Outcomes = Run.outcomes) -> Contrast:
+def between(
+    kind: str,
+    left: Row,
+    right: Row,
+    outcomes: Outcomes = Run.outcomes,
+    bounds: tuple[float, float] = (-1.0, 1.0),
+) -> Contrast:
     """Left minus right over the seeds that both have."""
     of_right = {run.seed: outcomes(run) for run in right.runs}
     pairs = [(outcomes(run), of_right.get(run.seed)) for run in left.runs]
@@ -256,7 +265,7 @@ def between(kind: str, left: Row, right: Row, outcomes: Outcomes = Run.outcomes)
         return Contrast(kind, left, right, against, missing="no shared seed")
     partly = len(differences) < max(len(left.runs), len(right.runs))
     note = f"over the {len(differences)} seed(s) that both have" if partly else ""
-    return Contrast(kind, left, right, against, interval_of(stack(differences), [left], outcomes), note)
+    return Contrast(kind, left, right, against, interval_of(stack(differences), [left], outcomes, bounds), note)
 
 
 def _at_equal_kl(kind: str, rows: list[Row], baseline: list[Row]) -> Contrast:

@@ -25,6 +25,7 @@ from .contrasts import Contrast
 from .recovery import Recovery
 from .rows import Row
 from .sections import as_html
+from .simplicity import SimplicityContrast
 from .solved import best_solvers, share_solved
 from .statistics import Interval, finite
 from .verdict import judge
@@ -205,6 +206,7 @@ def _comparison_as_dict(comparison: Comparison) -> dict[str, Any]:
         **({"recoveries": list(map(_recovery_as_dict, comparison.recoveries))} if comparison.recoveries else {}),
         **({"solved": list(map(_solved_as_dict, best_solvers(comparison)))} if best_solvers(comparison) else {}),
         **({"solved_contrasts": list(map(_contrast_as_dict, comparison.solved))} if comparison.solved else {}),
+        **({"simplicity": list(map(_simplicity_as_dict, comparison.simplicity))} if comparison.simplicity else {}),
         "runs": [
             {key: getattr(run, key) for key in keys} | ({} if run.finished else {"diverged": run.problem})
             for run in (*comparison.runs, *comparison.ended(DIVERGED))
@@ -251,6 +253,12 @@ def _contrast_as_dict(contrast: Contrast) -> dict[str, Any]:
         "verdict": contrast.verdict,
         "note": contrast.note,
     }
+
+
+def _simplicity_as_dict(contrast: SimplicityContrast) -> dict[str, Any]:
+    found = _contrast_as_dict(contrast)
+    found["verdict"] = contrast.missing
+    return {"measure": contrast.measure, **found}
 
 
 def _recovery_as_dict(recovery: Recovery) -> dict[str, Any]:

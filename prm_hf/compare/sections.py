@@ -19,6 +19,7 @@ from .cells import (
     row_cells,
     row_header,
     share,
+    simplicity_table,
     solved_table,
     told_apart,
 )
@@ -106,6 +107,7 @@ def _details(comparison: Comparison, pictures: dict[str, bytes]) -> list[str]:
         page.details("Paired differences in accuracy", _contrast_table(comparison) if comparison.contrasts else ""),
         page.details("Recovery of what wrong labels cost", _recovery_table(comparison)),
         page.details("Problems solved", _solved_table(comparison)),
+        page.details("How simple the solutions are", _simplicity_table(comparison)),
         page.details("Over the steps of training", figures.get("curves", "")),
         page.details("The mask over the steps", figures.get("mask", "")),
         page.details("Runs, and the command that repeats each", again + _run_table(comparison)),
@@ -168,6 +170,14 @@ def _solved_table(comparison: Comparison) -> str:
     note = page.quiet(f"Share: {problems(comparison)}. Intervals are over seeds and problems.")
     caption = "Problems solved, each method at the learning rate at which it solves the most"
     return _table(solved_table(comparison), caption, note)
+
+
+def _simplicity_table(comparison: Comparison) -> str:
+    note = page.quiet(
+        "Each method at its most accurate learning rate; at equal accuracy or training loss at the highest level that "
+        "both reach in a seed, straight between its learning rates. Intervals are over seeds."
+    )
+    return _table(simplicity_table(comparison), "Effective dimension and what is certified", note)
 
 
 def _table(table: Table, caption: str, note: str) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def share_solved(row: Row) -> Interval | None:
     """The share of problems that a row's models solve, with its interval over seeds and problems."""
     found = [solutions for run in row.runs if (solutions := run.solutions()) is not None]
-    return interval_of(stack(found), [row], Run.solutions, least=0.0) if found else None
+    return interval_of(stack(found), [row], Run.solutions, (0.0, 1.0)) if found else None
 
 
 def best_solvers(comparison: Comparison) -> list[Row]:

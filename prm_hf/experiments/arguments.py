@@ -130,6 +130,17 @@ class ComparisonArguments:
             a `noise_rate`; `adamw_clean` trains on those of the majority.
         label_rater (`int`, *optional*):
             Place of that rater in the list, from 0.
+        effective_dimension (`float`, *optional*):
+            Alpha, above 0, of the effective dimension of each trained model, which is then measured: how many
+            directions of its parameters 256 of its training rows determine, by the curvature of their summed loss
+            (that of DPO, whatever loss was trained on). A run without it is another run.
+        bound (`bool`):
+            Whether the adapter of each trained model is compressed, and its risk on new rows is bounded by the size of
+            the file and the risk on its training rows, with their labels as it was trained on. A run without it is
+            another run.
+        unilora_dim (`int`, *optional*):
+            With `use_peft` the number of values of a UniLora adapter of rank `lora_r`, which is trained in place of
+            LoRA.
 
     After `check`, `compared` are the methods that `methods` names.
     """
@@ -156,6 +167,9 @@ class ComparisonArguments:
     heldout_filter_column: str | None = None
     label_votes_column: str | None = None
     label_rater: int | None = None
+    effective_dimension: float | None = None
+    bound: bool = False
+    unilora_dim: int | None = None
     compared: list[Method] = field(init=False, default_factory=list)
 
     def check(self, known: Collection[str], learning_rate: float, max_grad_norm: float) -> None:
@@ -195,6 +209,8 @@ class ComparisonArguments:
             ("repair_folds", lambda x: x == 0 or x >= 2, "at least 2, or 0 for margins in sample"),
             ("pairs_per_prompt", lambda x: x >= 1, "at least 1"),
             ("label_rater", lambda x: x >= 0, "at least 0"),
+            ("effective_dimension", is_rate, "a positive number, the alpha"),
+            ("unilora_dim", lambda x: x >= 1, "at least 1"),
         )
         check_names_of_folders(self)
         self._check_datasets()

@@ -19,6 +19,7 @@ from .data import Data
 from .experiment import Experiment
 from .grid import configure, defaults_of
 from .selection import SETTINGS as SELECTION
+from .simplicity import check_simplicity, check_units
 
 
 # Arguments that a Trainer has and a comparison does not use, each with the reason.
@@ -58,6 +59,7 @@ def check_experiment(experiment: Experiment) -> None:
             "leave `workers` out, or start one process."
         )
     _check_unused(experiment)
+    check_simplicity(experiment)
     _check_methods(experiment)
 
 
@@ -162,6 +164,7 @@ def check_data(experiment: Experiment, data: Data) -> None:
     """Raises ValueError for rows that a run could not be trained or judged on."""
     experiment.check_rows(data)
     args, compared = experiment.training_args, experiment.script_args.compared
+    check_units(experiment.script_args, data.train_groups, experiment.has_pairs)
     if any(method.key == "vote" for method in compared):
         votes(data.train, data.train_groups)
     if any(method.repair is not None for method in compared) and experiment.script_args.repair_folds:

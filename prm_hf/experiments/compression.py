@@ -47,6 +47,7 @@ class Case:
         levels: The numbers of levels that are tried.
         is_random: Whether labels or tokens are random.
         start: `"init"`; `"rendered"`, trained on rendered digits; or `"half"`, trained on the first half of the rows.
+        rows: Of the built-in task how many pairs, each of a prompt of its own.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Case:
     levels: tuple[int, ...] = (5, 9)
     is_random: bool = False
     start: str = "init"
+    rows: int = 0
 
 
 DIGITS = (
@@ -64,10 +66,20 @@ DIGITS = (
     Case("data-dependent prior", 10, steps=100, levels=(2, 3), start="half"),
 )
 DOCUMENTS_OF = (Case("counting documents", LORA_DIM), Case("random tokens", LORA_DIM, is_random=True))
+# The more prompts, the more values are worth their bits. Sizes were chosen on pairs of other seeds.
 PAIRS = (
-    Case("labels as given", 24, steps=150, levels=(2, 3, 5)),
-    Case("random labels", 24, steps=150, levels=(2, 3, 5), is_random=True),
+    Case("256 prompts", 8, steps=200, levels=(2, 3), rows=256),
+    Case("1,024 prompts", 32, steps=200, levels=(2, 3), rows=1024),
+    Case("2,048 prompts", 32, steps=200, levels=(2, 3), rows=2048),
+    Case("4,096 prompts", 64, steps=200, levels=(2, 3), rows=4096),
+    Case("16,384 prompts", 128, steps=300, levels=(3, 5), rows=16384),
+    Case("4,096 prompts, random labels", 64, steps=200, levels=(2, 3), is_random=True, rows=4096),
 )
+GIVEN_PAIRS = (
+    Case("labels as given", 0, steps=150, levels=(2, 3, 5)),
+    Case("random labels", 0, steps=150, levels=(2, 3, 5), is_random=True),
+)
+EVALUATED_PAIRS = 4096
 CASES = {"lenet": DIGITS, "vit": DIGITS, "unilora": DOCUMENTS_OF, "lora": DOCUMENTS_OF, "preferences": PAIRS}
 
 
@@ -87,7 +99,8 @@ class CompressionArguments:
     )
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Its pairs to test on."})
     dims: list[int] = field(
-        default_factory=lambda: [24], metadata={"help": "Sizes of its UniLora vector; each that is tried is paid for."}
+        default_factory=lambda: [24],
+        metadata={"help": "With a dataset: sizes of its UniLora vector; each is paid for."},
     )
     learning_rate: float = field(default=0.3, metadata={"help": "Of its vector."})
     max_length: int = field(default=512, metadata={"help": "Longest pair in tokens."})
@@ -171,12 +184,17 @@ def measure_language(adapter: str, case: Case, args: CompressionArguments) -> li
 
 
 def measure_preferences(name: str, case: Case, args: CompressionArguments) -> list[Measured]:
-    """A row for each size of the vector of a UniLora adapter, trained by DPO on pairs of different prompts."""
+    """A row for each size of a vector that was trained by DPO on pairs of different prompts.
+
+    Of the built-in task it moves the word embeddings in a random subspace, of a dataset it is that of UniLora.
+    """
     found = []
-    for dim in args.dims:
+    for dim in [case.dim] if case.rows else args.dims:
         clock = time.perf_counter()
-        trainer = train_pairs(preferences(args, case.is_random), dim, scaled(args.train_factor, case.steps), args)
-        options: dict[str, Any] = {"data_collator": trainer.data_collator, "beta": trainer.beta}
+        pairs = preferences(args, case.is_random, case.rows)
+        trainer, subspace = train_pairs(pairs, dim, scaled(args.train_factor, case.steps), args)
+        options: dict[str, Any] = {"data_collator": trainer.data_collator, "beta": trainer.beta, "subspace": subspace}
+        options["n_evaluate"] = EVALUATED_PAIRS if case.rows else None
         options |= {"levels": case.levels, "configurations": LOOKED_AT, "batch_size": args.batch_size}
         rows = trainer.train_dataset, trainer.eval_dataset
         found.append(bounds_of(name, case, trainer.model, rows, "preference", options, args, clock))
@@ -251,7 +269,7 @@ def main(arguments: list[str]) -> int:
     (args,) = CommandLine("compression", __doc__, [CompressionArguments]).parse(arguments, lambda given: {})
     measured: list[Measured] = []
     for name in args.models:
-        for case in CASES[name]:
+        for case in GIVEN_PAIRS if name == "preferences" and args.dataset_name else CASES[name]:
             for row in MEASURE[name](name, case, args):
                 print(f"{name}, {case.name}, {row.seconds} s: {str(row.tuned).splitlines()[0]}", flush=True)
                 measured.append(row)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import peft
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -23,8 +23,10 @@ from trl import DPOConfig, DPOTrainer
 
 from .. import flip_preferences
 from .._extras import require
-from ..demo import build_demo
+from ..demo import build_demo, preference_pairs
+from ..diagnostics.subspace import Subspace
 from .data import load_split
+from .simplicity import unilora
 
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 CLASSES = 10
 TRAIN_ROWS = 1500  # of the 1,797; the others are the test rows
 VOCABULARY, DOCUMENT_LENGTH = 17, 12
+TEST_PAIRS, PAIRS_SEED = 1000, 1  # of the built-in task; 0 is the seed of its own pairs
 
 
 class LeNet(nn.Module):
@@ -152,27 +155,15 @@ def make_language_model(adapter: str, seed: int = 0) -> nn.Module:
         return peft.get_peft_model(model, unilora(16, 256))
 
 
-def unilora(rank: int, dim: int, start: float = 0.02) -> peft.PeftConfig:
-    """The configuration of a UniLora adapter on all linear layers, whose vector starts between ± `start`.
-
-    Raises:
-        ImportError: this PEFT has no `UniLoraConfig`.
-    """
-    if not hasattr(peft, "UniLoraConfig"):
-        raise ImportError(f'peft {peft.__version__} has no UniLoraConfig: pip install "peft>=0.21".', name="peft")
-    return peft.UniLoraConfig(
-        r=rank, theta_d_length=dim, target_modules="all-linear", init_theta_d_bound=start, task_type="CAUSAL_LM"
-    )
-
-
-def preferences(args: CompressionArguments, random_labels: bool) -> tuple[str, Dataset, Dataset]:
+def preferences(args: CompressionArguments, random_labels: bool, n: int) -> tuple[str, Dataset, Dataset]:
     """The model, the pairs to train on, half of them flipped for random labels, and the pairs to test on.
 
-    Of the built-in task 768 pairs to train on, whose prompts its reference policy has never seen.
+    Of the built-in task `n` pairs to train on, whose prompts were drawn without regard to those that the reference
+    policy was trained on, and 1,000 pairs of other prompts to test on.
     """
     if args.dataset_name is None:
-        demo = build_demo()
-        model, rows, test = demo.model_path, concatenate_datasets([demo.train, demo.test]), demo.validation
+        pairs = preference_pairs(n + TEST_PAIRS, PAIRS_SEED)
+        model, rows, test = build_demo().model_path, pairs.select(range(n)), pairs.select(range(n, n + TEST_PAIRS))
     else:
         model, paths = args.model_name_or_path, (args.dataset_name, args.eval_dataset_name)
         rows, test = (load_split(path, None, "train") for path in paths)
@@ -181,9 +172,26 @@ def preferences(args: CompressionArguments, random_labels: bool) -> tuple[str, D
     return model, rows, test
 
 
-def train_pairs(data: tuple[str, Dataset, Dataset], dim: int, steps: int, args: CompressionArguments) -> DPOTrainer:
-    """A trainer that has trained a UniLora adapter by DPO, with AdamW."""
+def train_pairs(
+    data: tuple[str, Dataset, Dataset], dim: int, steps: int, args: CompressionArguments
+) -> tuple[DPOTrainer, Subspace | None]:
+    """A trainer that has trained a vector by DPO, with AdamW: of the built-in task that of the subspace returned.
+
+    There each step of the vector moves all embeddings; of a dataset the vector is that of a UniLora adapter.
+    """
     name, rows, test = data
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    more, subspace = {}, None
+    if args.dataset_name is None:
+        embedding = model.get_input_embeddings().weight  # and the output's
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter is embedding)
+        subspace = Subspace(model, dim)
+        optimizer = subspace.attach(torch.optim.AdamW([subspace.vector], lr=args.learning_rate, weight_decay=0.0))
+        more["optimizers"] = (optimizer, None)
+    else:
+        # Each value stands in many places, divided by the root of their number: a short vector needs large values
+        more["peft_config"] = unilora(4, dim, start=1.0)
     on_gpu = torch.cuda.is_available()
     config = DPOConfig(
         output_dir=str(Path(args.output_dir) / "trainer"),
@@ -199,15 +207,15 @@ def train_pairs(data: tuple[str, Dataset, Dataset], dim: int, steps: int, args: 
         report_to="none",
         disable_tqdm=True,
         logging_strategy="no",
+        precompute_ref_log_probs=subspace is not None,
     )
     trainer = DPOTrainer(
-        AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32),
+        model,
         args=config,
         train_dataset=rows,
         eval_dataset=test,
         processing_class=AutoTokenizer.from_pretrained(name),
-        # Each value stands in many places, divided by the root of their number: a short vector needs large values
-        peft_config=unilora(4, dim, start=1.0),
+        **more,
     )
     trainer.train()
-    return trainer
+    return trainer, subspace

@@ -29,6 +29,7 @@ from .arguments import check_ranges
 from .command_line import CommandLine
 from .console import messages_shown
 from .data import check_split, load_split
+from .simplicity import DIAGNOSTICS_FILE
 
 
 DESCRIPTION = (
@@ -36,7 +37,6 @@ DESCRIPTION = (
     "`diagnostics.json` in their folders gets the numbers. A run of `prm-hf dpo` or `sft` keeps its model with "
     "`--save_strategy epoch`."
 )
-DIAGNOSTICS_FILE = "diagnostics.json"
 TASKS = {"preferences": "dpo", "sft": "causal_lm"}  # and their losses
 BUILT_IN = "built-in"
 

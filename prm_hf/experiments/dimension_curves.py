@@ -80,7 +80,7 @@ def grid(args: argparse.Namespace) -> dict:
         row = f"{c.width:5d} {c.depth:5d} {c.seed:4d} {c.n_params:10,d} {c.test_loss:9.3f} {c.test_accuracy:8.3f}"
         print(row + dimensions, flush=True)
 
-    names = ("model", "widths", "depths", "seeds", "train_loss", "alphas", "k")
+    names = ("model", "widths", "depths", "seeds", "train_loss", "alphas")
     found = width_depth_grid(**{name: getattr(args, name) for name in names}, tell=tell)
     correlations = rank_correlations(found)
     print("Rank correlation of the test loss with: " + ", ".join(f"{k} {v:+.2f}" for k, v in correlations.items()))
@@ -101,13 +101,12 @@ def make_parser() -> argparse.ArgumentParser:
         "experiments", nargs="*", default=[*EXPERIMENTS], metavar="EXPERIMENT", help=", ".join(EXPERIMENTS)
     )
     parser.add_argument("--output", type=Path, default=Path("runs/effective_dimension"), help="%(default)s")
-    parser.add_argument("--model", choices=[*MODELS], default="mlp", help="of the grid: %(default)s")
+    parser.add_argument("--model", choices=MODELS, default="mlp", help="of the grid: %(default)s")
     parser.add_argument("--widths", type=int, nargs="+", default=[8, 16, 32], help="of the grid: %(default)s")
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 3], help="of the grid: %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the grid: %(default)s")
     parser.add_argument("--train_loss", type=float, default=0.01, help="where training stops: %(default)s")
     parser.add_argument("--alphas", type=float, nargs="+", default=[1, 10, 100, 1000], help="%(default)s")
-    parser.add_argument("--k", type=int, default=100, help="eigenvalues of a ViT: %(default)s")
     return parser
 
 

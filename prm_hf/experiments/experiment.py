@@ -3,12 +3,12 @@
 import os
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_quantization_config
 
 from ..runs.methods import METHODS, Method
 from ..runs.write import RunSpec
@@ -16,6 +16,7 @@ from .arguments import ComparisonArguments, help_groups, methods_help
 from .command_line import CommandLine
 from .data import Data
 from .rows import Columns
+from .simplicity import adapter_of
 
 
 BUILT_IN_BATCH = 16  # examples a step of the built-in task, over all processes
@@ -149,14 +150,21 @@ class Experiment(ABC):
     def check_method(self, method: Method, config: TrainingArguments) -> None:
         """Raises ValueError if a trainer of the task would refuse a method, by its training configuration."""
 
+    def check_simplicity(self, asked: Sequence[str]) -> None:  # noqa: B027 (most tasks have nothing to refuse)
+        """Raises ValueError if a trainer of the task has rows on which these measures cannot be taken.
+
+        Args:
+            asked: `"effective_dimension"`, `"bound"`, or both.
+        """
+
     @abstractmethod
     def check_rows(self, data: Data) -> None:
         """Raises ValueError for rows that a run would fail on."""
 
     def model_settings(self) -> dict[str, Any]:
         """Arguments of a TRL trainer that say how it is to load the model."""
-        args = self.model_args
-        return {"quantization_config": get_quantization_config(args), "peft_config": get_peft_config(args)}
+        quantization = get_quantization_config(self.model_args)
+        return {"quantization_config": quantization, "peft_config": adapter_of(self.script_args, self.model_args)}
 
     def prepare(self, data: Data) -> Data:
         """Makes of the data what all runs can share."""

@@ -22,6 +22,7 @@ from .controls import MaskRecorder, is_sharded, mean_masks, set_up_optimizer
 from .data import Data
 from .experiment import Experiment
 from .repair import FOLDS, Repairs, numbered, record_in_sample, recorded
+from .simplicity import check_size, measure_simplicity, simplicity_settings
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ class ComparisonGrid(Grid):
             "heldout_rows": len(data.heldout),
             **{f"model_{k}": v for k, v in vars(experiment.model_args).items() if k != "model_name_or_path"},
             **experiment.settings(),
+            **simplicity_settings(args),
         }
         self.defaults = {
             **defaults_of(experiment.config_class),
@@ -219,6 +221,7 @@ class ComparisonGrid(Grid):
         is_source = not self.repairs.folds and method.name in self.repairs.sources
         data = dataclasses.replace(self.data, given=numbered(rows) if is_source else rows)
         trainer = self.experiment.make_trainer(config, spec, data)
+        check_size(trainer, self.experiment.script_args)
         masks_of = spec.settings["fixed_q"]["masks_of"] if method.name == "fixed_q" else None
         set_up_optimizer(trainer, method, spec.seed, masks_of and mean_masks(self.output_dir / masks_of))
         if is_source:
@@ -239,6 +242,7 @@ class ComparisonGrid(Grid):
                 callback.move()
                 known = {**known, **evaluation_metrics(trainer.evaluate())}
         metrics, margins = self.experiment.outcomes(trainer, self.data)
+        metrics |= measure_simplicity(trainer, self.experiment.script_args)
         margins = {**margins, **of_training_rows, "heldout_groups": list(self.data.heldout_groups)}
         return {**metrics, **known}, margins
 

@@ -4,7 +4,7 @@ commands.
 
 import dataclasses
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -160,6 +160,16 @@ class SFTExperiment(Experiment):
             check_row_arguments(config)
         if self.script_args.checker is not None:
             check_whole_weights(config, "answer_checker" if self.script_args.answer_checker else "answer_pattern")
+
+    def check_simplicity(self, asked: Sequence[str]) -> None:
+        for name in ("packing", "padding_free"):
+            if getattr(self.training_args, name):
+                raise ValueError(f"`{name}` is True, and `{asked[0]}` is measured row by row: leave it out.")
+        if "bound" in asked and any(self.script_args.noise_rate):
+            raise ValueError(
+                f"`noise_rate` is {self.script_args.noise_rate}: wrong completions are those of other rows, which are "
+                "then not independent as `bound` needs them. Set it to 0."
+            )
 
     def check_rows(self, data: Data) -> None:
         for rows in (data.train, data.heldout):

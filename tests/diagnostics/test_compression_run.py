@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from prm_hf.demo.model import make_model, make_tokenizer
 from prm_hf.demo.task import preference_pairs
+from prm_hf.diagnostics import effective_dimension
 from prm_hf.diagnostics.compression import compression_bound
 from prm_hf.diagnostics.run_bound import bound_of_run, load_model
 
@@ -101,7 +102,7 @@ def test_a_folder_without_a_model_or_task_is_refused(rows, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_of_the_command(tmp_path, monkeypatch):
-    """A DPO run of the built-in task with LoRA, and the rows and collator of a trainer."""
+    """A DPO run with a UniLora adapter: measured by the command, and afterwards from its folder."""
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
@@ -109,13 +110,20 @@ def test_a_run_of_the_command(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     arguments = ["--methods", "adamw", "--max_steps", "3", "--eval_steps", "3", "--seeds", "0", "--workers", "1"]
-    arguments += ["--learning_rates", "1e-2", "--use_peft", "--lora_r", "1", "--max_extensions", "0"]
+    arguments += ["--learning_rates", "1e-1", "--use_peft", "--lora_r", "2", "--max_extensions", "0"]
+    arguments += ["--unilora_dim", "8", "--noise_rate", "0", "--effective_dimension", "1", "--bound"]
     assert main(["dpo", *arguments, "--save_strategy", "epoch", "--output_dir", "runs"]) == 0
     (folder,) = (path.parent for path in (tmp_path / "runs").glob("*/adapter_config.json"))
     model = load_model(folder)
     settings = DPOConfig(output_dir="out", use_cpu=True, bf16=False, report_to="none")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     trainer = DPOTrainer(model, args=settings, train_dataset=preference_pairs(256, 0), processing_class=tokenizer)
-    found = bound_of_run(folder, trainer.train_dataset, model=model, data_collator=trainer.data_collator, levels=3)
+    found = bound_of_run(folder, trainer.train_dataset, model=model, data_collator=trainer.data_collator)
     assert found.n == 256 and 0 <= found.empirical_risk < found.bound <= 1
-    assert json.loads((folder / "bound" / "bound-1.json").read_text())["bound"] == found.bound
+    bounds = [json.loads((folder / "bound" / f"bound-{i}.json").read_text()) for i in (1, 2)]
+    assert bounds[0] == {**bounds[1], "path": bounds[0]["path"]}  # what was tried is the same
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["bound/certified_accuracy"] == 1 - found.bound and metrics["bound/n"] == 256
+    own = effective_dimension(model, trainer.train_dataset, reduction="sum", method="exact", loss="dpo")
+    assert metrics["effective_dimension/value"] == pytest.approx(own.value, rel=1e-3)
+    assert "certified" in (tmp_path / "runs" / "report.html").read_text()

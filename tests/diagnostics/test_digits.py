@@ -25,7 +25,7 @@ def test_digits_are_held_out():
 @pytest.mark.parametrize("model", ["mlp", pytest.param("vit", marks=pytest.mark.slow)])
 def test_a_grid_has_one_training_loss(few, model):
     state = torch.get_rng_state()
-    found = digits.width_depth_grid(model, widths=[4, 8], depths=[1], train_loss=0.3, alphas=[1, 100], k=5)
+    found = digits.width_depth_grid(model, widths=[4, 8], depths=[1], train_loss=0.3, alphas=[1, 100])
     assert torch.equal(state, torch.get_rng_state())
     assert [(each.width, each.depth) for each in found] == [(4, 1), (8, 1)]
     for each in found:
@@ -47,7 +47,7 @@ def test_a_grid_says_what_does_not_train(few):
 
 @pytest.mark.slow
 def test_the_recipe_writes_its_numbers(few, tmp_path, capsys):
-    arguments = ["--output", str(tmp_path), "--widths", "4", "8", "--depths", "1", "--k", "5", "--train_loss", "0.3"]
+    arguments = ["--output", str(tmp_path), "--widths", "4", "8", "--depths", "1", "--train_loss", "0.3"]
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     assert "The test error is largest at 200 features" in shown and "Rank correlation" in shown
