@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock
 
 from .._extras import require
-from ..runs.read import checkpoints, read_json
+from ..runs.read import read_json
 from ..runs.schema import (
     FAILED_FILE,
     HISTORY_FILE,
@@ -83,7 +83,8 @@ class OneRun(Engine):
     def make_each(self, runner: Runner, specs: list[RunSpec]) -> list[Made]:
         folders = [find_folder(spec, runner.grid.place(spec), runner.tell)[0] for spec in specs]
         if self.folder in folders:
-            runner.try_run(specs[folders.index(self.folder)], self.folder, bool(checkpoints(self.folder)))
+            spec = specs[folders.index(self.folder)]
+            runner.try_run(spec, self.folder, runner.resume_from(spec, self.folder))
             self.made = runner.mine
             raise Enough
         return [_ended(folder) for folder in folders]
@@ -250,9 +251,11 @@ class Flights:
                 self._send(i, so_far.folder, resume, held)
         return what
 
-    def _send(self, i: int, folder: Path, resume: bool, held: contextlib.ExitStack) -> None:
+    def _send(self, i: int, folder: Path, resume: bool | str, held: contextlib.ExitStack) -> None:
         root = self.engine.output_dir
-        begun = read_files([folder] if resume else [folder / RUN_FILE], root)
+        begun = read_files([folder] if resume is True else [folder / RUN_FILE], root)
+        if isinstance(resume, str):  # in the folder of another run
+            begun |= read_files([Path(resume), Path(resume).with_name(RUN_FILE)], root)
         begun = {name: data for name, data in begun.items() if Path(name).name != FAILED_FILE}
         for along in self.runner.folders_along(self.specs[i]):  # those that are finished are not made again
             begun |= read_files([along / RUN_FILE, along / METRICS_FILE], root)

@@ -35,14 +35,15 @@ def make_run(
     grid: Grid,
     spec: RunSpec,
     folder: Path,
-    resume: bool,
+    resume: bool | str,
     bar: tqdm,
     make_along: Callable[["Trained"], None] = lambda trained: None,
 ) -> dict[str, Any]:
     """Trains a run, fills its folder and returns its final metrics. Collective.
 
     Args:
-        resume: whether there is a checkpoint to go on from; the trainer takes the last complete one.
+        resume: whether there is a checkpoint to go on from, of which the trainer takes the last complete one; or the
+            path of one.
         bar: of the runs; the steps of this one move it on by one.
         make_along: makes other runs of the trained weights. It is called once this run is measured and before it
             counts as finished, so that after an interruption its checkpoint gives these runs as well.

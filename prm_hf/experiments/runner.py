@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from ..runs.read import checkpoints
 from ..runs.schema import METRICS_FILE, RUN_FILE
 from ..runs.write import RunSpec, fail_run, failure_of, find_folder, finished_metrics, start_run
+from ..trainers.completeness import last_complete_checkpoint
 from . import OUT_OF_TIME
 from .checks import check_data, check_experiment, folder_of_data, folder_of_rate
 from .console import messages_shown, show_notes, silenced
@@ -233,8 +234,8 @@ class Runner:
 
     def decide(
         self, spec: RunSpec, wait: bool, held: contextlib.ExitStack, retry: bool = False
-    ) -> tuple[str, Made, bool]:
-        """`"make"`, `"made"`, `"later"` or `"late"`; the run so far; and whether it has a checkpoint.
+    ) -> tuple[str, Made, bool | str]:
+        """`"make"`, `"made"`, `"later"` or `"late"`; the run so far; and from which checkpoint it goes on.
 
         `held` takes the lock of a run that is to be made, and of one that is not. What failed before comes later,
         unless there is nothing left but to `wait` or to `retry`.
@@ -260,11 +261,20 @@ class Runner:
         if left == 0:
             return "late", so_far, False
         self._tell_others(spec, folder, others)
-        training = self.grid.training_of(spec)
-        if training is not spec:
+        training, resume = self.grid.training_of(spec), self.resume_from(spec, folder)
+        if isinstance(resume, str):
+            self.tell(f"{spec.name}: made of {resume}.")
+        elif training is not spec:
             whom = "this run and all others that are made of them" if self.grid.along(spec) else "this run"
             self.tell(f"{spec.name}: the weights of {training.name} are not there, so it is trained, once for {whom}.")
-        return "make", so_far, bool(checkpoints(folder))
+        return "make", so_far, resume
+
+    def resume_from(self, spec: RunSpec, folder: Path) -> bool | str:
+        """Whether a run goes on from its own last checkpoint; without one that of the run whose weights it needs."""
+        training = self.grid.training_of(spec)
+        if checkpoints(folder) or training is spec:
+            return bool(checkpoints(folder))
+        return str(last_complete_checkpoint(self._folder(training)) or "") or False
 
     def _find(self, spec: RunSpec) -> tuple[Path, dict[Path, str]]:
         """The folder of a run, and those of other settings that stay."""
@@ -305,7 +315,7 @@ class Runner:
                 busy[folder] = changed
         return busy
 
-    def try_run(self, spec: RunSpec, folder: Path, resume: bool) -> Made:
+    def try_run(self, spec: RunSpec, folder: Path, resume: bool | str) -> Made:
         """A run that is made now. An error goes into its folder, and the runs after it are made all the same.
 
         An error is raised where these have no chance: other processes of this run wait for this one, or the device is

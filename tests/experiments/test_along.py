@@ -7,7 +7,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from prm_hf.experiments import INTERRUPTED, interruptible
+from prm_hf.experiments import INTERRUPTED, interruptible, runner
 from prm_hf.experiments.runner import Runner
 from prm_hf.runs.read import load_runs
 
@@ -63,6 +63,16 @@ def test_without_its_weights_it_is_trained_once(tmp_path, capsys, methods):
     assert {name: at for name, at in stamps(tmp_path).items() if name in before} == before
     more = PartsGrid(tmp_path, seeds=[0], methods=(*grid.methods, "interpolate:3"))
     assert Runner(more).run() == 0 and more.measured == [("interpolate:3", 0)]  # what is finished stays
+
+
+def test_a_checkpoint_of_it_has_the_weights(tmp_path, monkeypatch, capsys):
+    Runner(PartsGrid(tmp_path, seeds=[0], methods=("adamw",))).run()
+    (checkpoint := folder_of(tmp_path, ADAMW) / "checkpoint-4").mkdir()
+    monkeypatch.setattr(runner, "last_complete_checkpoint", lambda folder: folder / checkpoint.name)
+    trainer = FakeTrainer()
+    assert Runner(PartsGrid(tmp_path, seeds=[0], make=lambda: trainer)).run() == 0
+    assert trainer.resumed == str(checkpoint) and len(stamps(tmp_path)) == 3
+    assert f"{HALF}: made of {checkpoint}." in capsys.readouterr().out
 
 
 def test_an_error_of_a_part_is_its_own(tmp_path):

@@ -115,6 +115,12 @@ def test_the_saved_model_is_the_one_that_was_moved(pairs, tmp_path, no_pictures)
     adamw, part = (read(folder / "metrics.json") for folder in folders)
     assert part["drift/params_rel"] == pytest.approx(adamw["drift/params_rel"] / 2, rel=1e-3)
     assert part["wall_seconds"] < adamw["wall_seconds"] < part["cost_seconds"] and part["steps"] == adamw["steps"]
+    # By a later command the checkpoint of the last step gives another one
+    assert run_dpo_on_files(pairs, tmp_path, "--methods", "adamw", "interpolate:2") == 0
+    folder = folder_of(tmp_path, "interpolate2_lr0.001_seed0")
+    for name, weight in load_file(folder / "model.safetensors").items():
+        torch.testing.assert_close(weight, 2 * whole[name] - start[name], atol=1e-6, rtol=1e-4)
+    assert not list(folder.glob("checkpoint-*")) and read(folder / "metrics.json")["steps"] == adamw["steps"]
     margins = [read(folder / "margins.json") for folder in folders]
     assert margins[0].keys() == margins[1].keys() and margins[0]["heldout"] != margins[1]["heldout"]
 

@@ -245,6 +245,28 @@ def test_a_task_returns_the_runs_that_it_made_of_the_same_weights(ray, monkeypat
     assert {info["name"] for info in infos(root).values()} == infos(root).keys()
 
 
+def test_the_checkpoint_of_another_run_travels_with_the_run_that_is_made_of_it(ray, monkeypatch, tmp_path):
+    found, trainer = [], FakeTrainer()
+
+    def main(arguments):
+        return Runner(PartsGrid(arguments[-1], seeds=[0], make=lambda: trainer)).run()
+
+    def last(folder):
+        found.append(folder / "checkpoint-4")
+        return found[-1] if (found[-1] / "file").is_file() else None
+
+    monkeypatch.setattr(dpo, "main", main)
+    monkeypatch.setattr(runner, "last_complete_checkpoint", last)
+    grid = PartsGrid(tmp_path, seeds=[0], methods=("adamw",))
+    assert Runner(grid).run() == 0
+    (checkpoint := tmp_path / grid.specify_runs()[0].folder_name / "checkpoint-4").mkdir()
+    (checkpoint / "file").write_bytes(b"0")
+    with engine_in_use(cluster.OnRay(cluster.Work("dpo", [], "", str(tmp_path)), tmp_path, 0.0)):
+        made = Runner(PartsGrid(tmp_path, seeds=[0]))
+    assert made.run() == 0 and len(ray.sent) == 1 and len(stamps(tmp_path)) == 3
+    assert trainer.resumed == str(found[-1]) and found[-1].parts[-2:] == checkpoint.parts[-2:] != checkpoint.parts
+
+
 def test_an_engine_has_no_processes_beside(ray, monkeypatch):
     monkeypatch.setattr(runner, "get_context", None)  # which would start them
     with engine_in_use(cluster.OneRun(Path("run"))), runner.workers_beside(3, print):
