@@ -255,7 +255,7 @@ class Flights:
         root = self.engine.output_dir
         begun = read_files([folder] if resume is True else [folder / RUN_FILE], root)
         if isinstance(resume, str):  # in the folder of another run
-            begun |= read_files([Path(resume), Path(resume).with_name(RUN_FILE)], root)
+            begun |= read_files([Path(resume), *map(Path(resume).with_name, (RUN_FILE, METRICS_FILE))], root)
         begun = {name: data for name, data in begun.items() if Path(name).name != FAILED_FILE}
         for along in self.runner.folders_along(self.specs[i]):  # those that are finished are not made again
             begun |= read_files([along / RUN_FILE, along / METRICS_FILE], root)

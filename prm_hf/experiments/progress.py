@@ -18,7 +18,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from ..optim.hyperparameters import Hyperparameters
 from ..runs.schema import COST, has_diverged
-from ..runs.write import RunSpec, finish_run, history_of, start_run
+from ..runs.write import RunSpec, finish_run, finished_metrics, history_of, start_run
 from ..trainers.callbacks import find_prm, innermost_optimizer
 from .grid import Grid
 
@@ -43,7 +43,7 @@ def make_run(
 
     Args:
         resume: whether there is a checkpoint to go on from, of which the trainer takes the last complete one; or the
-            path of one.
+            path of one in the folder of another run.
         bar: of the runs; the steps of this one move it on by one.
         make_along: makes other runs of the trained weights. It is called once this run is measured and before it
             counts as finished, so that after an interruption its checkpoint gives these runs as well.
@@ -60,7 +60,9 @@ def make_run(
         trained.trainer.train(resume_from_checkpoint=resume or None)
     except DivergedError as error:
         trained.error = error
-    metrics, margins = trained.measure(spec, folder, clock)
+    # The path is of another run's checkpoint, whose training this one rests on
+    before = finished_metrics(Path(resume).parent) if isinstance(resume, str) else None
+    metrics, margins = trained.measure(spec, folder, clock, {COST: before["wall_seconds"]} if before else None)
     trained.cost = metrics.get(COST, metrics["wall_seconds"])
     make_along(trained)
     trained.finish(folder, record, margins, metrics)

@@ -274,7 +274,8 @@ class Runner:
         training = self.grid.training_of(spec)
         if checkpoints(folder) or training is spec:
             return bool(checkpoints(folder))
-        return str(last_complete_checkpoint(self._folder(training)) or "") or False
+        last = last_complete_checkpoint(self._folder(training))
+        return False if last is None else str(last)
 
     def _find(self, spec: RunSpec) -> tuple[Path, dict[Path, str]]:
         """The folder of a run, and those of other settings that stay."""

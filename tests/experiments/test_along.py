@@ -73,6 +73,8 @@ def test_a_checkpoint_of_it_has_the_weights(tmp_path, monkeypatch, capsys):
     assert Runner(PartsGrid(tmp_path, seeds=[0], make=lambda: trainer)).run() == 0
     assert trainer.resumed == str(checkpoint) and len(stamps(tmp_path)) == 3
     assert f"{HALF}: made of {checkpoint}." in capsys.readouterr().out
+    adamw, half = metrics_of(tmp_path, ADAMW), metrics_of(tmp_path, HALF)
+    assert half["cost_seconds"] == pytest.approx(adamw["wall_seconds"] + half["wall_seconds"], abs=2e-3)
 
 
 def test_an_error_of_a_part_is_its_own(tmp_path):
