@@ -53,22 +53,32 @@ def check_pair_loss(method: Method, args: TrainingArguments) -> None:
         )
 
 
-class Interpolation(TrainerCallback):
-    """Moves the weights at the end of training to w₀ + factor·(w - w₀), w₀ those that the trainer was made with."""
+INTERPOLATE = "interpolate"
 
-    def __init__(self, trainer: Trainer, factor: float) -> None:
-        self.model, self.factor = trainer.model, factor
-        self.start = {name: p.detach().cpu().clone() for name, p in self._trained()}
+
+class Interpolation(TrainerCallback):
+    """Moves trained weights w to w₀ + factor·(w - w₀), w₀ those that the trainer was made with.
+
+    The copies of w₀ and, from the first move on, of w are in the host's memory.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.model = trainer.model
+        self.start, self.end = self._copy(), {}
 
     def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: p.detach().to("cpu", copy=True) for name, p in self._trained()}
+
     @torch.no_grad()
-    def move(self) -> None:
-        """Moves the weights, in float32 whatever they are kept in."""
+    def move(self, factor: float) -> None:
+        """Moves the weights, in float32 whatever they are kept in. A later move is one of the same w."""
+        self.end = self.end or self._copy()
         for name, p in self._trained():
-            start = self.start[name].to(p.device).float()
-            p.copy_(start + self.factor * (p.float() - start))
+            start, end = (weights[name].to(p.device).float() for weights in (self.start, self.end))
+            p.copy_(start + factor * (end - start))
 
 
 def votes(rows: Dataset, groups: Sequence[int]) -> list[bool]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock
 
 from .._extras import require
-from ..runs.read import checkpoints, read_json
+from ..runs.read import read_json
 from ..runs.schema import (
     FAILED_FILE,
     HISTORY_FILE,
@@ -68,17 +68,24 @@ class Enough(Exception):
 
 
 class OneRun(Engine):
-    """Makes the run of one folder. What else there is of a grid was made before, or failed."""
+    """Makes the run of one folder. What else there is of a grid was made before, or failed.
+
+    Attributes:
+        made: the folders of this run, and of those that were made along with it.
+    """
 
     reports = False
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.made: set[Path] = set()
 
     def make_each(self, runner: Runner, specs: list[RunSpec]) -> list[Made]:
         folders = [find_folder(spec, runner.grid.place(spec), runner.tell)[0] for spec in specs]
         if self.folder in folders:
-            runner.try_run(specs[folders.index(self.folder)], self.folder, bool(checkpoints(self.folder)))
+            spec = specs[folders.index(self.folder)]
+            runner.try_run(spec, self.folder, runner.resume_from(spec, self.folder))
+            self.made = runner.mine
             raise Enough
         return [_ended(folder) for folder in folders]
 
@@ -102,12 +109,12 @@ def make_one(work: Work, *given: Files) -> Files:
         for files in given:
             write_files(files, root)
         main = importlib.import_module(f"{__package__}.{work.command}").main
+        engine = OneRun(root / work.folder)
         try:
-            with silenced(), engine_in_use(OneRun(root / work.folder)):
+            with silenced(), engine_in_use(engine):
                 main([*without_output(work.arguments), "--output_dir", str(root)])
         except Enough:
-            folder = root / work.folder
-            return read_files([folder, folder.parent / SOLVE_BEFORE_FILE], root)
+            return read_files([*sorted(engine.made), engine.folder.parent / SOLVE_BEFORE_FILE], root)
     raise RuntimeError(
         f"The command has no run {work.folder} on this machine. Every machine needs the same version of prm_hf, and "
         "the same model and data under the same names."
@@ -244,10 +251,14 @@ class Flights:
                 self._send(i, so_far.folder, resume, held)
         return what
 
-    def _send(self, i: int, folder: Path, resume: bool, held: contextlib.ExitStack) -> None:
+    def _send(self, i: int, folder: Path, resume: bool | str, held: contextlib.ExitStack) -> None:
         root = self.engine.output_dir
-        begun = read_files([folder] if resume else [folder / RUN_FILE], root)
+        begun = read_files([folder] if resume is True else [folder / RUN_FILE], root)
+        if isinstance(resume, str):  # in the folder of another run
+            begun |= read_files([Path(resume), *map(Path(resume).with_name, (RUN_FILE, METRICS_FILE))], root)
         begun = {name: data for name, data in begun.items() if Path(name).name != FAILED_FILE}
+        for along in self.runner.folders_along(self.specs[i]):  # those that are finished are not made again
+            begun |= read_files([along / RUN_FILE, along / METRICS_FILE], root)
         work = self.engine.work._replace(folder=str(folder.relative_to(root)))
         self.flying[self.engine.task.remote(work, self.given, begun)] = i, folder, held
 
@@ -268,11 +279,11 @@ class Flights:
         solved = str((folder.parent / SOLVE_BEFORE_FILE).relative_to(root))
         if solved in files:
             _add_solved(folder.parent / SOLVE_BEFORE_FILE, json.loads(files.pop(solved)))
-        name = str((folder / RUN_FILE).relative_to(root))
-        # In which the task has named another folder
-        record = {**json.loads(files[name]), **self.runner.grid.info_of(self.specs[i])}
-        files[name] = json.dumps(record, indent=1).encode()
-        (folder / FAILED_FILE).unlink(missing_ok=True)
+        for name in [name for name in files if Path(name).name == RUN_FILE]:
+            # In which the task has named another folder
+            record = {**json.loads(files[name]), **self.runner.grid.info_of(self.specs[i])}
+            files[name] = json.dumps(record, indent=1).encode()
+            (root / name).with_name(FAILED_FILE).unlink(missing_ok=True)
         write_files(files, root)
 
     def _fail(self, error: BaseException, i: int, folder: Path) -> None:

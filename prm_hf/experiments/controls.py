@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from .. import PRM
 from ..runs.methods import Method
 from ..runs.schema import MASKS_FILE
-from .baselines import Interpolation
+from .baselines import INTERPOLATE
 from .sven import SVEN, rate_factor
 
 
@@ -23,7 +23,7 @@ THIRD_PARTY = {
     "grokadamw": "grokadamw",
 }
 # These read, scale or move whole tensors
-WHOLE_TENSORS = (*THIRD_PARTY, SVEN, "adamw_embedding", "interpolate", "shuffled_q", "fixed_q")
+WHOLE_TENSORS = (*THIRD_PARTY, SVEN, "adamw_embedding", INTERPOLATE, "shuffled_q", "fixed_q")
 PACKAGES = {"pytorch_optimizer": "pytorch-optimizer", "casmo": "casmo-optimizer", "grokadamw": "grokadamw"}
 
 
@@ -61,8 +61,7 @@ def set_up_optimizer(trainer: Trainer, method: Method, seed: int, multipliers: d
         return
     if is_sharded(trainer):
         raise ValueError(f"`{method.name}` runs on whole tensors: launch it on one GPU, or several without sharding.")
-    if method.key == "interpolate":
-        trainer.add_callback(Interpolation(trainer, method.value))
+    if method.key == INTERPOLATE:
         return
     optimizer = trainer.create_optimizer()
     if method.key == SVEN:

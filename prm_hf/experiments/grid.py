@@ -12,12 +12,12 @@ from transformers import Trainer, TrainingArguments
 
 from .. import PopulationRiskStoppingCallback
 from ..compare import compare_runs, format_comparison, load_runs, rate_at_kl, write_report
-from ..runs.methods import CONTROL, parse_method
+from ..runs.methods import CONTROL, Method, parse_method
 from ..runs.schema import KL, MEAN_Q, NOT_SETTINGS, has_diverged, measures_of
 from ..runs.write import RunSpec, evaluation_metrics
 from ..suspects import MarginRecorder
 from .arguments import half_decades
-from .baselines import PAIR_LOSSES, Interpolation
+from .baselines import INTERPOLATE, PAIR_LOSSES, Interpolation
 from .controls import MaskRecorder, is_sharded, mean_masks, set_up_optimizer
 from .data import Data
 from .experiment import Experiment
@@ -66,6 +66,14 @@ class Grid(ABC):
     def specify_controls(self, made: MadeRuns) -> tuple[list[RunSpec], list[str]]:
         """The controls of these runs, and why others cannot be made."""
         return [], []
+
+    def training_of(self, spec: RunSpec) -> RunSpec:
+        """The run whose trained weights this one measures: itself, unless it trains nothing of its own."""
+        return spec
+
+    def along(self, spec: RunSpec) -> list[RunSpec]:
+        """The other runs that can be made of the weights that this one trains, without more training."""
+        return []
 
     @abstractmethod
     def info_of(self, spec: RunSpec) -> dict[str, Any]:
@@ -140,9 +148,8 @@ class ComparisonGrid(Grid):
 
         Seed by seed, so that what is there when time is up can be compared.
         """
-        rows = [
-            (method.name, rate) for method in self.methods if not method.repair for rate in self.rates[method.name]
-        ]
+        methods = [method for method in self.methods if not method.repair]
+        rows = [(method.name, rate) for method in trained_first(methods) for rate in self.rates[method.name]]
         return [*(self._specify_row(*row, seed) for seed in self.seeds for row in rows), *self.repairs.specify_folds()]
 
     def extend(self, made: MadeRuns) -> list[RunSpec]:
@@ -169,8 +176,8 @@ class ComparisonGrid(Grid):
         self.extensions += 1
         self.info = {**self.info, "extension": self.extensions}  # in `run.json` of all runs from here on
         added = []
-        for name, place in places.items():
-            rates = self.rates[name]
+        for name in (method.name for method in trained_first(self.methods)):
+            rates, place = self.rates[name], places[name]
             end, step = (-1, 1) if 2 * place >= len(rates) - 1 else (0, -1)
             added.append((name, half_decades(rates[end], step)))
             self.rates[name] = sorted([*rates, added[-1][1]])
@@ -194,6 +201,18 @@ class ComparisonGrid(Grid):
             return len(values), sum(values)
 
         return max(((method, rate) for method in methods for rate in self.rates[method]), key=worth)
+
+    def training_of(self, spec: RunSpec) -> RunSpec:
+        """Of a part of the way AdamW's run."""
+        return self.specify("adamw", spec.learning_rate, spec.seed) if _is_interpolated(spec) else spec
+
+    def along(self, spec: RunSpec) -> list[RunSpec]:
+        """The parts of AdamW's way, of its run or of another part, which trains AdamW where it has to."""
+        if spec.method != "adamw" and not _is_interpolated(spec):
+            return []
+        rate = spec.learning_rate
+        others = [m.name for m in self.methods if m.key == INTERPOLATE and rate in self.rates[m.name]]
+        return [self._specify_row(name, rate, spec.seed) for name in others if name != spec.method]
 
     def configure(self, method: str, **overrides: Any) -> TrainingArguments:
         """The training configuration of a method."""
@@ -224,6 +243,8 @@ class ComparisonGrid(Grid):
         check_size(trainer, self.experiment.script_args)
         masks_of = spec.settings["fixed_q"]["masks_of"] if method.name == "fixed_q" else None
         set_up_optimizer(trainer, method, spec.seed, masks_of and mean_masks(self.output_dir / masks_of))
+        if _is_interpolated(spec) or self.along(spec):
+            trainer.add_callback(Interpolation(trainer))
         if is_source:
             record_in_sample(trainer, folder)
         if method.has_controls and method.tensor_masks and not is_sharded(trainer):
@@ -237,10 +258,10 @@ class ComparisonGrid(Grid):
         if is_fold(spec):
             return known, of_training_rows
         known = self.repairs.metrics.get(spec.folder_name, {})
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, Interpolation):
-                callback.move()
-                known = {**known, **evaluation_metrics(trainer.evaluate())}
+        if _is_interpolated(spec):
+            (way,) = (x for x in trainer.callback_handler.callbacks if isinstance(x, Interpolation))
+            way.move(parse_method(spec.method).value)
+            known, of_training_rows = evaluation_metrics(trainer.evaluate()), {}
         metrics, margins = self.experiment.outcomes(trainer, self.data)
         metrics |= measure_simplicity(trainer, self.experiment.script_args)
         margins = {**margins, **of_training_rows, "heldout_groups": list(self.data.heldout_groups)}
@@ -317,6 +338,15 @@ class ComparisonGrid(Grid):
 def is_fold(spec: RunSpec) -> bool:
     """Whether a run belongs to the first stage of methods that repair labels."""
     return "fold" in spec.settings
+
+
+def trained_first(methods: list[Method]) -> list[Method]:
+    """The methods in an order in which those that measure the weights of another one come behind it."""
+    return sorted(methods, key=lambda method: method.key == INTERPOLATE)
+
+
+def _is_interpolated(spec: RunSpec) -> bool:
+    return spec.method.partition(":")[0] == INTERPOLATE
 
 
 def _mean_q(made: Made) -> float:

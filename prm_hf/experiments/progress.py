@@ -6,6 +6,7 @@ import platform
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ..optim.hyperparameters import Hyperparameters
-from ..runs.schema import has_diverged
-from ..runs.write import RunSpec, finish_run, history_of, start_run
+from ..runs.schema import COST, has_diverged
+from ..runs.write import RunSpec, finish_run, finished_metrics, history_of, start_run
 from ..trainers.callbacks import find_prm, innermost_optimizer
 from .grid import Grid
 
@@ -29,40 +31,109 @@ class DivergedError(Exception):
         super().__init__(f"the loss is not finite at step {step}")
 
 
-def make_run(grid: Grid, spec: RunSpec, folder: Path, resume: bool, bar: tqdm) -> dict[str, Any]:
+def make_run(
+    grid: Grid,
+    spec: RunSpec,
+    folder: Path,
+    resume: bool | str,
+    bar: tqdm,
+    make_along: Callable[["Trained"], None] = lambda trained: None,
+) -> dict[str, Any]:
     """Trains a run, fills its folder and returns its final metrics. Collective.
 
     Args:
-        resume: whether there is a checkpoint to go on from; the trainer takes the last complete one.
+        resume: whether there is a checkpoint to go on from, of which the trainer takes the last complete one; or the
+            path of one in the folder of another run.
         bar: of the runs; the steps of this one move it on by one.
+        make_along: makes other runs of the trained weights. It is called once this run is measured and before it
+            counts as finished, so that after an interruption its checkpoint gives these runs as well.
 
     Returns:
         `steps`, `wall_seconds` and all that was measured; of a run whose loss was not finite instead of that
         `diverged`, which is True, and `diverged_at_step`.
     """
-    state, clock = PartialState(), time.perf_counter()
-    if state.is_main_process:
-        record = start_run(spec, folder, {**grid.info_of(spec), "hardware": hardware(state)})
-    trainer = grid.make_trainer(spec, folder)
+    clock = time.perf_counter()
+    record = _begin(grid, spec, folder)
+    trained = Trained(grid, grid.make_trainer(spec, folder))
+    show_progress(trained.trainer, spec.name, bar)
     try:
-        show_progress(trainer, spec.name, bar)
-        trainer.train(resume_from_checkpoint=resume or None)
-        more, margins = grid.outcomes(spec, trainer)
-        if trainer.args.save_strategy != "no":  # now that the weights are those that were measured
-            trainer.save_model(str(folder))
-        metrics = {**final_metrics(trainer), **more}
-        if has_diverged(metrics):  # in the last step, or in fp16
-            raise DivergedError(_first_not_finite(trainer))
+        trained.trainer.train(resume_from_checkpoint=resume or None)
     except DivergedError as error:
-        metrics, margins = {"diverged": True, "diverged_at_step": error.step, "steps": trainer.state.global_step}, {}
-    metrics["wall_seconds"] = round(time.perf_counter() - clock, 3)
-    if "cost_seconds" in metrics:  # so far that of the runs before this one that it needs
-        metrics["cost_seconds"] = round(metrics["cost_seconds"] + metrics["wall_seconds"], 3)
-    if state.is_main_process:
-        record["optimizer"] = describe_optimizer(innermost_optimizer(trainer.optimizer), trainer.model)
-        finish_run(folder, record, history_of(trainer.state.log_history), margins, metrics)
-    state.wait_for_everyone()
+        trained.error = error
+    # The path is of another run's checkpoint, whose training this one rests on
+    before = finished_metrics(Path(resume).parent) if isinstance(resume, str) else None
+    metrics, margins = trained.measure(spec, folder, clock, {COST: before["wall_seconds"]} if before else None)
+    trained.cost = metrics.get(COST, metrics["wall_seconds"])
+    make_along(trained)
+    trained.finish(folder, record, margins, metrics)
     return metrics
+
+
+def _begin(grid: Grid, spec: RunSpec, folder: Path) -> dict[str, Any] | None:
+    """Writes `run.json` in the main process, and returns what it says."""
+    state = PartialState()
+    if not state.is_main_process:
+        return None
+    return start_run(spec, folder, {**grid.info_of(spec), "hardware": hardware(state)})
+
+
+class Trained:
+    """A trainer whose training has ended, and the runs that are made of its weights.
+
+    Attributes:
+        error: with which it ended, if the loss was not finite.
+        cost: the seconds that its own run has taken, and those that this one rests on.
+    """
+
+    def __init__(self, grid: Grid, trainer: Trainer) -> None:
+        self.grid, self.trainer = grid, trainer
+        self.error: DivergedError | None = None
+        self.cost = 0.0
+
+    def make(self, spec: RunSpec, folder: Path) -> dict[str, Any]:
+        """Fills the folder of a run besides the trainer's own, and returns its final metrics. Collective."""
+        clock, log = time.perf_counter(), self.trainer.state.log_history
+        for tracker in get_reporting_integration_callbacks(self.trainer.args.report_to):
+            self.trainer.remove_callback(tracker)  # which would take it for the trainer's own run
+        record, logged = _begin(self.grid, spec, folder), len(log)
+        try:
+            metrics, margins = self.measure(spec, folder, clock, {COST: self.cost})
+            self.finish(folder, record, margins, metrics)
+        finally:
+            del log[logged:]
+        return metrics
+
+    def measure(
+        self, spec: RunSpec, folder: Path, clock: float, known: dict[str, float] | None = None
+    ) -> tuple[dict[str, Any], dict[str, list]]:
+        """Final metrics and margins of a run that was begun at `clock`, with what is `known` of it. Collective."""
+        trainer = self.trainer
+        try:
+            if self.error is not None:
+                raise self.error
+            more, margins = self.grid.outcomes(spec, trainer)
+            if trainer.args.save_strategy != "no":  # now that the weights are those that were measured
+                trainer.save_model(str(folder))
+            metrics = {**final_metrics(trainer), **more}
+            if has_diverged(metrics):  # in the last step, or in fp16
+                raise DivergedError(_first_not_finite(trainer))
+        except DivergedError as error:
+            metrics = {"diverged": True, "diverged_at_step": error.step, "steps": trainer.state.global_step}
+            margins = {}
+        metrics = {**metrics, **(known or {}), "wall_seconds": round(time.perf_counter() - clock, 3)}
+        if COST in metrics:  # so far that of the runs before this one that it needs
+            metrics[COST] = round(metrics[COST] + metrics["wall_seconds"], 3)
+        return metrics, margins
+
+    def finish(
+        self, folder: Path, record: dict[str, Any] | None, margins: dict[str, list], metrics: dict[str, Any]
+    ) -> None:
+        """Writes the files of a run; `record` is what `_begin` returned. Collective."""
+        if record is not None:
+            trainer = self.trainer
+            record["optimizer"] = describe_optimizer(innermost_optimizer(trainer.optimizer), trainer.model)
+            finish_run(folder, record, history_of(trainer.state.log_history), margins, metrics)
+        PartialState().wait_for_everyone()
 
 
 def _first_not_finite(trainer: Trainer) -> int:

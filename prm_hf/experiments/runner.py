@@ -22,8 +22,9 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..runs.read import checkpoints
-from ..runs.schema import METRICS_FILE
-from ..runs.write import RunSpec, fail_run, failure_of, find_folder, finished_metrics
+from ..runs.schema import METRICS_FILE, RUN_FILE
+from ..runs.write import RunSpec, fail_run, failure_of, find_folder, finished_metrics, start_run
+from ..trainers.completeness import last_complete_checkpoint
 from . import OUT_OF_TIME
 from .checks import check_data, check_experiment, folder_of_data, folder_of_rate
 from .console import messages_shown, show_notes, silenced
@@ -31,7 +32,7 @@ from .data import load_data
 from .engine import current_engine
 from .experiment import Experiment
 from .grid import ComparisonGrid, Grid, Made, MadeRuns
-from .progress import end_reports, make_run
+from .progress import Trained, end_reports, make_run
 
 
 BAR = "{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
@@ -144,6 +145,7 @@ class Runner:
         self.reports = reports and (self.engine is None or self.engine.reports)
         self.started = time.time()
         self.made: dict[Path, Made] = {}
+        self.mine: set[Path] = set()  # the folders of those that this process has tried
         self.rows: MadeRuns = {}  # the same, but for the controls
         self.state = PartialState()
         is_hidden = quiet or not self.reports or not self.state.is_main_process
@@ -210,7 +212,7 @@ class Runner:
                 return None
             if what == "make":
                 made = self.try_run(spec, made.folder, resume)
-        return self.take(spec, made, is_mine=what == "make")
+        return self.take(spec, made, made.folder in self.mine)
 
     def take(self, spec: RunSpec, made: Made, is_mine: bool) -> Made:
         """Counts a run that has ended, and says so in a line. `is_mine` is whether this process has just made it."""
@@ -232,21 +234,19 @@ class Runner:
 
     def decide(
         self, spec: RunSpec, wait: bool, held: contextlib.ExitStack, retry: bool = False
-    ) -> tuple[str, Made, bool]:
-        """`"make"`, `"made"`, `"later"` or `"late"`; the run so far; and whether it has a checkpoint.
+    ) -> tuple[str, Made, bool | str]:
+        """`"make"`, `"made"`, `"later"` or `"late"`; the run so far; and from which checkpoint it goes on.
 
         `held` takes the lock of a run that is to be made, and of one that is not. What failed before comes later,
         unless there is nothing left but to `wait` or to `retry`.
         """
         place = self.grid.place(spec)
-        with lock_of(place, "folders"):
-            folder, others = find_folder(spec, place, self.tell)
-            if self.overwrite:
-                others = self._remove(others)
+        folder, others = self._find(spec)
         so_far = Made(folder, None)
         left = -1.0 if self.deadline is None else max(0.0, self.deadline - time.monotonic())
         try:
-            held.enter_context(lock_of(place, folder.name).acquire(timeout=left if wait else 0))
+            for name in self._locks(spec, folder):
+                held.enter_context(lock_of(place, name).acquire(timeout=left if wait else 0))
         except Timeout:
             return "late" if wait else "later", so_far, False
         metrics, failure = finished_metrics(folder, self.tell), failure_of(folder)
@@ -260,9 +260,49 @@ class Runner:
                 return "later", so_far, False
         if left == 0:
             return "late", so_far, False
+        self._tell_others(spec, folder, others)
+        training, resume = self.grid.training_of(spec), self.resume_from(spec, folder)
+        if isinstance(resume, str):
+            self.tell(f"{spec.name}: made of {resume}.")
+        elif training is not spec:
+            whom = "this run and all others that are made of them" if self.grid.along(spec) else "this run"
+            self.tell(f"{spec.name}: the weights of {training.name} are not there, so it is trained, once for {whom}.")
+        return "make", so_far, resume
+
+    def resume_from(self, spec: RunSpec, folder: Path) -> bool | str:
+        """Whether a run goes on from its own last checkpoint; without one that of the run whose weights it needs."""
+        training = self.grid.training_of(spec)
+        if checkpoints(folder) or training is spec:
+            return bool(checkpoints(folder))
+        last = last_complete_checkpoint(self._folder(training))
+        return False if last is None else str(last)
+
+    def _find(self, spec: RunSpec) -> tuple[Path, dict[Path, str]]:
+        """The folder of a run, and those of other settings that stay."""
+        place = self.grid.place(spec)
+        with lock_of(place, "folders"):
+            folder, others = find_folder(spec, place, self.tell)
+            return folder, self._remove(others) if self.overwrite else others
+
+    def _locks(self, spec: RunSpec, folder: Path) -> list[str]:
+        """The locks of a run: that of its training, which all runs have that are made along with it, then their own.
+
+        Their own say that their folders are in use, whichever of them is trained.
+        """
+        training = self.grid.training_of(spec)
+        first = [] if training is spec else [self._folder(training)]
+        return list(dict.fromkeys(x.name for x in (*first, folder, *self.folders_along(spec))))
+
+    def folders_along(self, spec: RunSpec) -> list[Path]:
+        """The folders of the runs that are made of the weights of this one."""
+        return [self._folder(other) for other in self.grid.along(spec)]
+
+    def _folder(self, spec: RunSpec) -> Path:
+        return find_folder(spec, self.grid.place(spec), lambda line: None)[0]
+
+    def _tell_others(self, spec: RunSpec, folder: Path, others: dict[Path, str]) -> None:
         for other, changed in others.items():
             self.tell(f"{spec.name}: made in {folder.name}, since these settings differ from {other.name}: {changed}")
-        return "make", so_far, bool(checkpoints(folder))
 
     def _remove(self, folders: dict[Path, str]) -> dict[Path, str]:
         """Removes folders of other settings; returns those that stay because a process is training there."""
@@ -276,23 +316,58 @@ class Runner:
                 busy[folder] = changed
         return busy
 
-    def try_run(self, spec: RunSpec, folder: Path, resume: bool) -> Made:
+    def try_run(self, spec: RunSpec, folder: Path, resume: bool | str) -> Made:
         """A run that is made now. An error goes into its folder, and the runs after it are made all the same.
 
         An error is raised where these have no chance: other processes of this run wait for this one, or the device is
         lost.
         """
-        metrics, problem = None, ""
+        along = self._find_along(spec)
+        made = self._attempt(
+            [(spec, folder), *along],
+            lambda: make_run(self.grid, spec, folder, resume, self.bar, lambda trained: self._make_of(trained, along)),
+        )
+        self._clean_up()  # now that no error holds the trainer
+        return made
+
+    def _find_along(self, spec: RunSpec) -> list[tuple[RunSpec, Path]]:
+        """The runs that are made of the weights of this one and are not finished, with their folders. Collective."""
+        along = self.grid.along(spec)
+        found: list[list[tuple[RunSpec, Path]]] = [[]]
+        if along and self.state.is_main_process:
+            for other in along:
+                folder, others = self._find(other)
+                if finished_metrics(folder, self.tell) is None:
+                    self._tell_others(other, folder, others)
+                    found[0].append((other, folder))
+        if along:
+            broadcast_object_list(found)  # one process looks, so that all go the same way
+        return found[0]
+
+    def _make_of(self, trained: Trained, runs: list[tuple[RunSpec, Path]]) -> None:
+        """Makes runs of trained weights; an error of one leaves the others as they are."""
+        for spec, folder in runs:
+            self._attempt([(spec, folder)], lambda spec=spec, folder=folder: trained.make(spec, folder))
+
+    def _attempt(self, runs: list[tuple[RunSpec, Path]], make: Callable[[], dict[str, Any]]) -> Made:
+        """The first of these runs, made by a function. An error of it goes into the folders of all that need it."""
+        folder, metrics, problem = runs[0][1], None, ""
+        self.mine.add(folder)
         try:
-            metrics = make_run(self.grid, spec, folder, resume, self.bar)
+            metrics = make()
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
             with contextlib.suppress(OSError):
-                fail_run(folder, error)
+                for spec, own in runs:
+                    if (own / METRICS_FILE).is_file():
+                        continue
+                    if self.state.is_main_process and not (own / RUN_FILE).is_file():
+                        start_run(spec, own, self.grid.info_of(spec))
+                    self.mine.add(own)
+                    fail_run(own, error)
             lost = "CUDA error" in problem and "out of memory" not in problem
             if self.state.num_processes > 1 or lost:
                 raise
-        self._clean_up()  # now that no error holds the trainer
         return Made(folder, metrics, problem)
 
     def _clean_up(self) -> None:

@@ -239,7 +239,7 @@ register(
     _adamw("grokadamw", "GrokAdamW", OTHER),
     # SGD takes the steps, which are those of a trainer.
     Method("sven", "Sven", OTHER, {"optim": "sgd"}),
-    # AdamW's weights at the end, moved back to where they came from, or beyond: a run of another KL for no training.
+    # A run of AdamW whose weights are moved back to where they came from, or beyond: another KL for no training.
     _adamw("interpolate", "AdamW, part of the way", OTHER, value_help="the part, as in `interpolate:0.5`"),
     _prm("prm_per_tensor", "PRM per_tensor", {**_TENSOR, "prm_estimator": "ema"}),
     _prm("prm_per_param", "PRM per_param", {**_PARAM, "prm_estimator": "ema"}),

@@ -49,6 +49,13 @@ class CheckpointMixin:
             resume_from_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # Resumed at the last step, inside an epoch: transformers looks at `max_steps` only behind one more step
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     # ---- Which checkpoint ----
 
     def _check_output_dir(self) -> None:

@@ -16,7 +16,8 @@ grokking="prm-hf sweep grokking --preset full --max_steps ${MAX_STEPS:-50000} ${
 stacked="adamw prm_per_tensor prm_per_param prm_rows_ema prm_debiased_per_param prm_debiased prm_rows"
 
 cpu() { # minutes on two cores
-    prm-hf grokking --output_dir "$out/cpu"
+    prm-hf grokking --output_dir "$out/cpu" --seeds 0 1 2 3 4 --models_at_once 1
+    prm-hf grokking --output_dir "$out/cpu" --seeds 0 --models_at_once 1 --methods adamw prm_per_param grokfast grokadamw
 }
 
 full() { # α = 1

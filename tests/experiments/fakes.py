@@ -20,7 +20,7 @@ class FakeTrainer:
     """Runs `steps` steps, whose losses are those of `losses`, by step, and 1 elsewhere."""
 
     def __init__(self, steps=4, losses=None, evaluation=None, before_step=lambda step: None):
-        self.args = SimpleNamespace(save_strategy="no", disable_tqdm=True, fp16=False)
+        self.args = SimpleNamespace(save_strategy="no", disable_tqdm=True, fp16=False, report_to=[])
         self.state = SimpleNamespace(log_history=[], global_step=0, max_steps=steps, is_world_process_zero=True)
         self.model = torch.nn.Linear(1, 1)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
@@ -102,3 +102,26 @@ def make(grid, ends):
             finish_run(folder, start_run(spec, folder, {}), [], {}, metrics)
         made.setdefault((spec.method, spec.learning_rate), {})[spec.seed] = Made(folder, metrics)
     return made
+
+
+class PartsGrid(FakeGrid):
+    """Of `adamw` at each seed the parts of its way as well; without `adamw` in `methods` the parts alone."""
+
+    def __init__(self, *args, methods=("adamw", "interpolate:0.5", "interpolate:2"), **more):
+        super().__init__(*args, **more)
+        self.methods, self.measured = methods, []
+
+    def specify_runs(self):
+        return [RunSpec(method, 1e-3, seed, self.settings) for seed in self.seeds for method in self.methods]
+
+    def training_of(self, spec):
+        return spec if spec.method == "adamw" else RunSpec("adamw", 1e-3, spec.seed, self.settings)
+
+    def along(self, spec):
+        others = [method for method in self.methods if method not in ("adamw", spec.method)]
+        return [RunSpec(method, 1e-3, spec.seed, self.settings) for method in others]
+
+    def outcomes(self, spec, trainer):
+        self.measured.append((spec.method, spec.seed))
+        trainer.state.log_history.append({"step": 4, "eval_part": len(self.measured)})
+        return super().outcomes(spec, trainer)

@@ -27,7 +27,7 @@ from prm_hf.experiments.dpo import DPOExperiment
 from prm_hf.experiments.sft import SFTExperiment
 from prm_hf.runs.methods import METHODS, find_method, parse_method
 
-from .comparisons import ON_CPU, folder_of, run_dpo_on_files
+from .comparisons import ON_CPU, folder_of, read, run_dpo_on_files
 
 
 LOSSES = torch.tensor([0.2, 3.0, 0.7, 0.1, 1.5, 0.9, 0.4, 2.0, 0.3, 0.6], dtype=torch.float64)
@@ -93,13 +93,14 @@ def test_a_part_of_the_way():
     model = torch.nn.Linear(3, 2).to(torch.bfloat16)
     model.bias.requires_grad_(False)
     start = {name: p.detach().float().clone() for name, p in model.named_parameters()}
-    callback = Interpolation(SimpleNamespace(model=model), 0.25)
+    callback = Interpolation(SimpleNamespace(model=model))
     with torch.no_grad():
         model.weight.add_(1.0)
     end = model.weight.detach().float().clone()
-    callback.move()
-    expected = (0.75 * start["weight"] + 0.25 * end).to(torch.bfloat16)
-    assert torch.equal(model.weight, expected) and torch.equal(model.bias.float(), start["bias"])
+    for factor in (0.25, 3.0, 0.25):  # each of the whole way, and not of the move before
+        callback.move(factor)
+        expected = ((1 - factor) * start["weight"] + factor * end).to(torch.bfloat16)
+        assert torch.equal(model.weight, expected) and torch.equal(model.bias.float(), start["bias"])
 
 
 @pytest.mark.slow
@@ -110,9 +111,18 @@ def test_the_saved_model_is_the_one_that_was_moved(pairs, tmp_path, no_pictures)
     assert any(not torch.equal(start[name], whole[name]) for name in start)
     for name, weight in half.items():
         torch.testing.assert_close(weight, (start[name] + whole[name]) / 2, atol=1e-6, rtol=1e-4)
-    # Training goes on from weights that were not moved
-    checkpoints = [load_file(folder / "checkpoint-4" / "model.safetensors") for folder in folders]
-    assert all(torch.equal(checkpoints[0][name], checkpoints[1][name]) for name in start)
+    assert (folders[0] / "checkpoint-4").is_dir() and not list(folders[1].glob("checkpoint-*"))  # it trained nothing
+    adamw, part = (read(folder / "metrics.json") for folder in folders)
+    assert part["drift/params_rel"] == pytest.approx(adamw["drift/params_rel"] / 2, rel=1e-3)
+    assert part["wall_seconds"] < adamw["wall_seconds"] < part["cost_seconds"] and part["steps"] == adamw["steps"]
+    # By a later command the checkpoint of the last step gives another one
+    assert run_dpo_on_files(pairs, tmp_path, "--methods", "adamw", "interpolate:2") == 0
+    folder = folder_of(tmp_path, "interpolate2_lr0.001_seed0")
+    for name, weight in load_file(folder / "model.safetensors").items():
+        torch.testing.assert_close(weight, 2 * whole[name] - start[name], atol=1e-6, rtol=1e-4)
+    assert not list(folder.glob("checkpoint-*")) and read(folder / "metrics.json")["steps"] == adamw["steps"]
+    margins = [read(folder / "margins.json") for folder in folders]
+    assert margins[0].keys() == margins[1].keys() and margins[0]["heldout"] != margins[1]["heldout"]
 
 
 def test_lora_has_no_part_of_the_way():

@@ -17,7 +17,7 @@ from prm_hf.runs.schema import METRICS_FILE, SOLVE_BEFORE_FILE
 from prm_hf.runs.write import find_folder, start_run
 
 from .comparisons import ONE_RATE, SHORT, infos, on_files, read, run_dpo, stamps
-from .fakes import FakeGrid, FakeTrainer
+from .fakes import FakeGrid, FakeTrainer, PartsGrid
 
 
 class Lost(Exception):
@@ -222,6 +222,49 @@ def test_what_models_solve_before_training_is_joined(sweep_of, tmp_path):
     _, made = sweep_of(grids, make=solving)
     assert made.run() == 0
     assert read(tmp_path / "runs" / SOLVE_BEFORE_FILE) == {f"model {seed}": [1, 0] for seed in range(3)}
+
+
+def test_a_task_returns_the_runs_that_it_made_of_the_same_weights(ray, monkeypatch, tmp_path):
+    """What is finished here is not made again there."""
+    tasks = []
+
+    def main(arguments):
+        tasks.append(PartsGrid(arguments[-1], seeds=[0]))
+        return Runner(tasks[-1]).run()
+
+    monkeypatch.setattr(dpo, "main", main)
+    root = tmp_path / "runs"
+    assert Runner(PartsGrid(root, seeds=[0], methods=("interpolate:2",))).run() == 0
+    before = stamps(root)
+    engine = cluster.OnRay(cluster.Work("dpo", [], "", str(tmp_path)), root, 0.0)
+    with engine_in_use(engine):
+        made = Runner(own := PartsGrid(root, seeds=[0]))
+    assert made.run() == 0 and len(own.reported) == 3 and own.trained == []
+    assert [grid.measured for grid in tasks] == [[("adamw", 0), ("interpolate:0.5", 0)]] and len(ray.sent) == 1
+    assert len(stamps(root)) == 3 and before.items() <= stamps(root).items()
+    assert {info["name"] for info in infos(root).values()} == infos(root).keys()
+
+
+def test_the_checkpoint_of_another_run_travels_with_the_run_that_is_made_of_it(ray, monkeypatch, tmp_path):
+    found, trainer = [], FakeTrainer()
+
+    def main(arguments):
+        return Runner(PartsGrid(arguments[-1], seeds=[0], make=lambda: trainer)).run()
+
+    def last(folder):
+        found.append(folder / "checkpoint-4")
+        return found[-1] if (found[-1] / "file").is_file() else None
+
+    monkeypatch.setattr(dpo, "main", main)
+    monkeypatch.setattr(runner, "last_complete_checkpoint", last)
+    grid = PartsGrid(tmp_path, seeds=[0], methods=("adamw",))
+    assert Runner(grid).run() == 0
+    (checkpoint := tmp_path / grid.specify_runs()[0].folder_name / "checkpoint-4").mkdir()
+    (checkpoint / "file").write_bytes(b"0")
+    with engine_in_use(cluster.OnRay(cluster.Work("dpo", [], "", str(tmp_path)), tmp_path, 0.0)):
+        made = Runner(PartsGrid(tmp_path, seeds=[0]))
+    assert made.run() == 0 and len(ray.sent) == 1 and len(stamps(tmp_path)) == 3
+    assert trainer.resumed == str(found[-1]) and found[-1].parts[-2:] == checkpoint.parts[-2:] != checkpoint.parts
 
 
 def test_an_engine_has_no_processes_beside(ray, monkeypatch):

@@ -451,14 +451,16 @@ def test_gradient_accumulation_and_clipping_see_prm(tmp_path):
 
 def test_resuming_equals_not_stopping(tmp_path):
     kwargs = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_dataset": HELDOUT}
+    kwargs["per_device_train_batch_size"] = 2  # 7 steps an epoch
     whole = dpo_trainer(tmp_path / "whole", **kwargs)
     whole.train()
-    resumed = dpo_trainer(tmp_path / "whole", **kwargs)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert torch.equal(weights(resumed.model), weights(whole.model))
-    # Drift counts from the beginning of training, not from the checkpoint
-    key = "eval_drift/params_rel"
-    assert resumed.last_eval_metrics[key] == pytest.approx(whole.last_eval_metrics[key], rel=1e-6)
+    for step in (2, 4):  # at its last step, inside an epoch, no other one is made
+        resumed = dpo_trainer(tmp_path / "whole", **kwargs)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert torch.equal(weights(resumed.model), weights(whole.model)) and resumed.state.global_step == 4
+        # Drift counts from the beginning of training, not from the checkpoint
+        key = "eval_drift/params_rel"
+        assert resumed.last_eval_metrics[key] == pytest.approx(whole.last_eval_metrics[key], rel=1e-6)
 
 
 # ---- Trainers that are not ours ----
