@@ -80,7 +80,7 @@ def find_differences(shared: Shared, others: Shared) -> list[Difference]:
     return [
         Difference(place[0], (value, others[place][0]), (run, others[place][1]))
         for place, (value, run) in shared.items()
-        if place in others and not _equal(value, others[place][0])
+        if place in others and not is_equal(value, others[place][0])
     ]
 
 
@@ -114,5 +114,6 @@ def numbered(keys: Iterable[Hashable]) -> list[int]:
     return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
-def _equal(a: Any, b: Any) -> bool:
-    return a == b or json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)  # NaN is not equal to itself
+def is_equal(a: Any, b: Any) -> bool:
+    """Whether two values of JSON files are the same; NaN is."""
+    return a == b or json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)

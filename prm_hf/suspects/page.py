@@ -12,9 +12,10 @@ from typing import Any
 
 from .._files import write_whole
 from .._page import STYLE, whole_page
+from ..noise.columns import LABELS
 from .cards import KEYS, Card, shown_percent, typical_margins
 from .decisions import DECISIONS, DROP, FLIP, KEEP
-from .relabel import LABELS, is_labelled
+from .relabel import is_labelled
 from .texts import shown
 
 
