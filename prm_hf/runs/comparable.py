@@ -17,14 +17,8 @@ _OF_THE_RUN = ("task", "accuracy", "model", "dataset", "noise_rate", "noise_kind
 _DIGEST = "_digest"
 # They make another run, as its history or its speed is another one, and leave the result as it is.
 _NEUTRAL = {
-    *(
-        "eval_strategy",
-        "eval_steps",
-        "eval_delay",
-        "eval_on_start",
-        "eval_do_concat_batches",
-        "eval_use_gather_object",
-    ),
+    *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_do_concat_batches"),
+    "eval_use_gather_object",
     *("save_strategy", "memorization_max_rows", "drift_metrics", "batch_eval_metrics", "include_for_metrics"),
     *("prediction_loss_only", "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
     *("activation_checkpointing_kwargs", "activation_offloading", "torch_compile", "torch_compile_backend"),
