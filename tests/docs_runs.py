@@ -53,6 +53,7 @@ NOT_HERE = {
 DPO = {"dpo", "recipes/dpo_noisy.py"}
 SFT = {"sft", "recipes/sft_noisy.py"}
 ON_A_CPU = re.search(r"Without a GPU add `([^`]+)`", (ROOT / "docs" / "getting_started.md").read_text())[1].split()
+ONE_SEED = ["--seeds", "0"]  # where a comparison runs in full, with all of its methods, rates and steps
 ONE_RATE = ["--learning_rates", "1e-3", "--prm_learning_rates", "1e-3", "--seeds", "0", "--max_extensions", "0"]
 STEPS = ["--max_steps", "2", "--max_length", "64", *ON_A_CPU, *ONE_RATE]
 METHODS = ["--methods", "adamw", "prm_noisy_labels"]  # a configuration of recipes/ has up to 22
@@ -120,7 +121,11 @@ def main() -> None:
     if reason := NOT_HERE.get(" ".join([program, *arguments])):
         print(f"not run: {reason}")
         return
-    command = [program, *arguments] if os.environ.get("IN_FULL") else shortened(program, arguments)
+    command = [program, *arguments]
+    if not os.environ.get("IN_FULL"):
+        command = shortened(program, arguments)
+    elif DPO & {*arguments}:
+        command += ONE_SEED
     here = Path(sys.executable).parent / program
     os.execv(here if here.exists() else program, [str(here), *command[1:]])
 

@@ -148,7 +148,7 @@ def test_the_commands_of_a_page_run(page, clone, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_commands_of_the_readme_run_in_full(clone):
-    """As someone types them who has just cloned the repository.
+    """As someone types them who has just cloned the repository, but with one seed in place of three.
 
     The log of the comparison has a line before the runs, one for each run, and what `prm-hf compare` shows again.
     """

@@ -98,7 +98,7 @@ def frontier_spec(comparison: Comparison) -> dict[str, Any] | None:
     require("prm_hf.compare.chart", "altair", extra="report")
     import altair as alt
 
-    runs = [_run_values(row, run) for row in comparison.rows for run in row.runs if _has_point(run)]
+    runs = [_run_values(row, run) for row in comparison.rows for run in row.runs if plots.has_point(run)]
     rows = [values for row in comparison.rows if (values := _row_values(row))]
     if not runs:
         return None
@@ -165,10 +165,6 @@ def _label(method: str) -> str:
     return printable(find_method(method).label)
 
 
-def _has_point(run: Run) -> bool:
-    return plots.has_point(run)
-
-
 def _run_values(row: Row, run: Run) -> dict[str, Any]:
     names = row.measures
     values = {name: run.metrics.get(name) for name in (names.noise_fit, CLEAN_FIT, names.extra, "wall_seconds")}
@@ -181,7 +177,7 @@ def _run_values(row: Row, run: Run) -> dict[str, Any]:
 
 def _row_values(row: Row) -> dict[str, Any] | None:
     """The means over seeds, of the KL the geometric one, and the ends of the error bar."""
-    runs = [run for run in row.runs if _has_point(run)]
+    runs = [run for run in row.runs if plots.has_point(run)]
     if not runs:
         return None
     names = row.measures

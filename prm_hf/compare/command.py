@@ -62,7 +62,7 @@ def command(comparison: Comparison, **changes: list[Any]) -> str:
         words += ["--noise_rate", info["noise_rate"]]
     for name, values in lists.items():
         words += [f"--{name}", *values] if values else []
-    words += ["--output_dir", _output_dir(comparison)]
+    words += ["--output_dir", runs[0].path.parent]
     return " ".join(
         [words[0], *(shlex.quote(f"{word:g}" if isinstance(word, float) else str(word)) for word in words[1:])]
     )
@@ -91,10 +91,6 @@ def _lists(comparison: Comparison) -> dict[str, list[Any]]:
         "prm_learning_rates": list(map(format_rate, rates[True] or rates[False])),
         "seeds": sorted({run.seed for row in comparison.rows for run in row.runs if run.seed is not None}),
     }
-
-
-def _output_dir(comparison: Comparison) -> str:
-    return str(comparison.runs[0].path.parent)
 
 
 def more_seeds(comparison: Comparison, n: int = 5) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -10,8 +9,7 @@ from ..runs.comparable import Difference, differences_between, group_comparable
 from ..runs.methods import BASELINE, LOSS, OTHER
 from ..runs.run import DIVERGED, FINISHED, UNFINISHED, Run
 from ..runs.schema import Measures
-from . import statistics
-from .contrasts import RATE_CONTROLS, Contrast, frontier_contrasts, row_contrasts
+from .contrasts import RATE_CONTROLS, Contrast, adjust, frontier_contrasts, row_contrasts
 from .recovery import Recovery, find_recoveries
 from .rows import Row, format_rate, make_rows, row_key
 from .simplicity import SimplicityContrast, simplicity_contrasts
@@ -132,9 +130,7 @@ def build_comparison(runs: list[Run]) -> Comparison:
     comparison.contrasts = [*row_contrasts(comparison), *frontier_contrasts(comparison)]
     comparison.recoveries, comparison.solved = find_recoveries(comparison), solved_contrasts(comparison)
     comparison.simplicity = simplicity_contrasts(comparison)
-    adjusted = statistics.holm([c.interval.p_value if c.interval else math.nan for c in comparison.contrasts])
-    for contrast, p in zip(comparison.contrasts, adjusted, strict=True):
-        contrast.p_holm = p
+    adjust(comparison.contrasts)
     return comparison
 
 

@@ -143,6 +143,13 @@ def frontier_contrasts(comparison: Comparison) -> list[Contrast]:
     return contrasts
 
 
+def adjust(contrasts: list[Contrast]) -> None:
+    """Fills `p_holm` in, by Holm's correction for all of these contrasts."""
+    adjusted = statistics.holm([c.interval.p_value if c.interval else math.nan for c in contrasts])
+    for contrast, p in zip(contrasts, adjusted, strict=True):
+        contrast.p_holm = p
+
+
 def _areas(rows: list[Row], curve: list[Row], right: Row | None = None) -> Contrast:
     """Mean accuracy over log KL, of one method minus another, over the range of KL that both curves cover."""
     against = f"{curve[0].kind.label}, frontier area"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from ..runs.comparable import is_equal
 from ..runs.methods import CONTROL
 from ..runs.schema import SOLVED
 from . import chart, page, plots
@@ -221,7 +222,7 @@ def _settings(comparison: Comparison) -> list[str]:
     """The settings that all runs share, the names of those that differ, and where each run was made."""
     recorded = [run.settings for run in comparison.runs if run.settings]
     keys = sorted({key for settings in recorded for key in settings})
-    shared = {k: recorded[0][k] for k in keys if all(k in s and _same(s[k], recorded[0].get(k)) for s in recorded)}
+    shared = {k: recorded[0][k] for k in keys if all(k in s and is_equal(s[k], recorded[0].get(k)) for s in recorded)}
     made: dict[str, list[str]] = {}
     for run in comparison.runs:
         found = {key: run.info[key] for key in ("hardware", "versions") if key in run.info}
@@ -233,7 +234,3 @@ def _settings(comparison: Comparison) -> list[str]:
         page.tag("h3", "Hardware and versions"),
         *(page.quiet(", ".join(names)) + page.json_block(json.loads(text)) for text, names in made.items()),
     ]
-
-
-def _same(a: object, b: object) -> bool:
-    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)

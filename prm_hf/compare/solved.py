@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from ..runs.methods import BASELINE, CONTROL, PRM, REPAIRED
 from ..runs.run import Run
 from ..runs.schema import SOLVED, SOLVED_BEFORE
-from . import statistics
-from .contrasts import SOLVED_BEST, Contrast, between, interval_of, stack
+from .contrasts import SOLVED_BEST, Contrast, adjust, between, interval_of, stack
 from .rows import Row, best
 from .statistics import Interval, finite
 
@@ -41,9 +39,7 @@ def solved_contrasts(comparison: Comparison) -> list[Contrast]:
     for row in solvers:
         rivals = [adamw, *([strongest] if row.group in (PRM, REPAIRED) and strongest is not adamw else [])]
         found += [between(SOLVED_BEST, row, rival, Run.solutions) for rival in rivals if rival and rival is not row]
-    adjusted = statistics.holm([c.interval.p_value if c.interval else math.nan for c in found])
-    for contrast, p in zip(found, adjusted, strict=True):
-        contrast.p_holm = p
+    adjust(found)
     return found
 
 

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from trl import ModelConfig
 
 from ..demo import build_demo
+from ..noise.columns import MARKS
 from ..runs.methods import BASELINE, METHODS, PRM, Method, parse_method
 from ..runs.write import check_seed
 from ..suspects import fold_of_rows
@@ -35,7 +36,7 @@ from .experiment import BUILT_IN, loading_settings, with_built_in_batch
 from .grid import configure
 from .runner import FAILED, OutOfTime, Runner, workers_beside
 from .suspects_grid import SuspectsData, SuspectsGrid
-from .suspects_kinds import KINDS, NOISE_MARKS, Kind
+from .suspects_kinds import KINDS, Kind
 from .suspects_report import decide_again
 
 
@@ -366,7 +367,7 @@ def doubt(
     groups = list(map(str, groups))
     # Also in sample, for which they are resampled by
     folds = {} if args.how == "in_sample" else {seed: fold_of_rows(groups, args.folds, seed) for seed in args.seeds}
-    truth = next((rows[name][:] for name in NOISE_MARKS if _is_bool(rows, name)), None)
+    truth = next((rows[name][:] for name in MARKS if _is_bool(rows, name)), None)
     about = {**about, "train_digest": digest(rows, kind.columns(rows))}
     return SuspectsData(kind, name, rows, groups, folds, truth, about)
 

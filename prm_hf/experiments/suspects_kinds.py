@@ -18,14 +18,12 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from .. import PRM, PRMDPOConfig, PRMDPOTrainer, PRMSFTConfig, PRMSFTTrainer, flip_preferences
 from ..demo import completion_rows
 from ..noise import corrupt
+from ..noise.columns import LABELS, MARKS
 from ..suspects.margins import with_other_prompts
 from ..trainers.config import PRMArguments, prm_kwargs, scaled_by_relative_eps, with_help
 from ..trainers.presets import with_preset
 from .experiment import loading_settings
 from .rows import Columns, check_rows, prompts_of
-
-
-NOISE_MARKS = ("flipped", "corrupted")  # columns of `prm_hf.noise` that say which labels are wrong
 
 
 @with_help
@@ -60,7 +58,7 @@ class Kind(ABC):
     @staticmethod
     @abstractmethod
     def built_in_rows(pairs: Dataset, noise_rate: float, seed: int) -> Dataset:
-        """The rows of the built-in task, with a column of `NOISE_MARKS`."""
+        """The rows of the built-in task, with a column of `MARKS`."""
 
     @staticmethod
     @abstractmethod
@@ -177,7 +175,7 @@ class Classes(Kind):
 
     @staticmethod
     def columns(rows: Dataset) -> Columns:
-        column = next((name for name in ("label", "labels") if name in rows.column_names), "label")
+        column = next((name for name in LABELS if name in rows.column_names), "label")
         return Columns("text", (column,), needs_prompt=False, advice="Rename yours in the dataset.")
 
     def check(self, rows: Dataset, place: str) -> None:
@@ -204,7 +202,7 @@ class Classes(Kind):
     def _texts(self, rows: Dataset) -> list[str]:
         if "text" in rows.column_names:
             return [text or "" for text in rows["text"]]
-        left_out = {*self.columns(rows).completions, *NOISE_MARKS, "group"}
+        left_out = {*self.columns(rows).completions, *MARKS, "group"}
         names = [name for name in rows.column_names if name not in left_out]
         return ["\n".join(f"{name}: {row[name]}" for name in names) for row in rows.select_columns(names)]
 

@@ -8,14 +8,14 @@ from ..metrics.suspects import suspect_metrics
 from ..suspects import Suspects
 from ..suspects.decisions import read_decisions
 from ..suspects.files import IN_SAMPLE, SUSPECTS_FILE, as_line
-from ..suspects.page import write_page
+from ..suspects.page import PAGE_FILE, write_page
 from ..suspects.repair import repair, write_rows
 
 
 if TYPE_CHECKING:
     from .suspects import SuspectsArguments
 
-PAGE_FILE, REPAIRED_FILE = "suspects.html", "repaired.jsonl"
+REPAIRED_FILE = "repaired.jsonl"
 
 
 def report(suspects: Suspects, folder: Path, args: "SuspectsArguments", truth: list[bool] | None, model: str) -> None:

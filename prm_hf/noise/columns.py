@@ -7,7 +7,8 @@ from datasets import Array2D, Array3D, ClassLabel, Features, Image, LargeList, L
 
 
 _IMAGES = ("image", "img", "pixel_values")
-_LABELS = ("label", "labels")
+LABELS = ("label", "labels")
+MARKS = ("flipped", "corrupted")  # say which rows are noisy
 
 
 def named_columns(columns: str | Sequence[str], features: Features) -> list[str]:
@@ -23,7 +24,7 @@ def label_columns(columns: str | Sequence[str] | None, features: Features) -> li
     if columns is None:
         if "chosen" in features and "rejected" in features:
             return []
-        names = ["completion"] if "completion" in features else [name for name in _LABELS if name in features][:1]
+        names = ["completion"] if "completion" in features else [name for name in LABELS if name in features][:1]
         if not names:
             raise ValueError(
                 "`dataset` has no label that is known by its name (`chosen` and `rejected`, `completion`, `label`); "
@@ -41,7 +42,7 @@ def label_columns(columns: str | Sequence[str] | None, features: Features) -> li
             )
         if isinstance(features[name], ClassLabel) != isinstance(features[names[0]], ClassLabel):
             raise ValueError(f"`columns={columns!r}` mixes class labels and text: corrupt one after the other.")
-        if name in _LABELS and not isinstance(features[name], ClassLabel):
+        if name in LABELS and not isinstance(features[name], ClassLabel):
             raise ValueError(
                 f"Column {name!r} of `dataset` holds text: make its words classes with "
                 f"`dataset.class_encode_column({name!r})`, or rename it if it is a completion."

@@ -17,14 +17,8 @@ _OF_THE_RUN = ("task", "accuracy", "model", "dataset", "noise_rate", "noise_kind
 _DIGEST = "_digest"
 # They make another run, as its history or its speed is another one, and leave the result as it is.
 _NEUTRAL = {
-    *(
-        "eval_strategy",
-        "eval_steps",
-        "eval_delay",
-        "eval_on_start",
-        "eval_do_concat_batches",
-        "eval_use_gather_object",
-    ),
+    *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_do_concat_batches"),
+    "eval_use_gather_object",
     *("save_strategy", "memorization_max_rows", "drift_metrics", "batch_eval_metrics", "include_for_metrics"),
     *("prediction_loss_only", "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
     *("activation_checkpointing_kwargs", "activation_offloading", "torch_compile", "torch_compile_backend"),
@@ -80,7 +74,7 @@ def find_differences(shared: Shared, others: Shared) -> list[Difference]:
     return [
         Difference(place[0], (value, others[place][0]), (run, others[place][1]))
         for place, (value, run) in shared.items()
-        if place in others and not _equal(value, others[place][0])
+        if place in others and not is_equal(value, others[place][0])
     ]
 
 
@@ -114,5 +108,6 @@ def numbered(keys: Iterable[Hashable]) -> list[int]:
     return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
-def _equal(a: Any, b: Any) -> bool:
-    return a == b or json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)  # NaN is not equal to itself
+def is_equal(a: Any, b: Any) -> bool:
+    """Whether two values of JSON files are the same; NaN is."""
+    return a == b or json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..noise.columns import LABELS
 from .decisions import DROP, FLIP, KEEP
-from .relabel import LABELS, Kind
+from .relabel import Kind
 from .texts import Part, as_json, differences, parts_of, shown, texts_html
 
 

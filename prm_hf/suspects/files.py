@@ -13,10 +13,10 @@ from scipy.special import logit
 from scipy.stats import rankdata
 
 from .._files import write_whole
+from ..noise.columns import LABELS
 from ..noise.wrong_labels import estimate_wrong_labels, votes
 from ..runs.write import write_json
 from .decisions import DECISIONS, FLIP, KEEP, check_decisions
-from .relabel import LABELS
 
 
 SUSPECTS_FILE, SUMMARY_FILE = "suspects.jsonl", "suspects_summary.json"

@@ -12,9 +12,11 @@ from typing import Any
 
 from .._files import write_whole
 from .._page import STYLE, whole_page
+from ..noise.columns import LABELS
 from .cards import KEYS, Card, shown_percent, typical_margins
 from .decisions import DECISIONS, DROP, FLIP, KEEP
-from .relabel import LABELS, is_labelled
+from .files import SUMMARY_FILE, SUSPECTS_FILE
+from .relabel import is_labelled
 from .texts import shown
 
 
@@ -36,9 +38,9 @@ def write_page(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     try:
-        with (folder / "suspects.jsonl").open(encoding="utf-8") as file:
+        with (folder / SUSPECTS_FILE).open(encoding="utf-8") as file:
             lines = [json.loads(line) for line in file]
-        summary = json.loads((folder / "suspects_summary.json").read_text(encoding="utf-8"))
+        summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
         text = page_html(lines, summary)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 import pyarrow as pa
 from datasets import ClassLabel, Dataset
 
+from ..noise.columns import LABELS, MARKS
 from ..noise.preferences import side_pairs, swap_sides
 from ..noise.rows import map_rows, same_value
 from ..noise.sides import side_changes
@@ -22,9 +23,6 @@ logger = logging.getLogger(__name__)
 
 Kind: TypeAlias = Literal["preference", "completion", "label"]
 Rows: TypeAlias = Sequence[Mapping[str, Any]] | Dataset
-LABELS = ("label", "labels")
-_MARKS = ("flipped", "corrupted")  # columns of prm_hf.noise that say which labels are wrong
-
 _MISSING = object()  # a row of a list need not have every column
 
 
@@ -88,8 +86,8 @@ def flip_labels(
 def _flip_sides(rows: Rows, to_flip: list[bool]) -> tuple[Rows, list[bool]]:
     table = _table(rows)
     features = table.features
-    marks = [name for name in _MARKS if name in features and getattr(features[name], "dtype", "") == "bool"]
-    if marks == [*_MARKS] and list(table["flipped"]) != list(table["corrupted"]):
+    marks = [name for name in MARKS if name in features and getattr(features[name], "dtype", "") == "bool"]
+    if marks == [*MARKS] and list(table["flipped"]) != list(table["corrupted"]):
         marks.remove("corrupted")  # it is about something else
     elif marks == ["corrupted"]:
         marks = []
@@ -134,7 +132,7 @@ def _change_labels(rows: Rows, to_flip: list[bool], preferred: Sequence[Any] | N
         pairs = zip(to_flip, labels, preferred, strict=True)
         new = [same[x] if flip and is_labelled(label) else label for flip, label, x in pairs]
     flipped = [a != b for a, b in zip(labels, new, strict=True)]
-    stale = [mark for mark in _MARKS if mark in columns_of(rows)]
+    stale = [mark for mark in MARKS if mark in columns_of(rows)]
     if any(flipped) and stale:
         logger.warning(
             "The columns %s do not know of the %d labels that are repaired: remove them before you train on these.",

@@ -13,10 +13,11 @@ import numpy as np
 from datasets import Dataset
 
 from .._files import write_whole
+from ..noise.columns import LABELS
 from ..runs.text import short
 from .decisions import DROP, FLIP, KEEP, check_decisions
 from .files import as_line
-from .relabel import LABELS, Kind, Rows, check_flip, columns_of, flip_labels
+from .relabel import Kind, Rows, check_flip, columns_of, flip_labels
 
 
 SOFT = "soft"

@@ -44,7 +44,6 @@ from .prepared import (
     IDS,
     REFERENCE,
     check_fingerprint,
-    check_not_empty,
     check_values,
     has_reference,
     informative_rows,
@@ -161,12 +160,12 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
                 )
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: PRMDPOConfig, dataset_name: str) -> Any:
-        first = check_not_empty(dataset, dataset_name)
+        is_tokenized = "prompt_ids" in next(iter(dataset))
         n_before = None if isinstance(dataset, IterableDataset) else len(dataset)
-        if "prompt_ids" not in first:
+        if not is_tokenized:
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         dataset = informative_rows(dataset, args, dataset_name, n_before)
-        if "prompt_ids" in first:
+        if is_tokenized:
             self._check_tokens(dataset, processing_class, args, dataset_name)
         return dataset
 

@@ -40,14 +40,6 @@ def sample(dataset: Dataset | IterableDataset) -> list[dict[str, Any]]:
 # ---- Rows that say nothing ----
 
 
-def check_not_empty(dataset: Dataset | IterableDataset, name: str) -> dict[str, Any]:
-    """The first row of a dataset; ValueError if there is none."""
-    first = next(iter(dataset), None)
-    if first is None:
-        raise ValueError(f"The dataset {name!r} has no rows: pass one with at least one row.")
-    return first
-
-
 def warn_of_rows_left_out(name: str, what: str, n_before: int, n_after: int, found: list[str]) -> None:
     """One warning for a dataset with the numbers in `found`; ValueError if no row is left."""
     text = f"{n_before - n_after} of the {n_before} {what} of {name!r} are left out: {' and '.join(found)}."

@@ -14,7 +14,7 @@ from ..metrics import SequenceEvaluation, completion_metrics, drift_metrics
 from ..metrics.tables import evaluate_rows
 from .config import PRMSFTConfig, checked_config
 from .mixin import PRMTrainerMixin
-from .prepared import check_not_empty, warn_of_rows_left_out
+from .prepared import warn_of_rows_left_out
 
 
 logger = get_logger(__name__)
@@ -80,7 +80,6 @@ class PRMSFTTrainer(PRMTrainerMixin, SFTTrainer):
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
         arguments = processing_class, args, packing, formatting_func, dataset_name
-        check_not_empty(dataset, dataset_name)
         prepared = super()._prepare_dataset(dataset, *arguments)
         if isinstance(dataset, Dataset) and not packing and (n_left_out := len(dataset) - len(prepared)):
             found = [f"{n_left_out} with no token to learn in what `max_length={args.max_length}` leaves of them"]

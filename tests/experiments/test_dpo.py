@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from filelock import FileLock
 
 from prm_hf.demo import build_demo
-from prm_hf.experiments import data, runner
+from prm_hf.experiments import data, runner, sweep
 from prm_hf.experiments.dpo import DPOExperiment
 from prm_hf.runs.methods import METHODS
 
@@ -328,24 +328,13 @@ def launch(flags, output_dir, *arguments, program=SCRIPT):
 
 
 @pytest.mark.slow
-def test_accelerate_launch(tmp_path):
-    out = launch(["--num_processes", "1"], tmp_path, "--methods", "prm_per_tensor")
-    assert "PRM per_tensor" in out and "Report:" in out
-
-
-@pytest.mark.slow
-def test_accelerate_launch_without_a_clone(tmp_path):
-    out = launch(["--num_processes", "1"], tmp_path, "--methods", "adamw", "prm_per_tensor", program=MODULE)
-    assert "PRM per_tensor" in out and "Report:" in out
-
-
-@pytest.mark.slow
 def test_accelerate_launch_with_two_processes(tmp_path):
-    """Two processes share the batch of 16: the runs are those of one process, up to rounding."""
+    """From a clone or without one. Two processes share the batch of 16: the runs are those of one, up to rounding."""
     flags = ["--multi_gpu", "--num_processes", "2"]
-    for folder, f in (("two", flags), ("one", ["--num_processes", "1"])):
+    for folder, f, program in (("two", flags, SCRIPT), ("one", ["--num_processes", "1"], MODULE)):
         (tmp_path / folder).mkdir()
-        launch(f, tmp_path / folder, "--methods", "adamw", "prm_per_tensor")
+        out = launch(f, tmp_path / folder, "--methods", "adamw", "prm_per_tensor", program=program)
+        assert "PRM per_tensor" in out and "Report:" in out
     for name in ("adamw_lr0.001_seed0", "prm_per_tensor_lr0.003_seed0"):
         two, one = (folder_of(tmp_path / folder, name) for folder in ("two", "one"))
         assert read(two / "run.json")["hardware"]["world_size"] == 2
@@ -356,21 +345,14 @@ def test_accelerate_launch_with_two_processes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", [["dpo"], SCRIPT], ids=["command", "recipe"])
-def test_a_sweep_spreads_the_runs_over_processes(tmp_path, program):
+def test_a_sweep_spreads_the_runs_over_processes(tmp_path):
     """As many processes as there are devices (here only in name) share the runs of one comparison."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "0,1"}
-    command = [sys.executable, str(ROOT / "recipes" / "sweep.py"), *program]
-    command += ["--output_dir", str(tmp_path / "runs"), *SHORT, *ONE_RATE, "--methods", "adamw", "prm_debiased"]
-    command += ["--seeds", "0", "1", "2"]
-
-    def start(*more):
-        return subprocess.run(
-            [*command, *more], env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path, check=False
-        )
-
-    assert start("--max_minutes", "1e-9").returncode == 75 and not stamps(tmp_path / "runs")
-    result = start()
+    command = [sys.executable, str(ROOT / "recipes" / "sweep.py"), *SCRIPT, "--output_dir", str(tmp_path / "runs")]
+    command += [*SHORT, *ONE_RATE, "--methods", "adamw", "prm_debiased", "--seeds", "0", "1", "2"]
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path, check=False
+    )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     other = (tmp_path / "worker1.log").read_text()
     assert len(stamps(tmp_path / "runs")) == 6
@@ -379,8 +361,26 @@ def test_a_sweep_spreads_the_runs_over_processes(tmp_path, program):
     ]
     assert sum(trained) == 6 and min(trained) > 0
     assert "Report:" in result.stdout and "Report:" in other
-    failed = start("--seeds", "0", "0")
-    assert failed.returncode == 2 and "none twice" in failed.stderr
+
+
+EXITS = """
+import json, os, sys
+codes = json.loads(sys.argv[1])
+print("device", os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
+print("of worker", os.environ["CUDA_VISIBLE_DEVICES"], file=sys.stderr)
+sys.exit(codes[int(os.environ["CUDA_VISIBLE_DEVICES"])])
+"""
+
+
+@pytest.mark.parametrize("codes, code", [([0, 0], 0), ([75, 0], 75), ([75, 2], 2), ([0, 2], 2), ([75, 75], 75)])
+def test_a_sweep_ends_with_the_code_of_its_processes(tmp_path, monkeypatch, capfd, codes, code):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    (tmp_path / "program.py").write_text(EXITS)
+    assert sweep.main(["program.py", json.dumps(codes)]) == code
+    here, there = capfd.readouterr(), (tmp_path / "worker1.log").read_text()
+    assert here.out == "device 0\n" and here.err == "of worker 0\n"
+    assert sorted(there.splitlines()) == ["device 1", "of worker 1"]
 
 
 def test_a_rate_at_which_training_diverges(pairs, tmp_path, capsys, no_pictures):
