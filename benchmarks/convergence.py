@@ -28,11 +28,9 @@ from prm_hf.noise import flip_preferences
 from prm_hf.optim.hyperparameters import STATE_DTYPES
 
 
-METHODS = {
-    "AdamW": {"prm_mask": "none"},
-    "per_tensor": {"prm_reduction": "per_tensor"},
-    "per_row": {"prm_reduction": "per_row", "prm_signal_beta": 0.98},
-}
+METHODS = {"AdamW": {"prm_mask": "none"}, "per_tensor": {"prm_reduction": "per_tensor"}}
+METHODS |= {"per_row": {"prm_reduction": "per_row", "prm_signal_beta": 0.98}}
+QUIET = {"logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
 LAST = 30  # steps, of which loss and mask are means
 IN_LOGS = {"loss": "loss", "mask": "mask/mean_q"}
 COLUMNS = {"loss": "training loss", "mask": "mean mask", "eval_loss": "held-out loss", "accuracy": "held-out accuracy"}
@@ -41,21 +39,15 @@ COLUMNS = {"loss": "training loss", "mask": "mean mask", "eval_loss": "held-out 
 def make_trainer(model: str | None, options: dict, seed: int) -> PRMDPOTrainer | PRMSFTTrainer:
     """A trainer of the model on texts, or of the built-in task's reference policy on pairs with flipped labels."""
     folder = model or build_demo().model_path
-    policy, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    policy = policy.float()
+    policy, tokenizer = AutoModelForCausalLM.from_pretrained(folder).float(), AutoTokenizer.from_pretrained(folder)
     if model is None:
-        data = {
-            "train_dataset": flip_preferences(build_demo().train, 0.3, seed=seed),
-            "eval_dataset": build_demo().test,
-        }
+        data = flip_preferences(build_demo().train, 0.3, seed=seed), build_demo().test
         reference, args = AutoModelForCausalLM.from_pretrained(folder), PRMDPOConfig(**options, max_length=64)
-        return PRMDPOTrainer(policy, reference, args, processing_class=tokenizer, **data)
-    files = sorted(Path(prm_hf.__file__).parent.rglob("*.py"))
-    source = "".join(file.read_text(encoding="utf-8") for file in files)
+        return PRMDPOTrainer(policy, reference, args, None, *data, tokenizer)
+    source = "".join(x.read_text(encoding="utf-8") for x in sorted(Path(prm_hf.__file__).parent.rglob("*.py")))
     pieces = [{"text": source[i : i + 2000]} for i in range(0, len(source), 2000)]
-    train = Dataset.from_list([piece for i, piece in enumerate(pieces) if i % 10])
-    data = {"train_dataset": train, "eval_dataset": Dataset.from_list(pieces[::10])}
-    return PRMSFTTrainer(policy, PRMSFTConfig(**options, max_length=512), processing_class=tokenizer, **data)
+    data = map(Dataset.from_list, ([x for i, x in enumerate(pieces) if i % 10], pieces[::10]))
+    return PRMSFTTrainer(policy, PRMSFTConfig(**options, max_length=512), None, *data, tokenizer)
 
 
 def train(args: argparse.Namespace, method: str, state_dtype: str, seed: int) -> dict[str, float]:
@@ -64,18 +56,13 @@ def train(args: argparse.Namespace, method: str, state_dtype: str, seed: int) ->
         "max_steps": args.steps,
         "per_device_train_batch_size": args.batch_size,
         "per_device_eval_batch_size": 2 * args.batch_size,
-        "learning_rate": args.learning_rate if method == "AdamW" else args.prm_learning_rate,
+        "learning_rate": args.learning_rate * (1 if method == "AdamW" else 3),
         "warmup_steps": args.steps // 10,
         "seed": seed,
         "use_cpu": not torch.cuda.is_available(),
         "bf16": torch.cuda.is_available(),
         "gradient_checkpointing": args.model is not None,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "prm_state_dtype": state_dtype,
-        **METHODS[method],
+        **({"prm_state_dtype": state_dtype} | QUIET | METHODS[method]),
     }
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(args.model, {"output_dir": folder, **options}, seed)
@@ -103,27 +90,29 @@ def table(runs: dict[str, dict[str, float]], seeds: list[int]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a causal language model for SFT, by name or folder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, help="200 with --model, else 160")
+    parser.add_argument("--steps", type=int, help="default: 160, with --model 200")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, help="of AdamW: 1e-5 with --model, else 1e-3")
-    parser.add_argument("--prm_learning_rate", type=float, help="3 times as large")
+    parser.add_argument("--learning_rate", type=float, help="of AdamW, a third of PRM's; 1e-3, with --model 1e-5")
     parser.add_argument("--output", type=Path, help="a JSON file of all runs; those that it has are not repeated")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.steps = args.steps or (160 if args.model is None else 200)
     args.learning_rate = args.learning_rate or (1e-3 if args.model is None else 1e-5)
-    args.prm_learning_rate = args.prm_learning_rate or 3 * args.learning_rate
-    runs = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}
+    settings = {name: getattr(args, name) for name in ("model", "steps", "batch_size", "learning_rate")}
+    record = {"settings": settings, "runs": {}}
+    if args.output and args.output.exists():
+        record = json.loads(args.output.read_text())
+        if record["settings"] != settings:
+            parser.error(f"{args.output} has runs of other settings: {record['settings']}. Name another file.")
     for seed, method, state_dtype in itertools.product(args.seeds, METHODS, STATE_DTYPES):
-        key = f"{method} {state_dtype} {seed}"
-        if key not in runs:
-            runs[key] = train(args, method, state_dtype, seed)
+        key, runs = f"{method} {state_dtype} {seed}", record["runs"]
+        runs[key] = runs.get(key) or train(args, method, state_dtype, seed)
         if args.output:
-            args.output.write_text(json.dumps(runs, indent=1) + "\n")
-    print(table(runs, args.seeds))
+            args.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(table(record["runs"], args.seeds))
 
 
 if __name__ == "__main__":

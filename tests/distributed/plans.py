@@ -18,6 +18,7 @@ PATHS = {
     "zero3_offload": 2,
 }
 
+REFUSES_REDUCTIONS = ("single", "fsdp2", "zero2", "zero3")  # as the others do, by the same code
 SAVED = {"steps": 6, "save_steps": 3}
 # On every path, in float32 unless the name says otherwise, with the same batches.
 COMMON = {
@@ -70,12 +71,11 @@ SPECIAL = {
     "fsdp2": {
         **KERNELS,
         **IN_8_BITS,
-        "per_param_8bit": IN_8_BITS["per_param_8bit"] | {"environment": FULL_STATE},
+        "per_row_8bit": IN_8_BITS["per_row_8bit"] | {"environment": FULL_STATE},
         "pure_bf16": PURE_BF16,
         "bf16_state": BF16_STATE,
         "per_row_bf16_state": {"prm": PER_ROW | {"state_dtype": "bf16"}, **SAVED},
         "plain": PLAIN,
-        "per_row_full_state": {"prm": PER_ROW, "environment": FULL_STATE, **SAVED},
         "fsdp1": PLAIN | {"environment": FSDP1},
         "refused_state": REFUSED_STATE | {"environment": FSDP1},
         "refused_rows": REFUSED_ROWS | {"environment": FSDP1},
@@ -121,6 +121,7 @@ def plan(path: str) -> dict[str, dict]:
         runs[name] = options
         if "save_steps" in options:
             runs[f"{name}_resumed"] = options | {"resume": f"{name}/checkpoint-3"}
-    runs["to_per_param"] = COMMON["per_tensor"] | {"prm": PER_PARAM, "resume": "per_tensor/checkpoint-3"}
-    runs["to_per_tensor"] = COMMON["per_param"] | {"prm": PER_TENSOR, "resume": "per_param/checkpoint-3"}
+    if path in REFUSES_REDUCTIONS:
+        runs["to_per_param"] = COMMON["per_tensor"] | {"prm": PER_PARAM, "resume": "per_tensor/checkpoint-3"}
+        runs["to_per_tensor"] = COMMON["per_param"] | {"prm": PER_TENSOR, "resume": "per_param/checkpoint-3"}
     return runs
