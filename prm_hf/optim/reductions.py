@@ -29,23 +29,23 @@ def sums_of_squares(xs: list[Tensor]) -> Tensor:
 
 def inner_products(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
     """Σx², Σxy and Σy² of each pair of contiguous tensors on a CPU, float64 `(n, 3)`, without large temporaries."""
-    return torch.stack(
-        [_inner_products(x.detach().view(-1), y.detach().view(-1)) for x, y in zip(xs, ys, strict=True)]
-    )
+    parts = [_parts(x.detach().view(-1), y.detach().view(-1)) for x, y in zip(xs, ys, strict=True)]
+    sums = torch.cat(parts, dim=1).to(torch.float64).split([x.shape[1] for x in parts], dim=1)
+    return torch.stack([x.sum(1) for x in sums])
 
 
-def _inner_products(x: Tensor, y: Tensor) -> Tensor:
-    pairs = (x, x), (x, y), (y, y)
-    if len(x) < 2**15 or len(x) % 256:
-        # A float32 sum over a million products would be wrong by 1e-5
-        blocks = [(a.split(2**14), b.split(2**14)) for a, b in pairs]
-        products = [torch.dot(a, b) for of_pair in blocks for a, b in zip(*of_pair, strict=True)]
-        return torch.stack(products).to(torch.float64).view(3, -1).sum(1)
-    # All rows at a time, as what runs in parallel takes long to start
-    (x, y), norm = (z.view(-1, 256) for z in (x, y)), torch.linalg.vector_norm
-    parts = torch.stack([norm(x, dim=1), _row_products(x, y), norm(y, dim=1)]).to(torch.float64)
-    parts[::2].square_()
-    return parts.sum(1)
+def _parts(x: Tensor, y: Tensor) -> Tensor:
+    """What Σx², Σxy and Σy² are the sums of, `(3, parts)`: rows of 256 elements in turn, and what remains."""
+    n = x.numel()
+    whole = n // 256 * 256 if n >= 2**12 else 0  # a float32 sum over a million products would be wrong by 1e-5
+    parts = []
+    if whole:  # all rows at a time, as what runs in parallel takes long to start
+        (a, b), norm = (z[:whole].view(-1, 256) for z in (x, y)), torch.linalg.vector_norm
+        parts.append(torch.stack([norm(a, dim=1).square_(), _row_products(a, b), norm(b, dim=1).square_()]))
+    if whole < n or n == 0:
+        x, y = x[whole:], y[whole:]
+        parts.append(torch.stack([torch.dot(x, x), torch.dot(x, y), torch.dot(y, y)]).unsqueeze(1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _row_products(x: Tensor, y: Tensor) -> Tensor:
