@@ -63,11 +63,13 @@ class ForeachStep:
     """
 
     def __init__(self, lists: TensorLists, h: Hyperparameters, halves: bool, one_by_one: bool) -> None:
-        self._lists, self._h, self._halves = lists, h, halves
+        self._h, self._halves = h, halves
         self._quantized = any(map(is_quantized, lists.exp_avgs))
         dtype = lists.exp_avg_sqs[0].dtype
         self._rounds = h.state_dtype != "float32" and dtype in REDUCED
         self._dtype = torch.promote_types(lists.params[0].dtype, torch.float32) if self._rounds else dtype
+        self._lists = lists
+        self.set_grads(lists.grads)
         # Whether the first half leaves m and v alone, and the second computes them: what it reads must not be rounded.
         # Without a pause between the halves for sums, that also spares the memory a second pass.
         self._by_adamw = fused_cpu.supports(lists, self._dtype, h)
@@ -84,11 +86,16 @@ class ForeachStep:
         """The shares of all lists in a block, as they are kept and as the step computes with them."""
         kept = TensorLists(*([cut(xs[i], span, self._cuts_rows) for i, span in block if xs] for xs in self._lists))
         # Promoted, as the variances of rows are more precise than the step
+        if self._in_place:
+            return kept, kept
         working = ([read(x, torch.promote_types(x.dtype, self._dtype)) for x in tensors] for tensors in kept)
         return kept, TensorLists(*working)
 
     def set_grads(self, grads: list[Tensor]) -> None:
         self._lists = self._lists._replace(grads=grads)
+        dtypes = {xs[0].dtype for xs in self._lists if xs}
+        # Whether the step computes with what is kept
+        self._in_place = not self._quantized and all(torch.promote_types(x, self._dtype) == x for x in dtypes)
 
     def sums(self, scalars: masks.StepScalars) -> Tensor:
         """The first half: m and v, and Σ(g - center)² and Σm² of each unit, float64 `(units, 2)`.
@@ -145,6 +152,8 @@ class ForeachStep:
         self, block: list[tuple[int, slice | None]], kept: TensorLists, working: TensorLists, c: masks.StepScalars
     ) -> None:
         """Writes what a step has computed elsewhere than in the tensors themselves."""
+        if kept is working:
+            return
         for name, old_ones, new_ones in zip(TensorLists._fields, kept, working, strict=True):
             if name == "grads" or (name == "exp_avg_signals" and self._halves):  # kept by the first half
                 continue
@@ -272,27 +281,27 @@ def step_by_adamw(
     x: TensorLists, c: masks.StepScalars, h: Hyperparameters, lr: float, eps: float, q: Tensor | None, signal: bool
 ) -> None:
     """[`advance_moments`] and [`apply_update`] by the kernel of torch's AdamW, see `fused_cpu.py`."""
-    decay = h.weight_decay / h.step_length
+    decay, n = h.weight_decay / h.step_length, len(x.params)
     if h.reduction == "per_tensor":
-        for i, of_tensor in enumerate(q.tolist()):
-            own = TensorLists(*(xs[i : i + 1] for xs in x))
-            scaled = lr * of_tensor or 1e-300  # with q = 0 weights decay, too
-            fused_cpu.adamw(own.params, own, c.take([i]), h, scaled, eps, decay * lr / scaled)
+        scaled = [lr * of_tensor or 1e-300 for of_tensor in q.tolist()]  # with q = 0 weights decay, too
+        fused_cpu.adamw(x.params, x, c, h, scaled, eps, [decay * lr / size for size in scaled])
         return
-    grads = torch._foreach_neg(x.grads) if h.maximize else x.grads
+    grads = fused_cpu.ascended(x.grads, h)
     if x.grad_vars:
         _advance_variances(x.grad_vars, fused_cpu.deviations(grads, x.exp_avgs, c), c, h)
     if x.exp_avg_signals and signal:
         torch._foreach_lerp_(x.exp_avg_signals, grads, 1 - h.signal_beta)
     updates = [torch.zeros_like(p) for p in x.params]
-    fused_cpu.adamw(updates, x, c, h, lr, eps, decay=0.0)
-    if h.reduction == "per_param":
-        qs = _masks(torch._foreach_mul(x.exp_avgs, x.exp_avgs), x.grad_vars, c, h)
-    else:
-        qs = _row_masks(x, c, h, q)
+    fused_cpu.adamw(updates, x, c, h, [lr] * n, eps, [0.0] * n)
     if decay:
         torch._foreach_mul_(x.params, 1 - lr * decay)
-    torch._foreach_addcmul_(x.params, updates, qs)
+    if h.reduction == "per_param" and not any(c.first) and not any(c.open):
+        fused_cpu.add_masked(x, updates, c, h)
+    elif h.reduction == "per_param":
+        qs = _masks(torch._foreach_mul(x.exp_avgs, x.exp_avgs), x.grad_vars, c, h)
+        torch._foreach_addcmul_(x.params, updates, qs)
+    else:
+        torch._foreach_addcmul_(x.params, updates, _row_masks(x, c, h, q))
 
 
 def _row_masks(x: TensorLists, c: masks.StepScalars, h: Hyperparameters, q: Tensor | None) -> list[Tensor]:

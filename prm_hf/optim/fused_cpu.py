@@ -15,11 +15,14 @@ from ..sharding import is_fake
 from . import masks
 from .hyperparameters import Hyperparameters
 from .quantized import is_quantized
-from .reductions import row_sums_of_squares, sums_of_squares
+from .reductions import inner_products, row_sums_of_squares
 
 
 if TYPE_CHECKING:
     from .foreach import TensorLists
+
+
+TINY = torch.finfo(torch.float32).tiny  # what is less may be flushed to 0
 
 
 def supports(lists: "TensorLists", dtype: torch.dtype, h: Hyperparameters) -> bool:
@@ -42,36 +45,31 @@ def unit_sums(x: "TensorLists", c: masks.StepScalars, h: Hyperparameters) -> Ten
 
     With `signal_beta` the signal's average advances, and its squares are summed in place of m².
     """
-    grads = torch._foreach_neg(x.grads) if h.maximize else x.grads
     if h.reduction == "per_row":
-        averages = x.exp_avg_signals
+        grads, averages = ascended(x.grads, h), x.exp_avg_signals
         if averages:
             torch._foreach_lerp_(averages, grads, 1 - h.signal_beta)
         else:
             averages = torch._foreach_lerp(x.exp_avgs, grads, 1 - h.beta1)
         return torch.stack(list(map(row_sums_of_squares, (deviations(grads, x.exp_avgs, c), averages))), dim=1)
     # Of a tensor both follow from three products, which are formed without writing anything
-    gg, mm = sums_of_squares(grads), sums_of_squares(x.exp_avgs)
-    gm = _dots(grads, x.exp_avgs)
+    gg, gm, mm = inner_products(x.grads, x.exp_avgs).unbind(1)
+    if h.maximize:
+        gm = -gm
     center = torch.tensor(c.center, dtype=gg.dtype, device=gg.device)
     beta, rest = h.beta1, 1 - h.beta1
     squares = (gg - 2 * center * gm + center**2 * mm).clamp(min=0)
     return torch.stack([squares, (beta**2 * mm + 2 * beta * rest * gm + rest**2 * gg).clamp(min=0)], dim=1)
 
 
+def ascended(grads: list[Tensor], h: Hyperparameters) -> list[Tensor]:
+    """The gradients of what is minimized."""
+    return torch._foreach_neg(grads) if h.maximize else grads
+
+
 def makes_no_temporaries(h: Hyperparameters) -> bool:
     """Whether a step with these settings needs no block to keep what it makes in the cache."""
-    return h.reduction == "per_tensor" and not h.maximize
-
-
-def _dots(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
-    """Σxy of each of the tensors, float64 `(n,)`, from sums over 2**14 products, which are float32."""
-    xs, ys = ([x.view(-1).split(2**14) for x in tensors] for tensors in (xs, ys))
-    dots = [torch.dot(a, b) for x, y in zip(xs, ys, strict=True) for a, b in zip(x, y, strict=True)]
-    dots, counts = torch.stack(dots).to(torch.float64), list(map(len, xs))
-    if len(dots) == len(xs):
-        return dots
-    return torch.stack([part.sum() for part in dots.split(counts)])
+    return h.reduction == "per_tensor"
 
 
 def deviations(grads: list[Tensor], exp_avgs: list[Tensor], c: masks.StepScalars) -> list[Tensor]:
@@ -84,24 +82,49 @@ def adamw(
     x: "TensorLists",
     c: masks.StepScalars,
     h: Hyperparameters,
-    lr: float,
+    lrs: list[float],
     eps: float,
-    decay: float,
+    decays: list[float],
 ) -> None:
-    """A step of AdamW's kernel: w ← (1 - lr·decay) w - lr·m̂ / (√v̂ + eps), and m and v."""
-    steps = [torch.tensor(float(t) if h.bias_correction else torch.inf, device="cpu") for t in c.step]
-    torch._fused_adamw_(
-        params,
-        x.grads,
-        x.exp_avgs,
-        x.exp_avg_sqs,
-        x.max_exp_avg_sqs,
-        steps,
-        lr=lr,
-        beta1=h.beta1,
-        beta2=h.beta2,
-        weight_decay=decay,
-        eps=eps,
-        amsgrad=h.amsgrad,
-        maximize=h.maximize,
-    )
+    """A step of AdamW's kernel on each tensor: w ← (1 - lr·decay) w - lr·m̂ / (√v̂ + eps), and m and v."""
+    maxima = x.max_exp_avg_sqs or [None] * len(params)
+    tensors = zip(params, x.grads, x.exp_avgs, x.exp_avg_sqs, maxima, strict=True)
+    steps = {t: torch.tensor(float(t) if h.bias_correction else torch.inf, device="cpu") for t in set(c.step)}
+    for (p, g, m, v, maximum), t, lr, decay in zip(tensors, c.step, lrs, decays, strict=True):
+        torch._fused_adamw_(
+            [p],
+            [g],
+            [m],
+            [v],
+            [] if maximum is None else [maximum],
+            [steps[t]],
+            lr=lr,
+            beta1=h.beta1,
+            beta2=h.beta2,
+            weight_decay=decay,
+            eps=eps,
+            amsgrad=h.amsgrad,
+            maximize=h.maximize,
+        )
+
+
+def add_masked(x: "TensorLists", updates: list[Tensor], c: masks.StepScalars, h: Hyperparameters) -> None:
+    r"""w ← w + q · update with one q an element, in as few passes as these functions of torch allow.
+
+    All masks are :math:`E / (E + b s + \epsilon')` or the sign of :math:`E = \max(m^2 - a s, 0)`. Not for steps at
+    which a mask is another: the first, and those of the warm-up.
+    """
+    is_snr = h.mask == "snr"
+    below = (h.estimator == "debiased") * 1.0, 0.0 if is_snr else h.noise_weight  # times floor, and by itself
+    weight = h.softness * (h.noise_weight if is_snr else 1)
+    tensors = zip(x.params, updates, x.exp_avgs, x.grad_vars, c.signal, c.noise, c.floor, strict=True)
+    for p, update, m, s, signal, noise, floor in tensors:
+        excess = m * m
+        if a := noise / signal * (below[0] * floor + below[1]):
+            excess.sub_(s, alpha=a).clamp_min_(0)
+        if h.mask == "hard":
+            p.addcmul_(update, excess.sign_())
+            continue
+        total = torch.add(excess, s, alpha=noise / signal * weight)
+        total.add_(max(h.mask_epsilon / signal, TINY))
+        p.addcdiv_(excess.mul_(update), total)

@@ -27,6 +27,38 @@ def sums_of_squares(xs: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(xs, 2, dtype)).square()
 
 
+def inner_products(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+    """Σx², Σxy and Σy² of each pair of contiguous tensors on a CPU, float64 `(n, 3)`, without large temporaries."""
+    parts = [_parts(x.detach().view(-1), y.detach().view(-1)) for x, y in zip(xs, ys, strict=True)]
+    sums = torch.cat(parts, dim=1).to(torch.float64).split([x.shape[1] for x in parts], dim=1)
+    return torch.stack([x.sum(1) for x in sums])
+
+
+def _parts(x: Tensor, y: Tensor) -> Tensor:
+    """What Σx², Σxy and Σy² are the sums of, `(3, parts)`: rows of 256 elements in turn, and what remains."""
+    n = x.numel()
+    whole = n // 256 * 256 if n >= 2**12 else 0  # a float32 sum over a million products would be wrong by 1e-5
+    parts = []
+    if whole:  # all rows at a time, as what runs in parallel takes long to start
+        (a, b), norm = (z[:whole].view(-1, 256) for z in (x, y)), torch.linalg.vector_norm
+        parts.append(torch.stack([norm(a, dim=1).square_(), _row_products(a, b), norm(b, dim=1).square_()]))
+    if whole < n or n == 0:
+        x, y = x[whole:], y[whole:]
+        parts.append(torch.stack([torch.dot(x, x), torch.dot(x, y), torch.dot(y, y)]).unsqueeze(1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _row_products(x: Tensor, y: Tensor) -> Tensor:
+    """Σxy of each row, in the dtype of `x`.
+
+    It is the gradient of a batch norm's weight, whose channels the rows are: torch sums it up in float64, in one pass
+    that makes no temporary, and the rows in parallel.
+    """
+    zeros, ones = x.new_zeros(len(x)), x.new_ones(len(x))
+    backward, wanted = torch.ops.aten.native_batch_norm_backward.default, [False, True, False]
+    return backward(x.unsqueeze(0), y.unsqueeze(0), ones, zeros, ones, None, None, False, 0.0, wanted)[1]
+
+
 def row_sums_of_squares(xs: list[Tensor]) -> Tensor:
     """Σx² of each row of each of the tensors, `(all rows,)`, rows as in [`masks.as_rows`]."""
     return torch.cat([_row_norms(masks.as_rows(x)) for x in xs]).square()
@@ -46,9 +78,11 @@ def _has_rows_of_256(x: Tensor) -> bool:
 
 
 def _row_norms(rows: Tensor) -> Tensor:
-    # On a CPU the sums that are float32 are of 256, 128 or 64 squares, whatever divides the length of a row.
+    # On a CPU the sums that are float32 are of short rows, or of 256, 128 or 64 squares, whatever divides the length.
     dtype = masks.statistics_dtype(rows.device)
     if rows.device.type == "cpu" and rows.dtype == torch.float32 and rows.is_contiguous() and rows.numel():
+        if rows.shape[1] <= 2048:
+            return torch.linalg.vector_norm(rows, dim=1).to(dtype)
         part = math.gcd(rows.shape[1], 256)
         if part >= 64:
             rows = torch.linalg.vector_norm(rows.unflatten(1, (-1, part)), dim=-1)

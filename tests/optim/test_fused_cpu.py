@@ -8,8 +8,9 @@ import itertools
 import pytest
 import torch
 
-from prm_hf.optim import PRM, fused_cpu
+from prm_hf.optim import PRM
 from prm_hf.optim.lists import ForeachList
+from prm_hf.optim.reductions import inner_products
 
 from .optimizer_runs import COMBINATIONS, SIGNAL, VARIANTS, assert_close, make_params, name_of, train
 from .reference_prm import ReferenceTensor
@@ -58,13 +59,23 @@ def test_other_settings_take_the_other_path(settings):
     assert is_taken(optimizer) == {False}
 
 
-def test_products_are_precise_over_many_elements():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_are_precise_over_many_elements(dtype):
     """One of float32 over a million elements would be wrong by 1e-5."""
     generator = torch.Generator().manual_seed(0)
-    xs, ys = ([torch.randn(n, generator=generator).abs() for n in (2**20, 7, 40_001)] for _ in range(2))
-    exact = torch.stack([(x.double() * y.double()).sum() for x, y in zip(xs, ys, strict=True)])
-    torch.testing.assert_close(fused_cpu._dots(xs, ys), exact, rtol=1e-7, atol=0)
-    torch.testing.assert_close(fused_cpu._dots(xs[1:2], ys[1:2]), exact[1:2], rtol=1e-6, atol=0)
+    sizes = (2**20, 7, 40_001, 0, 2**15, 2**17 + 256)
+    xs, ys = ([torch.randn(n, generator=generator).abs().to(dtype) for n in sizes] for _ in range(2))
+    pairs = zip(xs, ys, strict=True)
+    exact = torch.stack(
+        [
+            torch.stack([a.dot(b) for a, b in ((x, x), (x, y), (y, y))])
+            for x, y in ((x.double(), y.double()) for x, y in pairs)
+        ]
+    )
+    tolerance = torch.tensor([1e-7, 1e-6, 1e-7, 0, 1e-7, 1e-7]).unsqueeze(1)
+    assert torch.all((inner_products(xs, ys) - exact).abs() <= tolerance * exact)
+    # As precise where all products have one sign and the mean is all there is
+    torch.testing.assert_close(inner_products(xs[:1], [-xs[0]])[0, 1], -exact[0, 0], rtol=1e-7, atol=0)
 
 
 def test_sums_over_a_tensor_are_those_of_its_definition():
