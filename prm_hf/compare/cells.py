@@ -15,10 +15,14 @@ from .solved import best_solvers, problems, share_solved
 from .statistics import Interval, finite
 
 
-SIMPLICITY_NOTE = (
-    "eff. dim.: directions that 256 training rows determine; certified, bound: hold with probability .95 for new rows "
-    "labelled as in training, if the model that training started from has not seen these"
+_AS_IN_TRAINING = (
+    "with probability .95, for rows labelled as in training, if these are new to the model that training started from"
 )
+SIMPLICITY_NOTES = {
+    EFFECTIVE_DIMENSION: "eff. dim.: directions that 256 training rows determine",
+    CERTIFIED: f"certified: the accuracy is at least that, {_AS_IN_TRAINING}",
+    BOUND: f"bound: bits a token are at most that, {_AS_IN_TRAINING}",
+}
 
 
 class Table(NamedTuple):
@@ -107,9 +111,9 @@ def simplicity_table(comparison: Comparison) -> Table:
     for measure in measures_in(comparison):
         for row in simplest_rows(comparison, measure):
             found = [c for c in comparison.simplicity if c.left is row and c.measure == measure]
-            cells = [[c.right.name, c.kind, c.text, p_text(c.p_holm)] for c in found] or [["", "", "", ""]]
+            found = [[c.right.name, c.kind.replace("learning ", ""), c.text, p_text(c.p_holm)] for c in found]
             mean = span(mean_of(row, measure), "")
-            rows += [[_MEASURED[measure], row.name, mean, *of_one] for of_one in cells]
+            rows += [[_MEASURED[measure], row.name, mean, *of_one] for of_one in found or [[""] * 4]]
     return Table([*heads, "difference [95 % interval]", "p (Holm)"], rows, {0, 1, 3, 4})
 
 
@@ -170,8 +174,7 @@ def footnote(comparison: Comparison) -> str:
     )
     if comparison.recoveries:
         notes.append("recovery: (method - AdamW) / (AdamW on clean labels - AdamW), in accuracy")
-    if measured := measures_in(comparison):
-        notes.append(SIMPLICITY_NOTE if EFFECTIVE_DIMENSION in measured else SIMPLICITY_NOTE.partition("; ")[2])
+    notes += [SIMPLICITY_NOTES[measure] for measure in measures_in(comparison)]
     notes += [f"solved: {of_problems}"] if (of_problems := problems(comparison)) else []
     return f"{words} {'; '.join(notes)}." if notes else words
 

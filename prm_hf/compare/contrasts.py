@@ -143,7 +143,7 @@ def frontier_contrasts(comparison: Comparison) -> list[Contrast]:
     return contrasts
 
 
-def adjust(contrasts: list[Contrast]) -> None:
+def adjust(contrasts: Sequence[Contrast]) -> None:
     """Fills `p_holm` in, by Holm's correction for all of these contrasts."""
     adjusted = statistics.holm([c.interval.p_value if c.interval else math.nan for c in contrasts])
     for contrast, p in zip(contrasts, adjusted, strict=True):

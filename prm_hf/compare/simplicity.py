@@ -18,7 +18,7 @@ from ..runs.methods import BASELINE, CONTROL, PRM
 from ..runs.run import Run
 from ..runs.schema import BOUND, CERTIFIED, EFFECTIVE_DIMENSION, FITTED_LOSS
 from . import statistics
-from .contrasts import BEST_LR, Contrast, between
+from .contrasts import BEST_LR, Contrast, adjust, between
 from .rows import Row, best
 from .statistics import Interval, finite
 
@@ -69,9 +69,7 @@ def simplest_rows(comparison: Comparison, measure: str) -> list[Row]:
 def simplicity_contrasts(comparison: Comparison) -> list[SimplicityContrast]:
     """Each method minus AdamW; PRM minus the most accurate AdamW of any ε, too. Holm's correction is over these."""
     found = [c for measure in measures_in(comparison) for c in _of_measure(comparison, measure)]
-    adjusted = statistics.holm([c.interval.p_value if c.interval else math.nan for c in found])
-    for contrast, p in zip(found, adjusted, strict=True):
-        contrast.p_holm = p
+    adjust(found)
     return found
 
 

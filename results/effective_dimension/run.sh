@@ -15,7 +15,7 @@ vit() { # the grid with a ViT, all of its eigenvalues
 
 methods() { # AdamW, AdamW with the larger eps and PRM on the built-in task with 30 % flipped labels
     prm-hf dpo --methods adamw adamw_eps:10 prm_noisy_labels --seeds 0 1 2 3 --num_train_epochs 5 --eval_strategy no \
-        --learning_rates 1e-4 3.2e-4 1e-3 --prm_learning_rates 3.2e-4 1e-3 3.2e-3 --max_extensions 0 \
+        --learning_rates 1e-4 3.2e-4 1e-3 3.2e-3 --max_extensions 0 \
         --effective_dimension 1 --output_dir "$out/methods"
 }
 

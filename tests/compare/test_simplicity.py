@@ -92,7 +92,7 @@ def test_every_format_has_them(write):
     assert {c.measure for c in comparison.simplicity} == {EFFECTIVE_DIMENSION, CERTIFIED}
     for form in ("table", "markdown", "html"):
         text = " ".join(format_comparison(comparison, form, verbose=True).replace("\\", "").split())
-        for words in ("eff. dim.", "certified", "equal accuracy", "-50 [-57.5, -42.5]", "new rows"):
+        for words in ("eff. dim.", "certified", "equal accuracy", "-50 [-57.5, -42.5]", "labelled as in training"):
             assert words in text, (form, words)
     entry = next(e for e in json.loads(format_comparison(comparison, "json"))["simplicity"] if e["kind"] == BEST_LR)
     assert entry["measure"] == EFFECTIVE_DIMENSION and entry["left"].startswith("AdamW eps") and entry["seeds"] == 3

@@ -5,9 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from prm_hf.experiments import compression
+from prm_hf.experiments import compression, compression_data
 from prm_hf.experiments.compression import CompressionArguments, main
-from prm_hf.experiments.compression_data import VOCABULARY, documents, handwritten_digits, rendered_digits
+from prm_hf.experiments.compression_data import (
+    VOCABULARY,
+    documents,
+    handwritten_digits,
+    preferences,
+    rendered_digits,
+)
 
 
 def test_digits_are_split_and_random_labels_say_nothing():
@@ -37,6 +43,15 @@ def test_documents_count_and_random_ones_do_not():
     assert share(np.array(documents(500, random_tokens=True)["input_ids"])) == pytest.approx(1 / 17, abs=0.02)
 
 
+def test_built_in_pairs_are_one_a_prompt(monkeypatch):
+    monkeypatch.setattr(compression_data, "TEST_PAIRS", 20)
+    (_, *given), (_, *random) = (preferences(CompressionArguments(), is_random, 60) for is_random in (False, True))
+    assert list(map(len, given)) == [60, 20]
+    assert len({row["prompt"][-1]["content"] for rows in given for row in rows}) == 80
+    same = np.mean([a["chosen"] == b["chosen"] for a, b in zip(given[0], random[0], strict=True)])
+    assert 0.25 < same < 0.75
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -55,12 +70,15 @@ def test_bad_arguments(changed, message):
 def test_the_table_of_a_short_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(compression, "DOCUMENTS", 400)
     monkeypatch.setattr(compression, "EVALUATED_DOCUMENTS", 50)
+    few = compression.Case("40 prompts", 4, levels=(2,), rows=40)
+    monkeypatch.setitem(compression.CASES, "preferences", (few,))
+    monkeypatch.setattr(compression_data, "TEST_PAIRS", 20)
     short = ["--train_factor", "0.01", "--qat_steps", "1", "--output_dir", str(tmp_path)]
-    assert main(["--models", "lenet", "lora", *short]) == 0
+    assert main(["--models", "lenet", "lora", "preferences", *short]) == 0
     table = capsys.readouterr().out.split("| model |")[1]
     rows = json.loads((tmp_path / "compression.json").read_text())
     assert [row["case"]["name"] for row in rows] == [
-        case.name for name in ("lenet", "lora") for case in compression.CASES[name]
+        case.name for name in ("lenet", "lora", "preferences") for case in compression.CASES[name]
     ]
     for row in rows:
         assert row["case"]["name"] in table
