@@ -1,12 +1,7 @@
-"""`benchmarks/sharded.py` under `accelerate launch` on a CPU: `-m tests.distributed.bench plan.json`.
+"""`benchmarks/sharded.py` under `accelerate launch` on a CPU: `-m tests.distributed.bench <its arguments>`."""
 
-The plan is a list of its arguments, a list for each time that it runs.
-"""
-
-import json
 import os
 import sys
-from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -16,14 +11,13 @@ from benchmarks import sharded as bench
 from .worker import prepare_backends
 
 
-def main(plan: str) -> None:
+def main(arguments: list[str]) -> None:
     PartialState(cpu=True)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     prepare_backends(os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true")
-    for arguments in json.loads(Path(plan).read_text()):
-        bench.main(arguments)
+    bench.main(arguments)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

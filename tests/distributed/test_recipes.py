@@ -119,15 +119,13 @@ def test_bench_sharded(tmp_path):
     halves = ["--gradient_accumulation_steps", "2"]
     rows = ["--reduction", "per_row", "--optimizers"]
     launches = {
-        "single": {"single": halves},
-        "zero3": {"zero3": ["--reference", str(reference)], "rows": rows},
+        "single": ("single", halves),
+        "zero3": ("zero3", ["--reference", str(reference)]),
+        "rows": ("zero3", rows),
     }
-    for path, runs in launches.items():
-        plan = tmp_path / f"{path}.plan"
-        plan.write_text(
-            json.dumps([[*tiny, *more, "--output", str(tmp_path / f"{name}.json")] for name, more in runs.items()])
-        )
-        accelerate_launch(path, ["tests.distributed.bench", str(plan)], tmp_path / f"{path}.log", PATHS[path])
+    for name, (path, more) in launches.items():
+        module = ["tests.distributed.bench", *tiny, *more, "--output", str(tmp_path / f"{name}.json")]
+        accelerate_launch(path, module, tmp_path / f"{name}.log", PATHS[path])
     in_rows = json.loads((tmp_path / "rows.json").read_text())["agreement"]
     assert in_rows["path"] == "26 tensors with per_row masks under DeepSpeed ZeRO-3"
     assert in_rows["mask_replay"] < 1e-6 and in_rows["weight_replay"] < 1e-6
