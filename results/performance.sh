@@ -19,4 +19,9 @@ versions() {
     done
 }
 
+convergence() { # on a CPU; then, on a GPU, SFT of a model of 0.5B
+    python benchmarks/convergence.py --steps 112 --seeds 0 1 2
+    python benchmarks/convergence.py --model Qwen/Qwen2.5-0.5B --output runs/convergence_0.5b.json
+}
+
 "$@"
