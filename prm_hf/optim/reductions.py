@@ -29,19 +29,18 @@ def sums_of_squares(xs: list[Tensor]) -> Tensor:
 
 def inner_products(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
     """Σx², Σxy and Σy² of each pair of contiguous tensors on a CPU, float64 `(n, 3)`, without large temporaries."""
-    parts = [_parts(x.detach().view(-1), y.detach().view(-1)) for x, y in zip(xs, ys, strict=True)]
+    parts = [_parts(x.view(-1), y.view(-1)) for x, y in zip(xs, ys, strict=True)]
     sums = torch.cat(parts, dim=1).to(torch.float64).split([x.shape[1] for x in parts], dim=1)
     return torch.stack([x.sum(1) for x in sums])
 
 
 def _parts(x: Tensor, y: Tensor) -> Tensor:
     """What Σx², Σxy and Σy² are the sums of, `(3, parts)`: rows of 256 elements in turn, and what remains."""
-    n = x.numel()
+    n, parts = x.numel(), []
     whole = n // 256 * 256 if n >= 2**12 else 0  # a float32 sum over a million products would be wrong by 1e-5
-    parts = []
     if whole:  # all rows at a time, as what runs in parallel takes long to start
-        (a, b), norm = (z[:whole].view(-1, 256) for z in (x, y)), torch.linalg.vector_norm
-        parts.append(torch.stack([norm(a, dim=1).square_(), _row_products(a, b), norm(b, dim=1).square_()]))
+        (a, b), norm = (z[:whole].view(1, -1, 256) for z in (x, y)), torch.linalg.vector_norm
+        parts.append(torch.cat([norm(a, dim=2).square_(), _row_products(a, b), norm(b, dim=2).square_()]))
     if whole < n or n == 0:
         x, y = x[whole:], y[whole:]
         parts.append(torch.stack([torch.dot(x, x), torch.dot(x, y), torch.dot(y, y)]).unsqueeze(1))
@@ -49,14 +48,14 @@ def _parts(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _row_products(x: Tensor, y: Tensor) -> Tensor:
-    """Σxy of each row, in the dtype of `x`.
+    """Σxy of each row of tensors of (1, rows, elements), `(1, rows)` in the dtype of `x`.
 
     It is the gradient of a batch norm's weight, whose channels the rows are: torch sums it up in float64, in one pass
     that makes no temporary, and the rows in parallel.
     """
-    zeros, ones = x.new_zeros(len(x)), x.new_ones(len(x))
+    zeros, ones = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
     backward, wanted = torch.ops.aten.native_batch_norm_backward.default, [False, True, False]
-    return backward(x.unsqueeze(0), y.unsqueeze(0), ones, zeros, ones, None, None, False, 0.0, wanted)[1]
+    return backward(x, y, ones, zeros, ones, None, None, False, 0.0, wanted)[1].unsqueeze(0)
 
 
 def row_sums_of_squares(xs: list[Tensor]) -> Tensor:

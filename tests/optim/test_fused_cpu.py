@@ -89,6 +89,9 @@ def test_sums_over_a_tensor_are_those_of_its_definition():
             p.grad = 1 + noise * torch.randn(p.shape, generator=generator)
             exact.grad = p.grad.double()
             ours.step(), theirs.step()
+        if ours.param_groups[0]["reduction"] == "per_tensor":  # the mask that was stepped with
+            used = next(iter(next(iter(ours._plans.values()))._masks.values())).q
+            torch.testing.assert_close(used.item(), theirs.get_tensor_masks()[0][0], rtol=0, atol=1e-7)
         variances = ours.state[p]["grad_var"], theirs.state[exact]["grad_var"]
         torch.testing.assert_close(*variances, rtol=1e-6 if noise == 1 else 3e-3, atol=0)
         torch.testing.assert_close(p.double(), exact, rtol=1e-5, atol=1e-8)
