@@ -12,6 +12,12 @@ preferences() { # a certified reward accuracy on the built-in task
     python recipes/compression.py --models preferences --output_dir "$out/preferences"
 }
 
+methods() { # AdamW, AdamW with the larger eps and PRM on the built-in task with 30 % flipped labels
+    prm-hf dpo --methods adamw adamw_eps:10 prm_noisy_labels --seeds 0 1 2 --num_train_epochs 5 --eval_strategy no \
+        --learning_rates 1e-1 3e-1 --prm_learning_rates 3e-1 1 --max_extensions 0 \
+        --use_peft --lora_r 4 --unilora_dim 32 --effective_dimension 1 --bound --output_dir "$out/methods"
+}
+
 gpu() { # a certified reward accuracy of Qwen2.5-Coder 0.5B, with pairs of which no two share a prompt; not run yet
     python recipes/compression.py --models preferences --output_dir "$out/gpu" --dims 64 256 1024 \
         --model_name_or_path "${MODEL:-Qwen/Qwen2.5-Coder-0.5B-Instruct}" --learning_rate 0.1 --train_factor 4 \
