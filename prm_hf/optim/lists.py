@@ -214,7 +214,10 @@ class PlanList:
         if halves:
             units, device = [piece.units for _, piece in self.slices], self._params[0].device
             self.units, index = unit_masks.table.index(units), unit_masks.table.index
-            self._rounds = [(torch.tensor(x, device=device), index([units[i] for i in x])) for x in _rounds(units)]
+            rounds = _rounds(units)
+            self._rounds = [
+                (torch.tensor(x, device=device), index([units[i] for i in x])) for x in rounds if len(rounds) > 1
+            ]
         self._watched = self._params
         if locator.sharded:  # a library that shards may exchange storages
             kept = [(x.codes, x.scale) if is_quantized(x) else (x,) for xs in self._states.values() for x in xs]
@@ -261,7 +264,7 @@ class PlanList:
         In lists of which none has two of one unit, which a device would add up in any order.
         """
         sums = self.first_half(scalars)
-        if len(self._rounds) < 2:
+        if not self._rounds:
             return [(self.units, sums)]
         return [(units, sums[which]) for which, units in self._rounds]
 
