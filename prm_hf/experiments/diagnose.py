@@ -311,4 +311,6 @@ def _tokenized(
         )
         tokenizer = AutoTokenizer.from_pretrained(run)
         trainer = trainer_class(model, args=config, train_dataset=rows, processing_class=tokenizer, **more)
+    if "ref" in getattr(model, "peft_config", ()):
+        model.delete_adapter("ref")  # TRL's copy of this trained adapter, a reference for more training
     return DataLoader(trainer.train_dataset, batch_size=args.batch_size, collate_fn=trainer.data_collator)

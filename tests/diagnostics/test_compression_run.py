@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
+from prm_hf.demo import build_demo
 from prm_hf.demo.model import make_model, make_tokenizer
 from prm_hf.demo.task import preference_pairs
 from prm_hf.diagnostics import effective_dimension
@@ -115,9 +116,10 @@ def test_a_run_of_the_command(tmp_path, monkeypatch):
     assert main(["dpo", *arguments, "--save_strategy", "epoch", "--output_dir", "runs"]) == 0
     (folder,) = (path.parent for path in (tmp_path / "runs").glob("*/adapter_config.json"))
     model = load_model(folder)
-    settings = DPOConfig(output_dir="out", use_cpu=True, bf16=False, report_to="none")
+    settings = DPOConfig(output_dir="out", use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    trainer = DPOTrainer(model, args=settings, train_dataset=preference_pairs(256, 0), processing_class=tokenizer)
+    trainer = DPOTrainer(model, args=settings, train_dataset=build_demo().train, processing_class=tokenizer)
+    model.delete_adapter("ref")  # TRL's copy of the trained adapter
     found = bound_of_run(folder, trainer.train_dataset, model=model, data_collator=trainer.data_collator)
     assert found.n == 256 and 0 <= found.empirical_risk < found.bound <= 1
     bounds = [json.loads((folder / "bound" / f"bound-{i}.json").read_text()) for i in (1, 2)]

@@ -56,6 +56,7 @@ def test_preferences(make_run, capsys, lora):
     # The same numbers by hand, with the run's beta and the reference that it started from
     trained = load_trained(folder, DiagnoseArguments([str(folder)], max_rows=ROWS, max_length=64, batch_size=2))
     assert trained.beta == 0.5 and trained.loss == "dpo"
+    assert found["loss"] != pytest.approx(ROWS * np.log(2), rel=1e-6)  # the reference is not the trained model
     own = effective_dimension(
         trained.model,
         trained.batches,
