@@ -12,7 +12,7 @@ from ..trainers.config import with_help
 
 
 # What `--help` shows of the arguments of trainers and models, beside those of the comparison.
-_MODEL = ("model_name_or_path", "model_revision", "dtype", "attn_implementation", "use_peft", "lora_r", "lora_alpha")
+_MODEL = ("model_name_or_path", "dtype", "attn_implementation", "use_peft", "lora_r", "lora_alpha")
 _TRAINING = (
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length"),
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "beta", "loss_type"),
@@ -20,7 +20,7 @@ _TRAINING = (
 )
 _FILES = ("output_dir", "save_strategy", "save_steps", "save_total_limit")
 _EVALUATION = ("eval_strategy", "eval_steps", "per_device_eval_batch_size", "logging_steps", "report_to")
-_MASK = ("prm_mask", "prm_softness", "prm_variance_beta", "prm_boundary", "prm_mask_warmup_steps", "prm_state_dtype")
+_MASK = ("prm_mask", "prm_boundary", "prm_mask_warmup_steps", "prm_state_dtype")
 
 
 def help_groups(comparison: type, config: type, model: type) -> dict[str, list[str]]:
@@ -131,16 +131,13 @@ class ComparisonArguments:
         label_rater (`int`, *optional*):
             Place of that rater in the list, from 0.
         effective_dimension (`float`, *optional*):
-            Alpha, above 0, of the effective dimension of each trained model, which is then measured: how many
-            directions of its parameters 256 of its training rows determine, by the curvature of their summed loss
-            (that of DPO, whatever loss was trained on). A run without it is another run.
+            Alpha, above 0: the effective dimension of each trained model is measured, on 256 of its training rows. A
+            run without it is another run.
         bound (`bool`):
-            Whether the adapter of each trained model is compressed, and its risk on new rows is bounded by the size of
-            the file and the risk on its training rows, with their labels as it was trained on. A run without it is
-            another run.
+            Whether the risk of each trained adapter on new rows is bounded, by the size of its compressed file. A run
+            without it is another run.
         unilora_dim (`int`, *optional*):
-            With `use_peft` the number of values of a UniLora adapter of rank `lora_r`, which is trained in place of
-            LoRA.
+            With `use_peft`: the length of a UniLora adapter, in place of LoRA.
 
     After `check`, `compared` are the methods that `methods` names.
     """

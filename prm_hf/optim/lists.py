@@ -212,12 +212,13 @@ class PlanList:
         self._pieces = [locator.slices(p, by_rows, halves, in_blocks) for p in self._params]
         self.slices = [(i, piece) for i, pieces in enumerate(self._pieces) for piece in pieces]
         if halves:
-            units, device = [piece.units for _, piece in self.slices], self._params[0].device
-            self.units, index = unit_masks.table.index(units), unit_masks.table.index
-            rounds = _rounds(units)
-            self._rounds = [
-                (torch.tensor(x, device=device), index([units[i] for i in x])) for x in rounds if len(rounds) > 1
-            ]
+            units, index = [piece.units for _, piece in self.slices], unit_masks.table.index
+            self.units, rounds = index(units), _rounds(units)
+            begins = [0, *itertools.accumulate(x.count for x in units)]
+            self._rounds = []
+            for x in rounds if len(rounds) > 1 else []:
+                which = torch.cat([torch.arange(begins[i], begins[i + 1]) for i in x])
+                self._rounds.append((which.to(self._params[0].device), index([units[i] for i in x])))
         self._watched = self._params
         if locator.sharded:  # a library that shards may exchange storages
             kept = [(x.codes, x.scale) if is_quantized(x) else (x,) for xs in self._states.values() for x in xs]
