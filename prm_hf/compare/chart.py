@@ -122,7 +122,7 @@ def frontier_spec(comparison: Comparison) -> dict[str, Any] | None:
         of_rows.transform_filter("datum.joined").mark_line(strokeWidth=2).encode(x, y, colour, order="kl:Q"),
         of_rows.mark_rule(opacity=0.6).encode(x, alt.Y("low:Q"), alt.Y2("high:Q"), colour),
         of_rows.mark_point(filled=True, size=90, opacity=1).encode(x, y, colour, shape, tooltip=of_row),
-    ).properties(title="Held-out accuracy against drift: upper left is better", width="container")
+    ).properties(title="Accuracy against drift: upper left is better", width="container")
     spec = chart.to_dict()
     del spec["config"], spec["$schema"]  # the page has its own settings, and names no other
     spec["description"] = f"{plots.CAPTIONS['frontier']} The tables have its numbers."  # for screen readers

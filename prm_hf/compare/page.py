@@ -33,7 +33,8 @@ figure { margin: 1rem 0 0; }
 figure img { display: block; width: 100%; max-width: 1100px; height: auto; background: #fff; }
 @media (max-width: 760px) {
   table.compact { font-size: .75rem; }
-  table.compact th, table.compact td { padding: .2rem .25rem; }
+  table.compact th, table.compact td { padding: .2rem .15rem; }
+  table.compact td.left { min-width: 6.6em; }
   table:not(.compact) thead { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
   table:not(.compact), table:not(.compact) tbody, table:not(.compact) tr { display: block; }
   table:not(.compact) caption { display: block; }

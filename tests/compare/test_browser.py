@@ -114,7 +114,7 @@ def test_a_point_says_its_numbers(visit, report):
     ):
         assert name in text
     assert page.locator("svg.marks").count() == 1
-    assert "Held-out accuracy against drift" in page.locator("svg.marks").text_content()
+    assert "Accuracy against drift" in page.locator("svg.marks").text_content()
     assert "nats a token" in page.locator("svg.marks").text_content()
 
 
