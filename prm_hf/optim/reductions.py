@@ -77,12 +77,15 @@ def _has_rows_of_256(x: Tensor) -> bool:
 
 
 def _row_norms(rows: Tensor) -> Tensor:
-    # On a CPU the sums that are float32 are of short rows, or of 256, 128 or 64 squares, whatever divides the length.
-    dtype = masks.statistics_dtype(rows.device)
+    # On a CPU the sums that are float32 are of 256 squares, or of 128 or 64 where these divide a shorter row.
+    dtype, norm = masks.statistics_dtype(rows.device), torch.linalg.vector_norm
     if rows.device.type == "cpu" and rows.dtype == torch.float32 and rows.is_contiguous() and rows.numel():
-        if rows.shape[1] <= 2048:
-            return torch.linalg.vector_norm(rows, dim=1).to(dtype)
-        part = math.gcd(rows.shape[1], 256)
+        n = rows.shape[1]
+        part = math.gcd(n, 256)
         if part >= 64:
-            rows = torch.linalg.vector_norm(rows.unflatten(1, (-1, part)), dim=-1)
+            rows = norm(rows.unflatten(1, (-1, part)), dim=-1)
+        elif n > 256:
+            whole = n // 256 * 256
+            rest = norm(rows[:, whole:], dim=1, keepdim=True, dtype=dtype).to(rows.dtype)
+            rows = torch.cat([norm(rows[:, :whole].unflatten(1, (-1, 256)), dim=-1), rest], dim=1)
     return torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
