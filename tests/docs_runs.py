@@ -102,6 +102,10 @@ def shortened(program: str, arguments: Sequence[str]) -> list[str]:
         return command + ["--models", "lenet", "--train_factor", "0.01", "--qat_steps", "1"]
     if {Path(name).stem for name in names} & {"regression", "grokking", "pinn"}:
         return command + ONE_RUN
+    if "research.wrong_labels_rounds" in names:
+        return command + ["--seeds", "0", "--kinds", "current"]
+    if "benchmarks/convergence.py" in names:
+        return command + ["--seeds", "0", "--steps", "4"]
     if "benchmarks/sven.py" in names:
         return [*command, "--widths", "8", "--batches", "2", "--repeats", "1"]
     if "benchmarks/step.py" in names:
