@@ -346,7 +346,7 @@ def trained_first(methods: list[Method]) -> list[Method]:
 
 
 def _is_interpolated(spec: RunSpec) -> bool:
-    return spec.method.partition(":")[0] == INTERPOLATE
+    return parse_method(spec.method).key == INTERPOLATE
 
 
 def _mean_q(made: Made) -> float:
