@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from .. import PopulationRiskStoppingCallback
 from ..compare import compare_runs, format_comparison, load_runs, rate_at_kl, write_report
-from ..runs.methods import CONTROL, Method, parse_method
+from ..runs.methods import CONTROL, Method, find_method, parse_method
 from ..runs.schema import KL, MEAN_Q, NOT_SETTINGS, has_diverged, measures_of
 from ..runs.write import RunSpec, evaluation_metrics
 from ..suspects import MarginRecorder
@@ -346,7 +346,7 @@ def trained_first(methods: list[Method]) -> list[Method]:
 
 
 def _is_interpolated(spec: RunSpec) -> bool:
-    return parse_method(spec.method).key == INTERPOLATE
+    return find_method(spec.method).key == INTERPOLATE  # a fold's name, `adamw-fold1of3`, is no method's
 
 
 def _mean_q(made: Made) -> float:

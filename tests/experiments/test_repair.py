@@ -101,6 +101,7 @@ def test_methods_of_one_source_share_its_folds(tmp_path):
     assert len(folds) == 2 * 2 * 2 * 2 and len({spec.folder_name for spec in folds}) == len(folds)
     assert {spec.method for spec in first if spec not in folds} == {"adamw"}
     assert all(grid.place(spec) == tmp_path / ".folds" for spec in folds) and grid.place(first[0]) == tmp_path
+    assert all(grid.training_of(spec) == spec and not grid.along(spec) for spec in folds)  # of no other run's weights
     assert grid.info_of(folds[0])["task"] == "suspects" and grid.info_of(first[0])["task"] == "preferences"
     repaired = grid.extend(end({}, first, lambda spec: {"agreement": 0.6, "rewards/accuracies": 0.5}))
     assert len(repaired) == 3 * 2 * 2 and len(first) + len(repaired) == len(grid)
