@@ -54,6 +54,33 @@ def can_stack(config: PRMArguments) -> bool:
     return is_plain and config.optim in FORMULAS and config.prm_state_dtype == "float32"
 
 
+class GraphedStep:
+    """A function of tensors in a CUDA graph: the host takes longer to launch a stack's small kernels than they run.
+
+    Args:
+        function: what is called. Its inputs keep their shapes, and what else it reads and writes stays in its place.
+    """
+
+    WARM_UP = 3  # calls before the capture, for what libraries set up once
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function, self.calls, self.graph = function, 0, None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if self.graph is None and self.calls < self.WARM_UP:
+            self.calls += 1
+            return self.function(*inputs)
+        if self.graph is None:
+            self.inputs = [x.clone() for x in inputs]
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # notes what is launched, and runs nothing
+                self.output = self.function(*self.inputs)
+        for kept, given in zip(self.inputs, inputs, strict=True):
+            kept.copy_(given)
+        self.graph.replay()
+        return self.output.clone()
+
+
 class Stack:
     """Models of one method and of one task, trained together.
 
@@ -97,6 +124,7 @@ class Stack:
             self.kwargs = {k: v for k, v in self.kwargs.items() if k not in ("relative_eps", "max_grad_norm")}
             self.kwargs["eps"] = eps
         self.kwargs.pop("lr", None)
+        self.kwargs["capturable"] = self.device.type == "cuda"
         numbers = [[x.learning_rate * scale, x.weight_decay / scale] for x in self.settings]
         self.lr, self.decay = torch.tensor(numbers, dtype=torch.float32, device=self.device).unbind(1)
         h, n = Hyperparameters(**self.kwargs), len(self.settings)
@@ -105,6 +133,7 @@ class Stack:
         states = {name: new_state(x, group, flat=None) for name, x in alone.items()}
         # All models have taken as many steps, which are counted once
         self.steps = {name: own.pop("step") for name, own in states.items()}
+        self._graphs: dict[torch.Size, GraphedStep] = {}  # by the shape of a batch
         self.state: dict[str, Tensors] = {
             name: {key: x.to(self.device).expand(n, *x.shape).clone() for key, x in own.items()}
             for name, own in states.items()
@@ -160,11 +189,15 @@ class Stack:
             index: rows of the batch of each seed, `(seeds, batch)`.
             factor: of the learning rates, that of the schedule.
         """
-        rows = {name: x[self.place[:, None], index[self.place]] for name, x in self.rows.items()}
+        step = self._step
+        if self.device.type == "cuda":
+            step = self._graphs.setdefault(index.shape, GraphedStep(self._step))
         with torch.no_grad():
-            return vmap(self._step_of_one)(
-                self.params, self.state, self.buffers, rows, self.lr * factor, self.decay
-            ).detach()
+            return step(index, self.lr * factor)
+
+    def _step(self, index: Tensor, lr: Tensor) -> Tensor:
+        rows = {name: x[self.place[:, None], index[self.place]] for name, x in self.rows.items()}
+        return vmap(self._step_of_one)(self.params, self.state, self.buffers, rows, lr, self.decay).detach()
 
     def evaluate(self) -> dict[str, list[float]]:
         """The metrics of all models."""
@@ -182,6 +215,7 @@ class Stack:
         self.params, self.buffers = ({k: x[index] for k, x in d.items()} for d in (self.params, self.buffers))
         self.state = {name: {k: x[index] for k, x in own.items()} for name, own in self.state.items()}
         self.lr, self.decay, self.place = self.lr[index], self.decay[index], self.place[index]
+        self._graphs = {}  # which work on the tensors of before
 
     def batches(self) -> Iterator[Tensor]:
         """Without end, the rows of a batch of each seed, `(seeds, batch)`, in the order of a Trainer's."""

@@ -15,7 +15,7 @@ from torch import nn
 from prm_hf import PRM
 from prm_hf.compare import compare_runs, load_runs
 from prm_hf.experiments import OUT_OF_TIME, regression
-from prm_hf.experiments.ensembles import Setting, Stack, train_stack
+from prm_hf.experiments.ensembles import GraphedStep, Setting, Stack, train_stack
 from prm_hf.experiments.problems import Problem, RowOrder, order_of_rows
 from prm_hf.experiments.runner import lock_of
 from prm_hf.experiments.thresholds import ThresholdTask, optimizer_methods
@@ -227,6 +227,26 @@ def test_models_leave_a_stack_one_by_one(tmp_path):
     for a, b in zip(whole, some, strict=True):
         errors = [[row["error"] for row in record.history if "error" in row] for record in (a, b)]
         assert errors[1] == pytest.approx(errors[0][: len(errors[1])], rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stack_in_cuda_graphs(tmp_path, monkeypatch, method):
+    """Batches of two sizes, and models that leave; beside the same steps without graphs."""
+    task = Small.parse(command(tmp_path, "--max_steps", 40, "--methods", method, "--use_cpu", "False"))
+    own = [Setting(rate, 0.1, seed) for seed in (0, 1) for rate in (1e-4, 3e-2, 1e-1)]
+    problems = {seed: task.problem(seed) for seed in (0, 1)}
+    grid, replays, replay = ThresholdGrid(task), [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
+    config, found = grid.configure(grid.specify_runs()[0], tmp_path), []
+    for warm_up in (GraphedStep.WARM_UP, 10**9):
+        monkeypatch.setattr(GraphedStep, "WARM_UP", warm_up)
+        found.append(train_stack(Stack(problems, own, config), lambda metrics: metrics["error"] < 2))
+        assert len({*replays}) > 1 and len(replays) > 20
+    for a, b in zip(*found, strict=True):
+        assert a.steps == b.steps
+        rows = [[row["error"] for row in record.history if "error" in row] for record in (a, b)]
+        assert rows[0] == pytest.approx(rows[1], rel=1e-5)
 
 
 def test_a_stack_stops_at_the_threshold_too(tmp_path):
