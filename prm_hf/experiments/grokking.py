@@ -89,10 +89,15 @@ class Calculator(nn.Module):
         self.transformer = AutoModel.from_config(config, attn_implementation="eager")
         self.head = nn.Linear(args.width, args.modulus, bias=False)
         nn.init.normal_(self.head.weight, std=config.initializer_range)
+        # The causal mask, which GPT-2 would make on the host in each pass: a CUDA graph cannot take it from there
+        causal = torch.full((1, 1, 3, 3), torch.finfo(torch.float32).min).triu(1)
+        self.register_buffer("causal", causal, persistent=False)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """`input_ids` is `(rows, 3)`, `labels` `(rows,)`, `logits` `(rows, p)`."""
-        logits = self.head(self.transformer(input_ids=input_ids).last_hidden_state[:, -1])
+        mask = self.causal.expand(len(input_ids), -1, -1, -1)
+        hidden = self.transformer(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        logits = self.head(hidden[:, -1])
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 

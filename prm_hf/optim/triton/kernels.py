@@ -171,11 +171,12 @@ def _chunk_sums(
     if len(offsets.shape) > 1:  # in 8 bits
         deviations, squares = tl.sum(deviation * deviation, 1).to(tl.float64), tl.sum(m * m, 1).to(tl.float64)
         return tl.sum(deviations, 0), tl.sum(squares, 0)
-    if MASKED:
-        # A tensor of one chunk has no other sums among which the rounding of this one would vanish, and would get
-        # another mask where it is cut into shards; a chunk a tensor costs no time, also where float64 is slow.
-        deviation, m = deviation.to(tl.float64), m.to(tl.float64)
-    return tl.sum(deviation * deviation, 0).to(tl.float64), tl.sum(m * m, 0).to(tl.float64)
+    else:
+        if MASKED:
+            # A tensor of one chunk has no other sums among which the rounding of this one would vanish, and would get
+            # another mask where it is cut into shards; a chunk a tensor costs no time, also where float64 is slow.
+            deviation, m = deviation.to(tl.float64), m.to(tl.float64)
+        return tl.sum(deviation * deviation, 0).to(tl.float64), tl.sum(m * m, 0).to(tl.float64)
 
 
 @triton.jit
@@ -199,8 +200,9 @@ def _chunk(entry, number, CHUNK: tl.constexpr, QUANTIZED: tl.constexpr, EVEN: tl
         offsets, mask = (blocks // in_row * n_columns)[:, None] + columns, there[:, None] & (columns < n_columns)
         n_chunks = tl.cdiv(n_rows * in_row, CHUNK // BLOCK)
         return offsets, mask, tl.where(there, blocks, -1), False, n_chunks
-    offsets = number * CHUNK + tl.arange(0, CHUNK)
-    return offsets, offsets < numel, offsets, number * CHUNK + CHUNK <= numel, tl.cdiv(numel, CHUNK)
+    else:  # or what follows were compiled, too
+        offsets = number * CHUNK + tl.arange(0, CHUNK)
+        return offsets, offsets < numel, offsets, number * CHUNK + CHUNK <= numel, tl.cdiv(numel, CHUNK)
 
 
 @triton.jit
@@ -309,9 +311,10 @@ def _tile(rows, there, n_columns, start, COLS: tl.constexpr, QUANTIZED: tl.const
         columns = starts[:, :, None] + tl.arange(0, BLOCK)[None, None, :]
         offsets, mask = (rows * n_columns)[:, None, None] + columns, there[:, None, None] & (columns < n_columns)
         return offsets, mask, blocks
-    columns = start + tl.arange(0, COLS)[None, :]
-    offsets, mask = (rows * n_columns)[:, None] + columns, there[:, None] & (columns < n_columns)
-    return offsets, mask, offsets
+    else:
+        columns = start + tl.arange(0, COLS)[None, :]
+        offsets, mask = (rows * n_columns)[:, None] + columns, there[:, None] & (columns < n_columns)
+        return offsets, mask, offsets
 
 
 @triton.jit

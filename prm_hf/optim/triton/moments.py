@@ -14,7 +14,8 @@ def load(pointer, offsets, mask, MASKED: tl.constexpr, policy: tl.constexpr):
     # element by element.
     if MASKED:
         return tl.load(pointer + offsets, mask=mask, other=0.0, eviction_policy=policy).to(tl.float32)
-    return tl.load(pointer + offsets, eviction_policy=policy).to(tl.float32)
+    else:
+        return tl.load(pointer + offsets, eviction_policy=policy).to(tl.float32)
 
 
 @triton.jit
@@ -39,7 +40,8 @@ def load_moment(
             value = tl.where(number == 0, 0.0, tl.where(codes >= 128, -value, value))
         scales = tl.load(scale + blocks, mask=blocks >= 0, other=0.0)
         return value * tl.expand_dims(scales, len(blocks.shape))
-    return load(pointer, offsets, mask, MASKED, policy)
+    else:
+        return load(pointer, offsets, mask, MASKED, policy)
 
 
 @triton.jit
