@@ -77,9 +77,7 @@ def main():
         tokenizer = AutoTokenizer.from_pretrained(demo.model_path)
         pairs, heldout = (Pairs(rows, tokenizer, load()) for rows in (demo.train, demo.test))
         for noise, seed, kind in [(n, s, k) for n in args.noise_rates for s in args.seeds for k in args.kinds]:
-            key = f"task{task}_noise{noise:g}_seed{seed}_{kind}" + (
-                "" if args.method == "prm_rows_eps:10" else f"_{args.method}"
-            )
+            key = f"task{task}_noise{noise:g}_seed{seed}_{kind}_{args.method}"
             if key not in found:
                 found[key] = rounds(pairs, heldout, load, noise, seed, kind, args.method)
                 args.out.write_text(json.dumps(found, indent=1))
