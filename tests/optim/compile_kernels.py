@@ -20,8 +20,8 @@ from prm_hf.optim.triton import launch
 
 
 TARGET = GPUTarget("cuda", 90, 32)
-TENSOR_SETTINGS = [{"reduction": "per_tensor"}, {"reduction": "per_param"}, {"mask": "none"}]
-ROW_SETTINGS = [{"reduction": "per_row"}, {"reduction": "per_row", "signal_beta": 0.98}]
+SETTINGS = [{"reduction": reduction} for reduction in ("per_tensor", "per_param", "per_row")]
+SETTINGS += [{"reduction": "per_row", "signal_beta": 0.98}, {"mask": "none"}]
 compiled = set()
 
 
@@ -36,23 +36,21 @@ def compile_only(kernel: JITFunction, *args, grid, warmup, num_warps, **kwargs) 
     compiled.add(key)
     source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants)
     code = triton.compile(source, target=TARGET, options={"num_warps": num_warps})
-    registers = [line for line in code.asm["ptx"].splitlines() if ".entry" in line]
-    assert registers, key
+    assert f".entry {kernel.__name__}" in code.asm["ptx"], key
     print(kernel.__name__, {name: str(x) for name, x in constants.items()}, flush=True)
 
 
 def main() -> None:
     launch.INTERPRETED = True  # takes the tensors of a CPU
     JITFunction.run = compile_only
-    for settings, state_dtype in itertools.product(TENSOR_SETTINGS + ROW_SETTINGS, ("float32", "bf16", "8bit")):
-        for dtype in (torch.float32, torch.bfloat16):
-            params = [
-                torch.ones(shape, dtype=dtype, requires_grad=True) for shape in ((130, 272), (4096,), (64, 5000))
-            ]
-            optimizer = PRM(params, fused=True, state_dtype=state_dtype, **settings)
-            for p in params:
-                p.grad = torch.ones_like(p)
-            optimizer.step()
+    shapes = (130, 272), (4096,), (64, 5000)  # rows of whole 16 elements, and others
+    for settings, state_dtype in itertools.product(SETTINGS, ("float32", "bf16", "8bit")):
+        dtype = torch.float32 if state_dtype == "bf16" else torch.bfloat16
+        params = [torch.ones(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+        optimizer = PRM(params, fused=True, state_dtype=state_dtype, **settings)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """The Triton kernel, interpreted on the CPU: the same numbers as the definition and as the float64 reference.
 
-The kernel itself runs on the GPU (tests/test_gpu.py); here its arithmetic, its tables and the order of its items are
+The kernel itself runs on the GPU (test_gpu.py); here its arithmetic, its tables and the order of its items are
 tested, with chunks so small that every tensor has whole and partial ones.
 """
 
 import copy
 import itertools
+import os
+import subprocess
+import sys
 import weakref
 from types import SimpleNamespace
 
@@ -538,3 +541,15 @@ def test_what_the_kernel_cannot_take_is_named():
     p.grad = torch.ones(3, 4)
     with pytest.raises(ValueError, match="contiguous"):
         PRM([p], fused=True).step()
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_for_a_gpu(tmp_path):
+    """What the interpreter takes and the compiler refuses, on a machine without a GPU."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-m", "tests.optim.compile_kernels"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    compiled = done.stdout.splitlines()
+    assert sum("uint8" in line for line in compiled) >= 6 and len(compiled) >= 20
