@@ -289,7 +289,7 @@ def attempt(shapes: list[tuple], dtype: torch.dtype, make: Callable, device: str
         return measure(shapes, dtype, make, device, args.repeats, args.seconds)
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
-    except Exception as error:  # noqa: BLE001: whatever a compiler or another package raises
+    except Exception as error:  # noqa: BLE001 - whatever a compiler or another package raises
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     finally:
         gc.collect()

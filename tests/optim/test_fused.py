@@ -549,7 +549,7 @@ def test_the_kernels_compile_for_a_gpu(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, "-m", "tests.optim.compile_kernels"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     compiled = done.stdout.splitlines()
     assert sum("uint8" in line for line in compiled) >= 6 and len(compiled) >= 20
