@@ -23,7 +23,7 @@ PROGRAMS_PER_MULTIPROCESSOR = 6
 # Rows and columns of an item of `per_row`: the first tile that a row fits in, or the last one again and again.
 ROW_TILES = ((64, 64), (4, 1024), (1, 4096))
 ROW_TILES_8BIT = ((16, 256), (4, 1024), (1, 4096))  # of whole blocks
-N_WARPS = 4
+N_WARPS, N_WARPS_8BIT = 4, 8  # with 4, more than 1 kB a thread does not fit into its registers in 8 bits
 # `TRITON_INTERPRET=1`: the kernel runs on a CPU, slowly, to be tested.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _MASKS = {name: number for number, name in enumerate(MASKS)}
@@ -172,7 +172,7 @@ class KernelTables:
             "G": _DTYPES[dtype],
             "ALIGNED": self._aligned and self._grads_aligned,
             "PHASE": phase,
-            "num_warps": N_WARPS,
+            "num_warps": N_WARPS_8BIT if self._quantized else N_WARPS,
             **self._code,
         }
         found_inf = self._counters if found_inf is None else found_inf
