@@ -14,6 +14,17 @@ SVD = Literal["gram", "svd", "randomized"]
 _OVERSAMPLING = 5
 
 
+class NotFiniteError(ValueError):
+    """A loss, or the gradient of one, is infinite or NaN: there is no step to make."""
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """Raises [`NotFiniteError`] with the first of these values that is infinite or NaN, if there is one."""
+    bad = values[~torch.isfinite(values)]
+    if len(bad):
+        raise NotFiniteError(f"{what} is {bad[0].item()}: lower the learning rate or set `max_norm`.")
+
+
 @dataclass(frozen=True)
 class Residuals:
     """R = ℓ^(κ/2), ℓ the mean losses of groups of m samples, and what turns the gradients of the losses into R's.
@@ -36,12 +47,11 @@ def residuals_of(losses: Tensor, kappa: float, microbatch_size: int = 1) -> Resi
     Where a loss is 0 and κ < 2, ℓ^(κ/2) has no gradient: the row is 0, so that the sample asks for nothing.
 
     Raises:
-        ValueError: a loss is negative, infinite or NaN.
+        NotFiniteError: a loss is infinite or NaN.
+        ValueError: a loss is negative.
     """
     losses = losses.detach().double()
-    if not bool(torch.isfinite(losses).all()):
-        bad = losses[~torch.isfinite(losses)][0].item()
-        raise ValueError(f"The loss of a sample is {bad}: lower the learning rate or set `max_norm`.")
+    check_finite(losses, "The loss of a sample")
     if bool((losses < 0).any()):
         raise ValueError(
             f"Sven brings losses to zero, and the loss of a sample is {losses.min().item():.4g}: use a loss that is "
@@ -84,7 +94,11 @@ def solve_gram(gram: Tensor, residuals: Tensor, k: int, rtol: float) -> Solution
     """The step from G = M Mᵀ, `(rows, rows)`: G = U S² Uᵀ, c = U S⁻² Uᵀ R over the k largest S above rtol·S₁.
 
     An eigendecomposition finds S², so it knows S to the square root of the precision of G only.
+
+    Raises:
+        NotFiniteError: an element of G is infinite or NaN.
     """
+    check_finite(gram, "An inner product of per-sample gradients")
     noise = _precision(gram) ** 0.5
     if rtol < noise / 3:
         warnings.warn(
@@ -100,7 +114,12 @@ def solve_gram(gram: Tensor, residuals: Tensor, k: int, rtol: float) -> Solution
 def solve_rows(
     rows: Tensor, residuals: Tensor, k: int, rtol: float, svd: SVD = "svd", power_iterations: int = 1, seed: int = 0
 ) -> Solution:
-    """The step from M itself, `(rows, parameters)`, by a full or a randomized singular value decomposition."""
+    """The step from M itself, `(rows, parameters)`, by a full or a randomized singular value decomposition.
+
+    Raises:
+        NotFiniteError: an element of M is infinite or NaN.
+    """
+    check_finite(rows, "An element of a per-sample gradient")
     if svd == "randomized":
         with torch.random.fork_rng(devices=[rows.device] if rows.is_cuda else []):
             torch.manual_seed(seed)

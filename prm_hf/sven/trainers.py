@@ -88,7 +88,7 @@ class SvenDPOMixin(SvenMixin):
             loss = self.compute_loss(model, inputs)
         vectors = means.vectors[: len(self.loss_types)]
         losses = sum(weight * vector for vector, weight in zip(vectors, self.loss_weights, strict=True))
-        if not torch.allclose(losses.mean().float(), loss.float(), rtol=1e-3, atol=1e-6):
+        if not torch.allclose(losses.mean().float(), loss.float(), rtol=1e-3, atol=1e-6, equal_nan=True):
             raise ValueError(
                 f"The loss of the batch is {loss.item():.6g}, and the mean over its pairs {losses.mean().item():.6g}: "
                 "Sven needs a loss that is the mean of TRL's losses of pairs."

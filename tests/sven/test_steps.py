@@ -133,6 +133,23 @@ def test_backward_serves_any_optimizer():
     torch.testing.assert_close(flat(optimizer.model) - before, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("svd", ["gram", "svd", "randomized"])
+@pytest.mark.parametrize("steps_before", [0, 1])
+@pytest.mark.parametrize(
+    "what, message", [("loss", "The loss of a sample is nan"), ("gradient", "per-sample gradients? is nan")]
+)
+def test_what_is_not_finite_is_named(svd, steps_before, what, message):
+    """At the first step too, which checks the per-sample gradients against the model's."""
+    optimizer = make_sven(k=4, svd=svd, loss_fn=lambda outputs, y: (outputs - y).square().sum(-1).sqrt())
+    for _ in range(steps_before):
+        optimizer.step((X, Y))
+    before, y = flat(optimizer.model), Y.clone()
+    y[2] = torch.nan if what == "loss" else optimizer.model(X)[2].detach()  # the root of 0 has no gradient
+    with pytest.raises(ValueError, match=message):
+        optimizer.step((X, y))
+    assert torch.equal(flat(optimizer.model), before)
+
+
 @pytest.mark.parametrize("kappa", [0.5, 1.0, 2.0])
 def test_zero_losses_ask_for_nothing(kappa):
     model = make_model()
