@@ -5,10 +5,11 @@ set -euo pipefail
 
 built_in() { # without a model hub or a GPU
     local dpo="python recipes/dpo_noisy.py --methods adamw prm_rows_eps:10 sven"
-    $dpo --noise_rate 0.3 --seeds 0 1 2 3 4 --learning_rates 3e-4 1e-3 --prm_learning_rates 3e-4 1e-3 \
-        --max_extensions 1 --output_dir runs/sven/flipped
-    $dpo --noise_rate 0 --seeds 0 --learning_rates 3e-5 1e-4 3e-4 --prm_learning_rates 3e-4 1e-3 3e-3 \
-        --max_extensions 0 --output_dir runs/sven/clean
+    local noise
+    for noise in 0.3 0; do
+        $dpo --noise_rate "$noise" --seeds 0 1 2 3 4 --learning_rates 3e-4 1e-3 --prm_learning_rates 3e-4 1e-3 \
+            --max_extensions 1 --output_dir "runs/sven/noise$noise"
+    done
 }
 
 toy() {
