@@ -260,7 +260,9 @@ def draw(survival: Survival, curves: Mapping[str, str]) -> bytes:
         for axes in all_axes:
             axes.set_xlabel("optimizer step")
             if until / survival.every > 100:
-                axes.set_xscale("log")
+                axes.set_xscale("log", subs=(2, 5))  # with all of 2 to 9 labels lie over each other
+                axes.xaxis.set_major_formatter("{x:,.0f}")
+                axes.xaxis.set_minor_formatter("{x:,.0f}")
         figure.legend(lines.values(), lines.keys(), loc="outside right center")
     return plots.to_png(figure, dpi=110)
 

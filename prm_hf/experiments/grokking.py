@@ -157,9 +157,8 @@ class GrokkingTask(ThresholdTask):
             **_TRAINING,
             "per_device_train_batch_size": 582,  # a quarter of the 2328 rows
             "max_steps": 50_000,
-            "learning_rates": [3e-4, 1e-3, 3e-3],
-            "prm_learning_rates": [1e-3, 3e-3, 1e-2],  # its steps are smaller
-            "weight_decays": [0.3, 1.0, 3.0],
+            "learning_rates": [1e-3, 3e-3, 1e-2],
+            "weight_decays": [1.0, 3.0, 10.0],
             "models_at_once": 45,  # the runs of a method
         },
     }

@@ -20,6 +20,11 @@ cpu() { # minutes on two cores
     prm-hf grokking --output_dir "$out/cpu" --seeds 0 --models_at_once 1 --methods adamw prm_per_param grokfast grokadamw
 }
 
+published() { # the published task on two cores, about two hours; give it twice to use both
+    prm-hf grokking --preset full --use_cpu --max_steps 2500 --models_at_once 1 --methods adamw prm_per_param \
+        --output_dir "$out/published"
+}
+
 full() { # α = 1
     $grokking --methods $stacked constant_q --output_dir "$out/full"
 }

@@ -12,7 +12,12 @@ cpu() { # what a user sees first, and one form more: minutes on two cores
     $pinn --methods adamw prm_per_tensor prm_per_param prm_rows constant_q --output_dir "$out/cpu"
 }
 
-full() { # the claim: every reduction and estimator against AdamW, on a GPU; α of fresh batches, then of repeated data
+claim() { # the page: ten seeds, about an hour of one CPU core
+    $pinn --preset full --use_cpu --output_dir "$out/claim" \
+        --methods adamw prm_per_tensor prm_per_param prm_rows_ema prm_rows constant_q
+}
+
+full() { # every reduction and estimator against AdamW, on a GPU; α of fresh batches, then of repeated data
     $pinn --preset full --output_dir "$out/full" --methods adamw $masks constant_q
     $pinn --preset full --output_dir "$out/empirical" --methods adamw $masks constant_q --prm_boundary empirical
 }
