@@ -1,5 +1,6 @@
 """Steps to a threshold: times that are known, times that are not, and the settings that are chosen by them."""
 
+import itertools
 import json
 import math
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import logrank
 
-from prm_hf.compare import survival_report
+from prm_hf.compare import plots, survival_report
 from prm_hf.compare.survival import Median, Times, build_survival, log_rank, ratio_of_medians, time_of
 from prm_hf.runs.run import DIVERGED, Run
 from prm_hf.runs.schema import SECONDS, STEPS_TO_THRESHOLD, Threshold, measures_of
@@ -296,3 +297,22 @@ def test_run_json_has_the_threshold():
     for wrong in ({}, {"threshold": {"metric": "error"}}, {"threshold": {**vars(FALLING), "more": 1}}):
         with pytest.raises(ValueError, match="whose `threshold` needs metric, value, larger_is_better, label"):
             measures_of({"task": STEPS_TO_THRESHOLD, **wrong})
+
+
+@pytest.mark.parametrize("first", [20, 600])  # with which the second axis spans decades, or less than one
+def test_steps_of_long_runs_can_be_read(first, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "to_png", lambda figure, **options: figures.append(figure) or b"")
+    monkeypatch.setitem(globals(), "END", 4000)
+    survival_report.draw(build_survival(make_runs(tmp_path, "adamw", [first, 2000, 3900], every=20), THRESHOLD), {})
+    figures[0].draw_without_rendering()
+    for axes in figures[0].axes:
+        low, high = axes.get_xlim()
+        shown = [
+            label
+            for label in axes.get_xticklabels(which="both")
+            if label.get_text() and low <= label.get_position()[0] <= high
+        ]
+        ends = sorted((label.get_window_extent().x0, label.get_window_extent().x1) for label in shown)
+        assert len(shown) >= 2 and all(label.get_text().replace(",", "").isdigit() for label in shown)
+        assert all(before[1] < after[0] for before, after in itertools.pairwise(ends))
