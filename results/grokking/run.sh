@@ -17,12 +17,13 @@ stacked="adamw prm_per_tensor prm_per_param prm_rows_ema prm_debiased_per_param 
 
 cpu() { # minutes on two cores
     prm-hf grokking --output_dir "$out/cpu" --seeds 0 1 2 3 4 --models_at_once 1
-    prm-hf grokking --output_dir "$out/cpu" --seeds 0 --models_at_once 1 --methods adamw prm_per_param grokfast grokadamw
+    prm-hf grokking --output_dir "$out/cpu" --seeds 0 1 2 3 4 --models_at_once 1 \
+        --methods adamw grokfast grokadamw casmo
 }
 
-published() { # the published task on two cores, about two hours; give it twice to use both
-    prm-hf grokking --preset full --use_cpu --max_steps 2500 --models_at_once 1 --methods adamw prm_per_param \
-        --output_dir "$out/published"
+published() { # the published task: more than two hours of one CPU core; given twice at a time, it uses two
+    prm-hf grokking --preset full --use_cpu --max_steps 2500 --models_at_once 1 --weight_decays 1 3 5 10 \
+        --methods adamw prm_per_param constant_q --output_dir "$out/published"
 }
 
 full() { # α = 1
