@@ -19,7 +19,6 @@ from transformers.integrations import get_reporting_integration_callbacks
 from ..optim.hyperparameters import Hyperparameters
 from ..runs.schema import COST, has_diverged
 from ..runs.write import RunSpec, finish_run, finished_metrics, history_of, start_run
-from ..sven.pseudoinverse import NotFiniteError
 from ..trainers.callbacks import find_prm, innermost_optimizer
 from .grid import Grid
 
@@ -221,7 +220,7 @@ class StopWhereNotFinite(TrainerCallback):
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         try:
             loss = self.step_of_batch(*args, **kwargs)
-        except NotFiniteError as error:  # of Sven, which has no step to make then
+        except FloatingPointError as error:  # as Sven's, which has no step to make then
             raise DivergedError(self.trainer.state.global_step + 1) from error
         wrong = 1.0 - torch.isfinite(loss.detach()).all().float()
         self.is_wrong = wrong if self.is_wrong is None else torch.maximum(self.is_wrong, wrong)

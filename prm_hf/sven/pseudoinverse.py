@@ -14,7 +14,7 @@ SVD = Literal["gram", "svd", "randomized"]
 _OVERSAMPLING = 5
 
 
-class NotFiniteError(ValueError):
+class NotFiniteError(FloatingPointError, ValueError):
     """A loss, or the gradient of one, is infinite or NaN: there is no step to make."""
 
 
