@@ -4,7 +4,8 @@
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -25,6 +26,7 @@ Values = dict[str, torch.Tensor]
 LARGEST_MATRIX = 20_000  # rows of a matrix that is made whole: 3.2 GB in float64
 SMALL_MODEL = 2_000_000  # elements; it is multiplied with many vectors at once, which takes as many times the memory
 VECTORS_AT_ONCE = 32
+COLUMNS_AT_ONCE = 1 << 18
 
 
 class Curvature:
@@ -158,7 +160,8 @@ class Curvature:
         found = torch.empty(self.n_terms, self.n_params, dtype=dtype)  # gigabytes of a large adapter: made once
         filled = iter(found)
         with _evaluating(self._model):
-            for batch in self._on_device():
+            # A backward pass goes through a whole batch, whichever of its terms it is for
+            for batch in itertools.chain.from_iterable(map(self._smallest, self._on_device())):
                 predictions, pull = vjp(lambda point, batch=batch: self._predict(point, batch), self.parameters)
                 factors = self._factors(predictions, batch) * self._scale**0.5
                 for i in range(len(predictions)):
@@ -167,6 +170,18 @@ class Curvature:
                     (row,) = pull(one)
                     next(filled).copy_(torch.cat([row[name].reshape(-1) for name in self.parameters]))
         return found
+
+    def gram(self, rows: torch.Tensor) -> torch.Tensor:
+        """RRᵀ of the rows R that [`rows`] returns, float64 `(n_terms, n_terms)` on the CPU."""
+        device = torch.device("cpu") if self._device.type == "mps" else self._device  # which has no float64
+        total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
+        for part in rows.split(COLUMNS_AT_ONCE, dim=1):
+            part = part.to(device).double()
+            total.addmm_(part, part.T)
+        return total.cpu()
+
+    def _smallest(self, batch: Batch) -> Iterable[Batch]:
+        return batch.pairs() if self._loss.is_scalar else [batch]
 
     def loss_at(self, offset: torch.Tensor | None = None) -> float:
         """The loss where the parameters are moved by `offset`, `(n_params,)`; mean or sum as `reduction` says."""

@@ -187,7 +187,8 @@ def curvature_spectrum(
     eps = max(torch.finfo(tensor.dtype).eps for tensor in curvature.parameters.values())
     if method == "exact":
         if curvature.has_rows and curvature.n_terms < n:
-            return exact_spectrum_of_rows(curvature.rows().numpy(), eps)
+            rows = curvature.rows()
+            return exact_spectrum_of_rows(rows.numpy(), curvature.gram(rows).numpy(), eps)
         return exact_spectrum(curvature.matrix().numpy(), eps, semidefinite)
 
     def product(vector: np.ndarray) -> np.ndarray:

@@ -13,7 +13,6 @@ from scipy.stats import chi2, norm
 
 
 CONFIDENCE = 0.999  # of what is estimated by random vectors
-COLUMNS_AT_ONCE = 1 << 18
 Product = Callable[[np.ndarray], np.ndarray]
 
 
@@ -158,12 +157,13 @@ def exact_spectrum(matrix: np.ndarray, eps: float, semidefinite: bool) -> Spectr
     return _of_all(eigenvalues[::-1], lambda: vectors[:, ::-1], len(matrix), eps, semidefinite)
 
 
-def exact_spectrum_of_rows(rows: np.ndarray, eps: float) -> Spectrum:
-    """The eigenvalues of RᵀR, by RRᵀ: all that are not 0, since R has fewer rows than columns."""
-    gram = np.zeros((len(rows), len(rows)))
-    for start in range(0, rows.shape[1], COLUMNS_AT_ONCE):
-        part = rows[:, start : start + COLUMNS_AT_ONCE].astype(np.float64)
-        gram += part @ part.T
+def exact_spectrum_of_rows(rows: np.ndarray, gram: np.ndarray, eps: float) -> Spectrum:
+    """The eigenvalues of RᵀR, by RRᵀ: all that are not 0, since R has fewer rows than columns.
+
+    Args:
+        gram: RRᵀ, float64.
+        eps: relative rounding of R's entries.
+    """
     eigenvalues, vectors = np.linalg.eigh(gram)
     eigenvalues, vectors = eigenvalues[::-1], vectors[:, ::-1]
     known = eigenvalues > _rounding(eigenvalues, len(rows), eps)

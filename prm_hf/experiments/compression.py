@@ -24,6 +24,7 @@ from .compression_data import (
     preferences,
     rendered_digits,
     train_pairs,
+    train_prior,
 )
 
 
@@ -75,9 +76,11 @@ PAIRS = (
     Case("16,384 prompts", 128, steps=300, levels=(3, 5), rows=16384),
     Case("4,096 prompts, random labels", 64, steps=200, levels=(2, 3), is_random=True, rows=4096),
 )
+# Without a size: those of `--dims`.
 GIVEN_PAIRS = (
-    Case("labels as given", 0, steps=150, levels=(2, 3, 5)),
-    Case("random labels", 0, steps=150, levels=(2, 3, 5), is_random=True),
+    Case("labels as given", 0, steps=150, levels=(2, 3)),
+    Case("random labels", 0, steps=150, levels=(2, 3), is_random=True),
+    Case("data-dependent prior", 8, steps=40, levels=(2, 3), start="half"),
 )
 EVALUATED_PAIRS = 4096
 CASES = {"lenet": DIGITS, "vit": DIGITS, "unilora": DOCUMENTS_OF, "lora": DOCUMENTS_OF, "preferences": PAIRS}
@@ -186,15 +189,22 @@ def measure_language(adapter: str, case: Case, args: CompressionArguments) -> li
 def measure_preferences(name: str, case: Case, args: CompressionArguments) -> list[Measured]:
     """A row for each size of a vector that was trained by DPO on pairs of different prompts.
 
-    Of the built-in task it moves the word embeddings in a random subspace, of a dataset it is that of UniLora.
+    Of the built-in task it moves the word embeddings in a random subspace; of a dataset it is that of UniLora, or
+    moves a LoRA adapter that was trained on the first half of the pairs.
     """
     found = []
-    for dim in [case.dim] if case.rows else args.dims:
+    for dim in [case.dim] if case.dim else args.dims:
         clock = time.perf_counter()
-        pairs = preferences(args, case.is_random, case.rows)
-        trainer, subspace = train_pairs(pairs, dim, scaled(args.train_factor, case.steps), args)
-        options: dict[str, Any] = {"data_collator": trainer.data_collator, "beta": trainer.beta, "subspace": subspace}
-        options["n_evaluate"] = EVALUATED_PAIRS if case.rows else None
+        model, rows, test = preferences(args, case.is_random, case.rows)
+        options: dict[str, Any] = {"n_evaluate": EVALUATED_PAIRS if case.rows else None}
+        prior = None
+        if case.start == "half":
+            halves = rows.train_test_split(0.5, seed=0)
+            prior, rows = train_prior((model, halves["train"], test), args), halves["test"]
+            options["prior_data"] = prior.train_dataset
+        steps = scaled(args.train_factor, case.steps)
+        trainer, subspace = train_pairs((model, rows, test), dim, steps, args, prior)
+        options |= {"data_collator": trainer.data_collator, "beta": trainer.beta, "subspace": subspace}
         options |= {"levels": case.levels, "configurations": LOOKED_AT, "batch_size": args.batch_size}
         rows = trainer.train_dataset, trainer.eval_dataset
         found.append(bounds_of(name, case, trainer.model, rows, "preference", options, args, clock))

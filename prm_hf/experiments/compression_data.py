@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 CLASSES = 10
 TRAIN_ROWS = 1500  # of the 1,797; the others are the test rows
 VOCABULARY, DOCUMENT_LENGTH = 17, 12
+PRIOR_EPOCHS, PRIOR_RATE = 4, 1e-4  # of a LoRA adapter of rank 16
 TEST_PAIRS, PAIRS_SEED = 1000, 1  # of the built-in task; 0 is the seed of its own pairs
 
 
@@ -172,31 +173,68 @@ def preferences(args: CompressionArguments, random_labels: bool, n: int) -> tupl
     return model, rows, test
 
 
-def train_pairs(
-    data: tuple[str, Dataset, Dataset], dim: int, steps: int, args: CompressionArguments
-) -> tuple[DPOTrainer, Subspace | None]:
-    """A trainer that has trained a vector by DPO, with AdamW: of the built-in task that of the subspace returned.
+def train_prior(data: tuple[str, Dataset, Dataset], args: CompressionArguments) -> DPOTrainer:
+    """A trainer that has trained a LoRA adapter by DPO, for `PRIOR_EPOCHS` epochs of its pairs."""
+    name, rows, test = data
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    steps = max(1, round(args.train_factor * PRIOR_EPOCHS * len(rows) / args.batch_size))
+    config = _config(args, steps, PRIOR_RATE, precompute=False)
+    adapter = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    trainer = DPOTrainer(model, None, config, None, rows, test, tokenizer, peft_config=adapter)
+    trainer.train()
+    return trainer
 
-    There each step of the vector moves all embeddings; of a dataset the vector is that of a UniLora adapter.
+
+def train_pairs(
+    data: tuple[str, Dataset, Dataset],
+    dim: int,
+    steps: int,
+    args: CompressionArguments,
+    prior: DPOTrainer | None = None,
+) -> tuple[DPOTrainer, Subspace | None]:
+    """A trainer that has trained a vector by DPO, with AdamW: that of the subspace returned, or of a UniLora adapter.
+
+    Of the built-in task each step of the vector moves all embeddings, and with a prior all weights of its adapter.
     """
     name, rows, test = data
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    more, subspace = {}, None
-    if args.dataset_name is None:
+    reference, subspace, adapter = None, None, None
+    if prior is not None:
+        reference, model = model, prior.accelerator.unwrap_model(prior.model)
+        subspace = Subspace(model, dim)
+    elif args.dataset_name is None:
         embedding = model.get_input_embeddings().weight  # and the output's
         for parameter in model.parameters():
             parameter.requires_grad_(parameter is embedding)
         subspace = Subspace(model, dim)
-        optimizer = subspace.attach(torch.optim.AdamW([subspace.vector], lr=args.learning_rate, weight_decay=0.0))
-        more["optimizers"] = (optimizer, None)
     else:
         # Each value stands in many places, divided by the root of their number: a short vector needs large values
-        more["peft_config"] = unilora(4, dim, start=1.0)
+        adapter = unilora(4, dim, start=1.0)
+    optimizer = None
+    if subspace is not None:
+        optimizer = subspace.attach(torch.optim.AdamW([subspace.vector], lr=args.learning_rate, weight_decay=0.0))
+    trainer = DPOTrainer(
+        model,
+        reference,
+        _config(args, steps, args.learning_rate, precompute=True),
+        None,
+        rows,
+        test,
+        AutoTokenizer.from_pretrained(name),
+        optimizers=(optimizer, None),
+        peft_config=adapter,
+    )
+    trainer.train()
+    return trainer, subspace
+
+
+def _config(args: CompressionArguments, steps: int, rate: float, precompute: bool) -> DPOConfig:
     on_gpu = torch.cuda.is_available()
-    config = DPOConfig(
+    return DPOConfig(
         output_dir=str(Path(args.output_dir) / "trainer"),
         max_steps=steps,
-        learning_rate=args.learning_rate,
+        learning_rate=rate,
         lr_scheduler_type="cosine",
         per_device_train_batch_size=args.batch_size,
         max_length=args.max_length,
@@ -207,15 +245,5 @@ def train_pairs(
         report_to="none",
         disable_tqdm=True,
         logging_strategy="no",
-        precompute_ref_log_probs=subspace is not None,
+        precompute_ref_log_probs=precompute,
     )
-    trainer = DPOTrainer(
-        model,
-        args=config,
-        train_dataset=rows,
-        eval_dataset=test,
-        processing_class=AutoTokenizer.from_pretrained(name),
-        **more,
-    )
-    trainer.train()
-    return trainer, subspace

@@ -219,14 +219,14 @@ class PlanList:
             for x in rounds if len(rounds) > 1 else []:
                 which = torch.cat([torch.arange(begins[i], begins[i + 1]) for i in x])
                 self._rounds.append((which.to(self._params[0].device), index([units[i] for i in x])))
-        self._watched = self._params
+        self._watched, self._fake = self._params, any(map(is_fake, self._params))
         if locator.sharded:  # a library that shards may exchange storages
             kept = [(x.codes, x.scale) if is_quantized(x) else (x,) for xs in self._states.values() for x in xs]
             self._watched = [*self._params, *itertools.chain(*kept)]
         self._addresses = self._find()
 
     def _find(self) -> list[int]:
-        if any(map(is_fake, self._params)):
+        if self._fake:
             return []
         return list(map(Tensor.data_ptr, local_tensors(self._watched) if self._sharded else self._watched))
 
