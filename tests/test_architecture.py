@@ -21,7 +21,7 @@ ALLOWED = {
     "runs": set(),
     "compare": {"runs"},
     "suspects": {"noise", "metrics", "runs"},
-    "diagnostics": {"compare", "runs", "metrics"},
+    "diagnostics": {"compare", "runs", "metrics", "sven"},  # of sven the per-sample gradients, which need torch alone
     "trainers": {"optim", "sharding", "metrics", "noise"},
     "sven": {"optim", "sharding", "trainers", "metrics", "noise"},
     "integrations": {"optim", "trainers"},

@@ -35,29 +35,6 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         return replace(self, **{name: _to(value, device) for name, value in vars(self).items()})
 
-    def pairs(self) -> Iterator["Batch"]:
-        """Batches of one preference pair each, without the padding that only longer pairs needed."""
-        n, ids = len(self.targets), self.inputs["input_ids"]
-        attended = self.inputs.get("attention_mask", torch.ones_like(ids))
-        sequences, positions = self.places
-        for i in range(n):
-            both = torch.tensor([i, n + i], device=ids.device)
-            width = 1 + int(attended[both].any(0).nonzero().max())
-            inputs = {
-                name: x[both][:, :width] if isinstance(x, torch.Tensor) and x.shape[:2] == ids.shape else x
-                for name, x in self.inputs.items()
-            }
-            own = torch.isin(sequences, both)
-            yield replace(
-                self,
-                inputs=inputs,
-                targets=self.targets[i : i + 1],
-                places=((sequences[own] != i).long(), positions[own]),
-                tokens=self.tokens[own],
-                reference=None if self.reference is None else self.reference[i : i + 1],
-                drawn=None if self.drawn is None else self.drawn[i : i + 1],
-            )
-
 
 def read_batches(data: Any, loss: str | Callable, batch_size: int, max_batches: int | None) -> list[Batch]:
     """The batches of a dataloader, or those of a dataset's rows.

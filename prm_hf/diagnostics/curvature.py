@@ -4,8 +4,7 @@
 """
 
 import contextlib
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -15,6 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..metrics.forward import flags_kept
+from ..sven.capture import Capture
 from .batches import Batch, read_batches
 from .checks import check_choice, check_count
 from .losses import find_loss, sequence_differences
@@ -148,7 +149,7 @@ class Curvature:
         return self.kind == "fisher" or (self.kind == "ggn" and self._loss.is_scalar)
 
     def rows(self) -> torch.Tensor:
-        """R of a matrix RᵀR, `(n_terms, n_params)` on the CPU: a scaled gradient a term, one backward pass each.
+        """R of a matrix RᵀR, `(n_terms, n_params)` on the CPU: a scaled gradient a term.
 
         Raises:
             ValueError: the matrix has no such form, or more than 20,000 terms.
@@ -158,18 +159,33 @@ class Curvature:
         _check_size(self.n_terms, "terms")
         dtype = torch.promote_types(torch.float32, next(iter(self.parameters.values())).dtype)
         found = torch.empty(self.n_terms, self.n_params, dtype=dtype)  # gigabytes of a large adapter: made once
-        filled = iter(found)
+        begin, of_batch = 0, self._rows_of_pairs if self._loss.is_scalar else self._rows_of_terms
         with _evaluating(self._model):
-            # A backward pass goes through a whole batch, whichever of its terms it is for
-            for batch in itertools.chain.from_iterable(map(self._smallest, self._on_device())):
-                predictions, pull = vjp(lambda point, batch=batch: self._predict(point, batch), self.parameters)
-                factors = self._factors(predictions, batch) * self._scale**0.5
-                for i in range(len(predictions)):
-                    one = torch.zeros_like(predictions)
-                    one[i] = factors[i]
-                    (row,) = pull(one)
-                    next(filled).copy_(torch.cat([row[name].reshape(-1) for name in self.parameters]))
+            for batch in self._on_device():
+                for rows in of_batch(batch):
+                    found[begin : begin + len(rows)] = rows * self._scale**0.5
+                    begin += len(rows)
         return found
+
+    def _rows_of_pairs(self, batch: Batch) -> Iterator[torch.Tensor]:
+        """The rows of a batch of pairs, all by one backward pass."""
+        with torch.enable_grad(), _trained(self._model, self.parameters):
+            with Capture(self._model) as capture:
+                predictions = self._predict({}, batch)
+            jacobian = capture.differentiate(predictions)
+        named = dict(self._model.named_parameters())
+        jacobian.params = [named[name] for name in self.parameters]  # the order of the rows' elements
+        yield jacobian.rows() * self._factors(predictions.detach(), batch)[:, None]
+
+    def _rows_of_terms(self, batch: Batch) -> Iterator[torch.Tensor]:
+        """The rows of a batch, by a backward pass each."""
+        predictions, pull = vjp(lambda point: self._predict(point, batch), self.parameters)
+        factors = self._factors(predictions, batch)
+        for i in range(len(predictions)):
+            one = torch.zeros_like(predictions)
+            one[i] = factors[i]
+            (row,) = pull(one)
+            yield torch.cat([row[name].reshape(-1) for name in self.parameters])[None]
 
     def gram(self, rows: torch.Tensor) -> torch.Tensor:
         """RRᵀ of the rows R that [`rows`] returns, float64 `(n_terms, n_terms)` on the CPU."""
@@ -179,9 +195,6 @@ class Curvature:
             part = part.to(device).double()
             total.addmm_(part, part.T)
         return total.cpu()
-
-    def _smallest(self, batch: Batch) -> Iterable[Batch]:
-        return batch.pairs() if self._loss.is_scalar else [batch]
 
     def loss_at(self, offset: torch.Tensor | None = None) -> float:
         """The loss where the parameters are moved by `offset`, `(n_params,)`; mean or sum as `reduction` says."""
@@ -357,6 +370,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _trained(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Gradients for the parameters of these names and for no others."""
+    with flags_kept(model):
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in names)
+        yield
+
+
+@contextlib.contextmanager
 def _without_adapter(model: nn.Module) -> Iterator[None]:
     """The reference of a PEFT model: TRL's copy of an adapter that training started from, or no adapter."""
     if not hasattr(model, "disable_adapter"):
@@ -364,15 +386,10 @@ def _without_adapter(model: nn.Module) -> Iterator[None]:
             "`loss` is 'dpo', which needs a reference: pass `ref_model`, or batches with `ref_chosen_logps` and "
             "`ref_rejected_logps`. Only a PEFT model is its own reference, without its adapter."
         )
-    if "ref" not in model.peft_config:
-        with model.disable_adapter():
-            yield
-        return
-    active, trainable = model.active_adapter, {p: p.requires_grad for p in model.parameters()}
-    model.set_adapter("ref")
-    try:
+    with flags_kept(model), contextlib.ExitStack() as stack:
+        if "ref" in model.peft_config:
+            stack.callback(model.set_adapter, model.active_adapter)
+            model.set_adapter("ref")
+        else:
+            stack.enter_context(model.disable_adapter())
         yield
-    finally:
-        model.set_adapter(active)
-        for parameter, was_trainable in trainable.items():
-            parameter.requires_grad_(was_trainable)

@@ -152,6 +152,17 @@ def evaluation_mode(models: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def flags_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards the same parameters require a gradient: PEFT lets adapters train that it switches on again."""
+    before = {p: p.requires_grad for p in model.parameters()}
+    try:
+        yield
+    finally:
+        for p, was_trained in before.items():
+            p.requires_grad_(was_trained)
+
+
+@contextlib.contextmanager
 def as_reference(
     model: nn.Module, ref_model: nn.Module | None, accelerator: Accelerator
 ) -> Iterator[nn.Module | None]:
@@ -161,15 +172,13 @@ def as_reference(
         yield ref_model
     elif not is_peft:
         yield None
-    elif "ref" in unwrapped.peft_config:  # TRL's copy of an adapter that training started from
-        active = unwrapped.active_adapter
-        unwrapped.set_adapter("ref")
-        try:
-            yield model
-        finally:
-            unwrapped.set_adapter(active)
     else:
-        with unwrapped.disable_adapter():
+        with flags_kept(unwrapped), contextlib.ExitStack() as stack:
+            if "ref" in unwrapped.peft_config:  # TRL's copy of an adapter that training started from
+                stack.callback(unwrapped.set_adapter, unwrapped.active_adapter)
+                unwrapped.set_adapter("ref")
+            else:
+                stack.enter_context(unwrapped.disable_adapter())
             yield model
 
 

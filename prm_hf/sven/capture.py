@@ -110,7 +110,7 @@ class Capture:
                 if call.rows is None or call.rows % n or not len(grad) == len(call.given) == call.rows:
                     self.looped.add(p)
                     continue
-                uses.setdefault(p, []).append(_use(call, name, p, _full(grad), n))
+                uses.setdefault(p, []).append(_use(call, name, p, grad, n))
         params = [p for p in self.model.parameters() if p.requires_grad]
         self.looped.update(p for p in params if p not in uses)
         rest = [p for p in params if p in self.looped]
@@ -141,7 +141,7 @@ def _fold(x: Tensor, n: int) -> Tensor:
 
 def _use(call: _Call, name: str, p: nn.Parameter, grad: Tensor, n: int) -> Use:
     """The gradients of a parameter by one call, from the gradient of the call's output, `(rows, ..., d)`."""
-    layer, given = call.layer, _full(call.given)
+    layer, given = call.layer, call.given
     kind = type(layer)
     if kind is nn.Embedding:
         ids = _fold(given.view(len(given), -1, 1), n).squeeze(2)
@@ -151,11 +151,9 @@ def _use(call: _Call, name: str, p: nn.Parameter, grad: Tensor, n: int) -> Use:
         return Outer(ids, right, p.shape[0])
     is_linear, is_conv1d = kind is nn.Linear, f"{kind.__module__}.{kind.__name__}" == _CONV1D
     if (is_linear or is_conv1d) and name == "bias":
-        return Rows(_fold(grad.unsqueeze(1), n).sum(1))
+        return Rows(_full(_fold(grad.unsqueeze(1), n)).sum(1))
     if is_linear or is_conv1d:
-        left, right = (
-            _fold(x.unsqueeze(1), n).to(grad.dtype) for x in ((grad, given) if is_linear else (given, grad))
-        )
+        left, right = (_fold(x.unsqueeze(1), n) for x in ((grad, given) if is_linear else (given, grad)))
         return Outer(left, right, p.shape[0])
     rows = vmap(_gradient(layer, name, p), randomness="error")(call.given, grad)
     return Rows(_full(rows).unflatten(0, (-1, n)).sum(0))

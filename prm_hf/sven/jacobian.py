@@ -34,6 +34,8 @@ class Outer:
         left: `(n, T, L)`; or of an embedding the token ids `(n, T)`, int64, which stand for one-hot vectors.
         right: `(n, T, R)`.
         size: L.
+
+    Factors keep the dtype that autocast gave them, and are multiplied in float32 or float64.
     """
 
     left: Tensor
@@ -50,13 +52,22 @@ class Outer:
         width = self.right.shape[2] + (1 if self.is_one_hot else self.size)
         return self.size * self.right.shape[2] <= self.right.shape[1] * width
 
+    def full(self) -> Outer:
+        """With factors of one dtype, float32 or float64."""
+        dtype = torch.promote_types(self.right.dtype, torch.float32)
+        if self.is_one_hot:
+            return Outer(self.left, self.right.to(dtype), self.size)
+        dtype = torch.promote_types(self.left.dtype, dtype)
+        return Outer(self.left.to(dtype), self.right.to(dtype), self.size)
+
     def rows(self) -> Tensor:
         """The gradients, `(n, L, R)`."""
         n, t, r = self.right.shape
+        full = self.full()
         if not self.is_one_hot:
-            return self.left.transpose(1, 2) @ self.right
-        found = self.right.new_zeros(n, self.size, r)
-        return found.scatter_add_(1, self.left.unsqueeze(2).expand(n, t, r), self.right)
+            return full.left.transpose(1, 2) @ full.right
+        found = full.right.new_zeros(n, self.size, r)
+        return found.scatter_add_(1, self.left.unsqueeze(2).expand(n, t, r), full.right)
 
 
 Use = Rows | Outer
@@ -77,7 +88,9 @@ def inner_products(a: list[Use], b: list[Use], weight: Tensor | None = None) -> 
     """
     factored = weight is None and all(isinstance(use, Outer) for use in (*a, *b))
     if factored and not any(_is_cheaper_as_rows(x, y) for x in a for y in b):
-        return sum(_outer_products(x, y) for x in a for y in b)
+        full_a = [x.full() for x in a]
+        full_b = full_a if b is a else [y.full() for y in b]
+        return sum(_outer_products(x, y) for x in full_a for y in full_b)
     rows_a = total_rows(a).flatten(1)
     rows_b = rows_a if b is a else total_rows(b).flatten(1)
     return (rows_a if weight is None else rows_a * weight.flatten()) @ rows_b.T

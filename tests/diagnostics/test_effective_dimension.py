@@ -174,6 +174,18 @@ def test_preference_pairs(padded_by):
     )
 
 
+def test_rows_of_pairs_are_those_of_the_chosen_parameters_in_their_order():
+    model, rows = lora_model(), pair_rows()
+    names = [name for name, p in model.named_parameters() if p.requires_grad][3:0:-1]
+    for p in model.parameters():
+        p.requires_grad_(False)
+    curvature = Curvature(model, rows, loss="dpo", params=names, batch_size=3)
+    found = curvature.rows().double()
+    torch.testing.assert_close(found.T @ found, curvature.matrix(), rtol=1e-6, atol=1e-10)
+    torch.testing.assert_close(curvature.gram(found), found @ found.T)
+    assert not any(p.requires_grad for p in model.parameters())  # as before
+
+
 def test_references_may_come_with_the_rows():
     model, rows = lora_model(), pair_rows()
     own = Curvature(model, rows, loss="dpo")

@@ -311,6 +311,19 @@ def test_the_reference_of_a_continued_adapter_is_its_copy(accelerator):
     assert model.active_adapter == "default"
 
 
+@pytest.mark.parametrize("has_copy", [False, True])
+def test_a_frozen_part_of_an_adapter_stays_frozen(accelerator, has_copy):
+    """PEFT lets each adapter train that it switches on again."""
+    model = perturbed(lora(make_model()))
+    if has_copy:
+        model.add_adapter("ref", model.peft_config["default"])
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_B.default" in name)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    evaluate_pairs(model, tokenized_rows(2), COLLATE, accelerator)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
 def test_precomputed_reference_gives_everything_but_kl(accelerator):
     ref_model = make_model()
     model = perturbed(ref_model)

@@ -131,6 +131,25 @@ def test_outer_products(one_hot, n):
     torch.testing.assert_close(inner_products([a, a], [b]), 2 * expected)
 
 
+def test_factors_keep_the_dtype_of_autocast_and_are_multiplied_in_float32():
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 30))).float()
+    x = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), Capture(model) as calls:
+        losses = model(x).float().square().mean((1, 2))
+    jacobian = calls.differentiate(losses)
+    factors = [use.left for uses in jacobian.uses.values() for use in uses if isinstance(use, Outer)]
+    assert [factor.dtype for factor in factors] == [torch.bfloat16] * 2  # gradients of outputs
+    rows = jacobian.rows()
+    assert rows.dtype == jacobian.gram().dtype == torch.float32
+    torch.testing.assert_close(jacobian.gram(), rows @ rows.T)
+    torch.testing.assert_close(
+        rows.sum(0),
+        torch.cat([g.flatten() for g in torch.autograd.grad(losses.sum(), model.parameters())]),
+        rtol=0.02,
+        atol=0.02,
+    )
+
+
 def test_large_products_are_made_in_blocks(monkeypatch):
     a = Outer(torch.randn(5, 3, 50), torch.randn(5, 3, 40), 50)
     whole = inner_products([a], [a])
