@@ -5,6 +5,7 @@ tested, with chunks so small that every tensor has whole and partial ones.
 """
 
 import copy
+import dataclasses
 import itertools
 import os
 import subprocess
@@ -39,11 +40,11 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(fused, "CHUNK", 32)
-    monkeypatch.setattr(fused, "SMALL_CHUNK", 16)
+    large = fused.Sizes(32, 4, 6, ((4, 4), (2, 8), (1, 8)), 4)
+    monkeypatch.setattr(fused, "LARGE_SIZES", large)
+    monkeypatch.setattr(fused, "SMALL_SIZES", dataclasses.replace(large, chunk=16))
     monkeypatch.setattr(fused, "SMALL", 64)
     monkeypatch.setattr(fused, "LAG", 2)
-    monkeypatch.setattr(fused, "ROW_TILES", ((4, 4), (2, 8), (1, 8)))
 
 
 # The interpreter takes about a millisecond an item, so only the variants that change the kernel's code or its scalars.
@@ -472,7 +473,7 @@ def test_flat_partition_by_its_segments(reduction, estimator, signal_beta):
 
 
 def test_sums_do_not_depend_on_where_a_small_tensor_is_cut(monkeypatch):
-    monkeypatch.setattr(fused, "CHUNK", 1024)
+    monkeypatch.setattr(fused, "LARGE_SIZES", dataclasses.replace(fused.LARGE_SIZES, chunk=1024))
     torch.manual_seed(0)
     gradient, m = torch.randn(896), torch.randn(896)
     h = Hyperparameters(reduction="per_tensor")

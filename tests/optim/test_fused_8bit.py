@@ -24,10 +24,8 @@ SHAPES = [(66, 64), (17, 300), (3, 1413), (4111,)]
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    for name in ("CHUNK", "SMALL_CHUNK"):
-        monkeypatch.setattr(fused, name, 1024)
+    monkeypatch.setattr(fused, "SIZES_8BIT", fused.Sizes(1024, 4, 6, ((16, 256), (4, 512), (1, 1024)), 2))
     monkeypatch.setattr(fused, "LAG", 2)
-    monkeypatch.setattr(fused, "ROW_TILES_8BIT", ((16, 256), (4, 512), (1, 1024)))
 
 
 OTHERS = [{"mask": "none"}, {"mask": "soft", "reduction": "per_tensor"}, {"mask": "hard"}]

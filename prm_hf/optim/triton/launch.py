@@ -1,6 +1,7 @@
 """PRM's step by the Triton kernels of `kernels.py`: their tables, and what is launched for a list of tensors."""
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,33 @@ from ..quantized import BLOCK, is_quantized
 from .kernels import SCALARS, SCALES, STATES, row_kernel, step_kernel
 
 
-CHUNK = 4096  # elements an item,
-SMALL_CHUNK, SMALL = 1024, 2**18  # and where no tensor has more than so many, as with LoRA
+@dataclass(frozen=True)
+class Sizes:
+    """How a list of tensors is cut up, as was fastest on an H200.
+
+    Attributes:
+        chunk: elements of an item of `step_kernel`.
+        warps: of its programs.
+        programs: so many of them on a multiprocessor.
+        row_tiles: rows and columns of an item of `row_kernel`: the first tile that a row fits in, or the last one
+            again and again.
+        row_warps: of its programs.
+    """
+
+    chunk: int
+    warps: int
+    programs: int
+    row_tiles: tuple[tuple[int, int], ...]
+    row_warps: int
+
+
+SMALL = 2**18  # no tensor has more elements, as with LoRA
+LARGE_SIZES = Sizes(4096, 4, 6, ((64, 64), (2, 1024), (1, 4096)), 4)
+SMALL_SIZES = Sizes(2048, 8, 8, ((16, 64), (1, 1024), (1, 8192)), 4)
+# In 8 bits tiles are of whole blocks. With more elements a thread these do not fit into its registers, and with more
+# warps a program the maximum of a block takes longer.
+SIZES_8BIT = Sizes(2048, 4, 6, ((4, 256), (1, 1024)), 2)
 LAG = 768  # statistics items between a tensor's last and its first update: about what all programs hold at a time
-PROGRAMS_PER_MULTIPROCESSOR = 6
-# Rows and columns of an item of `per_row`: the first tile that a row fits in, or the last one again and again.
-ROW_TILES = ((64, 64), (4, 1024), (1, 4096))
-ROW_TILES_8BIT = ((16, 256), (4, 1024), (1, 4096))  # of whole blocks
-N_WARPS, N_WARPS_8BIT = 4, 8  # with 4, more than 1 kB a thread does not fit into its registers in 8 bits
 # `TRITON_INTERPRET=1`: the kernel runs on a CPU, slowly, to be tested.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _MASKS = {name: number for number, name in enumerate(MASKS)}
@@ -58,12 +78,15 @@ class KernelTables:
         self._dtypes = {name: _STATE_DTYPES[tensors[0].dtype] for name, tensors in kinds.items()}
         self._quantized = is_quantized(lists.exp_avgs[0])
         numels = np.array([p.numel() for p in params], dtype=np.int64)
-        self._chunk = CHUNK if numels.max(initial=0) > SMALL else SMALL_CHUNK
+        self._sizes = LARGE_SIZES if numels.max(initial=0) > SMALL else SMALL_SIZES
+        if self._quantized:
+            self._sizes = SIZES_8BIT
+        chunk = self._sizes.chunk
         rows = np.array([masks.n_rows(p) for p in params], dtype=np.int64)
         widths = numels // np.maximum(rows, 1)
-        n_chunks = -(-numels // self._chunk)
+        n_chunks = -(-numels // chunk)
         if self._quantized:  # of whole blocks, which end where rows do
-            n_chunks = -(-rows * -(-widths // BLOCK) // (self._chunk // BLOCK))
+            n_chunks = -(-rows * -(-widths // BLOCK) // (chunk // BLOCK))
         self._even = self._quantized and bool((widths % 16 == 0).all())
         first = np.concatenate([[0], np.cumsum(n_chunks)]).astype(np.int32)
         chunk_tensors = np.repeat(np.arange(n, dtype=np.int32), n_chunks)
@@ -89,14 +112,14 @@ class KernelTables:
         self._programs = 1
         if self.device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
-            self._programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
+            self._programs = self._sizes.programs * multiprocessors
         self._grads: list[int] = []
         self._make_room(0)
 
     def _cut_rows(self, rows: np.ndarray, numels: np.ndarray) -> list[tuple[Tensor, dict[str, Any]]]:
         """The items of each launch of the rows' kernel, and what is compiled in for it."""
         columns = numels // np.maximum(rows, 1)
-        shapes = ROW_TILES_8BIT if self._quantized else ROW_TILES
+        shapes = self._sizes.row_tiles
         kinds = np.searchsorted(np.array([width for _, width in shapes[:-1]]), columns)
         tiles = []
         for kind, (height, width) in enumerate(shapes):
@@ -172,7 +195,7 @@ class KernelTables:
             "G": _DTYPES[dtype],
             "ALIGNED": self._aligned and self._grads_aligned,
             "PHASE": phase,
-            "num_warps": N_WARPS_8BIT if self._quantized else N_WARPS,
+            "num_warps": self._sizes.row_warps if self._tiles else self._sizes.warps,
             **self._code,
         }
         found_inf = self._counters if found_inf is None else found_inf
@@ -184,7 +207,7 @@ class KernelTables:
         self._counters.zero_()
         n_items, tables = len(items), (self._chunk_tensors, self._table, len(addresses), self._grads_there, scalars)
         results = self._counters, self._partials, self.sums, self.q, found_inf
-        given |= {"CHUNK": self._chunk, "EVEN": self._even}
+        given |= {"CHUNK": self._sizes.chunk, "EVEN": self._even}
         step_kernel[(min(n_items, self._programs),)](items, n_items, *tables, *results, **given)
 
 
