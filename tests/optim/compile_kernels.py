@@ -43,7 +43,7 @@ def compile_only(kernel: JITFunction, *args, grid, warmup, num_warps, **kwargs) 
 def main() -> None:
     launch.INTERPRETED = True  # takes the tensors of a CPU
     JITFunction.run = compile_only
-    shapes = (130, 272), (4096,), (64, 5000)  # rows of whole 16 elements, and others
+    shapes = (130, 272), (64, 128), (4096,), (64, 5000)  # rows of whole 16 elements, and others; short and long
     for settings, state_dtype in itertools.product(SETTINGS, ("float32", "bf16", "8bit")):
         dtype = torch.float32 if state_dtype == "bf16" else torch.bfloat16
         params = [torch.ones(shape, dtype=dtype, requires_grad=True) for shape in shapes]
