@@ -52,7 +52,7 @@ def auc(scores: np.ndarray, wrong: np.ndarray) -> float:
 
 
 def least_left(scores: np.ndarray, wrong: np.ndarray) -> float:
-    """The share of wrong labels if the highest scores are flipped, as many as are best by what only the truth tells."""
+    """The share of wrong labels if the highest scores are flipped, as many of them as the truth says is best."""
     gained = np.cumsum(np.where(wrong[np.argsort(-scores)], 1, -1))
     return float((wrong.sum() - max(gained.max(), 0)) / len(wrong))
 
