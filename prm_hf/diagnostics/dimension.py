@@ -121,7 +121,8 @@ def effective_dimension(
         reduction: `"mean"` or `"sum"` over the terms of the loss.
         k: eigenvalues of `"lanczos"`, steps of `"slq"`. By default 50, or as many as there are. `"exact"` has all.
         method: `"lanczos"`, `"slq"` or `"exact"`. `"exact"` makes the whole matrix, of at most 20,000 parameters, or
-            for `"dpo"` and `"fisher"` of at most 20,000 terms, which takes one backward pass a term.
+            for `"dpo"` and `"fisher"` of at most 20,000 terms, which takes a backward pass for each batch of pairs,
+            and of other losses one for each term.
         params: `"trainable"`, `"all"`, or names of parameters.
         loss: `"causal_lm"`, `"classification"`, `"dpo"`, or a function of predictions and targets that returns one
             loss a term.

@@ -21,7 +21,7 @@ speed() {
 }
 
 # Qwen2.5-Coder 0.5B with LoRA, on a GPU: 756 pairs of different prompts, two epochs. Decided before the runs, but after
-# ten trial runs from which Sven's rates are: seeds 0 to 2, two learning rates for each method, all batches padded. Sven
+# eleven trial runs from which Sven's rates are: seeds 0 to 2, two learning rates for each method, all batches padded. Sven
 # is called better or worse than AdamW, as on the built-in task, if the interval of the difference in accuracy between
 # their best rates leaves 0 out after Holm's correction. Flipped fit, KL and time are reported beside it.
 qwen_lora() {
