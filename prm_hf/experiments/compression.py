@@ -98,7 +98,10 @@ class CompressionArguments:
         default=None, metadata={"help": "Model of `preferences`. Default: the reference policy of the built-in task."}
     )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Its training pairs, one a prompt: a name on the hub or a file."}
+        default=None,
+        metadata={
+            "help": "Its training pairs, of which the first of each prompt is used: a name on the hub or a file."
+        },
     )
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Its pairs to test on."})
     dims: list[int] = field(

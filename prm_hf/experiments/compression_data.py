@@ -26,6 +26,8 @@ from .._extras import require
 from ..demo import build_demo, preference_pairs
 from ..diagnostics.subspace import Subspace
 from .data import load_split
+from .rows import Columns, check_rows
+from .selection import first_of_each
 from .simplicity import unilora
 
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 CLASSES = 10
 TRAIN_ROWS = 1500  # of the 1,797; the others are the test rows
 VOCABULARY, DOCUMENT_LENGTH = 17, 12
+PAIR_COLUMNS = Columns("prompt", ("chosen", "rejected"), needs_prompt=False, advice="Rename yours in the dataset.")
 PRIOR_EPOCHS, PRIOR_RATE = 4, 1e-4  # of a LoRA adapter of rank 16
 TEST_PAIRS, PAIRS_SEED = 1000, 1  # of the built-in task; 0 is the seed of its own pairs
 
@@ -167,10 +170,19 @@ def preferences(args: CompressionArguments, random_labels: bool, n: int) -> tupl
         model, rows, test = build_demo().model_path, pairs.select(range(n)), pairs.select(range(n, n + TEST_PAIRS))
     else:
         model, paths = args.model_name_or_path, (args.dataset_name, args.eval_dataset_name)
-        rows, test = (load_split(path, None, "train") for path in paths)
+        rows, test = map(_first_pairs, paths)
     if random_labels:
         rows, test = (flip_preferences(pairs, 0.5, seed=0).remove_columns("flipped") for pairs in (rows, test))
     return model, rows, test
+
+
+def _first_pairs(path: str) -> Dataset:
+    rows = load_split(path, None, "train")
+    check_rows(rows, f"The rows of {path}", PAIR_COLUMNS)
+    first = first_of_each(rows, 1, PAIR_COLUMNS)
+    if len(first) < len(rows):
+        print(f"{len(first)} of {len(rows)} rows of {path} are kept, the first of each prompt.", flush=True)
+    return first
 
 
 def train_prior(data: tuple[str, Dataset, Dataset], args: CompressionArguments) -> DPOTrainer:

@@ -19,18 +19,9 @@ methods() { # AdamW, AdamW with the larger eps and PRM on the built-in task with
 }
 
 gpu() { # a certified reward accuracy of Qwen2.5-Coder 0.5B, with one pair a prompt: minutes on a GPU
-    local half data=${DATA:-.}
-    mkdir -p "$out"
-    for half in train test; do # the first of each prompt
-        python -c 'import json, sys
-rows = {}
-for line in sys.stdin:
-    rows.setdefault(json.loads(line)["prompt"], line)
-print(*rows.values(), sep="", end="")' < "$data/gsm8k_pairs.$half.jsonl" > "$out/$half.jsonl"
-    done
     python recipes/compression.py --models preferences --output_dir "$out/gpu" --dims 256 --learning_rate 0.1 \
         --model_name_or_path "${MODEL:-Qwen/Qwen2.5-Coder-0.5B-Instruct}" --qat_steps 15 --max_length 384 \
-        --dataset_name "$out/train.jsonl" --eval_dataset_name "$out/test.jsonl"
+        --dataset_name "${TRAIN:-gsm8k_pairs.train.jsonl}" --eval_dataset_name "${TEST:-gsm8k_pairs.test.jsonl}"
 }
 
 "$@"
