@@ -40,9 +40,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    large = fused.Sizes(32, 4, 6, ((4, 4), (2, 8), (1, 8)), 4)
+    large = fused.Sizes(32, 4, 0, ((4, 4), (2, 8), (1, 8)), 4)
     monkeypatch.setattr(fused, "LARGE_SIZES", large)
-    monkeypatch.setattr(fused, "SMALL_SIZES", dataclasses.replace(large, chunk=16))
+    monkeypatch.setattr(fused, "SMALL_SIZES", dataclasses.replace(large, chunk=16, programs=1))
     monkeypatch.setattr(fused, "SMALL", 64)
     monkeypatch.setattr(fused, "LAG", 2)
 

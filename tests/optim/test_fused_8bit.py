@@ -24,7 +24,7 @@ SHAPES = [(66, 64), (17, 300), (3, 1413), (4111,)]
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(fused, "SIZES_8BIT", fused.Sizes(1024, 4, 6, ((16, 256), (4, 512), (1, 1024)), 2))
+    monkeypatch.setattr(fused, "SIZES_8BIT", fused.Sizes(1024, 4, 0, ((16, 256), (4, 512), (1, 1024)), 2))
     monkeypatch.setattr(fused, "LAG", 2)
 
 

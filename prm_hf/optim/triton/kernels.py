@@ -1,14 +1,16 @@
 """The two Triton kernels of a step, and the tables that they read.
 
-`step_kernel` is persistent: it works through a list of items, each a chunk of a tensor, which its programs draw from a
-counter. Without per-tensor statistics an item reads everything of its chunk, and writes p, m and v (and s) once.
+`step_kernel` works through a list of items, each a chunk of a tensor. Without per-tensor statistics an item reads
+everything of its chunk, and writes p, m and v (and s) once.
 
 `reduction="per_tensor"` needs two sums over a tensor before the first of its elements can be updated, hence a second
-read of g and m. Its list holds an item for the statistics of each chunk and one for the update. Whoever finishes the
-last statistics of a tensor adds up the partial sums, in their order and so always to the same result, and writes the
-mask; the updates wait for it. They cannot wait forever, because an item waits only for items that come before it in
-the list, and those are drawn by programs that run already. A tensor's updates follow soon after its statistics and in
-reverse order, so that what the statistics read last is still in the L2 cache.
+read of g and m. Each chunk has an item for its statistics and one for its update. Whoever finishes the last statistics of
+a tensor adds up the partial sums, in their order and so always to the same result, and writes the mask. Large tensors
+take two launches, one program an item: statistics and masks, then updates. Small ones take one, whose host is what takes
+the time. There the kernel is persistent: its programs draw items from a counter, and updates wait for the mask. They
+cannot wait forever, because an item waits only for items that come before it in the list, and those are drawn by programs
+that run already. A tensor's updates follow soon after its statistics and in reverse order, so that what the statistics
+read last is still in the L2 cache.
 
 `reduction="per_row"` waits for nobody: the rows of an item are whole, and one program reads their g and m twice in a
 row. It has `row_kernel`, launched once for each shape of tile that the rows of a list are cut into. Where rows are
@@ -220,85 +222,114 @@ def _tensor_sums(partials, begin, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _item(
+    item, chunk_tensors, tensors, n_tensors, grads, scalars, counters, partials, sums, qs, P: tl.constexpr, G:
+    tl.constexpr, M: tl.constexpr, V: tl.constexpr, MASK: tl.constexpr, DEBIASED: tl.constexpr, PER_TENSOR:
+    tl.constexpr, AMSGRAD: tl.constexpr, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, SCALED: tl.constexpr, ALIGNED:
+    tl.constexpr, EVEN: tl.constexpr, CHUNK: tl.constexpr, PHASE: tl.constexpr, STATISTICS: tl.constexpr
+):
+    """The statistics of a chunk, or its update."""
+    statistics_done = counters + 1
+    q_there = statistics_done + n_tensors
+    chunk = item // 2
+    tensor = tl.load(chunk_tensors + chunk)
+    entry = tensors + tensor * _N_ENTRIES
+    begin = tl.load(entry + _FIRST_CHUNK)  # of its chunks
+    offsets, inside, blocks, whole, n_chunks = _chunk(entry, chunk - begin, CHUNK, M == tl.uint8, EVEN)
+    row = scalars + tl.load(grads + 2 * tensor + 1) * _N_SCALARS
+    p_ptr = _pointer(entry + _PARAM, P, ALIGNED)
+    g_ptr = _pointer(grads + 2 * tensor, G, ALIGNED)
+    m_ptr = _pointer(entry + _EXP_AVG, M, ALIGNED)
+    m_scale = _pointer(entry + _EXP_AVG_SCALE, tl.float32, False)
+    if STATISTICS:
+        if whole:
+            deviations, squares = _chunk_sums(
+                p_ptr, g_ptr, m_ptr, m_scale, row, offsets, blocks, inside, COUPLED, MAXIMIZE, SCALED, False
+            )
+        else:
+            deviations, squares = _chunk_sums(
+                p_ptr, g_ptr, m_ptr, m_scale, row, offsets, blocks, inside, COUPLED, MAXIMIZE, SCALED, True
+            )
+        tl.store(partials + 2 * chunk, deviations)
+        tl.store(partials + 2 * chunk + 1, squares)
+        finished = tl.atomic_add(statistics_done + tensor, 1, sem="acq_rel")
+        if finished == n_chunks - 1:
+            total_deviations, total_squares = _tensor_sums(partials, begin, begin + n_chunks, 256)
+            if PHASE == 1:
+                tl.store(sums + 2 * tensor, total_deviations)
+                tl.store(sums + 2 * tensor + 1, total_squares)
+            else:
+                count = tl.load(entry + _NUMEL).to(tl.float64)
+                s_ptr = _pointer(entry + _GRAD_VAR, tl.float64, False)
+                s = _scalar(row, _VARIANCE_BETA, tl.float64) * tl.load(s_ptr)
+                s += _scalar(row, _WEIGHT, tl.float64) * (total_deviations / count)
+                tl.store(s_ptr, s)
+                q = _mask(total_squares / count, s, row, tl.float64, MASK, DEBIASED)
+                tl.store(qs + tensor, q.to(tl.float32))
+                tl.atomic_add(q_there + tensor, 1, sem="release")
+    else:
+        v_ptr = _pointer(entry + _EXP_AVG_SQ, V, ALIGNED)
+        v_scale = _pointer(entry + _EXP_AVG_SQ_SCALE, tl.float32, False)
+        x_ptr = _pointer(entry + _MAX_EXP_AVG_SQ, tl.float32, ALIGNED) if AMSGRAD else v_ptr
+        s_ptr = v_ptr
+        q = 1.0
+        if PER_TENSOR:
+            if PHASE == 0:
+                ready = tl.atomic_add(q_there + tensor, 0, sem="acquire")
+                while ready == 0:
+                    ready = tl.atomic_add(q_there + tensor, 0, sem="acquire")
+            q = tl.load(qs + tensor, cache_modifier=".cg")
+        elif MASK != 3:
+            s_ptr = _pointer(entry + _GRAD_VAR, tl.float32, ALIGNED)
+        if whole:
+            _update_chunk(
+                p_ptr, g_ptr, m_ptr, v_ptr, x_ptr, s_ptr, m_scale, v_scale, row, q, offsets, blocks, inside, MASK,
+                DEBIASED, PER_TENSOR, AMSGRAD, COUPLED, MAXIMIZE, SCALED, False
+            )
+        else:
+            _update_chunk(
+                p_ptr, g_ptr, m_ptr, v_ptr, x_ptr, s_ptr, m_scale, v_scale, row, q, offsets, blocks, inside, MASK,
+                DEBIASED, PER_TENSOR, AMSGRAD, COUPLED, MAXIMIZE, SCALED, True
+            )
+
+
+@triton.jit
 def step_kernel(
     items, n_items, chunk_tensors, tensors, n_tensors, grads, scalars, counters, partials, sums, qs, found_inf, P:
     tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr, MASK: tl.constexpr, DEBIASED: tl.constexpr,
     PER_TENSOR: tl.constexpr, AMSGRAD: tl.constexpr, COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, SCALED:
-    tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, CHUNK: tl.constexpr, PHASE: tl.constexpr
+    tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, CHUNK: tl.constexpr, PHASE: tl.constexpr, PERSISTENT:
+    tl.constexpr
 ):
-    # PHASE: 0 all, 1 the sums over tensors alone, 2 the update alone with the masks given in `qs`
+    # PHASE: 0 all, 1 the sums over tensors alone, 2 the update alone with the masks given in `qs`, 3 sums and masks
+    # PERSISTENT: programs draw items from a counter; else there is one program an item
     # EVEN: with 8 bits, rows are of whole 16 elements
     # tensors: a row a tensor, `TENSOR`; grads: likewise, where its gradient is, and which row of `scalars` is its own
     # counters, 0 at first: [0] the next item; from 1 on, finished statistics items of each tensor; then whether its q
     # is there
     if SCALED and tl.load(found_inf) != 0:
         n_items = 0  # GradScaler skips this step
-    statistics_done = counters + 1
-    q_there = statistics_done + n_tensors
-    ticket = tl.atomic_add(counters, 1, sem="relaxed")
+    ticket = tl.atomic_add(counters, 1, sem="relaxed") if PERSISTENT else tl.program_id(0)
     while ticket < n_items:
         item = tl.load(items + ticket)
-        chunk = item // 2
-        tensor = tl.load(chunk_tensors + chunk)
-        entry = tensors + tensor * _N_ENTRIES
-        begin = tl.load(entry + _FIRST_CHUNK)  # of its chunks
-        offsets, inside, blocks, whole, n_chunks = _chunk(entry, chunk - begin, CHUNK, M == tl.uint8, EVEN)
-        row = scalars + tl.load(grads + 2 * tensor + 1) * _N_SCALARS
-        p_ptr = _pointer(entry + _PARAM, P, ALIGNED)
-        g_ptr = _pointer(grads + 2 * tensor, G, ALIGNED)
-        m_ptr = _pointer(entry + _EXP_AVG, M, ALIGNED)
-        m_scale = _pointer(entry + _EXP_AVG_SCALE, tl.float32, False)
-        if PER_TENSOR and item % 2 == 0:
-            if whole:
-                deviations, squares = _chunk_sums(
-                    p_ptr, g_ptr, m_ptr, m_scale, row, offsets, blocks, inside, COUPLED, MAXIMIZE, SCALED, False
+        if PER_TENSOR and PHASE == 0:
+            if item % 2 == 0:
+                _item(
+                    item, chunk_tensors, tensors, n_tensors, grads, scalars, counters, partials, sums, qs, P, G, M, V,
+                    MASK, DEBIASED, PER_TENSOR, AMSGRAD, COUPLED, MAXIMIZE, SCALED, ALIGNED, EVEN, CHUNK, PHASE, True
                 )
             else:
-                deviations, squares = _chunk_sums(
-                    p_ptr, g_ptr, m_ptr, m_scale, row, offsets, blocks, inside, COUPLED, MAXIMIZE, SCALED, True
+                _item(
+                    item, chunk_tensors, tensors, n_tensors, grads, scalars, counters, partials, sums, qs, P, G, M, V,
+                    MASK, DEBIASED, PER_TENSOR, AMSGRAD, COUPLED, MAXIMIZE, SCALED, ALIGNED, EVEN, CHUNK, PHASE, False
                 )
-            tl.store(partials + 2 * chunk, deviations)
-            tl.store(partials + 2 * chunk + 1, squares)
-            finished = tl.atomic_add(statistics_done + tensor, 1, sem="acq_rel")
-            if finished == n_chunks - 1:
-                total_deviations, total_squares = _tensor_sums(partials, begin, begin + n_chunks, 256)
-                if PHASE == 1:
-                    tl.store(sums + 2 * tensor, total_deviations)
-                    tl.store(sums + 2 * tensor + 1, total_squares)
-                else:
-                    count = tl.load(entry + _NUMEL).to(tl.float64)
-                    s_ptr = _pointer(entry + _GRAD_VAR, tl.float64, False)
-                    s = _scalar(row, _VARIANCE_BETA, tl.float64) * tl.load(s_ptr)
-                    s += _scalar(row, _WEIGHT, tl.float64) * (total_deviations / count)
-                    tl.store(s_ptr, s)
-                    q = _mask(total_squares / count, s, row, tl.float64, MASK, DEBIASED)
-                    tl.store(qs + tensor, q.to(tl.float32))
-                    tl.atomic_add(q_there + tensor, 1, sem="release")
         else:
-            v_ptr = _pointer(entry + _EXP_AVG_SQ, V, ALIGNED)
-            v_scale = _pointer(entry + _EXP_AVG_SQ_SCALE, tl.float32, False)
-            x_ptr = _pointer(entry + _MAX_EXP_AVG_SQ, tl.float32, ALIGNED) if AMSGRAD else v_ptr
-            s_ptr = v_ptr
-            q = 1.0
-            if PER_TENSOR:
-                if PHASE == 0:
-                    ready = tl.atomic_add(q_there + tensor, 0, sem="acquire")
-                    while ready == 0:
-                        ready = tl.atomic_add(q_there + tensor, 0, sem="acquire")
-                q = tl.load(qs + tensor, cache_modifier=".cg")
-            elif MASK != 3:
-                s_ptr = _pointer(entry + _GRAD_VAR, tl.float32, ALIGNED)
-            if whole:
-                _update_chunk(
-                    p_ptr, g_ptr, m_ptr, v_ptr, x_ptr, s_ptr, m_scale, v_scale, row, q, offsets, blocks, inside, MASK,
-                    DEBIASED, PER_TENSOR, AMSGRAD, COUPLED, MAXIMIZE, SCALED, False
-                )
-            else:
-                _update_chunk(
-                    p_ptr, g_ptr, m_ptr, v_ptr, x_ptr, s_ptr, m_scale, v_scale, row, q, offsets, blocks, inside, MASK,
-                    DEBIASED, PER_TENSOR, AMSGRAD, COUPLED, MAXIMIZE, SCALED, True
-                )
-        ticket = tl.atomic_add(counters, 1, sem="relaxed")
+            _item(
+                item, chunk_tensors, tensors, n_tensors, grads, scalars, counters, partials, sums, qs, P, G, M, V,
+                MASK, DEBIASED, PER_TENSOR, AMSGRAD, COUPLED, MAXIMIZE, SCALED, ALIGNED, EVEN, CHUNK, PHASE,
+                PER_TENSOR and PHASE != 2
+            )
+        ticket = tl.atomic_add(counters, 1, sem="relaxed") if PERSISTENT else ticket + n_items
 
 
 @triton.jit

@@ -24,7 +24,7 @@ class Sizes:
     Attributes:
         chunk: elements of an item of `step_kernel`.
         warps: of its programs.
-        programs: so many of them on a multiprocessor.
+        programs: so many of them on a multiprocessor, each for many items; or 0 for one program an item.
         row_tiles: rows and columns of an item of `row_kernel`: the first tile that a row fits in, or the last one
             again and again.
         row_warps: of its programs.
@@ -38,11 +38,11 @@ class Sizes:
 
 
 SMALL = 2**18  # no tensor has more elements, as with LoRA
-LARGE_SIZES = Sizes(4096, 4, 6, ((64, 64), (2, 1024), (1, 4096)), 4)
+LARGE_SIZES = Sizes(4096, 4, 0, ((64, 64), (2, 1024), (1, 4096)), 4)
 SMALL_SIZES = Sizes(2048, 8, 8, ((16, 64), (1, 1024), (1, 8192)), 4)
 # In 8 bits tiles are of whole blocks. With more elements a thread these do not fit into its registers, and with more
 # warps a program the maximum of a block takes longer.
-SIZES_8BIT = Sizes(2048, 4, 6, ((4, 256), (1, 1024)), 2)
+SIZES_8BIT = Sizes(1024, 2, 0, ((4, 256), (1, 1024)), 2)
 LAG = 768  # statistics items between a tensor's last and its first update: about what all programs hold at a time
 # `TRITON_INTERPRET=1`: the kernel runs on a CPU, slowly, to be tested.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -90,9 +90,15 @@ class KernelTables:
         self._even = self._quantized and bool((widths % 16 == 0).all())
         first = np.concatenate([[0], np.cumsum(n_chunks)]).astype(np.int32)
         chunk_tensors = np.repeat(np.arange(n, dtype=np.int32), n_chunks)
-        statistics = 2 * np.arange(first[-1], dtype=np.int32)
-        whole = _schedule(first, chunk_tensors) if code["PER_TENSOR"] else statistics + 1
-        self._items = [self._upload(array) for array in (whole, statistics, statistics + 1)]  # by phase
+        statistics = self._upload(2 * np.arange(first[-1], dtype=np.int32))
+        updates = statistics + 1
+        whole = [(0, updates)]
+        if code["PER_TENSOR"]:
+            whole = [(3, statistics), (2, updates)]
+            if self._sizes.programs:
+                whole = [(0, self._upload(_schedule(first, chunk_tensors)))]
+        # By phase of a step, the launches: what of it each does, and its items
+        self._launches = {0: whole, 1: [(1, statistics)], 2: [(2, updates)]}
         self._chunk_tensors = self._upload(chunk_tensors)
         self._addresses = _addresses(lists)
         # The scalars of a tensor or a row are read by themselves
@@ -109,10 +115,9 @@ class KernelTables:
             units = 0 if lists.grad_vars else int(rows.sum())
         self.sums = torch.zeros(units, 2, dtype=torch.float64, device=self.device)
         self.q = torch.ones(units, device=self.device)
-        self._programs = 1
+        self._programs = self._sizes.programs
         if self.device.type == "cuda":
-            multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
-            self._programs = self._sizes.programs * multiprocessors
+            self._programs *= torch.cuda.get_device_properties(self.device).multi_processor_count
         self._grads: list[int] = []
         self._make_room(0)
 
@@ -171,8 +176,7 @@ class KernelTables:
                 `q`.
             found_inf: GradScaler's, on the device: nothing is done unless it is 0. With it gradients are unscaled.
         """
-        items = self._items[phase]
-        if len(items) == 0:
+        if len(self._chunk_tensors) == 0:
             return
         on_device = isinstance(scalars, Tensor)
         if not on_device and scalars.shape != self._scalars_here.shape:
@@ -194,7 +198,6 @@ class KernelTables:
             **self._dtypes,
             "G": _DTYPES[dtype],
             "ALIGNED": self._aligned and self._grads_aligned,
-            "PHASE": phase,
             "num_warps": self._sizes.row_warps if self._tiles else self._sizes.warps,
             **self._code,
         }
@@ -202,13 +205,17 @@ class KernelTables:
         if self._tiles:
             arguments = (self._table, self._grads_there, scalars, self.sums, self.q, found_inf)
             for rows_of_tile, tile in self._tiles:
-                row_kernel[(len(rows_of_tile),)](rows_of_tile, *arguments, **tile, **given)
+                row_kernel[(len(rows_of_tile),)](rows_of_tile, *arguments, PHASE=phase, **tile, **given)
             return
-        self._counters.zero_()
-        n_items, tables = len(items), (self._chunk_tensors, self._table, len(addresses), self._grads_there, scalars)
+        tables = self._chunk_tensors, self._table, len(addresses), self._grads_there, scalars
         results = self._counters, self._partials, self.sums, self.q, found_inf
-        given |= {"CHUNK": self._sizes.chunk, "EVEN": self._even}
-        step_kernel[(min(n_items, self._programs),)](items, n_items, *tables, *results, **given)
+        given |= {"CHUNK": self._sizes.chunk, "EVEN": self._even, "PERSISTENT": self._programs > 0}
+        for part, items in self._launches[phase]:
+            n_items = len(items)
+            if self._programs or part != 2:
+                self._counters.zero_()
+            grid = min(n_items, self._programs) if self._programs else n_items
+            step_kernel[(grid,)](items, n_items, *tables, *results, PHASE=part, **given)
 
 
 class TritonList(PlanList):
