@@ -4,13 +4,14 @@
 everything of its chunk, and writes p, m and v (and s) once.
 
 `reduction="per_tensor"` needs two sums over a tensor before the first of its elements can be updated, hence a second
-read of g and m. Each chunk has an item for its statistics and one for its update. Whoever finishes the last statistics of
-a tensor adds up the partial sums, in their order and so always to the same result, and writes the mask. Large tensors
-take two launches, one program an item: statistics and masks, then updates. Small ones take one, whose host is what takes
-the time. There the kernel is persistent: its programs draw items from a counter, and updates wait for the mask. They
-cannot wait forever, because an item waits only for items that come before it in the list, and those are drawn by programs
-that run already. A tensor's updates follow soon after its statistics and in reverse order, so that what the statistics
-read last is still in the L2 cache.
+read of g and m. Each chunk has an item for its statistics and one for its update. Whoever finishes the last statistics
+of a tensor adds up the partial sums, in their order and so always to the same result, and writes the mask.
+
+Large tensors take two launches, with one program an item: statistics and masks, then updates. Small ones take one, as
+launches cost more than their kernels. There the kernel is persistent: its programs draw items from a counter, and
+updates wait for the mask. They cannot wait forever, because an item waits only for items that come before it in the
+list, and those are drawn by programs that run already. A tensor's updates follow soon after its statistics and in
+reverse order, so that what the statistics read last is still in the L2 cache.
 
 `reduction="per_row"` waits for nobody: the rows of an item are whole, and one program reads their g and m twice in a
 row. It has `row_kernel`, launched once for each shape of tile that the rows of a list are cut into. Where rows are
@@ -62,9 +63,12 @@ _N_SCALARS, _N_ENTRIES = _Position(len(SCALARS)), _Position(len(TENSOR))
 
 @triton.jit
 def _pointer(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    # ALIGNED: 0, or how many elements a thread may read at once. Where it reads more of one tensor than of another,
+    # the compiler moves values between threads.
     pointer = tl.load(address).to(tl.pointer_type(dtype))
     if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
+        size: tl.constexpr = ALIGNED * dtype.primitive_bitwidth // 8
+        pointer = tl.multiple_of(pointer, min(16, size))
     return pointer
 
 
@@ -240,7 +244,7 @@ def _item(
     p_ptr = _pointer(entry + _PARAM, P, ALIGNED)
     g_ptr = _pointer(grads + 2 * tensor, G, ALIGNED)
     m_ptr = _pointer(entry + _EXP_AVG, M, ALIGNED)
-    m_scale = _pointer(entry + _EXP_AVG_SCALE, tl.float32, False)
+    m_scale = _pointer(entry + _EXP_AVG_SCALE, tl.float32, 0)
     if STATISTICS:
         if whole:
             deviations, squares = _chunk_sums(
@@ -260,7 +264,7 @@ def _item(
                 tl.store(sums + 2 * tensor + 1, total_squares)
             else:
                 count = tl.load(entry + _NUMEL).to(tl.float64)
-                s_ptr = _pointer(entry + _GRAD_VAR, tl.float64, False)
+                s_ptr = _pointer(entry + _GRAD_VAR, tl.float64, 0)
                 s = _scalar(row, _VARIANCE_BETA, tl.float64) * tl.load(s_ptr)
                 s += _scalar(row, _WEIGHT, tl.float64) * (total_deviations / count)
                 tl.store(s_ptr, s)
@@ -269,7 +273,7 @@ def _item(
                 tl.atomic_add(q_there + tensor, 1, sem="release")
     else:
         v_ptr = _pointer(entry + _EXP_AVG_SQ, V, ALIGNED)
-        v_scale = _pointer(entry + _EXP_AVG_SQ_SCALE, tl.float32, False)
+        v_scale = _pointer(entry + _EXP_AVG_SQ_SCALE, tl.float32, 0)
         x_ptr = _pointer(entry + _MAX_EXP_AVG_SQ, tl.float32, ALIGNED) if AMSGRAD else v_ptr
         s_ptr = v_ptr
         q = 1.0
@@ -379,13 +383,13 @@ def row_kernel(
     p_ptr = _pointer(entry + _PARAM, P, ALIGNED)
     g_ptr = _pointer(grads + 2 * tensor, G, ALIGNED)
     m_ptr = _pointer(entry + _EXP_AVG, M, ALIGNED)
-    m_scale = _pointer(entry + _EXP_AVG_SCALE, tl.float32, False)
+    m_scale = _pointer(entry + _EXP_AVG_SCALE, tl.float32, 0)
     v_ptr = _pointer(entry + _EXP_AVG_SQ, V, ALIGNED)
     x_ptr = _pointer(entry + _MAX_EXP_AVG_SQ, tl.float32, ALIGNED) if AMSGRAD else v_ptr
     number = tl.load(entry + _FIRST_ROW) + rows  # among the rows of all tensors
     if PHASE != 2:
         a_ptr = _pointer(entry + _EXP_AVG_SIGNAL, M, ALIGNED) if SIGNAL else v_ptr
-        a_scale = _pointer(entry + _EXP_AVG_SIGNAL_SCALE, tl.float32, False)
+        a_scale = _pointer(entry + _EXP_AVG_SIGNAL_SCALE, tl.float32, 0)
         deviations = tl.zeros((ROWS,), dtype=tl.float64)
         squares = tl.zeros((ROWS,), dtype=tl.float64)
         for start in range(0, n_cols, COLS):
@@ -407,14 +411,14 @@ def row_kernel(
             q = tl.load(qs + number, mask=there, other=0.0)
         else:
             count = n_cols.to(tl.float64)
-            s_ptr = _pointer(entry + _GRAD_VAR, tl.float64, False) + rows
+            s_ptr = _pointer(entry + _GRAD_VAR, tl.float64, 0) + rows
             s = _scalar(row, _VARIANCE_BETA, tl.float64) * tl.load(s_ptr, mask=there, other=0.0)
             s += _scalar(row, _WEIGHT, tl.float64) * (deviations / count)
             # Several threads hold a row's s: none may read what another has written already
             tl.debug_barrier()
             tl.store(s_ptr, s, mask=there)
             q = _mask(squares / count, s, row, tl.float64, MASK, DEBIASED).to(tl.float32)
-        v_scale = _pointer(entry + _EXP_AVG_SQ_SCALE, tl.float32, False)
+        v_scale = _pointer(entry + _EXP_AVG_SQ_SCALE, tl.float32, 0)
         q = q[:, None, None] if M == tl.uint8 else q[:, None]
         for start in range(0, n_cols, COLS):
             offsets, inside, blocks = _tile(rows, there, n_cols, start, COLS, M == tl.uint8)

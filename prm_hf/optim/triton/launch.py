@@ -38,7 +38,7 @@ class Sizes:
 
 
 SMALL = 2**18  # no tensor has more elements, as with LoRA
-LARGE_SIZES = Sizes(4096, 4, 0, ((64, 64), (2, 1024), (1, 4096)), 4)
+LARGE_SIZES = Sizes(2048, 4, 0, ((64, 64), (2, 1024), (1, 4096)), 4)
 SMALL_SIZES = Sizes(2048, 8, 8, ((16, 64), (1, 1024), (1, 8192)), 4)
 # In 8 bits tiles are of whole blocks. With more elements a thread these do not fit into its registers, and with more
 # warps a program the maximum of a block takes longer.
@@ -77,6 +77,9 @@ class KernelTables:
         kinds = {"P": params, "M": lists.exp_avgs, "V": lists.exp_avg_sqs}
         self._dtypes = {name: _STATE_DTYPES[tensors[0].dtype] for name, tensors in kinds.items()}
         self._quantized = is_quantized(lists.exp_avgs[0])
+        kept = [params, lists.exp_avgs, lists.exp_avg_sqs, lists.max_exp_avg_sqs]
+        kept += [] if code["PER_TENSOR"] or code["PER_ROW"] else [lists.grad_vars]
+        self._itemsize = max(tensors[0].dtype.itemsize for tensors in kept if tensors)
         numels = np.array([p.numel() for p in params], dtype=np.int64)
         self._sizes = LARGE_SIZES if numels.max(initial=0) > SMALL else SMALL_SIZES
         if self._quantized:
@@ -152,6 +155,10 @@ class KernelTables:
         """Such that the host need not wait for the device: CUDA takes up to 64 kB along with the command."""
         return tensor.pin_memory() if self.device.type == "cuda" and tensor.nbytes > 2**16 else tensor
 
+    def _vector(self, grad_dtype: torch.dtype) -> int:
+        """Elements that a thread may read at once: 16 bytes of the widest dtype, or of codes of 8 bits."""
+        return 16 if self._quantized else 16 // max(self._itemsize, grad_dtype.itemsize)
+
     def fits(self, lists: TensorLists) -> bool:
         """Whether the tensors still have the storages that the tables were made of."""
         return all(np.array_equal(new, self._addresses[name]) for name, new in _addresses(lists).items())
@@ -197,7 +204,7 @@ class KernelTables:
             "SCALED": found_inf is not None,
             **self._dtypes,
             "G": _DTYPES[dtype],
-            "ALIGNED": self._aligned and self._grads_aligned,
+            "ALIGNED": self._vector(dtype) if self._aligned and self._grads_aligned else 0,
             "num_warps": self._sizes.row_warps if self._tiles else self._sizes.warps,
             **self._code,
         }
