@@ -159,7 +159,8 @@ def flags_kept(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for p, was_trained in before.items():
-            p.requires_grad_(was_trained)
+            if p.requires_grad != was_trained:
+                p.requires_grad_(was_trained)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from ..metrics import (
     reward_metrics,
     suspect_metrics,
 )
-from ..metrics.forward import evaluation_mode, without_cudnn
+from ..metrics.forward import evaluation_mode, flags_kept, without_cudnn
 from ..metrics.tables import evaluate_rows
 from .config import PRMDPOConfig, checked_config
 from .memorization import noisy_rows
@@ -227,6 +227,10 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
         dataset = super()._precompute_ref_logps(dataset, name, batch_size)
         return dataset.add_column(FINGERPRINT, [fingerprint] * len(dataset))
 
+    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        with flags_kept(self.model):
+            return super().compute_ref_log_probs(model, inputs)
+
     @functools.cached_property
     def _reference_fingerprint(self) -> dict[str, Any]:
         """Asked for before training, when the policy is its own reference if there is no other."""
@@ -306,7 +310,8 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
         probabilities = inputs.pop(PROBABILITY, None)
         self.accelerator.gather = recorded
         try:
-            result = super().compute_loss(model, inputs, *args, **kwargs)
+            with flags_kept(self.model):
+                result = super().compute_loss(model, inputs, *args, **kwargs)
         finally:
             del self.accelerator.gather  # the method is of the class
         if self.model.training and (probabilities is not None or self.pair_loss is not None):

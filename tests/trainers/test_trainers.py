@@ -191,6 +191,20 @@ def test_a_continued_adapter_drifts_from_where_it_was(tmp_path):
     assert trainer.last_eval_metrics["eval_drift/kl"] > 0 and trainer.last_eval_metrics["eval_drift/params_rel"] > 0
 
 
+@pytest.mark.parametrize("options", [{}, {"precompute_ref_log_probs": True}, {"padding_free": True}])
+def test_a_frozen_half_of_an_adapter_is_not_trained(tmp_path, options):
+    """PEFT lets each adapter train that it switches on again, as after a pass of the reference."""
+    model = lora(make_model())
+    frozen = {
+        name: p.requires_grad_(False).detach().clone() for name, p in model.named_parameters() if "lora_A" in name
+    }
+    trainer = dpo_trainer(tmp_path, model=model, eval_dataset=HELDOUT, **options)
+    trainer.train()
+    trained = dict(trainer.model.named_parameters())
+    assert all(torch.equal(trained[name], value) and not trained[name].requires_grad for name, value in frozen.items())
+    assert any(p.requires_grad for p in trained.values())
+
+
 def test_streams(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer = dpo_trainer(
