@@ -39,7 +39,7 @@ class Sizes:
 
 SMALL = 2**18  # no tensor has more elements, as with LoRA
 LARGE_SIZES = Sizes(2048, 4, 0, ((64, 64), (2, 1024), (1, 4096)), 4)
-SMALL_SIZES = Sizes(2048, 8, 8, ((16, 64), (1, 1024), (1, 8192)), 4)
+SMALL_SIZES = Sizes(2048, 8, 8, ((128, 16), (16, 64), (1, 1024), (1, 8192)), 4)
 # In 8 bits tiles are of whole blocks. With more elements a thread these do not fit into its registers, and with more
 # warps a program the maximum of a block takes longer.
 SIZES_8BIT = Sizes(1024, 2, 0, ((4, 256), (1, 1024)), 2)
