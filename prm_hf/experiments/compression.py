@@ -47,7 +47,7 @@ class Case:
         steps: Steps of training in it.
         levels: The numbers of levels that are tried.
         is_random: Whether labels or tokens are random.
-        start: `"init"`; `"rendered"`, trained on rendered digits; or `"half"`, trained on the first half of the rows.
+        start: `"init"`; `"rendered"`, trained on rendered digits; or `"half"`, trained on half of the rows.
         rows: Of the built-in task how many pairs, each of a prompt of its own.
     """
 
@@ -193,7 +193,7 @@ def measure_preferences(name: str, case: Case, args: CompressionArguments) -> li
     """A row for each size of a vector that was trained by DPO on pairs of different prompts.
 
     Of the built-in task it moves the word embeddings in a random subspace; of a dataset it is that of UniLora, or
-    moves a LoRA adapter that was trained on the first half of the pairs.
+    moves a LoRA adapter that was trained on half of the pairs.
     """
     found = []
     for dim in [case.dim] if case.dim else args.dims:
