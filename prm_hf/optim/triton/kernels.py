@@ -67,8 +67,11 @@ def _pointer(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
     # the compiler moves values between threads.
     pointer = tl.load(address).to(tl.pointer_type(dtype))
     if ALIGNED:
-        size: tl.constexpr = ALIGNED * dtype.primitive_bitwidth // 8
-        pointer = tl.multiple_of(pointer, min(16, size))
+        size: tl.constexpr = ALIGNED * pointer.dtype.element_ty.primitive_bitwidth // 8
+        if size > 16:
+            pointer = tl.multiple_of(pointer, 16)
+        else:
+            pointer = tl.multiple_of(pointer, size)
     return pointer
 
 

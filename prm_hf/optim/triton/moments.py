@@ -69,8 +69,10 @@ def store_moment(
         # Several threads hold a block's scale: none may read what another has written already
         tl.debug_barrier()
         tl.store(scale + blocks, scales, mask=blocks >= 0)
+    elif SIGNED:
+        store(pointer, offsets, value, mask, MASKED)
     else:
-        if pointer.dtype.element_ty == tl.bfloat16 and not SIGNED:
+        if pointer.dtype.element_ty == tl.bfloat16:
             rounded = (bits + (random_bits(offsets, step) & 0xFFFF).to(tl.int32)) & -65536
             is_finite = (bits & 0x7F800000) != 0x7F800000
             value = tl.where(is_finite, rounded.to(tl.float32, bitcast=True), value)
