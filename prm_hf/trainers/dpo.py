@@ -136,7 +136,8 @@ class PRMDPOTrainer(PRMTrainerMixin, DPOTrainer):
         # TRL has no padding-free DPO, and raises an error for it
         self._packing_is_due, args.padding_free = args.padding_free, False
         try:
-            has_adapter = isinstance(model, nn.Module) and is_peft_model(model)  # of which TRL adds a copy as reference
+            # TRL adds a copy of an adapter as reference
+            has_adapter = isinstance(model, nn.Module) and is_peft_model(model)
             with flags_kept(model) if has_adapter else contextlib.nullcontext():
                 super().__init__(model, ref_model, args, *positional, **kwargs)
             self._add_packing()
