@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..metrics.forward import flags_kept
+from ..metrics.forward import flags_kept, reference_adapters
 from ..sven.capture import Capture
 from .batches import Batch, read_batches
 from .checks import check_choice, check_count
@@ -380,16 +380,11 @@ def _trained(model: nn.Module, names: Collection[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_adapter(model: nn.Module) -> Iterator[None]:
-    """The reference of a PEFT model: TRL's copy of an adapter that training started from, or no adapter."""
+    """The reference of a PEFT model."""
     if not hasattr(model, "disable_adapter"):
         raise ValueError(
             "`loss` is 'dpo', which needs a reference: pass `ref_model`, or batches with `ref_chosen_logps` and "
             "`ref_rejected_logps`. Only a PEFT model is its own reference, without its adapter."
         )
-    with flags_kept(model), contextlib.ExitStack() as stack:
-        if "ref" in model.peft_config:
-            stack.callback(model.set_adapter, model.active_adapter)
-            model.set_adapter("ref")
-        else:
-            stack.enter_context(model.disable_adapter())
+    with reference_adapters(model):
         yield

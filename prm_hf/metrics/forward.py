@@ -164,6 +164,18 @@ def flags_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def reference_adapters(model: nn.Module) -> Iterator[None]:
+    """A PEFT model as its own reference: TRL's copy of an adapter that training started from, or no adapter."""
+    with flags_kept(model), contextlib.ExitStack() as stack:
+        if "ref" in model.peft_config:
+            stack.callback(model.set_adapter, model.active_adapter)
+            model.set_adapter("ref")
+        else:
+            stack.enter_context(model.disable_adapter())
+        yield
+
+
+@contextlib.contextmanager
 def as_reference(
     model: nn.Module, ref_model: nn.Module | None, accelerator: Accelerator
 ) -> Iterator[nn.Module | None]:
@@ -174,12 +186,7 @@ def as_reference(
     elif not is_peft:
         yield None
     else:
-        with flags_kept(unwrapped), contextlib.ExitStack() as stack:
-            if "ref" in unwrapped.peft_config:  # TRL's copy of an adapter that training started from
-                stack.callback(unwrapped.set_adapter, unwrapped.active_adapter)
-                unwrapped.set_adapter("ref")
-            else:
-                stack.enter_context(unwrapped.disable_adapter())
+        with reference_adapters(unwrapped):
             yield model
 
 
