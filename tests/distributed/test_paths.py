@@ -42,9 +42,9 @@ def test_replay(recorded, path, name):
     assert any(step["slices"] for step in ranks[0]["steps"])
     mask, weight = replay(ranks, of(path, name)["prm"])
     # With "bf16_state" a value may lie so near to the middle of two that float32 and float64 round it differently, as
-    # happens on some processors: by 2^-8 of it, and in a row of few values the mask moves as far
+    # happens on some processors
     rounded = name.endswith("bf16_state")
-    assert mask < (2**-8 if rounded else 1e-6)
+    assert mask < (1e-3 if rounded else 1e-6)
     assert weight < (1e-2 if name == "pure_bf16" else 1e-4 if rounded else 1e-6)  # weights rounded at each step; m
 
 
@@ -80,7 +80,8 @@ def test_like_one_process(recorded, path, name):
     if prm["reduction"] == "per_row":
         assert mask < 1e-5  # of a difference of nearly equal numbers, where gradients are added up in another order
     elif prm["reduction"] == "per_tensor":
-        assert noise_mask < 3e-6 and mask < 3e-6  # gradients are added up in another order
+        assert noise_mask < 3e-6
+        assert mask < max(2e-6, 2 * noise_mask)
     else:
         assert compare_scalar_masks(ddp, single) < 3e-6
         assert compare_scalar_masks(ranks, single) < more * 3e-6

@@ -16,5 +16,5 @@ def test_sven_is_ahead_of_adam():
         toy["medians"]([toy["train"](method, seed) for seed in (42, 43, 44)])[-1]
         for method in ("adam", "sven", "sven_kappa1")
     )
-    assert sven <= adam / 10 and kappa1 < adam / 2
+    assert sven <= adam / 10 and kappa1 <= adam / 10
     assert sven < 3.8e-6  # of the authors' implementation
